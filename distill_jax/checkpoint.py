@@ -1,0 +1,133 @@
+"""Checkpoints: a pytree and a little JSON, saved by Orbax, asynchronously and whole or not at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, random keys as their data: names do not depend on container types."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path when written with dots")
+    return {path: jax.random.key_data(x) if _is_key(x) else x for path, x in flat.items()}
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _describe(flat: dict[str, Any]) -> dict[str, str]:
+    return {path: f"{x.dtype}{list(x.shape)}" for path, x in flat.items()}
+
+
+def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Lists by path where two trees' leaves differ, given ``path → "dtype[shape]"``."""
+    return [
+        f"{path}: {found.get(path, 'absent')}, expected {expected.get(path, 'absent')}"
+        for path in sorted(found.keys() | expected.keys())
+        if found.get(path) != expected.get(path)
+    ]
+
+
+class Checkpoints:
+    """A directory of checkpoints, of which the last ``keep`` stay.
+
+    A checkpoint is visible once it is complete: a process killed while saving leaves the one before.
+    Use it as a context manager, or call :meth:`close`, so that the last save is finished.
+
+    Args:
+      directory: made where it does not exist.
+      keep: how many stay.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        self.directory = Path(directory).absolute()
+        policy = ocp.checkpoint_managers.LatestN(keep)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True, save_root_metadata=False
+            ),
+        )
+
+    def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
+        """Starts to save ``tree`` (arrays) and ``info`` (JSON); the arrays may be donated after it."""
+        flat = _flat(tree)
+        # Copied to the host now: the caller's next step overwrites donated buffers
+        arrays = {path: np.array(x) for path, x in flat.items()}
+        described = {"info": info, "leaves": _describe(flat)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                tree=ocp.args.StandardSave(arrays), json=ocp.args.JsonSave(described)
+            ),
+        )
+
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+        """Reads the newest checkpoint into the structure of ``like``; None where there is none.
+
+        Raises:
+          ValueError: if it holds other leaves, naming those that differ.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        described = self._manager.restore(
+            step, args=ocp.args.Composite(json=ocp.args.JsonRestore())
+        )
+        flat = _flat(like)
+        wrong = tree_differences(described["json"]["leaves"], _describe(flat))
+        if wrong:
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"the checkpoint in {self.directory} is of another model or optimizer: "
+                f"{'; '.join(wrong[:3])}{more}. Use another directory, or delete this one"
+            )
+        abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+        )["tree"]
+        leaves = [
+            jax.random.wrap_key_data(restored[path], impl=jax.random.key_impl(x))
+            if _is_key(x)
+            else restored[path]
+            for path, x in zip(flat, jax.tree.leaves(like), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), described["json"]["info"]
+
+    def close(self) -> None:
+        """Waits for the save under way, and closes the directory."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Calls ``write(temporary path)`` and moves the result to ``path``: whole, or not there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes strict JSON atomically; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))

@@ -1,0 +1,550 @@
+"""A small network made better by a big one: knowledge distillation on MNIST or digits.
+
+Trains a teacher, stores its soft labels, and trains the same student twice, from the same initial
+parameters and in the same order of examples: on the labels ("scratch"), and on the soft labels
+("distilled"). Repeats that over seeds, evaluates on the test set once, at the end, and reports.
+
+    python experiments/kd_mnist.py                        # a few minutes on a laptop
+    python experiments/kd_mnist.py --preset hinton2015    # Hinton, Vinyals and Dean 2015, §3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from distill_jax import (
+    augment, data, fit, losses, metrics, models, objectives, parallel, report, runs, targets, train,
+)  # fmt: skip
+
+SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
+    "kl": losses.kl,
+    "reverse_kl": losses.reverse_kl,
+    "jensen_shannon": losses.jensen_shannon,
+    "soft_cross_entropy": losses.soft_cross_entropy,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. Those left out take the preset's value, which depends on the data set."""
+
+    dataset: str = "auto"
+    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
+    image-classification data set of TFDS"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    preset: Literal["quick", "hinton2015"] = "quick"
+    """quick: minutes; hinton2015: section 3 of the paper, an hour or two on two cores"""
+    seeds: int | None = None
+    """how many repetitions, each with its own teacher"""
+    teacher: str | None = None
+    """such as mlp:1200,1200 or convnet:16,32"""
+    student: str | None = None
+    """likewise"""
+    members: int | None = None
+    """networks in the teacher, averaged"""
+    temperature: float | None = None
+    """T, softens the predictions of both"""
+    alpha: float | None = None
+    """the labels' share of the distilled student's loss; the rest is the teacher's"""
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"] = "kl"
+    """against the teacher's predictions"""
+    epochs: int | None = None
+    """the students'"""
+    learning_rate: float | None = None
+    """the students', at the start; it falls to 0 along a cosine (Adam)"""
+    teacher_epochs: int | None = None
+    """the teacher's"""
+    teacher_learning_rate: float | None = None
+    """the teacher's"""
+    dropout: float | None = None
+    """of the teacher's hidden units"""
+    max_norm: float | None = None
+    """bound on the norm of a teacher unit's incoming weights; 0: none"""
+    jitter: int | None = None
+    """pixels by which the teacher's training images are shifted at random"""
+    patient: bool | None = None
+    """also train a student whose jittered images the teacher labels online"""
+    omit_classes: tuple[int, ...] | None = None
+    """also distil without any example of these classes, then shift their bias"""
+    batch_size: int | None = None
+    """examples a step"""
+    validation: int | None = None
+    """examples held out of the training set (default: the data set's own)"""
+    labels_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of the stored soft labels"""
+    select: Literal["last", "best"] = "last"
+    """which epoch is the model: the last, or the best on validation data"""
+    devices: int = 1
+    """devices to spread each batch over (on a CPU: one a core)"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+    check: bool = False
+    """exit 1 unless the distilled student's mean test error is below the scratch student's"""
+
+
+# What a configuration leaves out. Chosen on validation data; BUILD_NOTES.md has the figures.
+MLP_DEFAULTS: dict[str, Any] = {
+    "seeds": 5, "teacher": "convnet:16,32", "student": "mlp:128", "members": 1,
+    "temperature": 4.0, "alpha": 0.0, "epochs": 30, "learning_rate": 1e-3,
+    "teacher_epochs": 6, "teacher_learning_rate": 1e-3, "dropout": 0.4, "max_norm": 0.0, "jitter": 2,
+    "patient": False, "omit_classes": (), "batch_size": 128,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": MLP_DEFAULTS,
+    "quick on small images": MLP_DEFAULTS | {
+        "teacher": "convnet:16,32", "student": "mlp:32", "members": 3, "temperature": 2.0,
+        "epochs": 200, "learning_rate": 3e-3, "teacher_epochs": 60, "teacher_learning_rate": 2e-3,
+        "jitter": 1, "batch_size": 64,
+    },
+    "hinton2015": MLP_DEFAULTS | {
+        "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
+        "epochs": 60, "teacher_epochs": 120, "max_norm": 1.5, "patient": True, "omit_classes": (3,),
+    },
+}  # fmt: skip
+
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
+
+
+def complete(config: Config, dataset: data.Dataset) -> Config:
+    """Fills in the preset's values, and checks all."""
+    preset = config.preset
+    if preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
+        preset = "quick on small images"
+    missing = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
+    config = dataclasses.replace(config, **missing)
+    for name in ("seeds", "members", "epochs", "teacher_epochs", "batch_size", "devices"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("learning_rate", "teacher_learning_rate", "temperature"):
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("max_norm", "jitter", "save_seconds"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    if not 0 <= config.alpha <= 1:
+        raise ValueError(f"--alpha must lie in [0, 1], got {config.alpha}")
+    if config.batch_size % config.devices:
+        raise ValueError(
+            f"--batch-size {config.batch_size} must be a multiple of --devices {config.devices}"
+        )
+    bad = [c for c in config.omit_classes if not 0 <= c < dataset.classes]
+    if bad or len(set(config.omit_classes)) >= dataset.classes - 1:
+        raise ValueError(
+            f"--omit-classes must name some of 0 to {dataset.classes - 1} and leave at least two, "
+            f"got {config.omit_classes}"
+        )
+    return config
+
+
+def prepare(images: jax.Array) -> jax.Array:
+    """Turns uint8 images into the network's input, in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+PREPROCESSING = "float32(image) / 255"
+
+
+def arrays(split: data.Split) -> dict[str, np.ndarray]:
+    """Makes a training batch's fields of a split."""
+    return {"image": split.image, "label": split.label}
+
+
+class Trained(NamedTuple):
+    """A model, how it was trained, and what it says on validation and test images."""
+
+    apply_fn: Callable[..., Any]
+    variables: tuple[Any, Any]
+    history: fit.History
+    seconds: float
+    validation_logits: np.ndarray
+    test_logits: np.ndarray
+
+
+class Lab:
+    """All that the stages of one experiment share."""
+
+    def __init__(self, config: Config, dataset: data.Dataset, out: Path, progress: runs.Progress):
+        self.config, self.dataset, self.out, self.progress = config, dataset, out, progress
+        self.shape = dataset.train.image.shape[1:]
+        mesh = parallel.data_mesh(config.devices) if config.devices > 1 else None
+        self.sharding = parallel.sharded(mesh) if mesh else None
+        self.everywhere = parallel.replicated(mesh) if mesh else None
+
+    def model(self, kind: Literal["teacher", "student"], seed: int) -> models.Model:
+        """Builds the teacher or the student with the initial parameters of a seed."""
+        key = jax.random.fold_in(jax.random.key(seed), kind == "student")
+        dropout = self.config.dropout if kind == "teacher" else 0.0
+        description = getattr(self.config, kind)
+        return models.build(description, self.shape, self.dataset.classes, key, dropout=dropout)
+
+    def train(
+        self,
+        name: str,
+        seed: int,
+        model: models.Model,
+        loss_fn: train.LossFn,
+        training: Mapping[str, Any],
+        *,
+        epochs: int,
+        learning_rate: float,
+        max_norm: float = 0.0,
+        transform: Callable[..., Any],
+        context: Any = None,
+        order_seed: int,
+        unit: float,
+    ) -> Trained:
+        """Trains one model, or takes it from the run's checkpoint."""
+        steps = max(1, len(training["label"]) // self.config.batch_size)
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
+        )
+        tx = optax.adam(schedule)
+        if max_norm:
+            tx = optax.chain(tx, train.max_norm(max_norm))
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), order_seed)
+        state = train.init_state(model.params, tx, key, model.model_state)
+        if self.everywhere is not None:
+            state, context = jax.device_put((state, context), self.everywhere)
+        step = train.make_train_step(loss_fn, tx)
+        done = fit.fit(
+            state,
+            train.make_epoch(step, transform=transform, sharding=self.sharding),
+            training,
+            epochs=epochs,
+            batch_size=self.config.batch_size,
+            seed=order_seed,
+            context=context,
+            validate=fit.make_validation(
+                model.apply_fn, arrays(self.dataset.validation), prepare=prepare
+            ),
+            directory=self.out / f"seed{seed}" / name,
+            save_seconds=self.config.save_seconds,
+            on_epoch=self.progress.stage(f"seed {seed + 1}/{self.config.seeds}, {name}", unit),
+        )
+        variables = done.best
+        if self.config.select == "last":
+            variables = (done.state.params, done.state.model_state)
+        return self.judge(model.apply_fn, variables, done.history, done.seconds)
+
+    def judge(self, apply_fn, variables, history, seconds) -> Trained:
+        """Takes a model's predictions for validation and test images."""
+        variables = jax.device_put(variables, jax.devices()[0])
+        validation, test = (
+            targets.predict(apply_fn, *variables, split.image, prepare=prepare)
+            for split in (self.dataset.validation, self.dataset.test)
+        )
+        return Trained(apply_fn, variables, history, seconds, validation, test)
+
+
+def plain(context: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+    """Prepares a batch as it is."""
+    return {**batch, "image": prepare(batch["image"])}
+
+
+def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
+    """Prepares a batch of images shifted at random."""
+
+    def transform(context, batch, key):
+        return {**batch, "image": prepare(augment.random_shift(key, batch["image"], pixels))}
+
+    return transform
+
+
+def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
+    """Trains the teacher: one network, or several that are averaged."""
+    config, members = lab.config, []
+    for member in range(config.members):
+        model = lab.model("teacher", seed * config.members + member)
+        members.append(
+            lab.train(
+                f"teacher{member}" if config.members > 1 else "teacher",
+                seed,
+                model,
+                objectives.supervised(model.apply_fn),
+                arrays(lab.dataset.train),
+                epochs=config.teacher_epochs,
+                learning_rate=config.teacher_learning_rate,
+                max_norm=config.max_norm,
+                transform=jittered(config.jitter),
+                order_seed=10_000 + seed * config.members + member,
+                unit=unit,
+            )
+        )
+    if len(members) == 1:
+        return members[0]
+    apply_fn = targets.ensemble(*[member.apply_fn for member in members])
+    variables = tuple(zip(*[member.variables for member in members], strict=True))
+    history = {
+        name: np.mean([member.history[name] for member in members], 0).tolist()
+        for name in members[0].history
+    }
+    return lab.judge(apply_fn, variables, history, sum(member.seconds for member in members))
+
+
+def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
+    """Writes the teacher's soft labels for the training images, and reads them by example id."""
+    split = lab.dataset.train
+    run = jax.jit(lambda variables, images: teacher.apply_fn(*variables, prepare(images))[0])
+
+    def logits(rows):
+        parts = [
+            run(teacher.variables, split.image[rows[start : start + 1024]])
+            for start in range(0, len(rows), 1024)
+        ]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    path = lab.out / f"seed{seed}" / "labels"
+    described = {
+        "teacher": targets.fingerprint(teacher.variables),
+        "preprocessing": PREPROCESSING,
+        "data": targets.fingerprint({"id": split.id, "image": split.image}),
+    }
+    targets.write_labels(
+        path, split.id, logits, fingerprint=described, dtype=lab.config.labels_dtype
+    )
+    return targets.open_labels(path, expect=described)[split.id]
+
+
+def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[str, Trained]:
+    """Trains the students of one seed, all from one initialisation."""
+    config, model = lab.config, lab.model("student", seed)
+    soft = objectives.distill(
+        model.apply_fn,
+        temperature=config.temperature,
+        alpha=config.alpha,
+        soft=SOFT_LOSSES[config.loss],
+    )
+
+    def student(name, loss_fn, training, transform=plain, context=None, unit=unit):
+        return lab.train(
+            name,
+            seed,
+            model,
+            loss_fn,
+            training,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            transform=transform,
+            context=context,
+            order_seed=20_000 + seed,
+            unit=unit,
+        )
+
+    training = arrays(lab.dataset.train)
+    labelled = training | {"teacher": store_labels(lab, seed, teacher)}
+    students = {
+        "scratch": student("scratch", objectives.supervised(model.apply_fn), training),
+        "distilled": student("distilled", soft, labelled),
+    }
+    if config.patient:
+        label, jitter = targets.make_label(teacher.apply_fn), jittered(config.jitter)
+        students["patient"] = student(
+            "patient",
+            soft,
+            training,
+            lambda variables, batch, key: label(variables, jitter(None, batch, key)),
+            teacher.variables,
+            unit * 2,
+        )
+    if config.omit_classes:
+        kept = ~np.isin(lab.dataset.train.label, config.omit_classes)
+        name = "without " + ", ".join(map(str, config.omit_classes))
+        partial = {field: values[kept] for field, values in labelled.items()}
+        students[name] = student(name.replace(", ", "-").replace(" ", "-"), soft, partial)
+        students[name + ", shifted"] = shift_bias(lab, students[name])
+    return students
+
+
+def shift_bias(lab: Lab, student: Trained) -> Trained:
+    """Adds to the bias of the omitted classes what makes the fewest errors on validation data.
+
+    Errors are constant between steps of the shift: the middle of the best interval is taken.
+    """
+    omitted = np.isin(np.arange(lab.dataset.classes), lab.config.omit_classes)
+    shifts = np.linspace(-5, 20, 1001)
+    label = lab.dataset.validation.label
+    errors = [
+        np.sum((student.validation_logits + shift * omitted).argmax(-1) != label)
+        for shift in shifts
+    ]
+    best = float(np.median(shifts[errors == np.min(errors)]))
+    add = np.float32(best) * omitted
+    return student._replace(
+        apply_fn=lambda *args, **options: (student.apply_fn(*args, **options)[0] + add, args[1]),
+        validation_logits=student.validation_logits + add,
+        test_logits=student.test_logits + add,
+    )
+
+
+def collect(lab: Lab, trained: list[dict[str, Trained]], seconds: Mapping[str, Any]) -> dict:
+    """Evaluates every model on the test set: the contents of results.json."""
+    test, validation = lab.dataset.test, lab.dataset.validation
+    results: dict[str, Any] = {
+        "experiment": "kd_mnist",
+        "dataset": {
+            "name": lab.dataset.name,
+            "source": lab.dataset.source,
+            **{s: len(getattr(lab.dataset, s).id) for s in ("train", "validation", "test")},
+        },
+        "config": recorded(lab.config),
+        "environment": runs.environment(),
+        "seconds": {
+            **{name: [t[name].seconds for t in trained] for name in trained[0]},
+            **seconds,
+        },
+        "models": {},
+    }
+    example = np.asarray(prepare(jnp.asarray(test.image[0])))
+    for name in trained[0]:
+        figures = [
+            metrics.evaluate(
+                models[name].test_logits,
+                test.label,
+                None if name == "teacher" else models["teacher"].test_logits,
+            )
+            for models in trained
+        ]
+        first = trained[0][name]
+        results["models"][name] = {
+            **metrics.cost(first.apply_fn, *first.variables, example),
+            "validation": {
+                "errors": [
+                    float(metrics.errors(models[name].validation_logits, validation.label).sum())
+                    for models in trained
+                ]
+            },
+            "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
+        }
+    return results
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """Lists the options on which results depend."""
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in PRACTICAL}
+
+
+def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
+    """Draws the pictures of report.md: title → file name. Those of single models are of seed 1."""
+    first, test = trained[0], lab.dataset.test
+    shown = [name for name in ("teacher", "scratch", "distilled") if name in first]
+    names = lab.dataset.class_names
+    pictures = {}
+
+    def picture(title, file, function, *args, **options):
+        function(lab.out / file, *args, **options)
+        pictures[title] = file
+
+    picture(
+        "Validation error and training loss against epoch; band: one standard deviation over seeds",
+        "learning_curves.png",
+        report.learning_curves,
+        {
+            name: [models[name].history for models in trained]
+            for name in first
+            if "shift" not in name
+        },
+        validation_size=len(lab.dataset.validation.id),
+    )
+    picture(
+        "Reliability on the test set, 15 bins of equal mass",
+        "reliability.png",
+        report.reliability,
+        {name: metrics.calibration_bins(first[name].test_logits, test.label) for name in shown},
+    )
+    picture(
+        "Confusion of the distilled student on the test set",
+        "confusion.png",
+        report.confusion,
+        metrics.confusion(first["distilled"].test_logits, test.label),
+        names,
+        "distilled student",
+    )
+    probabilities = {name: np.asarray(jax.nn.softmax(first[name].test_logits)) for name in shown}
+    hesitant = np.argsort(probabilities["teacher"].max(-1), kind="stable")[:12]
+    picture(
+        "The test images on which the teacher hesitates most, with its soft labels",
+        "gallery.png",
+        report.gallery,
+        test.image[hesitant],
+        test.label[hesitant],
+        probabilities.pop("teacher")[hesitant],
+        names,
+        {name: values[hesitant] for name, values in probabilities.items()},
+    )
+    return pictures
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    config = tyro.cli(Config, description=__doc__)
+    started = time.monotonic()
+    if config.devices > 1:
+        parallel.use_cpu_devices(config.devices)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    print(f"Data: {dataset.name}, {dataset.source}.")
+    config = complete(config, dataset)
+    identity = recorded(config) | {
+        "data": targets.fingerprint([s.image for s in (dataset.train, dataset.test)])[:16]
+    }
+    folder = f"kd_mnist-{dataset.name.replace('/', '-')}-{config.preset}"
+    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
+    runs.open_run(out, identity, restart=config.restart)
+    print(f"Run: {out} (the same command goes on where it was stopped)")
+
+    # The unit of work is one student epoch; the teacher's is judged by its parameters.
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(
+            models.build(d, dataset.train.image.shape[1:], dataset.classes, jax.random.key(0)).params
+        ))
+        for d in (config.teacher, config.student)
+    ]  # fmt: skip
+    teacher_unit = sizes[0] / sizes[1]
+    students = 2 + 2 * config.patient + bool(config.omit_classes)
+    work = config.members * config.teacher_epochs * teacher_unit + students * config.epochs
+    progress = runs.Progress(config.seeds * work)
+    lab = Lab(config, dataset, out, progress)
+    trained = []
+    for seed in range(config.seeds):
+        teacher = train_teacher(lab, seed, teacher_unit)
+        trained.append({"teacher": teacher, **train_students(lab, seed, teacher, 1.0)})
+    progress.close()
+
+    results = collect(lab, trained, {"total": time.monotonic() - started})
+    report.write_json(out / "results.json", results)
+    command = shlex.join(["python", *sys.argv])
+    report.write_report(out, results, draw(lab, trained), command=command)
+    print()
+    print(report.table(results))
+    print()
+    print(report.summary(results))
+    print(f"Report with pictures: {out / 'report.md'}")
+    test = {name: results["models"][name]["test"]["errors"] for name in ("scratch", "distilled")}
+    if config.check and not np.mean(test["distilled"]) < np.mean(test["scratch"]):
+        print("check failed: the distilled student is not better than scratch", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
