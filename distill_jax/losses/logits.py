@@ -276,10 +276,9 @@ def soft_cross_entropy(
     '0.6931'
     """
     x = _pair(student_logits, teacher_logits, temperature, axis, where)
-    p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
-    impossible = jnp.any(x.has_p & ~x.has_q & (p > 0), axis)
-    value = -jnp.sum(jnp.where(x.has_q, p * x.log_q, 0.0), axis)
-    return _scale(temperature, jnp.where(impossible, jnp.inf, value), axis)
+    divergence = _kl(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
+    entropy = -jnp.sum(jnp.where(x.has_p, jnp.exp(x.log_p) * x.log_p, 0.0), axis)
+    return _scale(temperature, divergence + entropy, axis)
 
 
 def mean_squared_logits(
