@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_jax import losses
 
-Array = jax.Array
+Array = Any  # jax.Array or np.ndarray
 
 
 def errors(logits: Array, labels: Array) -> Array:

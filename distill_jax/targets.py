@@ -240,7 +240,7 @@ def write_labels(
                 f"infinite, or too large for {dtype}: check the teacher, or store float32"
             )
         target = path / _shard_name(shard)
-        write_atomically(target, lambda tmp, data=stored: tmp.write_bytes(data.tobytes()))
+        write_atomically(target, stored.tofile)
         state = {**state, "classes": classes, "shards": [*state["shards"], _sha256(target)]}
         write_json(manifest, state)
         progress(min((shard + 1) * shard_rows, len(ids)), len(ids))

@@ -44,7 +44,7 @@ class LossFn(Protocol):
     a batch (accumulation, devices) the step then makes the mean of the whole.
     """
 
-    def __call__(
+    def __call__(  # noqa: D102
         self, params: PyTree, model_state: PyTree, batch: Batch, *, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]: ...
 
@@ -154,13 +154,14 @@ def make_train_step(
 
         def add(carry, part_and_key):
             model_state, totals = carry
-            model_state, new = weighted_sums(params, model_state, *part_and_key, step)
+            part, key = part_and_key
+            model_state, new = weighted_sums(params, model_state, part, key, step)
             return (model_state, jax.tree.map(jnp.add, totals, new)), None
 
         first, rest = (
             jax.tree.map(lambda x, s=s: x[s], (parts, keys)) for s in (0, slice(1, None))
         )
-        start = weighted_sums(params, model_state, *first, step)
+        start = weighted_sums(params, model_state, first[0], first[1], step)
         # Unrolled on a CPU, where a convolution inside a loop is 50 times slower
         unroll = accumulate - 1 if jax.default_backend() == "cpu" else 1
         return jax.lax.scan(add, start, rest, unroll=unroll)[0]

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import tyro
 
-from distill_jax import (
+from distill_jax import (  # isort: skip
     augment, data, fit, losses, metrics, models, objectives, parallel, report, runs, targets, train,
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Those left out take the preset's value, which depends on the data set."""
+    """Options. The defaults shown are those of the preset quick on MNIST."""
 
     dataset: str = "auto"
     """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
@@ -48,40 +48,42 @@ class Config:
     """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
     preset: Literal["quick", "hinton2015"] = "quick"
     """quick: minutes; hinton2015: section 3 of the paper, an hour or two on two cores"""
-    seeds: int | None = None
+    seeds: int = 5
     """how many repetitions, each with its own teacher"""
-    teacher: str | None = None
+    teacher: str = "convnet:16,32"
     """such as mlp:1200,1200 or convnet:16,32"""
-    student: str | None = None
+    student: str = "mlp:128"
     """likewise"""
-    members: int | None = None
+    members: int = 1
     """networks in the teacher, averaged"""
-    temperature: float | None = None
+    temperature: float = 4.0
     """T, softens the predictions of both"""
-    alpha: float | None = None
+    alpha: float = 0.0
     """the labels' share of the distilled student's loss; the rest is the teacher's"""
     loss: Literal["kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"] = "kl"
     """against the teacher's predictions"""
-    epochs: int | None = None
+    epochs: int = 30
     """the students'"""
-    learning_rate: float | None = None
-    """the students', at the start; it falls to 0 along a cosine (Adam)"""
-    teacher_epochs: int | None = None
+    learning_rate: float = 1e-3
+    """the students', at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
+    batch_size: int = 128
+    """examples a step of the students"""
+    teacher_epochs: int = 6
     """the teacher's"""
-    teacher_learning_rate: float | None = None
+    teacher_learning_rate: float = 1e-3
     """the teacher's"""
-    dropout: float | None = None
+    teacher_batch_size: int = 128
+    """the teacher's"""
+    dropout: float = 0.4
     """of the teacher's hidden units"""
-    max_norm: float | None = None
+    max_norm: float = 0.0
     """bound on the norm of a teacher unit's incoming weights; 0: none"""
-    jitter: int | None = None
+    jitter: int = 2
     """pixels by which the teacher's training images are shifted at random"""
-    patient: bool | None = None
+    patient: bool = False
     """also train a student whose jittered images the teacher labels online"""
-    omit_classes: tuple[int, ...] | None = None
+    omit_classes: tuple[int, ...] = ()
     """also distil without any example of these classes, then shift their bias"""
-    batch_size: int | None = None
-    """examples a step"""
     validation: int | None = None
     """examples held out of the training set (default: the data set's own)"""
     labels_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -100,60 +102,68 @@ class Config:
     """exit 1 unless the distilled student's mean test error is below the scratch student's"""
 
 
-# What a configuration leaves out. Chosen on validation data; BUILD_NOTES.md has the figures.
-MLP_DEFAULTS: dict[str, Any] = {
-    "seeds": 5, "teacher": "convnet:16,32", "student": "mlp:128", "members": 1,
-    "temperature": 4.0, "alpha": 0.0, "epochs": 30, "learning_rate": 1e-3,
-    "teacher_epochs": 6, "teacher_learning_rate": 1e-3, "dropout": 0.4, "max_norm": 0.0, "jitter": 2,
-    "patient": False, "omit_classes": (), "batch_size": 128,
+# How the other presets differ. Chosen on validation data; BUILD_NOTES.md has the figures.
+SMALL_IMAGES: dict[str, Any] = {
+    "student": "mlp:32", "members": 3, "temperature": 2.0, "epochs": 200, "learning_rate": 3e-3,
+    "teacher_epochs": 60, "teacher_learning_rate": 2e-3, "jitter": 1, "batch_size": 64,
+    "teacher_batch_size": 64,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": MLP_DEFAULTS,
-    "quick on small images": MLP_DEFAULTS | {
-        "teacher": "convnet:16,32", "student": "mlp:32", "members": 3, "temperature": 2.0,
-        "epochs": 200, "learning_rate": 3e-3, "teacher_epochs": 60, "teacher_learning_rate": 2e-3,
-        "jitter": 1, "batch_size": 64,
-    },
-    "hinton2015": MLP_DEFAULTS | {
-        "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
-        "epochs": 60, "teacher_epochs": 120, "max_norm": 1.5, "patient": True, "omit_classes": (3,),
-    },
+HINTON_2015: dict[str, Any] = {
+    "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
+    "epochs": 60, "teacher_epochs": 120, "max_norm": 1.5, "patient": True, "omit_classes": (3,),
 }  # fmt: skip
 
 # Options that change where and how a run works, but not its results
 PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 
 
-def complete(config: Config, dataset: data.Dataset) -> Config:
-    """Fills in the preset's values, and checks all."""
-    preset = config.preset
-    if preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
-        preset = "quick on small images"
-    missing = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **missing)
-    for name in ("seeds", "members", "epochs", "teacher_epochs", "batch_size", "devices"):
+def parse() -> tuple[Config, data.Dataset]:
+    """Reads the command line; what it leaves out depends on the preset and on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    if config.devices > 1:
+        parallel.use_cpu_devices(config.devices)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    changes = {"hinton2015": HINTON_2015, "quick": {}}[config.preset]
+    if config.preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
+        changes = SMALL_IMAGES
+    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
+    check(config, dataset)
+    return config, dataset
+
+
+def check(config: Config, dataset: data.Dataset) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    for name in (
+        "seeds",
+        "members",
+        "epochs",
+        "teacher_epochs",
+        "batch_size",
+        "teacher_batch_size",
+    ):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            raise ValueError(f"{option(name)} must be at least 1, got {getattr(config, name)}")
     for name in ("learning_rate", "teacher_learning_rate", "temperature"):
-        value = getattr(config, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
     for name in ("max_norm", "jitter", "save_seconds"):
         if not getattr(config, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
     if not 0 <= config.alpha <= 1:
         raise ValueError(f"--alpha must lie in [0, 1], got {config.alpha}")
-    if config.batch_size % config.devices:
-        raise ValueError(
-            f"--batch-size {config.batch_size} must be a multiple of --devices {config.devices}"
-        )
+    for name in ("batch_size", "teacher_batch_size"):
+        if getattr(config, name) % config.devices:
+            raise ValueError(f"{option(name)} must be a multiple of --devices, {config.devices}")
     bad = [c for c in config.omit_classes if not 0 <= c < dataset.classes]
     if bad or len(set(config.omit_classes)) >= dataset.classes - 1:
         raise ValueError(
             f"--omit-classes must name some of 0 to {dataset.classes - 1} and leave at least two, "
             f"got {config.omit_classes}"
         )
-    return config
 
 
 def prepare(images: jax.Array) -> jax.Array:
@@ -207,6 +217,7 @@ class Lab:
         *,
         epochs: int,
         learning_rate: float,
+        batch_size: int,
         max_norm: float = 0.0,
         transform: Callable[..., Any],
         context: Any = None,
@@ -214,7 +225,7 @@ class Lab:
         unit: float,
     ) -> Trained:
         """Trains one model, or takes it from the run's checkpoint."""
-        steps = max(1, len(training["label"]) // self.config.batch_size)
+        steps = max(1, len(training["label"]) // batch_size)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
         )
@@ -231,7 +242,7 @@ class Lab:
             train.make_epoch(step, transform=transform, sharding=self.sharding),
             training,
             epochs=epochs,
-            batch_size=self.config.batch_size,
+            batch_size=batch_size,
             seed=order_seed,
             context=context,
             validate=fit.make_validation(
@@ -250,7 +261,7 @@ class Lab:
         """Takes a model's predictions for validation and test images."""
         variables = jax.device_put(variables, jax.devices()[0])
         validation, test = (
-            targets.predict(apply_fn, *variables, split.image, prepare=prepare)
+            targets.predict(apply_fn, variables[0], variables[1], split.image, prepare=prepare)
             for split in (self.dataset.validation, self.dataset.test)
         )
         return Trained(apply_fn, variables, history, seconds, validation, test)
@@ -284,6 +295,7 @@ def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
                 arrays(lab.dataset.train),
                 epochs=config.teacher_epochs,
                 learning_rate=config.teacher_learning_rate,
+                batch_size=config.teacher_batch_size,
                 max_norm=config.max_norm,
                 transform=jittered(config.jitter),
                 order_seed=10_000 + seed * config.members + member,
@@ -344,6 +356,7 @@ def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[s
             training,
             epochs=config.epochs,
             learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
             transform=transform,
             context=context,
             order_seed=20_000 + seed,
@@ -497,13 +510,9 @@ def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    config = tyro.cli(Config, description=__doc__)
     started = time.monotonic()
-    if config.devices > 1:
-        parallel.use_cpu_devices(config.devices)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    config, dataset = parse()
     print(f"Data: {dataset.name}, {dataset.source}.")
-    config = complete(config, dataset)
     identity = recorded(config) | {
         "data": targets.fingerprint([s.image for s in (dataset.train, dataset.test)])[:16]
     }

@@ -26,8 +26,11 @@ class LinenNet(linen.Module):
 
 
 def nnx_model(axis_name=None) -> Model:
-    options = dict(channels=(4, 4), hidden=8, kernel=3, batch_norm=True, axis_name=axis_name)
-    return from_nnx(ConvNet(SHAPE, CLASSES, **options, rngs=nnx.Rngs(0)))
+    sizes = {"channels": (4, 4), "hidden": 8, "kernel": 3}
+    module = ConvNet(
+        SHAPE, CLASSES, **sizes, batch_norm=True, axis_name=axis_name, rngs=nnx.Rngs(0)
+    )
+    return from_nnx(module)
 
 
 def linen_model(axis_name=None) -> Model:

@@ -44,7 +44,7 @@ def test_dtypes(tmp_path, dtype, tolerance):
 def test_unknown_ids_are_an_error(tmp_path):
     store = write(tmp_path / "s")
     for ids in ([3, 4], [401], [-1]):
-        with pytest.raises(KeyError, match="1 of . examples have no soft label"):
+        with pytest.raises(KeyError, match=r"1 of . examples have no soft label"):
             store[ids]
 
 
@@ -93,7 +93,7 @@ def test_other_labels_are_refused_by_name(tmp_path, changes, message):
 
 def test_other_ids_are_refused(tmp_path):
     write(tmp_path / "s")
-    with pytest.raises(ValueError, match="ids is .*, expected"):
+    with pytest.raises(ValueError, match=r"ids is .*, expected"):
         targets.write_labels(
             tmp_path / "s", IDS + 1, lambda rows: LOGITS[rows], fingerprint=MADE_OF, shard_rows=3
         )

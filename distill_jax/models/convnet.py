@@ -49,7 +49,7 @@ class ConvNet(nnx.Module):
         kernel: int = 5,
         dropout: float = 0.0,
         batch_norm: bool = False,
-        axis_name: str | tuple[str, ...] | None = None,
+        axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
         height, width, features = shape

@@ -36,42 +36,37 @@ def from_nnx(module: nnx.Module) -> Model:
         mode.
 
     Returns:
+      Plain nested dicts, so that what is saved and compared does not depend on NNX's containers:
       ``params`` are the ``nnx.Param``s; ``model_state`` is every other variable but random state.
     """
-    # The random streams are reseeded at each training call, so what they hold is a constant.
+    kinds = (nnx.Param, nnx.RngState, ...)
     module.train()
-    train_def, params, random_state, model_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    training: Any = nnx.split(module, *kinds)
     module.eval()
-    eval_def = nnx.split(module, nnx.Param, nnx.RngState, ...)[0]
-    streams = sorted({stream.tag for stream in _rng_streams(module)})
+    evaluation: Any = nnx.split(module, *kinds)
+    # The random streams are reseeded at each training call, so what they hold is a constant.
+    random_state = training[2]
+    params_like, state_like = nnx.eval_shape(lambda: (training[1], training[3]))
+    nodes = nnx.iter_graph(module)
+    streams = sorted({str(node.tag) for _, node in nodes if isinstance(node, nnx.RngStream)})
+
+    def merge(definition, params, model_state):
+        # `copy=True`, or BatchNorm under jax.grad raises TraceContextError
+        restored = (_restore(params_like, params), random_state, _restore(state_like, model_state))
+        return nnx.merge(definition, *restored, copy=True)
 
     def apply_fn(params, model_state, x, *, key=None):
-        # `copy=True`, or BatchNorm under jax.grad raises TraceContextError
         if key is None:
-            return nnx.merge(eval_def, params, random_state, model_state, copy=True)(x), model_state
-        module = nnx.merge(train_def, params, random_state, model_state, copy=True)
-        keys = jax.random.split(key, len(streams)) if streams else []
-        nnx.reseed(module, **dict(zip(streams, keys, strict=True)))
+            return merge(evaluation[0], params, model_state)(x), model_state
+        module = merge(training[0], params, model_state)
+        if streams:
+            keys = jax.random.split(key, len(streams))
+            nnx.reseed(module, **dict(zip(streams, keys, strict=True)))
         outputs = module(x)
-        return outputs, nnx.split(module, nnx.Param, nnx.RngState, ...)[3]
+        after: Any = nnx.split(module, *kinds)
+        return outputs, nnx.to_pure_dict(after[3])
 
-    # Plain dicts: what is saved, compared and pruned should not depend on NNX's own containers.
-    return _with_pure_trees(apply_fn, params, model_state)
-
-
-def _rng_streams(module):
-    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
-
-
-def _with_pure_trees(apply_fn, params, model_state) -> Model:
-    def pure_apply(pure_params, pure_state, x, *, key=None):
-        outputs, state = apply_fn(
-            _restore(params_like, pure_params), _restore(state_like, pure_state), x, key=key
-        )
-        return outputs, nnx.to_pure_dict(state)
-
-    params_like, state_like = nnx.eval_shape(lambda: params), nnx.eval_shape(lambda: model_state)
-    return Model(pure_apply, nnx.to_pure_dict(params), nnx.to_pure_dict(model_state))
+    return Model(apply_fn, nnx.to_pure_dict(training[1]), nnx.to_pure_dict(training[3]))
 
 
 def _restore(like, pure):
@@ -95,7 +90,7 @@ def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
     """
     takes_train = "train" in inspect.signature(module.__call__).parameters
 
-    def options(train: bool) -> dict[str, bool]:
+    def options(train: bool) -> dict[str, Any]:
         return {"train": train} if takes_train else {}
 
     variables = dict(module.init(key, x, **options(False)))

@@ -33,8 +33,7 @@ class MLP(nnx.Module):
         rates = [input_dropout, *[dropout] * (len(widths) - 2)]
         he = nnx.initializers.he_normal()
         self.dense = nnx.List(
-            nnx.Linear(a, b, kernel_init=he, rngs=rngs)
-            for a, b in itertools.pairwise(widths)
+            nnx.Linear(a, b, kernel_init=he, rngs=rngs) for a, b in itertools.pairwise(widths)
         )
         self.dropout = nnx.List(nnx.Dropout(rate, rngs=rngs) for rate in rates)
 

@@ -1,0 +1,144 @@
+"""The loop: validation, the best epoch, checkpoints, resume."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill_jax import checkpoint, fit, objectives, train
+from distill_jax.models import build
+
+RNG = np.random.default_rng(0)
+DATA = {
+    "image": RNG.normal(size=(50, 4, 4, 1)).astype(np.float32),
+    "label": RNG.integers(0, 3, 50).astype(np.int32),
+}
+VALIDATION = {k: v[:13] for k, v in DATA.items()}
+
+
+def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, **options):
+    model = build(widths, (4, 4, 1), 3, jax.random.key(0), dropout=0.3)
+    tx = optax.adam(learning_rate)
+    state = train.init_state(model.params, tx, jax.random.key(1), model.model_state)
+    epoch = train.make_epoch(train.make_train_step(objectives.supervised(model.apply_fn), tx))
+
+    def on_epoch(number, figures):
+        if number == stop_at:
+            raise KeyboardInterrupt
+
+    return fit.fit(
+        state, epoch, DATA, epochs=epochs, batch_size=8, seed=3, on_epoch=on_epoch,
+        validate=fit.make_validation(model.apply_fn, VALIDATION, batch_size=5), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop_at):
+    expected = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_at=stop_at, directory=tmp_path, save_seconds=0.0)
+    seen = []
+    result = run(directory=tmp_path, save_seconds=0.0)
+    chex.assert_trees_all_equal(
+        *[x.state._replace(key=jax.random.key_data(x.state.key)) for x in (result, expected)]
+    )
+    chex.assert_trees_all_equal(result.best, expected.best)
+    assert result.history == expected.history
+    assert seen == []
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    expected = run(directory=tmp_path)
+    again = run(directory=tmp_path, stop_at=99)
+    chex.assert_trees_all_equal(again.state.params, expected.state.params)
+    assert again.history == expected.history
+    assert again.seconds == expected.seconds
+
+
+def test_validation_counts_every_example_once():
+    """13 examples in batches of 5: the last one is padded, and the padding does not count."""
+    model = build("mlp:8", (4, 4, 1), 3, jax.random.key(0))
+    figures = fit.make_validation(model.apply_fn, VALIDATION, batch_size=5)(model.params, {})
+    logits, _ = model.apply_fn(model.params, {}, VALIDATION["image"])
+    log_q = np.asarray(jax.nn.log_softmax(logits))
+    assert figures["validation_errors"] == (logits.argmax(-1) != VALIDATION["label"]).sum()
+    expected = -log_q[np.arange(13), VALIDATION["label"]].mean()
+    assert figures["validation_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_best_is_the_latest_epoch_of_fewest_validation_errors():
+    result = run(epochs=12, learning_rate=0.3)
+    errors = np.array(result.history["validation_errors"])
+    best = np.flatnonzero(errors == errors.min())[-1] + 1
+    expected = run(epochs=int(best), learning_rate=0.3).state
+    chex.assert_trees_all_equal(result.best, (expected.params, expected.model_state))
+    assert best < 12  # or this test shows nothing
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    a = fit.epoch_order(1, 2, 50, 8)
+    np.testing.assert_array_equal(a, fit.epoch_order(1, 2, 50, 8))
+    assert a.shape == (6, 8)
+    assert len(set(a.ravel())) == 48
+    assert (a != fit.epoch_order(1, 3, 50, 8)).any()
+    assert (a != fit.epoch_order(2, 2, 50, 8)).any()
+    for size in (0, 51):
+        with pytest.raises(ValueError, match="batch_size must be 1 to the number of training"):
+            fit.epoch_order(1, 2, 50, size)
+
+
+def test_divergence_is_an_error_and_keeps_the_checkpoint(tmp_path):
+    run(epochs=1, directory=tmp_path, learning_rate=optax.constant_schedule(1e-2))
+    explode = optax.piecewise_constant_schedule(1e-2, {6: 1e30})
+    with pytest.raises(
+        ValueError, match=r"the loss became .* diverged; use a smaller learning rate"
+    ):
+        run(epochs=6, learning_rate=explode, directory=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_checkpoint_of_another_model_or_of_more_epochs_is_refused(tmp_path):
+    run(directory=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"of another model or optimizer: best.*kernel: float32\[8, 3\], expec"
+    ):
+        run(directory=tmp_path, widths="mlp:9")
+    with pytest.raises(ValueError, match="has 4 epochs, more than the 2 asked for"):
+        run(directory=tmp_path, epochs=2)
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    tree = {
+        "a": jnp.arange(3),
+        "key": jax.random.key(5, impl="rbg"),
+        "nested": [jnp.ones(2, jnp.bfloat16)],
+    }
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(tree) is None
+        for step in range(4):
+            checkpoints.save(step, tree | {"a": jnp.arange(3) + step}, {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        found, info = checkpoints.restore(tree)
+    assert info == {"step": 3}
+    np.testing.assert_array_equal(found["a"], [3, 4, 5])
+    assert found["key"] == tree["key"]
+    assert found["nested"][0].dtype == jnp.bfloat16
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "x.json"
+    checkpoint.write_json(target, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.write_json(target, {"a": float("nan")})
+    assert target.read_text() == '{\n "a": 1\n}\n'
+
+    def fails(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(target, fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
