@@ -1,7 +1,5 @@
 """Checkpoints: a pytree and a little JSON, saved by Orbax, asynchronously and whole or not at all."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +112,3 @@ class Checkpoints:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write(temporary path)`` and moves the result to ``path``: whole, or not there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON atomically; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))

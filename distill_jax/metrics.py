@@ -166,7 +166,8 @@ def cost(
 
     Returns:
       ``parameters`` (a count), ``bytes`` (of parameters and state), ``flops`` an example (XLA's count
-      for the compiled program at batch 256, divided by 256) and ``latency_ms``, the median wall time
+      for the compiled program at batch 256, divided by 256; absent where XLA has none) and
+      ``latency_ms``, the median wall time
       of a call at batch ``"1"`` and ``"256"``, in milliseconds.
     """
     leaves = jax.tree.leaves((params, model_state))
@@ -185,6 +186,6 @@ def cost(
             jax.block_until_ready(compiled(params, model_state, inputs))
             times.append(time.perf_counter() - start)
         result["latency_ms"][str(batch)] = float(np.median(times[3:]) * 1e3)
-        analysis = compiled.cost_analysis()
-        result["flops"] = float((analysis or {}).get("flops", np.nan)) / batch
+        if flops := (compiled.cost_analysis() or {}).get("flops"):
+            result["flops"] = float(flops) / batch
     return result

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import tqdm
 
-from distill_jax.checkpoint import write_json
+from distill_jax.files import write_json
 
 
 def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = False) -> Path:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from distill_jax.checkpoint import write_atomically, write_json
+from distill_jax.files import write_atomically, write_json
 
 PyTree = Any
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -23,7 +23,7 @@ import optax
 import tqdm
 import tyro
 
-from distill_jax import checkpoint, models, objectives, runs, targets, train
+from distill_jax import files, models, objectives, runs, targets, train
 
 PAIRS = {"mlp": ("mlp:1200,1200", "mlp:800,800"), "convnet": ("convnet:32,64", "convnet:8,16")}
 CLASSES, SHAPE, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, (28, 28, 1), 4096, 0.01, 0.9
@@ -232,7 +232,7 @@ def main() -> int:
             "ratios": {name: values.tolist() for name, values in compared.items()},
         }
     if config.out is not None:
-        checkpoint.write_json(config.out, report)
+        files.write_json(config.out, report)
     return 0
 
 

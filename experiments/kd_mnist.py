@@ -26,7 +26,8 @@ import optax
 import tyro
 
 from distill_jax import (  # isort: skip
-    augment, data, fit, losses, metrics, models, objectives, parallel, report, runs, targets, train,
+    augment, data, files, fit, losses, metrics, models, objectives, parallel, pictures, report, runs,
+    targets, train,
 )  # fmt: skip
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -431,19 +432,19 @@ def collect(lab: Lab, trained: list[dict[str, Trained]], seconds: Mapping[str, A
     for name in trained[0]:
         figures = [
             metrics.evaluate(
-                models[name].test_logits,
+                of_seed[name].test_logits,
                 test.label,
-                None if name == "teacher" else models["teacher"].test_logits,
+                None if name == "teacher" else of_seed["teacher"].test_logits,
             )
-            for models in trained
+            for of_seed in trained
         ]
         first = trained[0][name]
         results["models"][name] = {
             **metrics.cost(first.apply_fn, *first.variables, example),
             "validation": {
                 "errors": [
-                    float(metrics.errors(models[name].validation_logits, validation.label).sum())
-                    for models in trained
+                    float(metrics.errors(of_seed[name].validation_logits, validation.label).sum())
+                    for of_seed in trained
                 ]
             },
             "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
@@ -462,18 +463,18 @@ def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
     first, test = trained[0], lab.dataset.test
     shown = [name for name in ("teacher", "scratch", "distilled") if name in first]
     names = lab.dataset.class_names
-    pictures = {}
+    drawn = {}
 
     def picture(title, file, function, *args, **options):
         function(lab.out / file, *args, **options)
-        pictures[title] = file
+        drawn[title] = file
 
     picture(
         "Validation error and training loss against epoch; band: one standard deviation over seeds",
         "learning_curves.png",
-        report.learning_curves,
+        pictures.learning_curves,
         {
-            name: [models[name].history for models in trained]
+            name: [of_seed[name].history for of_seed in trained]
             for name in first
             if "shift" not in name
         },
@@ -482,13 +483,13 @@ def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
     picture(
         "Reliability on the test set, 15 bins of equal mass",
         "reliability.png",
-        report.reliability,
+        pictures.reliability,
         {name: metrics.calibration_bins(first[name].test_logits, test.label) for name in shown},
     )
     picture(
         "Confusion of the distilled student on the test set",
         "confusion.png",
-        report.confusion,
+        pictures.confusion,
         metrics.confusion(first["distilled"].test_logits, test.label),
         names,
         "distilled student",
@@ -498,14 +499,14 @@ def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
     picture(
         "The test images on which the teacher hesitates most, with its soft labels",
         "gallery.png",
-        report.gallery,
+        pictures.gallery,
         test.image[hesitant],
         test.label[hesitant],
         probabilities.pop("teacher")[hesitant],
         names,
         {name: values[hesitant] for name, values in probabilities.items()},
     )
-    return pictures
+    return drawn
 
 
 def main() -> int:
@@ -540,7 +541,7 @@ def main() -> int:
     progress.close()
 
     results = collect(lab, trained, {"total": time.monotonic() - started})
-    report.write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results)
     command = shlex.join(["python", *sys.argv])
     report.write_report(out, results, draw(lab, trained), command=command)
     print()

@@ -126,19 +126,3 @@ def test_the_last_checkpoints_stay(tmp_path):
     np.testing.assert_array_equal(found["a"], [3, 4, 5])
     assert found["key"] == tree["key"]
     assert found["nested"][0].dtype == jnp.bfloat16
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "x.json"
-    checkpoint.write_json(target, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        checkpoint.write_json(target, {"a": float("nan")})
-    assert target.read_text() == '{\n "a": 1\n}\n'
-
-    def fails(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(target, fails)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -1,0 +1,755 @@
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.download.checksums import UrlInfo
+from tensorflow_datasets.core.registered import skip_registration
+
+from distill_jax import data
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "tfds"
+STEMS = data._FILES
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """A machine with no data of its own, and no proxy between it and the loopback server."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no-tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(data, "_DEBIAN", tmp_path / "no-debian")
+
+
+def tiny(train=40, test=10, shape=(5, 4), seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "train_image": rng.integers(0, 256, (train, *shape), np.uint8),
+        "train_label": (np.arange(train, dtype=np.uint8) * 7 + 3) % 10,
+        "test_image": rng.integers(0, 256, (test, *shape), np.uint8),
+        "test_label": np.arange(test, dtype=np.uint8)[::-1] % 10,
+    }
+
+
+def idx(array):
+    head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return head + array.tobytes()
+
+
+def write(folder, arrays, gz=False, rename=lambda name: name):
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, array in arrays.items():
+        content = gzip.compress(idx(array)) if gz else idx(array)
+        (folder / (rename(STEMS[key]) + (".gz" if gz else ""))).write_bytes(content)
+    return folder
+
+
+def whole(dataset):
+    """Train and validation put together again, in the order of the file."""
+    ids = np.concatenate([dataset.train.id, dataset.validation.id])
+    order = np.argsort(ids)
+    np.testing.assert_array_equal(ids[order], np.arange(len(ids)))
+    parts = zip(dataset.train[1:], dataset.validation[1:], strict=True)
+    return [np.concatenate(part)[order] for part in parts]
+
+
+def assert_is(dataset, arrays):
+    image, label = whole(dataset)
+    np.testing.assert_array_equal(image[..., 0], arrays["train_image"])
+    np.testing.assert_array_equal(label, arrays["train_label"])
+    np.testing.assert_array_equal(dataset.test.image[..., 0], arrays["test_image"])
+    np.testing.assert_array_equal(dataset.test.label, arrays["test_label"])
+    np.testing.assert_array_equal(dataset.test.id, len(label) + np.arange(len(dataset.test.id)))
+
+
+# Splits and digits
+
+
+def test_digits_has_every_scan_once_and_its_counts():
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits")
+    assert (digits.name, digits.source) == ("digits", "scikit-learn's embedded digits")
+    assert digits.classes == 10
+    assert digits.class_names == tuple("0123456789")
+    splits = (digits.train, digits.validation, digits.test)
+    assert [len(s.id) for s in splits] == [1081, 216, 500]
+    ids = np.concatenate([s.id for s in splits])
+    np.testing.assert_array_equal(np.sort(ids), np.arange(1797))
+    for split in splits:
+        n = len(split.id)
+        assert split.id.shape == split.label.shape == (n,)
+        assert split.image.shape == (n, 8, 8, 1)
+        assert [x.dtype for x in split] == [np.int64, np.uint8, np.int32]
+        assert (np.diff(split.id) > 0).all()
+        assert set(split.label) == set(range(10))
+    scans = load_digits()
+    theirs = as_set(np.round(scans.images * (255 / 16)).astype(np.uint8), scans.target)
+    assert theirs == as_set(*(np.concatenate(x) for x in list(zip(*splits, strict=True))[1:]))
+    assert digits.train.image.max() == 255
+
+
+def test_the_seed_moves_validation_data_but_not_ids_and_test_data():
+    a, b = data.load("digits", seed=0), data.load("digits", seed=1)
+    for x, y in zip(a.test, b.test, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert 0 < len(np.intersect1d(a.validation.id, b.validation.id)) < 216
+    for x, y in zip(whole(a), whole(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    again = data.load("digits", seed=1)
+    np.testing.assert_array_equal(b.validation.id, again.validation.id)
+
+
+def test_the_carve_never_changes():
+    """Soft labels are kept by id: a change of the carve would give them to other images."""
+    digits = data.load("digits")
+    assert digits.validation.id[:5].tolist() == [1, 5, 8, 9, 14]
+    assert digits.test.label[:10].tolist() == [1, 2, 4, 5, 6, 9, 4, 7, 8, 9]
+
+
+@pytest.mark.parametrize("size", [1, 297, np.int64(1296)])
+def test_validation_of_a_given_size(size):
+    digits = data.load("digits", validation=size)
+    assert len(digits.validation.id) == size
+    assert len(digits.train.id) == 1297 - size
+
+
+@pytest.mark.parametrize("size", [0, -1, 1297, 0.2, "10"])
+def test_validation_of_a_bad_size(size):
+    with pytest.raises(ValueError, match=r"validation must be from 1 to 1296 .* got "):
+        data.load("digits", validation=size)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "auto"])
+def test_data_dir_must_be_a_folder(tmp_path, name):
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "missing", str(tmp_path / "file")):
+        with pytest.raises(ValueError, match="data_dir must be an existing folder, got"):
+            data.load(name, data_dir=bad)
+
+
+# IDX files
+
+
+@pytest.mark.parametrize("gz", [True, False])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", ""),
+        ("mnist", "mnist"),
+        ("mnist", "MNIST/raw"),
+        ("fashion_mnist", "fashion-mnist"),
+        ("kmnist", "kmnist/raw"),
+    ],
+)
+def test_idx_files(tmp_path, name, folder, gz):
+    arrays = tiny()
+    write(tmp_path / "d" / folder, arrays, gz)
+    dataset = data.load(name, data_dir=tmp_path / "d", validation=8)
+    assert_is(dataset, arrays)
+    assert dataset.name == name
+    assert dataset.source == f"IDX files in {tmp_path / 'd' / folder}"
+    assert len(dataset.class_names) == dataset.classes == 10
+    assert (
+        dataset.class_names[1] == {"mnist": "1", "fashion_mnist": "Trouser", "kmnist": "ki"}[name]
+    )
+    assert all(x.flags.writeable for split in dataset[2:5] for x in split)
+
+
+def test_idx_files_in_the_other_spelling(tmp_path):
+    write(tmp_path / "d", tiny(), rename=lambda name: name.replace("-idx", ".idx"))
+    assert_is(data.load("mnist", data_dir=tmp_path / "d"), tiny())
+
+
+def test_a_gzip_file_without_its_ending_and_a_plain_one_with_it(tmp_path):
+    folder = write(tmp_path / "d", tiny())
+    plain = folder / STEMS["train_image"]
+    plain.write_bytes(gzip.compress(plain.read_bytes()))
+    (folder / STEMS["test_label"]).rename(folder / (STEMS["test_label"] + ".gz"))
+    assert_is(data.load("mnist", data_dir=folder), tiny())
+
+
+def test_the_folder_of_that_name_comes_first(tmp_path):
+    write(tmp_path / "d", tiny(seed=1))
+    write(tmp_path / "d" / "mnist", tiny(seed=2))
+    assert_is(data.load("mnist", data_dir=tmp_path / "d"), tiny(seed=2))
+
+
+def test_debians_package(tmp_path, monkeypatch):
+    write(tmp_path / "share" / "fashion-mnist", tiny(), gz=True)
+    monkeypatch.setattr(data, "_DEBIAN", tmp_path / "share")
+    dataset = data.load("fashion_mnist")
+    assert_is(dataset, tiny())
+    assert dataset.source.startswith(f"IDX files in {tmp_path}/share/fashion-mnist (not prepared")
+    with pytest.raises(data.DataError, match=r"no IDX files in .*share; not downloaded"):
+        data.load("mnist", download=False)
+
+
+def flip(content, position):
+    return content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :]
+
+
+def swapped(arrays, a, b):
+    return {**arrays, a: arrays[b], b: arrays[a]}
+
+
+def spoil(key, change):
+    """Damages one file after all have been written."""
+
+    def apply(folder, gz):
+        path = folder / (STEMS[key] + (".gz" if gz else ""))
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("gz", "damage", "file", "message"),
+    [
+        (False, spoil("train_image", lambda b: b[:-1]), "train_image", "800 .* found 799 .trunc"),
+        (False, spoil("test_label", lambda b: b + b"\0"), "test_label", "10 bytes .*11 .trailing"),
+        (False, spoil("train_image", lambda b: b[:9]), "train_image", "16 bytes of header"),
+        (False, spoil("train_label", lambda b: b""), "train_label", "00000801, expected, found ''"),
+        (False, spoil("train_label", lambda b: flip(b, 2)), "train_label", "found '00001801'"),
+        (False, spoil("test_image", lambda b: b"<html>"), "test_image", "00000803, expected"),
+        (True, spoil("train_image", lambda b: b[:-30]), "train_image", "cannot be read, EOFError"),
+        (True, spoil("train_image", lambda b: flip(b, len(b) // 2)), "train_image", "cannot be "),
+        (True, spoil("test_label", lambda b: flip(b, len(b) - 6)), "test_label", "CRC check failed"),
+        (True, spoil("train_label", lambda b: b + b"more"), "train_label", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, gz, damage, file, message):
+    folder = write(tmp_path / "d", tiny(), gz)
+    data.load("mnist", data_dir=folder)
+    damage(folder, gz)
+    for name in ("mnist", "auto"):  # not passed over in silence either
+        with pytest.raises(data.DataError, match=f"{STEMS[file]}.*{message}"):
+            data.load(name, data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "file", "message"),
+    [
+        (swapped(tiny(), "train_image", "train_label"), "train_image", "00000803, .*'00000801'"),
+        (swapped(tiny(), "test_image", "test_label"), "test_image", "00000803, .*'00000801'"),
+        (swapped(tiny(), "train_image", "test_image"), "train_label", "10 labels.*, found 40"),
+        ({**tiny(), "test_label": tiny()["train_label"]}, "test_label", "10 labels.*found 40"),
+        (tiny(10, 40), "train_image", "more than t10k-.*'s 40 images expected, found 10"),
+        (tiny(40, 40), "train_image", "are train and test swapped"),
+        ({**tiny(), "train_label": np.full(40, 10, np.uint8)}, "train_label", "0 to 9 .* 10 to 10"),
+        ({**tiny(), "test_label": np.arange(1, 11, dtype=np.uint8)}, "test_label", "found 1 to 10"),
+        ({**tiny(), "test_image": tiny(shape=(4, 5))["test_image"]}, "test_image", r"\(4, 5\)"),
+        ({**tiny(), "test_image": np.zeros((0, 5, 4), np.uint8)}, "test_image", "images expected"),
+        (
+            {**tiny(), "train_label": np.array([9, 0, 0, 3, 0, 2, 7, 2, 5, 5] * 4, np.uint8)},
+            "train_label",
+            "mnist's labels expected, found fashion_mnist's",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_together(tmp_path, arrays, file, message):
+    folder = write(tmp_path / "d", arrays)
+    with pytest.raises(data.DataError, match=f"{STEMS[file]}: .*{message}"):
+        data.load("mnist", data_dir=folder)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    folder = write(tmp_path / "d", tiny())
+    (folder / STEMS["test_label"]).unlink()
+    with pytest.raises(data.DataError, match="no t10k-labels-idx1-ubyte"):
+        data.load("mnist", data_dir=folder)
+
+
+# Prepared by TensorFlow Datasets
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array.squeeze()).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def prepare(folder, train, test=None, name="tiny_pictures", shape=(4, 5, 3), features=None):
+    """Prepares a set with TFDS's own writer: lists of (image, label) for its splits."""
+    features = features or {
+        "image": tfds.features.Image(shape=shape),
+        "label": tfds.features.ClassLabel(names=["cat", "dog", "owl"]),
+    }
+    splits = {"train": train, **({"test": test} if test is not None else {})}
+
+    with skip_registration():
+
+        class Pictures(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(split) for split in splits}
+
+            def _generate_examples(self, split):
+                for i, (image, label) in enumerate(splits[split]):
+                    example = {"image": png(image), "label": label}
+                    yield i, {key: example[key] for key in features}
+
+        Pictures.name = name
+    Pictures(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def pictures(n, shape=(4, 5, 3), classes=3):
+    rng = np.random.default_rng(n)
+    return [(rng.integers(0, 256, shape, np.uint8), i % classes) for i in range(n)]
+
+
+def as_set(images, labels):
+    return sorted(
+        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+    )
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts how often prepared data is decoded."""
+    calls = []
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *a: calls.append(1) or decode(*a))
+    return calls
+
+
+def test_prepared_pictures(tmp_path, monkeypatch, capfd):
+    train, test = pictures(1203), pictures(9)
+    folder = prepare(tmp_path / "t", train, test)
+    capfd.readouterr()
+    dataset = data.load("tiny_pictures", data_dir=folder)
+    assert capfd.readouterr() == ("", "")  # no word about OpenCV, and no bar off a terminal
+    assert dataset.train.image.shape == (1003, 4, 5, 3)
+    assert dataset.validation.image.shape == (200, 4, 5, 3)
+    assert (dataset.classes, dataset.class_names) == (3, ("cat", "dog", "owl"))
+    assert dataset.source == f"prepared by TensorFlow Datasets in {folder}/tiny_pictures/1.0.0"
+    # TFDS shuffles when it prepares, so that only the whole can be compared
+    assert as_set(*whole(dataset)) == as_set(*zip(*train, strict=True))
+    assert as_set(*dataset.test[1:]) == as_set(*zip(*test, strict=True))
+    stored = tfds.builder("tiny_pictures", data_dir=folder).as_data_source("train")
+    for i in (0, 600, 1202):
+        np.testing.assert_array_equal(whole(dataset)[0][i], stored[i]["image"])
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))  # after TFDS was imported
+    assert len(data.load("tiny_pictures").test.id) == 9
+
+
+def test_prepared_mnist_is_found_and_auto_takes_it(tmp_path):
+    grey = {"shape": (28, 28, 1), "name": "mnist", "features": {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }}  # fmt: skip
+    folder = prepare(tmp_path / "t", pictures(30, (28, 28, 1)), pictures(9, (28, 28, 1)), **grey)
+    (folder / "mnist" / "1.0.0").rename(folder / "mnist" / "3.0.1")
+    info = folder / "mnist" / "3.0.1" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"1.0.0"', '"3.0.1"'))
+    for name in ("mnist", "auto"):
+        dataset = data.load(name, data_dir=folder, download=False)
+        assert dataset.name == "mnist"
+        assert dataset.source.startswith("prepared by TensorFlow Datasets in ")
+        assert dataset.train.image.shape == (25, 28, 28, 1)
+
+
+FEW, TALL = pictures(3), pictures(3, (6, 5, 3))
+ANY_SIZE = {"shape": (None, None, 3)}
+NO_IMAGE = {"features": {"label": tfds.features.ClassLabel(num_classes=3)}}
+NO_CLASS = {
+    "features": {
+        "image": tfds.features.Image(shape=(4, 5, 3)),
+        "label": tfds.features.Scalar(np.int64),
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("prepared", "message"),
+    [
+        (((FEW, FEW), NO_IMAGE), "is not image classification: .* found label: ClassLabel"),
+        (((FEW, FEW), NO_CLASS), "is not image classification: .* found image: Image, label: Sca"),
+        (((FEW + TALL, FEW), ANY_SIZE), r"train: images of one size expected, found .*, 3\) and "),
+        (((FEW, TALL), ANY_SIZE), r"like train's, \(4, 5, 3\), expected, found \(6, 5, 3\)"),
+        (((FEW,), {}), r"split test expected, found \['train'\]"),
+        (((FEW, [(FEW[0][0], -1)]), {}), "labels from 0 to 2 expected, found -1 to -1"),
+    ],
+)
+def test_other_prepared_sets_are_refused(tmp_path, prepared, message):
+    folder = prepare(tmp_path / "t", *prepared[0], **prepared[1])
+    with pytest.raises(data.DataError, match=f"tiny_pictures.*{message}"):
+        data.load("tiny_pictures", data_dir=folder)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_images_of_one_size_need_not_say_so(tmp_path):
+    folder = prepare(tmp_path / "t", pictures(6), pictures(3), shape=(None, None, 3))
+    assert data.load("tiny_pictures", data_dir=folder).train.image.shape == (5, 4, 5, 3)
+
+
+def test_damaged_prepared_data(tmp_path):
+    folder = prepare(tmp_path / "t", pictures(60), pictures(3))
+    (file,) = folder.glob("*/*/*train.array_record*")
+    good = file.read_bytes()
+    for bad in (good[: len(good) // 2], flip(good, len(good) // 2)):
+        file.write_bytes(bad)
+        with pytest.raises(data.DataError, match=r"tiny_pictures in .* train cannot be read"):
+            data.load("tiny_pictures", data_dir=folder)
+    file.unlink()
+    with pytest.raises(data.DataError, match="train cannot be read"):
+        data.load("tiny_pictures", data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar_10", "no data set 'cifar_10'; did you mean cifar10 or .* not found"),
+        ("digit", "no data set 'digit'; did you mean digits"),
+        ("emnist/nope", "no data set 'emnist/nope'; .*BuilderConfig nope not found"),
+        ("../x", "no data set '../x'.*Parsing builder name string"),
+        ("cifar10", "cifar10 was not found: not prepared .* To have it, prepare it once"),
+        ("emnist/byclass", "emnist/byclass was not found: not prepared .*emnist/byclass/3"),
+        ("mnist", "no IDX files in .*; not prepared.*; not downloaded, as download=False. .* put"),
+        ("ag_news_subset", "is not image classification"),
+    ],
+)
+def test_a_name_that_cannot_be_had(tmp_path, name, message):
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load(name, data_dir=tmp_path, download=False)
+    assert "\n" not in str(error.value)
+
+
+# The cache
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    return prepare(tmp_path / "t", pictures(24), pictures(6))
+
+
+def test_a_cache_is_used_until_the_prepared_files_change(tmp_path, prepared, decoded):
+    first = data.load("tiny_pictures", data_dir=prepared)
+    (file,) = (tmp_path / "cache" / "distill_jax").iterdir()
+    assert file.name.startswith("tiny_pictures-")
+    assert file.suffix == ".npz"
+    second = data.load("tiny_pictures", data_dir=prepared, validation=5, seed=3)
+    assert len(decoded) == 1
+    for x, y in zip(whole(first), whole(second), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    (record,) = prepared.glob("*/*/*test.array_record*")
+    os.utime(record, ns=(1, 1))
+    data.load("tiny_pictures", data_dir=prepared)
+    assert len(decoded) == 2
+    data.load("tiny_pictures", data_dir=prepared)
+    assert len(decoded) == 2
+    assert len(list(file.parent.iterdir())) == 1  # in the old one's place
+
+    copy = prepare(tmp_path / "elsewhere", pictures(30), pictures(6))
+    assert len(data.load("tiny_pictures", data_dir=copy).train.id) == 25
+    data.load("tiny_pictures", data_dir=prepared)
+    assert len(decoded) == 3  # the two are kept side by side
+
+    data.load("tiny_pictures", data_dir=prepared, cache_dir=tmp_path / "other")
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_a_damaged_cache_is_rebuilt_whatever_byte_it_is(tmp_path):
+    arrays = {k: np.arange(4, dtype=np.uint8) + i for i, k in enumerate(STEMS)}
+    calls = []
+
+    def build():
+        calls.append(1)
+        return arrays
+
+    data._cached(tmp_path, "x", "key", build)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    bad = [flip(good, i) for i in range(0, len(good), 11)]
+    bad += [good[:n] for n in (0, 1, 100, len(good) // 2, len(good) - 1)] + [b"PK" + good[:70]]
+    rebuilt = len(calls)
+    for content in bad:
+        path.write_bytes(content)
+        found = data._cached(tmp_path, "x", "key", build)
+        assert all((found[k] == arrays[k]).all() for k in STEMS)
+        assert all(found[k].shape == (4,) for k in STEMS)
+    assert len(calls) - rebuilt > len(bad) // 2  # the rest is padding and times of day
+    path.write_bytes(good)
+    calls.clear()
+    data._cached(tmp_path, "x", "key", build)
+    assert not calls
+    data._cached(tmp_path, "x", "other key", build)
+    assert calls
+
+
+def test_a_damaged_byte_in_the_images_of_a_cache(tmp_path, prepared, decoded):
+    first = data.load("tiny_pictures", data_dir=prepared)
+    (path,) = (tmp_path / "cache" / "distill_jax").iterdir()
+    content = path.read_bytes()
+    position = content.index(first.test.image[0].tobytes())
+    path.write_bytes(flip(content, position))
+    second = data.load("tiny_pictures", data_dir=prepared)
+    assert len(decoded) == 2
+    np.testing.assert_array_equal(first.test.image, second.test.image)
+    assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, prepared, decoded):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=r"decoded data is not kept in .*file: ") as caught:
+        dataset = data.load("tiny_pictures", data_dir=prepared, cache_dir=tmp_path / "file")
+    assert len(dataset.test.id) == 6
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_stops_midway_leaves_nothing(tmp_path, prepared, monkeypatch, error):
+    def savez(file, **arrays):
+        file.write(b"PK half")
+        raise error
+
+    monkeypatch.setattr(np, "savez", savez)
+    expected = (
+        pytest.warns(UserWarning, match="disk full")
+        if isinstance(error, OSError)
+        else pytest.raises(KeyboardInterrupt)
+    )
+    with expected:
+        data.load("tiny_pictures", data_dir=prepared)
+    assert list((tmp_path / "cache" / "distill_jax").iterdir()) == []
+
+
+# Downloads
+
+
+class Server:
+    """Serves files on loopback; ``mode`` says how badly."""
+
+    def __init__(self, files):
+        self.files, self.mode, self.asked = files, "well", []
+        self.stop = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(200)
+                self.end_headers()
+
+            def do_GET(self):
+                name = self.path.rpartition("/")[2]
+                outer.asked.append(name)
+                if outer.mode == "absent":
+                    return self.send_error(404)
+                content = outer.files[name]
+                if outer.mode == "wrong" and "labels" in name:
+                    content = flip(content, 20)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(content[:50] if outer.mode in ("stall", "cut") else content)
+                    self.wfile.flush()
+                if outer.mode == "stall":
+                    outer.stop.wait(20)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/d/"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.stop.set()
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    files = {STEMS[k] + ".gz": gzip.compress(idx(a), mtime=0) for k, a in tiny().items()}
+    server = Server(files)
+    infos = {
+        server.url + name: UrlInfo(len(content), hashlib.sha256(content).hexdigest(), name)
+        for name, content in files.items()
+    }
+    monkeypatch.setattr(tfds.builder_cls("mnist"), "url_infos", infos)
+    yield server
+    server.close()
+
+
+def kept(tmp_path):
+    folder = tmp_path / "cache" / "distill_jax"
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+def test_a_download_and_its_cache(tmp_path, server, name, capfd):
+    dataset = data.load(name)
+    assert_is(dataset, tiny())
+    assert dataset.name == "mnist"
+    assert dataset.source.startswith("downloaded from 127.0.0.1 (not prepared by Tens")
+    assert sorted(server.asked) == sorted(server.files)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert all(
+        "Dl " in line for line in err.replace("\r", "\n").split("\n") if line.strip(" \x1b[A")
+    )
+
+    server.mode = "absent"
+    again = data.load(name)
+    assert_is(again, tiny())
+    assert len(server.asked) == 4
+    assert len(kept(tmp_path)) == 1
+    assert_is(data.load(name, download=False), tiny())  # what is there is not downloaded
+
+    (path,) = kept(tmp_path)
+    path.write_bytes(path.read_bytes()[:-200])
+    server.mode = "well"
+    assert_is(data.load(name), tiny())
+    assert len(server.asked) == 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("wrong", "NonMatchingChecksumError: .*wrong checksum"),
+        ("absent", "DownloadError: .*404"),
+        ("cut", "not downloaded: "),
+        ("stall", "not downloaded: ConnectionError: .*timed out"),
+    ],
+)
+def test_a_bad_download_is_refused_and_can_be_repeated(
+    tmp_path, server, monkeypatch, mode, message
+):
+    monkeypatch.setattr(data, "_STALL_SECONDS", 0.2)
+    server.mode = mode
+    started = time.monotonic()
+    with pytest.raises(data.DataError, match=f"mnist was not found: .*{message}"):
+        data.load("mnist")
+    assert time.monotonic() - started < 8
+    dataset = data.load("auto")
+    assert dataset.name == "digits"
+    assert dataset.source.startswith("scikit-learn's embedded digits (MNIST was not found: not pr")
+    assert "not downloaded" in dataset.source
+    assert kept(tmp_path) == []
+    server.mode = "well"
+    assert_is(data.load("mnist"), tiny())
+
+
+def test_the_downloader_is_left_as_it_was(server):
+    from tensorflow_datasets.core.download import downloader
+
+    before = downloader._open_url, downloader.MAX_RETRIES
+    for server.mode in ("well", "wrong"):
+        with contextlib.suppress(data.DataError):
+            data.load("mnist")
+    assert (downloader._open_url, downloader.MAX_RETRIES) == before
+
+
+def test_without_a_network_it_fails_in_seconds(server, monkeypatch, capfd):
+    server.close()
+    for name in ("mnist", "auto"):
+        started = time.monotonic()
+        if name == "mnist":
+            with pytest.raises(data.DataError, match=r"127\.0\.0\.1 cannot be reached: Connection"):
+                data.load(name)
+        else:
+            assert data.load(name).name == "digits"
+        assert time.monotonic() - started < 5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_server_that_never_answers(server, monkeypatch):
+    import requests
+
+    monkeypatch.setattr(data, "_REACH_SECONDS", 0.1)
+    monkeypatch.setattr(requests, "head", lambda *a, **k: server.stop.wait(20))
+    started = time.monotonic()
+    with pytest.raises(data.DataError, match="cannot be reached: no answer"):
+        data.load("mnist")
+    assert time.monotonic() - started < 5
+
+
+# What "auto" chooses
+
+
+def test_auto_takes_idx_files(tmp_path):
+    folder = write(tmp_path / "d", tiny())
+    dataset = data.load("auto", data_dir=folder)
+    assert (dataset.name, dataset.source) == ("mnist", f"IDX files in {folder}")
+
+
+def test_auto_without_anything_is_digits_and_says_why(tmp_path):
+    dataset = data.load("auto", data_dir=tmp_path, download=False)
+    assert dataset.name == "digits"
+    assert dataset.source == (
+        f"scikit-learn's embedded digits (MNIST was not found: no IDX files in {tmp_path}; not "
+        f"prepared by TensorFlow Datasets in {tmp_path}/mnist/3.0.1; not downloaded, as "
+        "download=False)"
+    )
+
+
+# Real data
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no prepared MNIST beside the checkout")
+def test_real_mnist(tmp_path):
+    started = time.monotonic()
+    mnist = data.load("mnist", data_dir=SHARED, cache_dir=tmp_path / "c")
+    first = time.monotonic() - started
+    assert [len(s.id) for s in mnist[2:5]] == [55_000, 5_000, 10_000]
+    assert mnist.train.image.shape[1:] == (28, 28, 1)
+    image, label = whole(mnist)
+    # Known of MNIST: how many there are of each digit, and the mean and deviation of the pixels
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(label).tolist() == counts
+    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(mnist.test.label).tolist() == counts
+    assert image.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert image.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    assert label[:10].tolist() == [4, 1, 0, 7, 8, 1, 2, 7, 1, 6]  # in TFDS's order
+
+    started = time.monotonic()
+    again = data.load("mnist", data_dir=SHARED, cache_dir=tmp_path / "c")
+    assert time.monotonic() - started < max(first / 2, 1)
+    np.testing.assert_array_equal(again.validation.image, mnist.validation.image)
+
+
+def test_a_fresh_interpreter_says_nothing(tmp_path, prepared):
+    """Not of OpenCV, which TFDS misses, nor of TensorFlow, nor of anything deprecated."""
+    code = """if True:
+        import sys
+        from distill_jax import data
+        data.load("digits")
+        data.load("tiny_pictures", data_dir=sys.argv[1])
+        assert data.load("auto", data_dir=sys.argv[1], download=False).name == "digits"
+        assert not {"jax", "tensorflow"} & set(sys.modules)
+    """
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(prepared)],
+        env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

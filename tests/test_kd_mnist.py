@@ -1,0 +1,212 @@
+"""The main job: a small run, its files, a resume, and what it says to bad input."""
+
+import importlib.util
+import json
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kill_and_resume import torture
+
+from distill_jax import runs
+
+PATH = Path(__file__).parents[1] / "experiments" / "kd_mnist.py"
+spec = importlib.util.spec_from_file_location("kd_mnist", PATH)
+kd_mnist = importlib.util.module_from_spec(spec)
+sys.modules["kd_mnist"] = kd_mnist  # dataclasses look their module up
+spec.loader.exec_module(kd_mnist)
+
+SMALL = [
+    *("--dataset", "digits", "--seeds", "2", "--members", "1", "--teacher", "convnet:4"),
+    *("--student", "mlp:8", "--teacher-epochs", "2", "--epochs", "3", "--save-seconds", "0"),
+]
+
+
+def run(capsys, monkeypatch, *arguments, small=SMALL):
+    """Runs the experiment in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(PATH), *small, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_main(kd_mnist.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def files_of(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_whole_run(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    options = ["--out", out, "--patient", "--omit-classes", 3, 5]
+    status, printed, _ = run(capsys, monkeypatch, *options)
+    assert status == 0
+    assert printed.startswith("Data: digits, scikit-learn's embedded digits")
+    results = json.loads((out / "results.json").read_text())
+    assert results["dataset"] == {
+        "name": "digits", "source": results["dataset"]["source"],
+        "train": 1081, "validation": 216, "test": 500,
+    }  # fmt: skip
+    rows = ["teacher", "scratch", "distilled", "patient", "without 3, 5", "without 3, 5, shifted"]
+    assert list(results["models"]) == rows
+    for name, model in results["models"].items():
+        errors, accuracy = model["test"]["errors"], model["test"]["accuracy"]
+        assert len(errors) == 2
+        np.testing.assert_allclose(accuracy, [1 - e / 500 for e in errors])
+        assert ("agreement" in model["test"]) == (name != "teacher")
+        assert f"{np.mean(errors):.0f}" in printed
+    students = [results["models"][name] for name in rows[1:]]
+    assert {model["parameters"] for model in students} == {64 * 8 + 8 + 80 + 10}
+    for file in (
+        "report.md",
+        "learning_curves.png",
+        "reliability.png",
+        "confusion.png",
+        "gallery.png",
+    ):
+        assert (out / file).stat().st_size > 500
+    report = (out / "report.md").read_text()
+    assert printed.strip().splitlines()[-2] in report  # the closing sentence
+
+    before = {p: d for p, d in files_of(out).items() if "seed" in str(p)}
+    assert run(capsys, monkeypatch, *options)[0] == 0
+    assert {p: d for p, d in files_of(out).items() if "seed" in str(p)} == before
+    repeated = json.loads((out / "results.json").read_text())
+    for name in rows:
+        assert repeated["models"][name]["test"] == results["models"][name]["test"]
+
+
+def test_students_differ_only_in_what_they_learn_from(tmp_path, capsys, monkeypatch):
+    """With alpha = 1 the distilled student learns from labels alone: it is the scratch student."""
+    status, _, _ = run(capsys, monkeypatch, "--alpha", 1, "--out", tmp_path / "run", "--check")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    a, b = (results["models"][name]["test"] for name in ("scratch", "distilled"))
+    assert a == b
+    assert status == 1  # and is no better
+
+
+def test_shifting_the_bias_finds_the_omitted_class_again():
+    """Class 1 was never seen: its logit is 4 too low everywhere."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    logits = (6 * np.eye(3)[labels] + rng.normal(size=(300, 3))).astype(np.float32)
+    low = logits - np.array([0, 8, 0], np.float32)
+    lab = kd_mnist.Lab.__new__(kd_mnist.Lab)
+    split = kd_mnist.data.Split(np.arange(300), np.zeros((300, 8, 8, 1), np.uint8), labels)
+    lab.dataset = kd_mnist.data.Dataset("x", "x", split, split, split, 3, ("a", "b", "c"))
+    lab.config = kd_mnist.Config(omit_classes=(1,))
+    student = kd_mnist.Trained(lambda *a, **k: (a[2], a[1]), ({}, {}), {}, 0.0, low, low)
+    shifted = kd_mnist.shift_bias(lab, student)
+    assert (low.argmax(-1) != labels).mean() > 0.2
+    assert (shifted.test_logits.argmax(-1) != labels).mean() < 0.02
+    np.testing.assert_array_equal(shifted.apply_fn({}, {}, low)[0], shifted.test_logits)
+
+
+def test_killed_and_resumed(tmp_path):
+    small = [*SMALL, "--teacher-epochs", "6", "--epochs", "20"]
+    assert "arrays and results.json are the same" in torture(tmp_path, 3, small)
+
+
+# --- bad input: one line that says what to do, exit status 2, nothing overwritten ---------------
+
+OPTIONS = {
+    "unknown data set": ("--dataset nope", "nope"),
+    "missing data directory": ("--data-dir missing-directory", "missing-directory"),
+    "data directory is a file": (f"--data-dir {__file__}", "test_kd_mnist.py"),
+    "too large a validation set": ("--validation 5000", "validation"),
+    "no seeds": ("--seeds 0", "--seeds must be at least 1, got 0"),
+    "no epochs": ("--epochs 0", "--epochs must be at least 1"),
+    "temperature of zero": ("--temperature 0", "--temperature must be positive, got 0"),
+    "temperature not a number": ("--temperature nan", "--temperature must be positive, got nan"),
+    "alpha above one": ("--alpha 1.5", r"--alpha must lie in [0, 1], got 1.5"),
+    "negative learning rate": ("--learning-rate -1", "--learning-rate must be positive"),
+    "negative jitter": ("--jitter -1", "--jitter must not be negative"),
+    "dropout of one": ("--dropout 1", "dropout must lie in [0, 1), got 1.0"),
+    "batch larger than the data": ("--batch-size 5000", "batch_size must be 1 to the number"),
+    "batch not divisible": ("--batch-size 33 --devices 4", "--batch-size must be a multiple"),
+    "too many devices": ("--devices 64 --batch-size 64", "64 CPU devices were asked for"),
+    "unknown teacher": ("--teacher resnet:3", "a model is described by a family (mlp, convnet)"),
+    "malformed student": ("--student mlp:", "got 'mlp:'"),
+    "unknown class": ("--omit-classes 11", "--omit-classes must name some of 0 to 9"),
+    "all classes left out": ("--omit-classes 0 1 2 3 4 5 6 7 8", "leave at least two"),
+    "divergence": ("--learning-rate 1e30", "use a smaller learning rate"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_bad_options(case, tmp_path, capsys, monkeypatch):
+    options, message = OPTIONS[case]
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run(capsys, monkeypatch, *options.split(), "--out", tmp_path / "run")
+    assert status == 2
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert message in error
+    if case not in ("divergence", "batch larger than the data", "dropout of one"):
+        assert case.endswith(("teacher", "student")) or not (tmp_path / "run").exists()
+
+
+def refused(capsys, monkeypatch, out, *options):
+    before = files_of(out) if out.is_dir() else out.read_bytes()
+    status, _, error = run(capsys, monkeypatch, "--out", out, *options)
+    assert status == 2
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert (files_of(out) if out.is_dir() else out.read_bytes()) == before
+    return error
+
+
+def test_bad_output_directories(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file: name a directory" in refused(capsys, monkeypatch, file)
+    status, _, error = run(capsys, monkeypatch, "--out", file / "below")
+    assert (status, "cannot be written" in error) == (2, True)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    assert "is not empty and holds no run" in refused(capsys, monkeypatch, foreign)
+    assert "is not empty" in refused(capsys, monkeypatch, foreign, "--restart")
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
+    out, small = tmp_path / "run", [*SMALL, "--seeds", "1"]
+    assert run(capsys, monkeypatch, "--out", out, small=small)[0] == 0
+    error = refused(capsys, monkeypatch, out, "--seeds", 1, "--temperature", 9)
+    assert "temperature was 2.0 and is 9.0" in error
+    assert "--restart" in error
+
+    # a damaged store, found when the run is repeated
+    shard = out / "seed0" / "labels" / "00000.bin"
+    original = shard.read_bytes()
+    for damaged in (original[:-8], original[:-1] + bytes([original[-1] ^ 1])):
+        shard.write_bytes(damaged)
+        error = refused(capsys, monkeypatch, out, "--seeds", 1)
+        assert "damaged or missing" in error
+        assert "00000.bin" in error
+    shard.write_bytes(original)
+
+    # another model's checkpoint in the place of the student's
+    (out / "seed0" / "scratch").rename(tmp_path / "kept")
+    (out / "seed0" / "teacher").rename(out / "seed0" / "scratch")
+    (tmp_path / "kept").rename(out / "seed0" / "teacher")
+    assert "of another model or optimizer" in refused(capsys, monkeypatch, out, "--seeds", 1)
+
+    status, _, _ = run(capsys, monkeypatch, "--out", out, "--restart", small=small)
+    assert status == 0
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """No file may grow beyond a few kilobytes: what the system then reports is a full disk's kin."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        status, _, error = run(capsys, monkeypatch, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2
+    assert len(error.strip().splitlines()) == 1
+    assert "space" in error
+    status, _, _ = run(capsys, monkeypatch, "--out", tmp_path / "run")
+    assert status == 0

@@ -1,0 +1,152 @@
+"""Pictures, by opening them again."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from distill_jax import pictures
+
+
+def look(path, inches):
+    """Opens a picture: its size is right, and it is drawn on."""
+    pixels = imread(path)
+    assert pixels.shape[:2] == tuple(round(200 * x) for x in reversed(inches))
+    inked = np.mean(pixels[..., :3].min(-1) < 0.9)
+    assert 0.01 < inked < 0.7
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return pixels
+
+
+def history(seed, epochs, errors):
+    rng, epoch = np.random.default_rng(seed), np.arange(1, epochs + 1)
+    return {"epoch": epoch.tolist(), "loss": (2.3 * np.exp(-epoch / 4) + 1e-3).tolist(),
+            "validation_errors": rng.poisson(errors + 150 * np.exp(-epoch / 3)).tolist()}  # fmt: skip
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("errors", [0, 50])
+def test_learning_curves(tmp_path, seeds, errors):
+    histories = {
+        "teacher": [history(s, 30, errors) for s in range(seeds)],
+        "scratch": [history(s, 20, errors + 5) for s in range(seeds)],
+        "pruned": [history(s, 1, errors + 2) for s in range(seeds)],
+    }
+    before = dict(matplotlib.rcParams)
+    pictures.learning_curves(tmp_path / "a.png", histories, validation_size=500)
+    look(tmp_path / "a.png", (7, 2.7))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_learning_curves_of_nothing_wrong(tmp_path):
+    flat = {"epoch": [1, 2, 3], "loss": [0.0, 0.0, 0.0], "validation_errors": [0, 0, 0]}
+    pictures.learning_curves(tmp_path / "a.png", {"x": [flat]}, validation_size=10)
+    look(tmp_path / "a.png", (7, 2.7))
+
+
+def test_learning_curves_refuse_a_shorter_history(tmp_path):
+    short = history(0, 5, 1) | {"loss": [1.0]}
+    with pytest.raises(
+        ValueError, match=r"loss of x, seed 1 must be \[epochs\] = \(5,\), got \(1,\)"
+    ):
+        pictures.learning_curves(
+            tmp_path / "a.png", {"x": [history(0, 5, 1), short]}, validation_size=9
+        )
+
+
+def predictions(n, classes, sharpness, seed=0):
+    """Labels, and probabilities that are right in most cases."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    logits = rng.normal(size=(n, classes)) + 4 * np.eye(classes)[labels]
+    powers = np.exp(sharpness * logits)
+    return labels, powers / powers.sum(-1, keepdims=True)
+
+
+def test_reliability(tmp_path):
+    bins = {}
+    for sharpness, name in enumerate(("teacher", "scratch", "distilled", "patient"), 1):
+        labels, probabilities = predictions(900, 10, sharpness)
+        confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+        parts = np.array_split(np.argsort(confidence), 15)
+        bins[name] = (np.array([confidence[part].mean() for part in parts]),
+                      np.array([right[part].mean() for part in parts]),
+                      np.array([len(part) for part in parts]))  # fmt: skip
+    pictures.reliability(tmp_path / "a.png", bins)
+    look(tmp_path / "a.png", (3.4, 4.4))
+    with pytest.raises(ValueError, match=r"count of x must be \[bins\] = \(15,\), got \(2,\)"):
+        pictures.reliability(tmp_path / "a.png", {"x": (*bins["teacher"][:2], np.ones(2))})
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_reliability_at_the_extremes(tmp_path, accuracy):
+    bins = (np.array([0.1, 1.0]), np.full(2, accuracy), np.array([1, 1]))
+    pictures.reliability(tmp_path / "a.png", {"x": bins})
+    look(tmp_path / "a.png", (3.4, 4.4))
+
+
+@pytest.mark.parametrize(("classes", "inches"), [(2, 3.4), (10, 3.4), (62, 7)])
+def test_confusion(tmp_path, classes, inches):
+    labels, probabilities = predictions(100 * classes, classes, 1)
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (labels, probabilities.argmax(-1)), 1)
+    names = (
+        [f"class {i}" for i in range(classes)] if classes == 2 else list(map(str, range(classes)))
+    )
+    pictures.confusion(tmp_path / "a.png", counts, names, "student")
+    look(tmp_path / "a.png", (inches, inches))
+
+
+def test_confusion_colours_errors_alone(tmp_path):
+    def coloured(counts):
+        pictures.confusion(tmp_path / "a.png", np.array(counts), ["a", "b"])
+        pixels = imread(tmp_path / "a.png")[..., :3]
+        return np.mean(np.ptp(pixels, -1) > 0.2)
+
+    assert coloured([[980, 0], [0, 990]]) == 0
+    assert 0.1 < coloured([[980, 2], [0, 990]]) < 0.25  # a fourth of the field
+    with pytest.raises(ValueError, match=r"matrix must be .* = \(2, 2\), got \(3, 3\)"):
+        pictures.confusion(tmp_path / "a.png", np.eye(3), ["a", "b"])
+
+
+def make_gallery(n=12, classes=10, channels=1):
+    labels, teacher = predictions(n, classes, 0.3)
+    images = np.random.default_rng(1).integers(0, 256, (n, 9, 8, channels), np.uint8)
+    students = {
+        name: predictions(n, classes, s)[1] for name, s in (("scratch", 2), ("distilled", 0.4))
+    }
+    return {"images": images, "labels": labels, "teacher_probabilities": teacher,
+            "class_names": [str(i) for i in range(classes)], "students": students}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "classes", "channels", "height"), [(12, 10, 1, 3.8), (16, 62, 3, 4.85), (1, 2, 1, 1.7)]
+)
+def test_gallery(tmp_path, n, classes, channels, height):
+    pictures.gallery(tmp_path / "a.png", **make_gallery(n, classes, channels))
+    look(tmp_path / "a.png", (7, height))
+
+
+def test_gallery_prints_ink_on_white_and_long_names(tmp_path):
+    given = make_gallery()
+    given["images"] = np.zeros((12, 8, 8, 1), np.uint8)
+    given["class_names"] = [f"a long name, {i}" for i in range(10)]
+    pictures.gallery(tmp_path / "a.png", **given)
+    pixels = look(tmp_path / "a.png", (7, 4.85))
+    assert (pixels[150:190, 20:100, :3] == 1).all()  # inside the first image
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("images", np.zeros((12, 8, 8), np.uint8), r"got uint8 \(12, 8, 8\)"),
+        ("images", np.zeros((12, 8, 8, 1)), r"got float64 \(12, 8, 8, 1\)"),
+        ("labels", np.zeros(3, int), r"labels must be \[n\] = \(12,\), got \(3,\)"),
+        ("teacher_probabilities", np.ones((12, 3)), r"of teacher must be .* = \(12, 10\), got"),
+        ("students", {"s": np.ones((12, 10))}, r"of s must sum to 1: pass softmax"),
+    ],
+)
+def test_gallery_refuses(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        pictures.gallery(tmp_path / "a.png", **(make_gallery() | {name: value}))
+    assert not list(tmp_path.iterdir())
