@@ -1,5 +1,8 @@
 """Checkpoints: a pytree and a little JSON, saved by Orbax, asynchronously and whole or not at all."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +61,20 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
-        """Starts to save ``tree`` (arrays) and ``info`` (JSON); the arrays may be donated after it."""
+        """Starts to save ``tree`` (arrays) and ``info`` (JSON); the arrays may be donated after it.
+
+        Raises:
+          OSError: if this save, or the one before, could not be written; so does :meth:`close`.
+        """
         flat = _flat(tree)
         # Copied to the host now: the caller's next step overwrites donated buffers
         arrays = {path: np.array(x) for path, x in flat.items()}
         described = {"info": info, "leaves": _describe(flat)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(arrays), json=ocp.args.JsonSave(described)
-            ),
+        items = ocp.args.Composite(
+            tree=ocp.args.StandardSave(arrays), json=ocp.args.JsonSave(described)
         )
+        with self._writing():
+            self._manager.save(step, args=items)
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         """Reads the newest checkpoint into the structure of ``like``; None where there is none.
@@ -104,8 +110,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save under way, and closes the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes one kind of error of what a failed write raises, here or in a save before."""
+        try:
+            yield
+        except Exception as error:  # of several types, among them ValueError for a full disk
+            reason = " ".join(str(error).split()).rpartition(": ")[2]
+            message = f"a checkpoint could not be written ({reason})"
+            raise OSError(errno.EIO, message, str(self.directory)) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 import shutil
 import sys
@@ -33,7 +34,8 @@ def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = Fals
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a directory")
     saved = out / "config.json"
-    if out.is_dir() and any(out.iterdir()) and not saved.exists():
+    foreign = out.is_dir() and any(file.suffix != ".tmp" for file in out.iterdir())
+    if foreign and not saved.exists():
         raise ValueError(f"--out {out} is not empty and holds no run: name another directory")
     config = json.loads(json.dumps(config))
     if saved.exists():
@@ -118,8 +120,8 @@ class Progress:
                 shown += f", validation errors {figures['validation_errors']:.0f}"
             self._bar.set_postfix_str(shown, refresh=False)
             work = (number - done) * unit
-            if number - done > 1:  # epochs restored from a checkpoint say nothing about the speed
-                self._bar.initial += work
+            if number - done > 1 and not self._bar.disable:
+                self._bar.initial += work  # what a checkpoint restored says nothing about the speed
             self._bar.update(work)
             done = number
 
@@ -132,6 +134,8 @@ class Progress:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls an experiment's main; what a user can mend ends as one line and exit status 2."""
+    # Orbax logs what it raises as well, with tracebacks
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         status = main()
     except KeyboardInterrupt:

@@ -220,7 +220,8 @@ def write_labels(
         _refuse_differences(path, {k: state.get(k) for k in described}, described)
         _verify(path, state)
     else:
-        if any(path.iterdir()):
+        # A kill before the first manifest leaves the ids, or a part of them
+        if any(file.name != "ids.npy" and file.suffix != ".tmp" for file in path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no label store: choose another")
         write_atomically(path / "ids.npy", lambda tmp: _save_array(tmp, ids[order]))
         state = {**described, "classes": None, "shards": []}

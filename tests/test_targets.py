@@ -117,6 +117,14 @@ def test_damage_is_found_and_named(tmp_path, victim, damage):
             reading(tmp_path / "s")
 
 
+def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "ids.npy").write_bytes(b"half")
+    (tmp_path / "s" / ".store.json.tmp").write_text("{")
+    write(tmp_path / "s")
+    np.testing.assert_array_equal(targets.open_labels(tmp_path / "s")[IDS], LOGITS)
+
+
 def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no soft-label store"):
         targets.open_labels(tmp_path / "nothing")
