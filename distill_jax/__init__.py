@@ -22,6 +22,7 @@ __all__ = [
     "pictures",
     "report",
     "runs",
+    "study",
     "targets",
     "train",
 ]

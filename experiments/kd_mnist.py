@@ -17,18 +17,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
 from distill_jax import (  # isort: skip
-    augment, data, files, fit, losses, metrics, models, objectives, parallel, pictures, report, runs,
-    targets, train,
+    augment, data, files, fit, losses, models, objectives, parallel, report, runs, study, targets,
+    train,
 )  # fmt: skip
+from distill_jax.study import Trained
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
     "kl": losses.kl,
@@ -167,9 +167,9 @@ def check(config: Config, dataset: data.Dataset) -> None:
         )
 
 
-def prepare(images: jax.Array) -> jax.Array:
+def prepare(images: Any) -> Any:
     """Turns uint8 images into the network's input, in [0, 1]."""
-    return images.astype(jnp.float32) / 255
+    return images.astype(np.float32) / 255
 
 
 PREPROCESSING = "float32(image) / 255"
@@ -178,17 +178,6 @@ PREPROCESSING = "float32(image) / 255"
 def arrays(split: data.Split) -> dict[str, np.ndarray]:
     """Makes a training batch's fields of a split."""
     return {"image": split.image, "label": split.label}
-
-
-class Trained(NamedTuple):
-    """A model, how it was trained, and what it says on validation and test images."""
-
-    apply_fn: Callable[..., Any]
-    variables: tuple[Any, Any]
-    history: fit.History
-    seconds: float
-    validation_logits: np.ndarray
-    test_logits: np.ndarray
 
 
 class Lab:
@@ -392,7 +381,7 @@ def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[s
 def shift_bias(lab: Lab, student: Trained) -> Trained:
     """Adds to the bias of the omitted classes what makes the fewest errors on validation data.
 
-    Errors are constant between steps of the shift: the middle of the best interval is taken.
+    Errors are constant between steps of the shift: the middle one of the best is taken.
     """
     omitted = np.isin(np.arange(lab.dataset.classes), lab.config.omit_classes)
     shifts = np.linspace(-5, 20, 1001)
@@ -401,55 +390,13 @@ def shift_bias(lab: Lab, student: Trained) -> Trained:
         np.sum((student.validation_logits + shift * omitted).argmax(-1) != label)
         for shift in shifts
     ]
-    best = float(np.median(shifts[errors == np.min(errors)]))
-    add = np.float32(best) * omitted
+    best = shifts[errors == np.min(errors)]
+    add = np.float32(best[len(best) // 2]) * omitted
     return student._replace(
         apply_fn=lambda *args, **options: (student.apply_fn(*args, **options)[0] + add, args[1]),
         validation_logits=student.validation_logits + add,
         test_logits=student.test_logits + add,
     )
-
-
-def collect(lab: Lab, trained: list[dict[str, Trained]], seconds: Mapping[str, Any]) -> dict:
-    """Evaluates every model on the test set: the contents of results.json."""
-    test, validation = lab.dataset.test, lab.dataset.validation
-    results: dict[str, Any] = {
-        "experiment": "kd_mnist",
-        "dataset": {
-            "name": lab.dataset.name,
-            "source": lab.dataset.source,
-            **{s: len(getattr(lab.dataset, s).id) for s in ("train", "validation", "test")},
-        },
-        "config": recorded(lab.config),
-        "environment": runs.environment(),
-        "seconds": {
-            **{name: [t[name].seconds for t in trained] for name in trained[0]},
-            **seconds,
-        },
-        "models": {},
-    }
-    example = np.asarray(prepare(jnp.asarray(test.image[0])))
-    for name in trained[0]:
-        figures = [
-            metrics.evaluate(
-                of_seed[name].test_logits,
-                test.label,
-                None if name == "teacher" else of_seed["teacher"].test_logits,
-            )
-            for of_seed in trained
-        ]
-        first = trained[0][name]
-        results["models"][name] = {
-            **metrics.cost(first.apply_fn, *first.variables, example),
-            "validation": {
-                "errors": [
-                    float(metrics.errors(of_seed[name].validation_logits, validation.label).sum())
-                    for of_seed in trained
-                ]
-            },
-            "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
-        }
-    return results
 
 
 def recorded(config: Config) -> dict[str, Any]:
@@ -458,55 +405,13 @@ def recorded(config: Config) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in PRACTICAL}
 
 
-def draw(lab: Lab, trained: list[dict[str, Trained]]) -> dict[str, str]:
-    """Draws the pictures of report.md: title → file name. Those of single models are of seed 1."""
-    first, test = trained[0], lab.dataset.test
-    shown = [name for name in ("teacher", "scratch", "distilled") if name in first]
-    names = lab.dataset.class_names
-    drawn = {}
-
-    def picture(title, file, function, *args, **options):
-        function(lab.out / file, *args, **options)
-        drawn[title] = file
-
-    picture(
-        "Validation error and training loss against epoch; band: one standard deviation over seeds",
-        "learning_curves.png",
-        pictures.learning_curves,
-        {
-            name: [of_seed[name].history for of_seed in trained]
-            for name in first
-            if "shift" not in name
-        },
-        validation_size=len(lab.dataset.validation.id),
-    )
-    picture(
-        "Reliability on the test set, 15 bins of equal mass",
-        "reliability.png",
-        pictures.reliability,
-        {name: metrics.calibration_bins(first[name].test_logits, test.label) for name in shown},
-    )
-    picture(
-        "Confusion of the distilled student on the test set",
-        "confusion.png",
-        pictures.confusion,
-        metrics.confusion(first["distilled"].test_logits, test.label),
-        names,
-        "distilled student",
-    )
-    probabilities = {name: np.asarray(jax.nn.softmax(first[name].test_logits)) for name in shown}
-    hesitant = np.argsort(probabilities["teacher"].max(-1), kind="stable")[:12]
-    picture(
-        "The test images on which the teacher hesitates most, with its soft labels",
-        "gallery.png",
-        pictures.gallery,
-        test.image[hesitant],
-        test.label[hesitant],
-        probabilities.pop("teacher")[hesitant],
-        names,
-        {name: values[hesitant] for name, values in probabilities.items()},
-    )
-    return drawn
+def epoch_work(dataset: data.Dataset, description: str) -> float:
+    """Estimates the work of an epoch from the arithmetic of one example, for the time left."""
+    image = prepare(dataset.train.image[:1])
+    shape: Any = image.shape[1:]
+    model = models.build(description, shape, dataset.classes, jax.random.key(0))
+    lowered = jax.jit(model.apply_fn).lower(model.params, model.model_state, image)
+    return float((lowered.cost_analysis() or {}).get("flops", 1.0))
 
 
 def main() -> int:
@@ -515,21 +420,16 @@ def main() -> int:
     config, dataset = parse()
     print(f"Data: {dataset.name}, {dataset.source}.")
     identity = recorded(config) | {
-        "data": targets.fingerprint([s.image for s in (dataset.train, dataset.test)])[:16]
+        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16]
     }
     folder = f"kd_mnist-{dataset.name.replace('/', '-')}-{config.preset}"
     out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
     runs.open_run(out, identity, restart=config.restart)
     print(f"Run: {out} (the same command goes on where it was stopped)")
 
-    # The unit of work is one student epoch; the teacher's is judged by its parameters.
-    sizes = [
-        sum(x.size for x in jax.tree.leaves(
-            models.build(d, dataset.train.image.shape[1:], dataset.classes, jax.random.key(0)).params
-        ))
-        for d in (config.teacher, config.student)
-    ]  # fmt: skip
-    teacher_unit = sizes[0] / sizes[1]
+    # The unit of work is one epoch of a student
+    work_of = [epoch_work(dataset, model) for model in (config.teacher, config.student)]
+    teacher_unit = work_of[0] / work_of[1]
     students = 2 + 2 * config.patient + bool(config.omit_classes)
     work = config.members * config.teacher_epochs * teacher_unit + students * config.epochs
     progress = runs.Progress(config.seeds * work)
@@ -540,10 +440,18 @@ def main() -> int:
         trained.append({"teacher": teacher, **train_students(lab, seed, teacher, 1.0)})
     progress.close()
 
-    results = collect(lab, trained, {"total": time.monotonic() - started})
+    results = study.results(
+        "kd_mnist",
+        dataset,
+        trained,
+        config=recorded(config),
+        seconds={"total": time.monotonic() - started},
+        prepare=prepare,
+    )
     files.write_json(out / "results.json", results)
+    drawn = study.draw(out, dataset, trained, ("teacher", "scratch", "distilled"))
     command = shlex.join(["python", *sys.argv])
-    report.write_report(out, results, draw(lab, trained), command=command)
+    report.write_report(out, results, drawn, command=command)
     print()
     print(report.table(results))
     print()

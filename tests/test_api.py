@@ -23,6 +23,7 @@ LAYERS = [
     {"train", "data", "models", "metrics", "checkpoint", "report", "pictures"},
     {"objectives", "targets", "runs"},
     {"fit"},
+    {"study"},
 ]
 MODULES = sorted(
     name

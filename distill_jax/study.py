@@ -1,0 +1,127 @@
+"""What a study of several models over several seeds found: results.json and its pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distill_jax import metrics, pictures, runs
+from distill_jax.data import Dataset
+from distill_jax.fit import History
+
+
+class Trained(NamedTuple):
+    """A trained model, and what it says on validation and test images.
+
+    Attributes:
+      apply_fn: as in :class:`distill_jax.models.Model`.
+      variables: ``(params, model_state)``.
+      history: see :class:`distill_jax.fit.Fit`.
+      seconds: wall time of its training.
+      validation_logits: float32 ``[validation examples, classes]``.
+      test_logits: float32 ``[test examples, classes]``.
+    """
+
+    apply_fn: Callable[..., Any]
+    variables: tuple[Any, Any]
+    history: History
+    seconds: float
+    validation_logits: np.ndarray
+    test_logits: np.ndarray
+
+
+Study = Sequence[Mapping[str, Trained]]
+
+
+def results(
+    experiment: str,
+    dataset: Dataset,
+    trained: Study,
+    *,
+    config: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    prepare: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """Evaluates every model on the test set: the contents of results.json.
+
+    Args:
+      experiment: its name.
+      dataset: of :func:`distill_jax.data.load`.
+      trained: for each seed its models by name; one is ``"teacher"``, to which the others are held.
+      config: the experiment's options, JSON values.
+      seconds: further times, beside those of the trainings.
+      prepare: turns images uint8 ``[n, height, width, channels]`` into the models' input.
+    """
+    test, validation = dataset.test, dataset.validation
+    models = {}
+    for name, first in trained[0].items():
+        figures = [
+            metrics.evaluate(
+                seed[name].test_logits,
+                test.label,
+                None if name == "teacher" else seed["teacher"].test_logits,
+            )
+            for seed in trained
+        ]
+        wrong = [metrics.errors(seed[name].validation_logits, validation.label) for seed in trained]
+        models[name] = {
+            **metrics.cost(first.apply_fn, *first.variables, prepare(test.image[:1])[0]),
+            "validation": {"errors": [float(values.sum()) for values in wrong]},
+            "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
+        }
+    splits = {s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")}
+    return {
+        "experiment": experiment,
+        "dataset": {"name": dataset.name, "source": dataset.source, **splits},
+        "config": dict(config),
+        "environment": runs.environment(),
+        "seconds": {name: [seed[name].seconds for seed in trained] for name in trained[0]}
+        | dict(seconds),
+        "models": models,
+    }
+
+
+def draw(out: Path, dataset: Dataset, trained: Study, shown: Sequence[str]) -> dict[str, str]:
+    """Draws the pictures of a report; those that show single models show the first seed's.
+
+    Args:
+      out: the directory.
+      dataset: of :func:`distill_jax.data.load`.
+      trained: as in :func:`results`.
+      shown: names of the teacher and the students to show beside each other, the last one alone in
+        the confusion matrix.
+
+    Returns:
+      title → file name.
+    """
+    first, test = trained[0], dataset.test
+    # A model that was made from another by hand shares its history
+    own = {id(model.history): name for name, model in list(first.items())[::-1]}.values()
+    histories = {name: [seed[name].history for seed in trained] for name in first if name in own}
+    pictures.learning_curves(
+        out / "learning_curves.png", histories, validation_size=len(dataset.validation.id)
+    )
+    bins = {name: metrics.calibration_bins(first[name].test_logits, test.label) for name in shown}
+    pictures.reliability(out / "reliability.png", bins)
+    last = shown[-1]
+    counts = metrics.confusion(first[last].test_logits, test.label)
+    pictures.confusion(out / "confusion.png", counts, dataset.class_names, last)
+    probabilities = {name: np.asarray(jax.nn.softmax(first[name].test_logits)) for name in shown}
+    hesitant = np.argsort(probabilities[shown[0]].max(-1), kind="stable")[:12]
+    pictures.gallery(
+        out / "gallery.png",
+        test.image[hesitant],
+        test.label[hesitant],
+        probabilities[shown[0]][hesitant],
+        dataset.class_names,
+        {name: probabilities[name][hesitant] for name in shown[1:]},
+    )
+    return {
+        "Validation error and training loss against epoch; band: one standard deviation over "
+        "seeds": "learning_curves.png",
+        "Reliability on the test set, 15 bins of equal mass": "reliability.png",
+        f"Confusion of the {last} student on the test set": "confusion.png",
+        "The test images on which the teacher hesitates most, with its soft labels": "gallery.png",
+    }
