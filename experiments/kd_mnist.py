@@ -109,7 +109,7 @@ SMALL_IMAGES: dict[str, Any] = {
     "teacher": "convnet:16,32", "teacher_epochs": 100, "teacher_batch_size": 64,
 }  # fmt: skip
 HINTON_2015: dict[str, Any] = {
-    "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
+    "dataset": "mnist", "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
     "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3, "dropout": 0.4,
     "max_norm": 1.5, "validation": 2000, "patient": True, "omit_classes": (3,),
 }  # fmt: skip
@@ -123,11 +123,11 @@ def parse() -> tuple[Config, data.Dataset]:
     config = tyro.cli(Config, description=__doc__)
     if config.devices > 1:
         parallel.use_cpu_devices(config.devices)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
     changes = {"hinton2015": HINTON_2015, "quick": {}}[config.preset]
-    if config.preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
-        changes = SMALL_IMAGES
     config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    if config.preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
+        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
     check(config, dataset)
     return config, dataset
 
