@@ -80,14 +80,15 @@ class Checkpoints:
         """Reads the newest checkpoint into the structure of ``like``; None where there is none.
 
         Raises:
-          ValueError: if it holds other leaves, naming those that differ.
+          ValueError: if it is damaged, or holds other leaves, naming those that differ.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        described = self._manager.restore(
-            step, args=ocp.args.Composite(json=ocp.args.JsonRestore())
-        )
+        with self._reading(step):
+            described = self._manager.restore(
+                step, args=ocp.args.Composite(json=ocp.args.JsonRestore())
+            )
         flat = _flat(like)
         wrong = tree_differences(described["json"]["leaves"], _describe(flat))
         if wrong:
@@ -97,9 +98,10 @@ class Checkpoints:
                 f"{'; '.join(wrong[:3])}{more}. Use another directory, or delete this one"
             )
         abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
-        )["tree"]
+        with self._reading(step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+            )["tree"]
         leaves = [
             jax.random.wrap_key_data(restored[path], impl=jax.random.key_impl(x))
             if _is_key(x)
@@ -113,6 +115,16 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types, from JSON, Orbax and TensorStore
+            raise ValueError(
+                f"the checkpoint {self.directory / str(step)} is damaged ({type(error).__name__}): "
+                "delete it to go on from the one before"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

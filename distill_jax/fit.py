@@ -125,17 +125,26 @@ def fit(
       on_epoch: called with the number of epochs done and the figures, once at a resume too.
 
     Raises:
-      ValueError: if the loss is no longer finite; or the directory holds another run's checkpoint.
+      ValueError: if the loss is no longer finite; or the directory holds the checkpoint of another
+        model, optimizer, seed, batch size or number of examples. (Other differences, such as a learning
+        rate, it cannot see: :func:`distill_jax.runs.open_run` keeps a run's options.)
     """
     data = {name: jnp.asarray(values) for name, values in data.items()}
     examples = len(next(iter(data.values())))
     best = jax.tree.map(jnp.copy, (state.params, state.model_state))
-    info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0}
+    run = {"seed": seed, "batch_size": batch_size, "examples": examples}
+    info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run
     checkpoints = Checkpoints(directory) if directory is not None else None
     try:
         if checkpoints and (found := checkpoints.restore({"state": state, "best": best})):
             tree, info = found
             state, best = tree["state"], tree["best"]
+            other = [f"{k} {info[k]}, not {v}" for k, v in run.items() if info[k] != v]
+            if other:
+                raise ValueError(
+                    f"the checkpoint in {directory} is of a run with {', '.join(other)}: "
+                    "use another directory, or delete this one"
+                )
             if info["epoch"] > epochs:
                 raise ValueError(
                     f"the checkpoint in {directory} has {info['epoch']} epochs, more than the "
@@ -170,7 +179,7 @@ def fit(
                 "best": min(rank, info["best"]),
                 "history": history,
                 "seconds": info["seconds"] + now - start,
-            }
+            } | run
             if checkpoints and (now - saved >= save_seconds or number + 1 == epochs):
                 checkpoints.save(number + 1, {"state": state, "best": best}, info)
                 saved = now

@@ -1,8 +1,10 @@
 """What every experiment needs around its training: a run directory, a progress bar, plain errors."""
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -16,6 +18,9 @@ import jax
 import tqdm
 
 from distill_jax.files import write_json
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}
 
 
 def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = False) -> Path:
@@ -34,22 +39,41 @@ def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = Fals
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a directory")
     saved = out / "config.json"
-    foreign = out.is_dir() and any(file.suffix != ".tmp" for file in out.iterdir())
+    ours = (LOCK, saved.name)
+    foreign = out.is_dir() and any(
+        file.name not in ours and file.suffix != ".tmp" for file in out.iterdir()
+    )
     if foreign and not saved.exists():
         raise ValueError(f"--out {out} is not empty and holds no run: name another directory")
     config = json.loads(json.dumps(config))
-    if saved.exists():
-        if restart:
-            shutil.rmtree(out)
-        else:
-            _refuse_other_config(saved, config)
+    if saved.exists() and not restart:
+        _refuse_other_config(saved, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
+        if restart:
+            for path in [path for path in out.iterdir() if path.name != LOCK]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not saved.exists():
             write_json(saved, config)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
+
+
+def _lock(out: Path) -> None:
+    """Holds the directory until this process ends: two in one would mix their checkpoints."""
+    if out.resolve() in _held:
+        return
+    descriptor = os.open(out / LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"another process is working in --out {out}: wait for it, or name another directory"
+        ) from None
+    _held[out.resolve()] = descriptor
 
 
 def _refuse_other_config(saved: Path, config: Mapping[str, Any]) -> None:
@@ -142,7 +166,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except (ValueError, KeyError) as error:
-        message = error.args[0] if error.args else repr(error)
+        message = error.args[0] if isinstance(error, KeyError) else error
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

@@ -242,7 +242,8 @@ def write_labels(
             )
         target = path / _shard_name(shard)
         write_atomically(target, stored.tofile)
-        state = {**state, "classes": classes, "shards": [*state["shards"], _sha256(target)]}
+        checksum = hashlib.sha256(stored.tobytes()).hexdigest()
+        state = {**state, "classes": classes, "shards": [*state["shards"], checksum]}
         write_json(manifest, state)
         progress(min((shard + 1) * shard_rows, len(ids)), len(ids))
     return LabelStore(path, state)
@@ -353,8 +354,10 @@ def _verify(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         wrong.append(ids.name)
     for index, checksum in enumerate(state["shards"]):
-        shard = path / _shard_name(index)
-        if not shard.exists() or _sha256(shard) != checksum:
+        shard, rows = path / _shard_name(index), state["shard_rows"]
+        rows = min(rows, state["count"] - index * rows)
+        size = rows * state["classes"] * np.dtype(DTYPES[state["dtype"]]).itemsize
+        if not shard.exists() or shard.stat().st_size != size or _sha256(shard) != checksum:
             wrong.append(shard.name)
     if wrong:
         raise ValueError(

@@ -326,7 +326,7 @@ def max_norm(limit: float) -> optax.GradientTransformation:
             return update
         moved = param + update
         norm = jnp.sqrt(jnp.sum(jnp.square(moved), range(param.ndim - 1), keepdims=True))
-        return moved * jnp.minimum(1.0, limit / jnp.maximum(norm, limit)) - param
+        return moved * (limit / jnp.maximum(norm, limit)) - param
 
     def update_fn(updates, state, params=None):
         return jax.tree.map(project, updates, params), state

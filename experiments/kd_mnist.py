@@ -109,8 +109,8 @@ SMALL_IMAGES: dict[str, Any] = {
     "teacher": "convnet:16,32", "teacher_epochs": 100, "teacher_batch_size": 64,
 }  # fmt: skip
 HINTON_2015: dict[str, Any] = {
-    "dataset": "mnist", "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800", "temperature": 20.0,
-    "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3, "dropout": 0.4,
+    "dataset": "mnist", "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800",
+    "temperature": 20.0, "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3, "dropout": 0.4,
     "max_norm": 1.5, "validation": 2000, "patient": True, "omit_classes": (3,),
 }  # fmt: skip
 
@@ -159,6 +159,14 @@ def check(config: Config, dataset: data.Dataset) -> None:
     for name in ("batch_size", "teacher_batch_size"):
         if getattr(config, name) % config.devices:
             raise ValueError(f"{option(name)} must be a multiple of --devices, {config.devices}")
+    for kind in ("teacher", "student"):
+        epoch_work(dataset, getattr(config, kind))
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"--dropout must lie in [0, 1), got {config.dropout}")
+    kept = int((~np.isin(dataset.train.label, config.omit_classes)).sum())
+    for name in ("batch_size", "teacher_batch_size"):
+        if getattr(config, name) > kept:
+            raise ValueError(f"{option(name)} must be 1 to the number of training examples, {kept}")
     bad = [c for c in config.omit_classes if not 0 <= c < dataset.classes]
     if bad or len(set(config.omit_classes)) >= dataset.classes - 1:
         raise ValueError(
@@ -172,7 +180,7 @@ def prepare(images: Any) -> Any:
     return images.astype(np.float32) / 255
 
 
-PREPROCESSING = "float32(image) / 255"
+PROBE = np.arange(256, dtype=np.uint8)  # what becomes of it tells one preprocessing from another
 
 
 def arrays(split: data.Split) -> dict[str, np.ndarray]:
@@ -306,25 +314,25 @@ def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
 def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
     """Writes the teacher's soft labels for the training images, and reads them by example id."""
     split = lab.dataset.train
-    run = jax.jit(lambda variables, images: teacher.apply_fn(*variables, prepare(images))[0])
 
     def logits(rows):
-        parts = [
-            run(teacher.variables, split.image[rows[start : start + 1024]])
-            for start in range(0, len(rows), 1024)
-        ]
-        return np.concatenate([np.asarray(part) for part in parts])
+        params, model_state = teacher.variables
+        images = split.image[rows]
+        return targets.predict(teacher.apply_fn, params, model_state, images, prepare=prepare)
 
-    path = lab.out / f"seed{seed}" / "labels"
     described = {
         "teacher": targets.fingerprint(teacher.variables),
-        "preprocessing": PREPROCESSING,
+        "preprocessing": targets.fingerprint(prepare(PROBE))[:16],
         "data": targets.fingerprint({"id": split.id, "image": split.image}),
     }
-    targets.write_labels(
-        path, split.id, logits, fingerprint=described, dtype=lab.config.labels_dtype
+    store = targets.write_labels(
+        lab.out / f"seed{seed}" / "labels",
+        split.id,
+        logits,
+        fingerprint=described,
+        dtype=lab.config.labels_dtype,
     )
-    return targets.open_labels(path, expect=described)[split.id]
+    return store[split.id]
 
 
 def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[str, Trained]:
@@ -420,7 +428,8 @@ def main() -> int:
     config, dataset = parse()
     print(f"Data: {dataset.name}, {dataset.source}.")
     identity = recorded(config) | {
-        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16]
+        "distill_jax": runs.environment()["distill_jax"],
+        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
     }
     folder = f"kd_mnist-{dataset.name.replace('/', '-')}-{config.preset}"
     out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"

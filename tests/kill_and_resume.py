@@ -116,6 +116,7 @@ def torture(directory: Path, kills: int, arguments: list[str], seed: int = 0) ->
         if done is None:
             break
         stages[done] += 1
+    assert sum(stages.values()) == kills, f"the run ended before {kills} kills: {dict(stages)}"
     finish(killed, arguments)
     count = compare(calm, killed)
     done = f"{sum(stages.values())} kills ({dict(stages)})"

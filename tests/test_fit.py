@@ -18,18 +18,20 @@ DATA = {
 VALIDATION = {k: v[:13] for k, v in DATA.items()}
 
 
-def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, **options):
+def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, seed=3, **options):
+    seen = options.pop("seen", [])
     model = build(widths, (4, 4, 1), 3, jax.random.key(0), dropout=0.3)
     tx = optax.adam(learning_rate)
     state = train.init_state(model.params, tx, jax.random.key(1), model.model_state)
     epoch = train.make_epoch(train.make_train_step(objectives.supervised(model.apply_fn), tx))
 
     def on_epoch(number, figures):
+        seen.append(number)
         if number == stop_at:
             raise KeyboardInterrupt
 
     return fit.fit(
-        state, epoch, DATA, epochs=epochs, batch_size=8, seed=3, on_epoch=on_epoch,
+        state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch,
         validate=fit.make_validation(model.apply_fn, VALIDATION, batch_size=5), **options,
     )  # fmt: skip
 
@@ -40,13 +42,13 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop_at):
     with pytest.raises(KeyboardInterrupt):
         run(stop_at=stop_at, directory=tmp_path, save_seconds=0.0)
     seen = []
-    result = run(directory=tmp_path, save_seconds=0.0)
+    result = run(directory=tmp_path, save_seconds=0.0, seen=seen)
     chex.assert_trees_all_equal(
         *[x.state._replace(key=jax.random.key_data(x.state.key)) for x in (result, expected)]
     )
     chex.assert_trees_all_equal(result.best, expected.best)
     assert result.history == expected.history
-    assert seen == []
+    assert seen == list(range(stop_at, 5))  # it went on from the checkpoint
 
 
 def test_a_finished_run_is_read_back(tmp_path):
@@ -105,8 +107,17 @@ def test_a_checkpoint_of_another_model_or_of_more_epochs_is_refused(tmp_path):
         ValueError, match=r"of another model or optimizer: best.*kernel: float32\[8, 3\], expec"
     ):
         run(directory=tmp_path, widths="mlp:9")
+    with pytest.raises(ValueError, match="of a run with seed 3, not 4"):
+        run(directory=tmp_path, seed=4)
     with pytest.raises(ValueError, match="has 4 epochs, more than the 2 asked for"):
         run(directory=tmp_path, epochs=2)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(directory=tmp_path)
+    (tmp_path / "4" / "json" / "metadata").write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match=r"the checkpoint .*4 is damaged .*delete it to go on"):
+        run(directory=tmp_path)
 
 
 def test_the_last_checkpoints_stay(tmp_path):

@@ -117,6 +117,17 @@ def test_damage_is_found_and_named(tmp_path, victim, damage):
             reading(tmp_path / "s")
 
 
+def test_a_changed_manifest_is_found(tmp_path):
+    write(tmp_path / "s")
+    manifest = tmp_path / "s" / "store.json"
+    original = manifest.read_text()
+    for change in (('"classes": 4', '"classes": 2'), ('"shard_rows": 3', '"shard_rows": 4')):
+        assert change[0] in original
+        manifest.write_text(original.replace(*change))
+        with pytest.raises(ValueError, match="damaged or missing"):
+            targets.open_labels(tmp_path / "s")
+
+
 def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "ids.npy").write_bytes(b"half")

@@ -19,8 +19,9 @@ import numpy as np
 
 Array = jax.Array
 
-# Below this distance between logits, d comes from their difference; far above it e^δ overflows.
-_NEAR = 8.0
+# Below this distance between logits d comes from their difference; far above it, log1p(Σ q·(e^δ − 1))
+# would itself cancel.
+_NEAR = 2.0
 
 
 def _float(x: Any) -> Array:
@@ -81,6 +82,8 @@ def _pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) -
     check_positive("temperature", temperature)
     temperature = _float(temperature)
     has_q, has_p = _valid(student, where), _valid(teacher, where)
+    # Masked before the division, or the gradient for the temperature would be −inf·0
+    student, teacher = jnp.where(has_q, student, 0.0), jnp.where(has_p, teacher, 0.0)
     log_q = _log_softmax(student / temperature, has_q, axis)
     log_p = _log_softmax(teacher / temperature, has_p, axis)
     both = has_q & has_p
@@ -88,7 +91,7 @@ def _pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) -
     q = jnp.where(has_q, jnp.exp(log_q), 0.0)
     # log p − log q = δ − log Σ q·e^δ with δ = (teacher − student) / T, for any constant added to δ.
     # Centred on its mean, δ is small where the two agree, and nothing cancels.
-    delta = (jnp.where(both, teacher, 0.0) - jnp.where(both, student, 0.0)) / temperature
+    delta = jnp.where(both, teacher - student, 0.0) / temperature
     delta -= jax.lax.stop_gradient(jnp.sum(p * delta, axis, keepdims=True))
     near = jnp.all(
         (has_q == has_p) & (jnp.abs(jnp.where(both, delta, 0.0)) < _NEAR), axis, keepdims=True
@@ -232,28 +235,28 @@ def jensen_shannon(
     check_fraction("beta", beta)
     x = _pair(student_logits, teacher_logits, temperature, axis, where)
     beta = _float(beta)
-    both = x.has_p & x.has_q
-    # log(p/m) = −log(β + (1−β)·q/p). The exponent is kept ≤ 0 so that it cannot overflow, and
-    # expm1/log1p keep small ratios accurate.
-    shrink = jnp.expm1(-jnp.abs(x.log_ratio))
-    teacher_larger = x.log_ratio >= 0
-    log_p_m = jnp.where(
-        teacher_larger,
-        -jnp.log1p((1 - beta) * jnp.where(teacher_larger, shrink, 0.0)),
-        x.log_ratio - jnp.log1p(beta * jnp.where(teacher_larger, 0.0, shrink)),
+    proper = (beta > 0) & (beta < 1)
+    beta = jnp.where(proper, beta, 0.5)  # no logarithm of 0; the value is set to 0 at the end
+    log_beta, log_rest = jnp.log(beta), jnp.log1p(-beta)
+    # log(p/m) = −log(β + (1−β)·q/p), log(q/m) = −log(β·p/q + 1−β)
+    small = jnp.abs(x.log_ratio) < 0.5
+    near, far = jnp.where(small, x.log_ratio, 0.0), jnp.where(small, 0.0, x.log_ratio)
+    log_p_m = -jnp.where(
+        small, jnp.log1p((1 - beta) * jnp.expm1(-near)), jnp.logaddexp(log_beta, log_rest - far)
     )
-    log_q_m = log_p_m - x.log_ratio
+    log_q_m = -jnp.where(
+        small, jnp.log1p(beta * jnp.expm1(near)), jnp.logaddexp(log_beta + far, log_rest)
+    )
     p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
     q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
     m = beta * p + (1 - beta) * q
-    # Where one of the two excludes a class, m holds only the other: log(p/m) = −log β.
-    # β·Σ(m − p) + (1−β)·Σ(m − q) = 0, so both sums may take the ≥ 0 form of `_divergence`.
-    alone_p = beta * jnp.where(beta > 0, -jnp.log(jnp.where(beta > 0, beta, 1.0)), 0.0) * p
-    alone_q = (1 - beta) * jnp.where(beta < 1, -jnp.log1p(jnp.where(beta < 1, -beta, 0.0)), 0.0) * q
+    # β·(m − p) + (1−β)·(m − q) = 0 in each class, so both sums may take the form of `_divergence`.
     terms = beta * _divergence(x.log_p, log_p_m, p, m)
     terms += (1 - beta) * _divergence(x.log_q, log_q_m, q, m)
-    terms = jnp.where(both, terms, jnp.where(x.has_p, alone_p, jnp.where(x.has_q, alone_q, 0.0)))
-    return _scale(temperature, jnp.sum(terms, axis), axis)
+    # Where one of the two excludes a class, m holds only the other: log(p/m) = −log β.
+    alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # of these, one is 0
+    terms = jnp.where(x.has_p & x.has_q, terms, alone)
+    return _scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
 
 
 def soft_cross_entropy(
@@ -286,8 +289,8 @@ def mean_squared_logits(
 ) -> Array:
     """Mean over the valid classes of (student − teacher)².
 
-    The limit of 2·classes·T²·KL(teacher‖student)/classes at high temperature, for logits of mean
-    zero. A class that either excludes (−inf) is left out.
+    For logits of mean zero, the limit of 2·:func:`kl` at high temperature. A class that either
+    excludes (−inf) is left out.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
