@@ -110,8 +110,8 @@ SMALL_IMAGES: dict[str, Any] = {
 }  # fmt: skip
 HINTON_2015: dict[str, Any] = {
     "dataset": "mnist", "seeds": 3, "teacher": "mlp:1200,1200", "student": "mlp:800,800",
-    "temperature": 20.0, "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3, "dropout": 0.4,
-    "max_norm": 1.5, "validation": 2000, "patient": True, "omit_classes": (3,),
+    "temperature": 20.0, "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3,
+    "dropout": 0.4, "max_norm": 1.5, "validation": 2000, "patient": True, "omit_classes": (3,),
 }  # fmt: skip
 
 # Options that change where and how a run works, but not its results
