@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses
-from distill_jax.losses.logits import check_fraction, check_positive
+from distill_jax.losses.numerics import check_fraction, check_positive
 from distill_jax.train import LossFn, weighted_mean
 
 Schedule = float | Callable[[jax.Array], jax.Array]

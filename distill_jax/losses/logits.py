@@ -2,138 +2,27 @@
 
 A class is *valid* where ``where`` is true and the logit is not −inf. Every class that is not valid
 has probability exactly 0, and takes part in no maximum, sum or mean. Computation is in float32 (in
-float64 for float64 input), in log-space, and no probability is clipped.
-
-Writing p for the teacher's and q for the student's probabilities and d = log p − log q, the
-divergences are summed as Σ p·(e^(−d) − 1 + d). This equals Σ p·d, since Σ q = Σ p = 1, but has only
-terms ≥ 0: a small divergence is not lost in the rounding of terms of both signs. Together with d
-computed from the *difference* of logits, values and gradients keep float32's relative accuracy even
-where student and teacher almost agree, or at a high temperature.
+float64 for float64 input), in log-space, and no probability is clipped;
+:mod:`distill_jax.losses.numerics` says how small divergences keep their digits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from distill_jax.losses.numerics import (
+    check_fraction,
+    divergence_terms,
+    kl_of,
+    log_softmax,
+    pair,
+    scale,
+    to_float,
+    valid_classes,
+)
 
 Array = jax.Array
-
-# Below this distance between logits d comes from their difference; far above it, log1p(Σ q·(e^δ − 1))
-# would itself cancel.
-_NEAR = 2.0
-
-
-def _float(x: Any) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises ``ValueError`` if a concrete ``value`` is not a positive, finite number."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not (np.isfinite(array).all() and (array > 0).all()):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises ``ValueError`` if a concrete ``value`` lies outside [0, 1]."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not ((array >= 0).all() and (array <= 1).all()):
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
-def _valid(logits: Array, where: Any) -> Array:
-    finite = logits != -jnp.inf  # a NaN is valid, so that it shows in the result
-    return finite if where is None else finite & where
-
-
-def _log_softmax(logits: Array, valid: Array, axis: int) -> Array:
-    """Log-probabilities; 0 (not −inf) at invalid classes, so that gradients there are zero."""
-    safe = jnp.where(valid, logits, 0.0)
-    peak = jax.lax.stop_gradient(jnp.max(safe, axis, keepdims=True, where=valid, initial=-jnp.inf))
-    shifted = safe - jnp.where(peak == -jnp.inf, 0.0, peak)  # −inf: no class of the row is valid
-    total = jnp.sum(jnp.exp(shifted), axis, keepdims=True, where=valid)
-    log_total = jnp.log(jnp.where(total > 0, total, 1.0))
-    return jnp.where(valid, shifted - log_total, 0.0)
-
-
-class _Pair(NamedTuple):
-    """Student (q) and teacher (p) over the same classes; values at invalid classes are 0."""
-
-    log_q: Array
-    log_p: Array
-    log_ratio: Array  # log p − log q where both are valid, else 0
-    has_q: Array
-    has_p: Array
-
-
-def _pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) -> _Pair:
-    student, teacher = _float(student), _float(teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student_logits and teacher_logits must have one shape, got {student.shape} "
-            f"and {teacher.shape}"
-        )
-    check_positive("temperature", temperature)
-    temperature = _float(temperature)
-    has_q, has_p = _valid(student, where), _valid(teacher, where)
-    # Masked before the division, or the gradient for the temperature would be −inf·0
-    student, teacher = jnp.where(has_q, student, 0.0), jnp.where(has_p, teacher, 0.0)
-    log_q = _log_softmax(student / temperature, has_q, axis)
-    log_p = _log_softmax(teacher / temperature, has_p, axis)
-    both = has_q & has_p
-    p = jnp.where(has_p, jnp.exp(log_p), 0.0)
-    q = jnp.where(has_q, jnp.exp(log_q), 0.0)
-    # log p − log q = δ − log Σ q·e^δ with δ = (teacher − student) / T, for any constant added to δ.
-    # Centred on its mean, δ is small where the two agree, and nothing cancels.
-    delta = jnp.where(both, teacher - student, 0.0) / temperature
-    delta -= jax.lax.stop_gradient(jnp.sum(p * delta, axis, keepdims=True))
-    near = jnp.all(
-        (has_q == has_p) & (jnp.abs(jnp.where(both, delta, 0.0)) < _NEAR), axis, keepdims=True
-    )
-    delta = jnp.where(near & both, delta, 0.0)
-    accurate = delta - jnp.log1p(jnp.sum(q * jnp.expm1(delta), axis, keepdims=True))
-    log_ratio = jnp.where(both, jnp.where(near, accurate, log_p - log_q), 0.0)
-    return _Pair(log_q, log_p, log_ratio, has_q, has_p)
-
-
-def _excess(d: Array) -> Array:
-    """e^(−d) − 1 + d for |d| < 1/2, by its series: directly, it would cancel to nothing."""
-    series = jnp.full_like(d, 1 / 10)
-    for k in range(9, 2, -1):
-        series = (1 - d * series) / k
-    return d * d * (1 - d * series) / 2
-
-
-def _divergence(log_a: Array, log_ratio: Array, a: Array, b: Array) -> Array:
-    """Terms of KL(a‖b) ≥ 0 where both are valid, from log a, log a − log b, a and b."""
-    small = jnp.abs(log_ratio) < 0.5
-    near = a * _excess(jnp.where(small, log_ratio, 0.0))
-    # a is taken out of the product at zero, so that no 0·∞ comes of an infinite ratio
-    far = jnp.where(a > 0, a * log_ratio, 0.0) - a + b
-    return jnp.where(small, near, far)
-
-
-def _kl(log_a, log_b, log_ratio, has_a, has_b, axis) -> Array:
-    a = jnp.where(has_a, jnp.exp(log_a), 0.0)
-    b = jnp.where(has_b, jnp.exp(log_b), 0.0)
-    terms = _divergence(log_a, log_ratio, a, b)
-    terms = jnp.where(has_a & has_b, terms, jnp.where(has_b, b, 0.0))
-    impossible = jnp.any(has_a & ~has_b & (a > 0), axis)  # b is 0 where a is not
-    return jnp.where(impossible, jnp.inf, jnp.sum(terms, axis))
-
-
-def _scale(temperature: Any, values: Array, axis: int) -> Array:
-    """T²·values; a temperature an example, ``[..., 1]``, loses its class axis."""
-    temperature = _float(temperature)
-    if temperature.ndim:
-        temperature = jnp.squeeze(temperature, axis)
-    return jnp.square(temperature) * values
 
 
 def kl(
@@ -171,8 +60,8 @@ def kl(
     >>> f'{kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1308'
     """
-    x = _pair(student_logits, teacher_logits, temperature, axis, where)
-    return _scale(temperature, _kl(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis), axis)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    return scale(temperature, kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis), axis)
 
 
 def reverse_kl(
@@ -194,8 +83,8 @@ def reverse_kl(
     >>> f'{reverse_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1438'
     """
-    x = _pair(student_logits, teacher_logits, temperature, axis, where)
-    return _scale(temperature, _kl(x.log_q, x.log_p, -x.log_ratio, x.has_q, x.has_p, axis), axis)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    return scale(temperature, kl_of(x.log_q, x.log_p, -x.log_ratio, x.has_q, x.has_p, axis), axis)
 
 
 def jensen_shannon(
@@ -233,8 +122,8 @@ def jensen_shannon(
     '0.0338'
     """
     check_fraction("beta", beta)
-    x = _pair(student_logits, teacher_logits, temperature, axis, where)
-    beta = _float(beta)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    beta = to_float(beta)
     proper = (beta > 0) & (beta < 1)
     beta = jnp.where(proper, beta, 0.5)  # no logarithm of 0; the value is set to 0 at the end
     log_beta, log_rest = jnp.log(beta), jnp.log1p(-beta)
@@ -250,13 +139,13 @@ def jensen_shannon(
     p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
     q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
     m = beta * p + (1 - beta) * q
-    # β·(m − p) + (1−β)·(m − q) = 0 in each class, so both sums may take the form of `_divergence`.
-    terms = beta * _divergence(x.log_p, log_p_m, p, m)
-    terms += (1 - beta) * _divergence(x.log_q, log_q_m, q, m)
+    # β·(m − p) + (1−β)·(m − q) = 0 in each class, so both sums may take the form of `divergence_terms`.
+    terms = beta * divergence_terms(x.log_p, log_p_m, p, m)
+    terms += (1 - beta) * divergence_terms(x.log_q, log_q_m, q, m)
     # Where one of the two excludes a class, m holds only the other: log(p/m) = −log β.
     alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # of these, one is 0
     terms = jnp.where(x.has_p & x.has_q, terms, alone)
-    return _scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
+    return scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
 
 
 def soft_cross_entropy(
@@ -278,10 +167,10 @@ def soft_cross_entropy(
     >>> f'{soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.6931'
     """
-    x = _pair(student_logits, teacher_logits, temperature, axis, where)
-    divergence = _kl(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    divergence = kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
     entropy = -jnp.sum(jnp.where(x.has_p, jnp.exp(x.log_p) * x.log_p, 0.0), axis)
-    return _scale(temperature, divergence + entropy, axis)
+    return scale(temperature, divergence + entropy, axis)
 
 
 def mean_squared_logits(
@@ -310,13 +199,13 @@ def mean_squared_logits(
     >>> print(mean_squared_logits(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])))
     [5.]
     """
-    student, teacher = _float(student_logits), _float(teacher_logits)
+    student, teacher = to_float(student_logits), to_float(teacher_logits)
     if student.shape != teacher.shape:
         raise ValueError(
             f"student_logits and teacher_logits must have one shape, got {student.shape} "
             f"and {teacher.shape}"
         )
-    valid = _valid(student, where) & _valid(teacher, where)
+    valid = valid_classes(student, where) & valid_classes(teacher, where)
     difference = jnp.where(valid, student, 0.0) - jnp.where(valid, teacher, 0.0)
     count = jnp.maximum(jnp.sum(valid, axis), 1)
     return jnp.sum(jnp.square(difference), axis) / count
@@ -353,7 +242,7 @@ def cross_entropy(
     >>> f'{cross_entropy(jnp.array([[0.0, 1.0986123]]), jnp.array([1]))[0]:.4f}'  # −log ¾
     '0.2877'
     """
-    logits, labels = _float(logits), jnp.asarray(labels)
+    logits, labels = to_float(logits), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
     axis = axis % logits.ndim
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
@@ -368,11 +257,11 @@ def cross_entropy(
     if integer:
         bad = (labels < 0) | (labels >= classes)
         labels = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)
-    valid = _valid(logits, where)
+    valid = valid_classes(logits, where)
     count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
-    smoothing = _float(label_smoothing)
+    smoothing = to_float(label_smoothing)
     targets = (1 - smoothing) * labels + smoothing * valid / count
-    log_q = _log_softmax(logits, valid, axis)
+    log_q = log_softmax(logits, valid, axis)
     loss = -jnp.sum(jnp.where(valid, targets * log_q, 0.0), axis)
     impossible = jnp.any((targets > 0) & ~valid, axis)
     loss = jnp.where(impossible, jnp.inf, loss)
