@@ -30,10 +30,10 @@ def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, seed=3, **op
         if number == stop_at:
             raise KeyboardInterrupt
 
+    options.setdefault("validate", fit.make_validation(model.apply_fn, VALIDATION, batch_size=5))
     return fit.fit(
-        state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch,
-        validate=fit.make_validation(model.apply_fn, VALIDATION, batch_size=5), **options,
-    )  # fmt: skip
+        state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch, **options
+    )
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
@@ -77,6 +77,16 @@ def test_best_is_the_latest_epoch_of_fewest_validation_errors():
     expected = run(epochs=int(best), learning_rate=0.3).state
     chex.assert_trees_all_equal(result.best, (expected.params, expected.model_state))
     assert best < 12  # or this test shows nothing
+
+
+def test_without_validation_the_best_epoch_is_the_last_also_after_a_resume(tmp_path):
+    expected = run(validate=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(validate=None, stop_at=2, directory=tmp_path, save_seconds=0.0)
+    result = run(validate=None, directory=tmp_path)
+    assert "validation_errors" not in result.history
+    for params in (result.best[0], result.state.params):
+        jax.tree.map(np.testing.assert_array_equal, params, expected.state.params)
 
 
 def test_order_is_a_function_of_seed_and_epoch():

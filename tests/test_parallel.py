@@ -201,6 +201,45 @@ def test_accumulation_is_the_whole_batch(parts, weighted):
     chex.assert_trees_all_close(*results, atol=1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_accumulation_on_several_devices_is_the_whole_batch(check_vma):
+    def apply_fn(params, model_state, x, *, key=None):
+        return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"], model_state
+
+    loss_fn = objectives.distill(apply_fn, temperature=4.0, alpha=0.3)
+    state = train.init_state(plain_model().params, optimizer(), jax.random.key(1))
+    whole = jax.jit(train.make_train_step(loss_fn, optimizer()))(state, make_batch(True))
+    step = train.make_train_step(loss_fn, optimizer(), axis_name="batch", accumulate=2)
+    mapped = jax.shard_map(
+        step,
+        mesh=parallel.data_mesh(4),
+        in_specs=(P(), P("batch")),
+        out_specs=(P(), P()),
+        check_vma=check_vma,
+    )
+    chex.assert_trees_all_close(
+        arrays(jax.jit(mapped)(state, make_batch(True))), arrays(whole), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_evaluation_on_several_devices_is_the_whole_batch(check_vma):
+    model, batch = plain_model(), make_batch(True)
+    count = {"right": lambda logits, batch: (logits.argmax(-1) == batch["label"]) * 1.0}
+    whole = jax.jit(train.make_eval_step(model.apply_fn, count))
+    mapped = jax.shard_map(
+        train.make_eval_step(model.apply_fn, count, axis_name="batch"),
+        mesh=parallel.data_mesh(4),
+        in_specs=(P(), P(), P("batch")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    arguments = (model.params, model.model_state, batch)
+    expected = whole(*arguments)
+    assert 0 < expected["right"] < expected["weight"]
+    chex.assert_trees_all_close(jax.jit(mapped)(*arguments), expected, rtol=1e-6)
+
+
 def test_accumulation_without_lockstep_gives_batch_norm_its_part_only():
     """The difference that the docstring of make_train_step states."""
     step, state = step_and_state("nnx", accumulate=4)
