@@ -109,9 +109,9 @@ def torture(directory: Path, kills: int, arguments: list[str], seed: int = 0) ->
     length = time.monotonic() - began
     rng = random.Random(seed)
     stages: Counter[str] = Counter()
-    # Kills after some seconds of work seldom meet the store's writing, which is soon over, nor the end.
+    # At random moments one seldom meets the store's writing, which is soon over, nor the last student
     last = max(path.name for path in calm.glob("seed*"))
-    triggers = {1: "seed0/labels", kills - 1: f"{last}/distilled"}
+    triggers = {0: "seed0/labels", kills - 1: f"{last}/distilled"}
     while sum(stages.values()) < kills:
         trigger = triggers.get(sum(stages.values()))
         done = kill_at(killed, arguments, rng.uniform(0, 1.5 * length / kills), trigger)
