@@ -14,6 +14,7 @@ __all__ = [
     "data",
     "files",
     "fit",
+    "lab",
     "learned",
     "losses",
     "metrics",

@@ -14,7 +14,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,9 @@ import optax
 import tyro
 
 from distill_jax import (  # isort: skip
-    augment, data, files, fit, losses, models, objectives, parallel, report, runs, study, targets,
-    train,
+    data, files, losses, models, objectives, parallel, report, runs, study, targets, train,
 )  # fmt: skip
+from distill_jax.lab import PROBE, Lab, arrays, jittered, plain, prepare, work
 from distill_jax.study import Trained
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -159,10 +159,10 @@ def check(config: Config, dataset: data.Dataset) -> None:
     for name in ("batch_size", "teacher_batch_size"):
         if getattr(config, name) % config.devices:
             raise ValueError(f"{option(name)} must be a multiple of --devices, {config.devices}")
-    for kind in ("teacher", "student"):
-        epoch_work(dataset, getattr(config, kind))
     if not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {config.dropout}")
+    for kind in ("teacher", "student"):
+        build(config, dataset, kind, 0)
     kept = int((~np.isin(dataset.train.label, config.omit_classes)).sum())
     for name in ("batch_size", "teacher_batch_size"):
         if getattr(config, name) > kept:
@@ -175,115 +175,34 @@ def check(config: Config, dataset: data.Dataset) -> None:
         )
 
 
-def prepare(images: Any) -> Any:
-    """Turns uint8 images into the network's input, in [0, 1]."""
-    return images.astype(np.float32) / 255
+def adam(
+    learning_rate: float, epochs: int, max_norm: float = 0.0
+) -> Callable[[int], optax.GradientTransformation]:
+    """Makes Adam of the number of steps an epoch: a rise over one epoch, then a cosine to 0."""
 
-
-PROBE = np.arange(256, dtype=np.uint8)  # what becomes of it tells one preprocessing from another
-
-
-def arrays(split: data.Split) -> dict[str, np.ndarray]:
-    """Makes a training batch's fields of a split."""
-    return {"image": split.image, "label": split.label}
-
-
-class Lab:
-    """All that the stages of one experiment share."""
-
-    def __init__(self, config: Config, dataset: data.Dataset, out: Path, progress: runs.Progress):
-        self.config, self.dataset, self.out, self.progress = config, dataset, out, progress
-        self.shape = dataset.train.image.shape[1:]
-        mesh = parallel.data_mesh(config.devices) if config.devices > 1 else None
-        self.sharding = parallel.sharded(mesh) if mesh else None
-        self.everywhere = parallel.replicated(mesh) if mesh else None
-
-    def model(self, kind: Literal["teacher", "student"], seed: int) -> models.Model:
-        """Builds the teacher or the student with the initial parameters of a seed."""
-        key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-        dropout = self.config.dropout if kind == "teacher" else 0.0
-        description = getattr(self.config, kind)
-        return models.build(description, self.shape, self.dataset.classes, key, dropout=dropout)
-
-    def train(
-        self,
-        name: str,
-        seed: int,
-        model: models.Model,
-        loss_fn: train.LossFn,
-        training: Mapping[str, Any],
-        *,
-        epochs: int,
-        learning_rate: float,
-        batch_size: int,
-        max_norm: float = 0.0,
-        transform: Callable[..., Any],
-        context: Any = None,
-        order_seed: int,
-        unit: float,
-    ) -> Trained:
-        """Trains one model, or takes it from the run's checkpoint."""
-        steps = max(1, len(training["label"]) // batch_size)
+    def make(steps):
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
         )
         tx = optax.adam(schedule)
-        if max_norm:
-            tx = optax.chain(tx, train.max_norm(max_norm))
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), order_seed)
-        state = train.init_state(model.params, tx, key, model.model_state)
-        if self.everywhere is not None:
-            state, context = jax.device_put((state, context), self.everywhere)
-        step = train.make_train_step(loss_fn, tx)
-        done = fit.fit(
-            state,
-            train.make_epoch(step, transform=transform, sharding=self.sharding),
-            training,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=order_seed,
-            context=context,
-            validate=fit.make_validation(
-                model.apply_fn, arrays(self.dataset.validation), prepare=prepare
-            ),
-            directory=self.out / f"seed{seed}" / name,
-            save_seconds=self.config.save_seconds,
-            on_epoch=self.progress.stage(f"seed {seed + 1}/{self.config.seeds}, {name}", unit),
-        )
-        variables = done.best
-        if self.config.select == "last":
-            variables = (done.state.params, done.state.model_state)
-        return self.judge(model.apply_fn, variables, done.history, done.seconds)
+        return optax.chain(tx, train.max_norm(max_norm)) if max_norm else tx
 
-    def judge(self, apply_fn, variables, history, seconds) -> Trained:
-        """Takes a model's predictions for validation and test images."""
-        variables = jax.device_put(variables, jax.devices()[0])
-        validation, test = (
-            targets.predict(apply_fn, variables[0], variables[1], split.image, prepare=prepare)
-            for split in (self.dataset.validation, self.dataset.test)
-        )
-        return Trained(apply_fn, variables, history, seconds, validation, test)
+    return make
 
 
-def plain(context: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-    """Prepares a batch as it is."""
-    return {**batch, "image": prepare(batch["image"])}
+def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
+    """Builds the teacher or the student with the initial parameters of a seed."""
+    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
+    dropout = config.dropout if kind == "teacher" else 0.0
+    shape: Any = dataset.train.image.shape[1:]
+    return models.build(getattr(config, kind), shape, dataset.classes, key, dropout=dropout)
 
 
-def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
-    """Prepares a batch of images shifted at random."""
-
-    def transform(context, batch, key):
-        return {**batch, "image": prepare(augment.random_shift(key, batch["image"], pixels))}
-
-    return transform
-
-
-def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
+def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
     """Trains the teacher: one network, or several that are averaged."""
-    config, members = lab.config, []
+    members = []
     for member in range(config.members):
-        model = lab.model("teacher", seed * config.members + member)
+        model = build(config, lab.dataset, "teacher", seed * config.members + member)
         members.append(
             lab.train(
                 f"teacher{member}" if config.members > 1 else "teacher",
@@ -292,9 +211,8 @@ def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
                 objectives.supervised(model.apply_fn),
                 arrays(lab.dataset.train),
                 epochs=config.teacher_epochs,
-                learning_rate=config.teacher_learning_rate,
+                tx=adam(config.teacher_learning_rate, config.teacher_epochs, config.max_norm),
                 batch_size=config.teacher_batch_size,
-                max_norm=config.max_norm,
                 transform=jittered(config.jitter),
                 order_seed=10_000 + seed * config.members + member,
                 unit=unit,
@@ -303,15 +221,15 @@ def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
     if len(members) == 1:
         return members[0]
     apply_fn = targets.ensemble(*[member.apply_fn for member in members])
-    variables = tuple(zip(*[member.variables for member in members], strict=True))
+    params, states = zip(*[member.variables for member in members], strict=True)
     history = {
         name: np.mean([member.history[name] for member in members], 0).tolist()
         for name in members[0].history
     }
-    return lab.judge(apply_fn, variables, history, sum(member.seconds for member in members))
+    return lab.judge(apply_fn, (params, states), history, sum(member.seconds for member in members))
 
 
-def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
+def store_labels(config: Config, lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
     """Writes the teacher's soft labels for the training images, and reads them by example id."""
     split = lab.dataset.train
 
@@ -330,14 +248,16 @@ def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
         split.id,
         logits,
         fingerprint=described,
-        dtype=lab.config.labels_dtype,
+        dtype=config.labels_dtype,
     )
     return store[split.id]
 
 
-def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[str, Trained]:
+def train_students(
+    config: Config, lab: Lab, seed: int, teacher: Trained, unit: float
+) -> dict[str, Trained]:
     """Trains the students of one seed, all from one initialisation."""
-    config, model = lab.config, lab.model("student", seed)
+    model = build(config, lab.dataset, "student", seed)
     soft = objectives.distill(
         model.apply_fn,
         temperature=config.temperature,
@@ -353,7 +273,7 @@ def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[s
             loss_fn,
             training,
             epochs=config.epochs,
-            learning_rate=config.learning_rate,
+            tx=adam(config.learning_rate, config.epochs),
             batch_size=config.batch_size,
             transform=transform,
             context=context,
@@ -362,7 +282,7 @@ def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[s
         )
 
     training = arrays(lab.dataset.train)
-    labelled = training | {"teacher": store_labels(lab, seed, teacher)}
+    labelled = training | {"teacher": store_labels(config, lab, seed, teacher)}
     students = {
         "scratch": student("scratch", objectives.supervised(model.apply_fn), training),
         "distilled": student("distilled", soft, labelled),
@@ -382,18 +302,18 @@ def train_students(lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[s
         name = "without " + ", ".join(map(str, config.omit_classes))
         partial = {field: values[kept] for field, values in labelled.items()}
         students[name] = student(name.replace(", ", "-").replace(" ", "-"), soft, partial)
-        students[name + ", shifted"] = shift_bias(lab, students[name])
+        students[name + ", shifted"] = shift_bias(config, lab.dataset, students[name])
     return students
 
 
-def shift_bias(lab: Lab, student: Trained) -> Trained:
+def shift_bias(config: Config, dataset: data.Dataset, student: Trained) -> Trained:
     """Adds to the bias of the omitted classes what makes the fewest errors on validation data.
 
     Errors are constant between steps of the shift: the middle one of the best is taken.
     """
-    omitted = np.isin(np.arange(lab.dataset.classes), lab.config.omit_classes)
+    omitted = np.isin(np.arange(dataset.classes), config.omit_classes)
     shifts = np.linspace(-5, 20, 1001)
-    label = lab.dataset.validation.label
+    label = dataset.validation.label
     errors = [
         np.sum((student.validation_logits + shift * omitted).argmax(-1) != label)
         for shift in shifts
@@ -413,15 +333,6 @@ def recorded(config: Config) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in PRACTICAL}
 
 
-def epoch_work(dataset: data.Dataset, description: str) -> float:
-    """Estimates the work of an epoch from the arithmetic of one example, for the time left."""
-    image = prepare(dataset.train.image[:1])
-    shape: Any = image.shape[1:]
-    model = models.build(description, shape, dataset.classes, jax.random.key(0))
-    lowered = jax.jit(model.apply_fn).lower(model.params, model.model_state, image)
-    return float((lowered.cost_analysis() or {}).get("flops", 1.0))
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
@@ -437,16 +348,18 @@ def main() -> int:
     print(f"Run: {out} (the same command goes on where it was stopped)")
 
     # The unit of work is one epoch of a student
-    work_of = [epoch_work(dataset, model) for model in (config.teacher, config.student)]
+    work_of = [work(build(config, dataset, kind, 0), dataset) for kind in ("teacher", "student")]
     teacher_unit = work_of[0] / work_of[1]
     students = 2 + 2 * config.patient + bool(config.omit_classes)
-    work = config.members * config.teacher_epochs * teacher_unit + students * config.epochs
-    progress = runs.Progress(config.seeds * work)
-    lab = Lab(config, dataset, out, progress)
+    total = config.members * config.teacher_epochs * teacher_unit + students * config.epochs
+    progress = runs.Progress(config.seeds * total)
+    lab = Lab(
+        dataset, out, progress, config.seeds, config.select, config.save_seconds, config.devices
+    )
     trained = []
     for seed in range(config.seeds):
-        teacher = train_teacher(lab, seed, teacher_unit)
-        trained.append({"teacher": teacher, **train_students(lab, seed, teacher, 1.0)})
+        teacher = train_teacher(config, lab, seed, teacher_unit)
+        trained.append({"teacher": teacher, **train_students(config, lab, seed, teacher, 1.0)})
     progress.close()
 
     results = study.results(

@@ -24,6 +24,7 @@ LAYERS = [
     {"objectives", "targets", "runs"},
     {"fit"},
     {"study"},
+    {"lab"},
 ]
 MODULES = sorted(
     name
