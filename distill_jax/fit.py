@@ -114,7 +114,7 @@ def fit(
     Args:
       state: the start (donated: use what comes back).
       epoch: see :func:`distill_jax.train.make_epoch`.
-      data: arrays ``[examples, ...]`` by name.
+      data: arrays ``[examples, ...]`` by name, or trees of them.
       epochs: how many, in all.
       batch_size: examples a step.
       seed: of the shuffling.
@@ -129,8 +129,8 @@ def fit(
         model, optimizer, seed, batch size or number of examples. (Other differences, such as a learning
         rate, it cannot see: :func:`distill_jax.runs.open_run` keeps a run's options.)
     """
-    data = {name: jnp.asarray(values) for name, values in data.items()}
-    examples = len(next(iter(data.values())))
+    data = jax.tree.map(jnp.asarray, dict(data))
+    examples = len(jax.tree.leaves(data)[0])
     best = jax.tree.map(jnp.copy, (state.params, state.model_state))
     run = {"seed": seed, "batch_size": batch_size, "examples": examples}
     info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run

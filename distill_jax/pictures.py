@@ -296,3 +296,47 @@ def gallery(
     handles = axes.get_legend_handles_labels()
     picture.legend(*handles, loc="upper center", ncols=len(models) + 1, borderaxespad=0.2)
     _save(path, picture)
+
+
+@_style
+def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, baseline: str) -> None:
+    """Draws the errors of several models, best last: a point a seed, mean and standard error.
+
+    A model whose mean differs from the baseline's by more than two standard errors of the paired
+    difference is drawn in colour, others in grey.
+
+    Args:
+      path: of the PNG.
+      errors: model → a value a seed, the same seeds in each.
+      baseline: one of the models; its mean is a line across.
+
+    Raises:
+      ValueError: if the baseline is missing, or a model has not as many seeds as it.
+    """
+    if baseline not in errors:
+        raise ValueError(f"baseline must be one of {list(errors)}, got {baseline!r}")
+    seeds = len(errors[baseline])
+    for name, values in errors.items():
+        _check(f"errors of {name}", np.shape(values), "[seeds]", (seeds,))
+    order = sorted(errors, key=lambda name: -np.mean(errors[name]))
+    base = np.asarray(errors[baseline], np.float64)
+    picture = Figure((3.4, 0.22 * len(order) + 0.55), layout="constrained")
+    axes = picture.subplots()
+    axes.axvline(base.mean(), color=_LOOKS["scratch"][0], linewidth=0.8, zorder=0)
+    for row, name in enumerate(order):
+        values = np.asarray(errors[name], np.float64)
+        differences = values - base
+        error = differences.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else math.inf
+        clear = bool(abs(differences.mean()) > 2 * error)
+        colour = _LOOKS["distilled" if clear else "teacher"][0]
+        colour = _LOOKS["scratch"][0] if name == baseline else colour
+        spread = values.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
+        axes.plot(values, np.full(seeds, row), "o", color=colour, alpha=0.35, markersize=3, mew=0)
+        axes.errorbar(
+            values.mean(), row, xerr=spread, color=colour, marker="|", markersize=9, capsize=0
+        )
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="test errors", ylim=(-0.7, len(order) - 0.3))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    _save(path, picture)

@@ -201,6 +201,7 @@ def write_report(
     notes: Sequence[str] = (),
     *,
     command: str,
+    columns: Mapping[str, Column] = COLUMNS,
     **comparison: str,
 ) -> None:
     """Writes ``report.md``: what happened, the figures, the pictures, and how to do it again.
@@ -211,6 +212,7 @@ def write_report(
       pictures: caption → file name.
       notes: paragraphs to add below the tables.
       command: runs the experiment again.
+      columns: of the first table, as in :func:`table`.
       **comparison: ``baseline``, ``model`` and ``method`` of :func:`summary`.
 
     Raises:
@@ -227,7 +229,7 @@ def write_report(
     sections = [
         f"# {results['experiment']} on {data['name']}",
         f"**{summary(results, **comparison)}**",
-        table(results),
+        table(results, columns),
         table(results, FURTHER_COLUMNS),
         f"Test set, {spread}. Precision, recall and F1: mean over classes. ECE: bins of equal mass. "
         "Agreement: how often the class is the teacher's. NLL and KL: nats. Time: median of a call "

@@ -150,3 +150,13 @@ def test_gallery_refuses(tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
         pictures.gallery(tmp_path / "a.png", **(make_gallery() | {name: value}))
     assert not list(tmp_path.iterdir())
+
+
+def test_comparison(tmp_path):
+    errors = {"scratch": [20, 22, 21], "better": [10, 13, 11], "unclear": [19, 25, 18]}
+    pictures.comparison(tmp_path / "a.png", errors, baseline="scratch")
+    look(tmp_path / "a.png", (3.4, 1.21))
+    with pytest.raises(ValueError, match="baseline must be one of"):
+        pictures.comparison(tmp_path / "b.png", errors, baseline="none")
+    with pytest.raises(ValueError, match=r"errors of unclear must be \[seeds\] = \(3,\), got"):
+        pictures.comparison(tmp_path / "b.png", errors | {"unclear": [1, 2]}, baseline="scratch")

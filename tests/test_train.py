@@ -320,3 +320,12 @@ def test_random_shift_moves_within_bounds_and_fills_with_zero():
     corner = jnp.ones((50, 4, 4, 1), jnp.uint8)
     sums = {int(x.sum()) for x in augment.random_shift(jax.random.key(0), corner, 1)}
     assert sums == {16, 12, 9}
+
+
+def test_random_flip_mirrors_about_half_of_the_images():
+    images = np.random.default_rng(0).normal(size=(400, 3, 4, 2))
+    flipped = np.asarray(augment.random_flip(jax.random.key(0), images.astype(np.float32)))
+    same = np.isclose(flipped, images, atol=1e-6).all((1, 2, 3))
+    mirrored = np.isclose(flipped, images[:, :, ::-1], atol=1e-6).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240
