@@ -324,16 +324,16 @@ def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, basel
     axes = picture.subplots()
     axes.axvline(base.mean(), color=_LOOKS["scratch"][0], linewidth=0.8, zorder=0)
     for row, name in enumerate(order):
-        values = np.asarray(errors[name], np.float64)
-        differences = values - base
+        points = np.asarray(errors[name], np.float64)
+        differences = points - base
         error = differences.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else math.inf
         clear = bool(abs(differences.mean()) > 2 * error)
         colour = _LOOKS["distilled" if clear else "teacher"][0]
         colour = _LOOKS["scratch"][0] if name == baseline else colour
-        spread = values.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
-        axes.plot(values, np.full(seeds, row), "o", color=colour, alpha=0.35, markersize=3, mew=0)
+        spread = points.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
+        axes.plot(points, np.full(seeds, row), "o", color=colour, alpha=0.35, markersize=3, mew=0)
         axes.errorbar(
-            values.mean(), row, xerr=spread, color=colour, marker="|", markersize=9, capsize=0
+            points.mean(), row, xerr=spread, color=colour, marker="|", markersize=9, capsize=0
         )
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="test errors", ylim=(-0.7, len(order) - 0.3))
