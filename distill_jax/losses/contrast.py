@@ -271,12 +271,11 @@ def crd(
     places = jnp.where(counted, ids, examples)  # out of range: dropped
 
     def remember(bank, new):
-        new = jax.lax.stop_gradient(new).astype(bank.dtype)
         mixed = momentum * bank[chosen[:, 0]] + (1 - momentum) * new
         return bank.at[places].set(direction(mixed).astype(bank.dtype), mode="drop")
 
     state = CRDState(remember(state.student, student), remember(state.teacher, teacher), *log_z)
-    return values, state
+    return values, jax.lax.stop_gradient(state)
 
 
 def _check_same(student: Array, teacher: Array) -> None:

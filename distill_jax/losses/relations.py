@@ -70,7 +70,8 @@ def direction(x: Array) -> Array:
     # gradient too; it keeps the squares within range.
     x = _divide(x, jnp.max(jnp.abs(x), -1, keepdims=True, initial=0.0))
     norm = length(x)
-    return x / jnp.where(norm > 0, norm, 1.0)
+    zero = norm == 0
+    return jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, norm))
 
 
 def product(a: Array, b: Array) -> Array:
@@ -179,8 +180,8 @@ def rkd_distance(
     def relative(x):
         masked = jnp.where(valid[:, None], x, -jnp.inf), jnp.where(valid[:, None], x, jnp.inf)
         spread = jnp.max(jnp.max(masked[0], 0) - jnp.min(masked[1], 0), initial=0.0)
-        x = _divide(x, spread)  # d does not depend on the scale
-        distance = jnp.where(pairs, length(x[:, None] - x)[..., 0], 0.0)
+        differences = _divide(x[:, None] - x, spread)  # d does not depend on the scale
+        distance = jnp.where(pairs, length(differences)[..., 0], 0.0)
         mean = jnp.sum(distance) / jnp.maximum(count * (count - 1), 1)
         return distance / jnp.where(mean > 0, mean, 1.0)
 
