@@ -1,0 +1,334 @@
+"""Relation losses as learned parts: what embeds the features, and the loss of the embeddings.
+
+Each builder returns a pair for matched layers, whose losses are *summed* over the layers. ``where`` is
+``bool [batch]``. Methods of :mod:`distill_jax.losses.relations` that compare relations only need no
+parameters, whatever the widths.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax import losses
+from distill_jax.learned.pair import Learned, Shape
+from distill_jax.losses.numerics import to_float
+
+Params = Any
+
+
+def similarity_preserving() -> Learned:
+    """Similarity-preserving distillation of flattened feature maps; no parameters.
+
+    References:
+      Tung, Mori, 2019, Eq. 4 (the sum over layers); see
+      :func:`distill_jax.losses.similarity_preserving`.
+    """
+    return _without_params(losses.similarity_preserving)
+
+
+def rkd(
+    *, distance: float = 1.0, angle: float = 2.0, pool: bool = True, include_self: bool = False
+) -> Learned:
+    """Relational distillation: distance·RKD-D + angle·RKD-A; no parameters.
+
+    Args:
+      distance: the weight of the distances; RepDistiller has 25.
+      angle: the weight of the angles, for which the paper takes twice that of distances; RepDistiller
+        has 50.
+      pool: whether feature maps are first averaged over positions, as the last features of an image
+        model are; flattened otherwise.
+      include_self: as in :func:`distill_jax.losses.rkd_distance`.
+
+    References:
+      Park et al., 2019, §3.2 and §4; see :func:`distill_jax.losses.rkd_angle`.
+    """
+
+    def loss(student, teacher, *, where):
+        if pool:
+            student, teacher = mean_over_positions(student), mean_over_positions(teacher)
+        options = {"include_self": include_self, "where": where}
+        return distance * losses.rkd_distance(student, teacher, **options) + (
+            angle * losses.rkd_angle(student, teacher, **options)
+        )
+
+    return _without_params(loss)
+
+
+def pkt(*, pool: bool = True, include_self: bool = False) -> Learned:
+    """Probabilistic knowledge transfer; no parameters.
+
+    Args:
+      pool: as in :func:`rkd`.
+      include_self: as in :func:`distill_jax.losses.pkt`.
+
+    References:
+      Passalis, Tefas, 2018; see :func:`distill_jax.losses.pkt`.
+    """
+
+    def loss(student, teacher, *, where):
+        if pool:
+            student, teacher = mean_over_positions(student), mean_over_positions(teacher)
+        return losses.pkt(student, teacher, include_self=include_self, where=where)
+
+    return _without_params(loss)
+
+
+def correlation_congruence(
+    *, features: int = 128, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2
+) -> Learned:
+    """Correlation congruence of linear embeddings of pooled features, one for each network.
+
+    The teacher's embedding is trained too, as in the reference implementations. Alone, the loss has a
+    trivial minimum, embeddings that are all alike: use it beside a loss on the logits.
+
+    Args:
+      features: the width of the embeddings.
+      kernel: as in :func:`distill_jax.losses.correlation_congruence`.
+      gamma: as there.
+      order: as there.
+
+    References:
+      Peng et al., 2019, §3; see :func:`distill_jax.losses.correlation_congruence`.
+    """
+
+    def loss(student, teacher, *, labels, where):
+        return losses.correlation_congruence(
+            student, teacher, kernel=kernel, gamma=gamma, order=order, where=where
+        )
+
+    return _embedded(features, loss)
+
+
+def ickd(*, normalize: bool = True) -> Learned:
+    """Inter-channel correlation, with a linear map of the student's channels where they are unequal.
+
+    Args:
+      normalize: as in :func:`distill_jax.losses.ickd`.
+
+    Note:
+      The authors' code always maps the student's channels, and follows with BatchNorm; the division by
+      the rows' lengths makes most of the latter's work unnecessary.
+
+    References:
+      Liu et al., 2021, §3.2; see :func:`distill_jax.losses.ickd`.
+    """
+
+    def init(key, student_shapes, teacher_shapes):
+        _check_layers(student_shapes, teacher_shapes)
+        shapes = list(zip(student_shapes, teacher_shapes, strict=True))
+        keys = jax.random.split(key, max(len(shapes), 1))
+        return [
+            {} if s[-1] == t[-1] else {"kernel": _kernel(k, s[-1], t[-1])}
+            for k, (s, t) in zip(keys, shapes, strict=False)
+        ]
+
+    def apply(params, student_features, teacher_features, *, labels=None, where=None):
+        _check_layers(student_features, teacher_features)
+        total: Any = 0.0
+        for p, s, t in zip(params, student_features, teacher_features, strict=True):
+            mapped = _matmul(_kept(to_float(s), where), p["kernel"]) if p else s
+            total += losses.ickd(mapped, t, normalize=normalize, where=where)
+        return total
+
+    return Learned(init, apply)
+
+
+def info_nce(
+    *,
+    features: int = 128,
+    temperature: float = 0.07,
+    symmetric: bool = False,
+    other_classes: bool = False,
+) -> Learned:
+    """Contrastive distillation within the batch, of linear embeddings of pooled features.
+
+    Args:
+      features: the width of the embeddings.
+      temperature: as in :func:`distill_jax.losses.info_nce`.
+      symmetric: as there.
+      other_classes: whether ``apply`` takes its negatives from other classes only, by its ``labels``.
+
+    References:
+      van den Oord et al., 2018, Eq. 4; see :func:`distill_jax.losses.info_nce`.
+    """
+
+    def loss(student, teacher, *, labels, where):
+        if other_classes and labels is None:
+            raise ValueError("other_classes=True needs the batch's labels: give apply labels=")
+        return losses.info_nce(
+            student,
+            teacher,
+            labels if other_classes else None,
+            temperature=temperature,
+            symmetric=symmetric,
+            where=where,
+        )
+
+    return _embedded(features, loss)
+
+
+class LearnedWithState(NamedTuple):
+    """A distillation loss with parameters, and with a state that is not trained.
+
+    Attributes:
+      init: ``(key, student_shapes, teacher_shapes) -> params``, as of
+        :class:`distill_jax.learned.Learned`.
+      init_state: ``(key, *, examples) -> state``, a pytree of arrays.
+      apply: ``(params, state, student_features, teacher_features, ids, *, key, labels=None,
+        where=None) -> (values, state)``.
+    """
+
+    init: Callable[[jax.Array, Sequence[Shape], Sequence[Shape]], Params]
+    init_state: Callable[..., Any]
+    apply: Callable[..., tuple[jax.Array, Any]]
+
+
+def crd(
+    *,
+    features: int = 128,
+    negatives: int = 16384,
+    temperature: float = 0.07,
+    momentum: float = 0.5,
+) -> LearnedWithState:
+    """Contrastive representation distillation, of linear embeddings of pooled features of one layer.
+
+    The state, a :class:`distill_jax.losses.CRDState`, belongs where a model's BatchNorm statistics do:
+    in the ``model_state`` of the train state, say as ``{"student": …, "crd": …}``. The ``loss_fn``
+    takes it from there, gives it to ``apply`` and returns the new one. The batch must carry ``ids``,
+    its examples' places in the training set.
+
+    Args:
+      features: the width of the embeddings.
+      negatives: how many an example.
+      temperature: as in :func:`distill_jax.losses.crd`.
+      momentum: as there.
+
+    Returns:
+      A :class:`LearnedWithState`. ``apply``'s ``key`` draws the negatives; its ``labels``, if given,
+      are those of the *whole training set*, ``[examples]``, and negatives are then of other classes.
+
+    References:
+      Tian et al., 2020; see :func:`distill_jax.losses.crd`.
+    """
+    embed = _embedded(features, lambda student, teacher, **_: (student, teacher))
+
+    def init(key, student_shapes, teacher_shapes):
+        _check_one(student_shapes, teacher_shapes)
+        return embed.init(key, student_shapes, teacher_shapes)
+
+    def init_state(key, *, examples):
+        return losses.crd_init(key, examples, features)
+
+    def apply(
+        params, state, student_features, teacher_features, ids, *, key, labels=None, where=None
+    ):
+        _check_one(student_features, teacher_features)
+        ((student, teacher),) = _embeddings(params, student_features, teacher_features, where)
+        examples = state.student.shape[0]
+        drawn = losses.crd_negatives(key, ids, examples=examples, count=negatives, labels=labels)
+        return losses.crd(
+            student,
+            teacher,
+            state,
+            ids,
+            drawn,
+            temperature=temperature,
+            momentum=momentum,
+            where=where,
+        )
+
+    return LearnedWithState(init, init_state, apply)
+
+
+def mean_over_positions(x: Any) -> jax.Array:
+    """Features ``[batch, *spatial, channels]`` as ``[batch, channels]``, float32 at least."""
+    x = to_float(x)
+    return jnp.mean(x, tuple(range(1, x.ndim - 1))) if x.ndim > 2 else x
+
+
+def _kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+def _kept(x: jax.Array, where: Any) -> jax.Array:
+    """Sets excluded examples to zero, so that nothing in them reaches the gradient of a kernel."""
+    if where is None:
+        return x
+    return jnp.where(jnp.reshape(where, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)
+
+
+def _check_layers(student: Sequence[Any], teacher: Sequence[Any]) -> None:
+    if len(student) != len(teacher):
+        raise ValueError(
+            "student and teacher must have equally many matched layers, got "
+            f"{len(student)} and {len(teacher)}"
+        )
+
+
+def _check_one(student: Sequence[Any], teacher: Sequence[Any]) -> None:
+    if len(student) != 1 or len(teacher) != 1:
+        raise ValueError(
+            f"crd takes one layer of each network, got {len(student)} and {len(teacher)}: give each "
+            "layer a pair and a state of its own"
+        )
+
+
+def _without_params(loss: Callable[..., jax.Array]) -> Learned:
+    def init(key, student_shapes, teacher_shapes):
+        _check_layers(student_shapes, teacher_shapes)
+        return {}
+
+    def apply(params, student_features, teacher_features, *, labels=None, where=None):
+        _check_layers(student_features, teacher_features)
+        total: Any = 0.0
+        for s, t in zip(student_features, teacher_features, strict=True):
+            total += loss(s, t, where=where)
+        return total
+
+    return Learned(init, apply)
+
+
+def _embedded(features: int, loss: Callable[..., Any]) -> Learned:
+    """A loss of linear embeddings of pooled features: one for the student, one for the teacher."""
+
+    def init(key, student_shapes, teacher_shapes):
+        _check_layers(student_shapes, teacher_shapes)
+        params = []
+        for i, shapes in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
+            keys = jax.random.split(jax.random.fold_in(key, i))
+            params.append(
+                {
+                    name: {"kernel": _kernel(k, shape[-1], features), "bias": jnp.zeros(features)}
+                    for name, k, shape in zip(("student", "teacher"), keys, shapes, strict=True)
+                }
+            )
+        return params
+
+    def apply(params, student_features, teacher_features, *, labels=None, where=None):
+        total: Any = 0.0
+        for s, t in _embeddings(params, student_features, teacher_features, where):
+            total += loss(s, t, labels=labels, where=where)
+        return total
+
+    return Learned(init, apply)
+
+
+def _embeddings(
+    params: Params, student_features: Any, teacher_features: Any, where: Any
+) -> list[tuple[jax.Array, jax.Array]]:
+    _check_layers(student_features, teacher_features)
+
+    def embed(p, x):
+        return _matmul(_kept(mean_over_positions(x), where), p["kernel"]) + p["bias"]
+
+    return [
+        (embed(p["student"], s), embed(p["teacher"], t))
+        for p, s, t in zip(params, student_features, teacher_features, strict=True)
+    ]

@@ -1,0 +1,303 @@
+"""Contrastive losses: a student's embedding of an example should be nearest the teacher's of the same.
+
+:func:`info_nce` takes its negatives from the batch. :func:`crd` takes them from a memory of past
+embeddings of the whole data set, which is an explicit state: :func:`crd_init` makes it,
+:func:`crd_negatives` draws from it, and :func:`crd` returns it updated.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses.numerics import check_fraction, check_positive, to_float
+from distill_jax.losses.relations import direction, flatten, product
+
+Array = jax.Array
+
+
+def info_nce(
+    student: Any,
+    teacher: Any,
+    labels: Any = None,
+    *,
+    temperature: Any = 0.07,
+    symmetric: bool = False,
+    where: Any = None,
+) -> Array:
+    """Contrastive distillation within the batch: the teacher's embedding of the same example is known.
+
+    −log(e^(c_ii/τ) / Σ_j e^(c_ij/τ)), where c_ij is the cosine of the student's embedding of example i
+    and the teacher's of j. A lower bound of their mutual information is log(batch) minus the mean.
+
+    Args:
+      student: ``[batch, ..., features]``, any float dtype; flattened, and divided by its length.
+      teacher: as ``student``, of the same size: project one first where they differ.
+      labels: integers ``[batch]``; if given, other examples of the same class are no negatives.
+      temperature: τ > 0, a scalar.
+      symmetric: whether to take the mean of this and of the teacher's view, −log(e^(c_ii/τ) /
+        Σ_j e^(c_ji/τ)).
+      where: ``bool [batch]``, which examples count.
+
+    Returns:
+      ``[batch]``, nats, float32 (float64 for float64 input); 0 for an example without negatives.
+
+    Raises:
+      ValueError: if the shapes do not fit, ``where`` or the labels are not ``[batch]``, or the
+        temperature is not positive.
+
+    Note:
+      This is CRD's objective with in-batch negatives; the published method is :func:`crd`. There is
+      no reference code for this form in the collections of CRD's descendants.
+
+    References:
+      van den Oord, Li, Vinyals, `Representation Learning with Contrastive Predictive Coding`, 2018,
+      Eq. 4; Tian, Krishnan, Isola, `Contrastive Representation Distillation`, 2020, §3.
+
+    >>> x = jnp.eye(2)
+    >>> f'{info_nce(x, x, temperature=1.0)[0]:.4f}'  # log(1 + 1/e)
+    '0.3133'
+    """
+    check_positive("temperature", temperature)
+    student, teacher, valid = flatten(student, teacher, where)
+    _check_same(student, teacher)
+    negative = valid[:, None] & valid & ~jnp.eye(valid.shape[0], dtype=bool)
+    if labels is not None:
+        labels = jnp.asarray(labels)
+        if labels.shape != valid.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"labels must be integers {valid.shape}, got {labels.dtype} {labels.shape}"
+            )
+        negative &= labels[:, None] != labels
+    logits = product(direction(student), direction(teacher)) / to_float(temperature)
+    own = jnp.diagonal(logits)
+
+    def view(logits):
+        # −log p = log(1 + Σ_(j≠i) e^(l_ij − l_ii)), which keeps its digits where p is near 1
+        gap = jnp.where(negative, logits - own[:, None], 0.0)
+        peak = jax.lax.stop_gradient(jnp.max(gap, -1, where=negative, initial=0.0))
+        total = jnp.sum(jnp.exp(gap - peak[:, None]), -1, where=negative)
+        near = jnp.log1p(jnp.where(peak > 0, 0.0, total))
+        far = peak + jnp.log(jnp.exp(-peak) + jnp.where(peak > 0, total, 1.0))
+        return jnp.where(valid, jnp.where(peak > 0, far, near), 0.0)
+
+    if symmetric:
+        return 0.5 * (view(logits) + view(logits.T))
+    return view(logits)
+
+
+class CRDState(NamedTuple):
+    """What CRD remembers of the data set: arrays alone, saved and sharded as a model's state is.
+
+    Attributes:
+      student: ``[examples, features]``, the running embedding of each example by the student.
+      teacher: the same by the teacher.
+      log_z_student: scalar, log of the constant Z by which the student's scores are divided; −inf
+        until the first batch sets it.
+      log_z_teacher: the same for the teacher's scores.
+    """
+
+    student: Array
+    teacher: Array
+    log_z_student: Array
+    log_z_teacher: Array
+
+
+def crd_init(key: Array, examples: int, features: int, *, dtype: Any = jnp.float32) -> CRDState:
+    """A memory for :func:`crd` of random embeddings of length about 1.
+
+    Args:
+      key: draws the entries, uniformly within ±√(3/features), as RepDistiller does.
+      examples: the number of examples of the training set.
+      features: the width of the embeddings.
+      dtype: of the state.
+
+    Returns:
+      A :class:`CRDState`.
+
+    Raises:
+      ValueError: if a size is not positive.
+    """
+    check_positive("examples", examples)
+    check_positive("features", features)
+    limit = (3 / features) ** 0.5
+    banks = jax.random.uniform(key, (2, examples, features), dtype, -limit, limit)
+    unset = jnp.asarray(-jnp.inf, dtype)
+    return CRDState(banks[0], banks[1], unset, unset)
+
+
+def crd_negatives(key: Array, ids: Any, *, examples: int, count: int, labels: Any = None) -> Array:
+    """Draws negatives for :func:`crd`, uniformly and with replacement, from all other examples.
+
+    Args:
+      key: of this step's draw.
+      ids: integers ``[batch]``, the batch's places in the training set, in [0, examples).
+      examples: the number of examples of the training set.
+      count: how many negatives to draw for each; 16,384 in the paper's experiments on CIFAR-100.
+      labels: integers ``[examples]``, the classes of the *whole* training set: if given, negatives
+        come from other classes only, as in the paper's best variant.
+
+    Returns:
+      int32 ``[batch, count]``; −1, which is no example, where there is none to draw.
+
+    Raises:
+      ValueError: if a size is not positive, or the labels are not ``[examples]``.
+
+    Note:
+      RepDistiller draws negatives of other classes without replacement where there are enough, and,
+      without labels, may draw the example itself.
+
+    References:
+      Tian, Krishnan, Isola, `Contrastive Representation Distillation`, 2020, §4 and appendix.
+
+    >>> drawn = crd_negatives(jax.random.key(0), jnp.array([0, 2]), examples=3, count=50)
+    >>> print([sorted(set(row)) for row in drawn.tolist()])
+    [[1, 2], [0, 1]]
+    """
+    check_positive("examples", examples)
+    check_positive("count", count)
+    ids = jnp.asarray(ids)
+    shape = (*ids.shape, count)
+    if labels is None:
+        drawn = jax.random.randint(key, shape, 0, max(examples - 1, 1), jnp.int32)
+        drawn += drawn >= ids[:, None]  # over the example's own place
+        return jnp.where(examples > 1, drawn, -1)
+    labels = jnp.asarray(labels)
+    if labels.shape != (examples,):
+        raise ValueError(f"labels must be [examples] = ({examples},), got {labels.shape}")
+    # In the order of classes, one's own class is an interval to step over
+    order = jnp.argsort(labels).astype(jnp.int32)
+    ranked, own = labels[order], labels[ids]
+    first = jnp.searchsorted(ranked, own, side="left")[:, None]
+    size = jnp.searchsorted(ranked, own, side="right")[:, None] - first
+    others = examples - size
+    drawn = jax.random.randint(key, shape, 0, jnp.maximum(others, 1), jnp.int32)
+    drawn = order[jnp.where(drawn < first, drawn, drawn + size)]
+    return jnp.where(others > 0, drawn, -1)
+
+
+def crd(
+    student: Any,
+    teacher: Any,
+    state: CRDState,
+    ids: Any,
+    negatives: Any,
+    *,
+    temperature: Any = 0.07,
+    momentum: Any = 0.5,
+    where: Any = None,
+) -> tuple[Array, CRDState]:
+    """Contrastive representation distillation (CRD) against a memory of the data set.
+
+    An example's value is, for the student's embedding v and the memory w of the teacher's, −log D(w₊)
+    − Σ_k log(1 − D(w_k)) with D(w) = P/(P + m/n), P = e^(⟨v, w⟩/τ)/Z, w₊ its own and w_k its m
+    negatives among n examples; plus the same for the teacher's embedding and the memory of the
+    student's. The mean over examples is the loss of the paper. Gradients flow to both embeddings,
+    none to Z or the memory. Where m·features exceeds n, scores of all examples are computed and the
+    drawn ones picked, which needs less memory than gathering m vectors an example.
+
+    Args:
+      student: ``[batch, ..., features]``, any float dtype; flattened, and divided by its length.
+      teacher: as ``student``, of the same size.
+      state: of :func:`crd_init`, or from the step before.
+      ids: integers ``[batch]``, the batch's places in the training set. No two valid ones should be
+        equal: of equal ones, either may be remembered.
+      negatives: integers ``[batch, m]``, from :func:`crd_negatives` or the caller's own.
+      temperature: τ > 0.
+      momentum: in [0, 1], the share of the old embedding in the memory's update.
+      where: ``bool [batch]``, which examples count; others are not remembered either.
+
+    Returns:
+      ``(values, state)``: values ``[batch]``, nats, float32 (float64 for float64 input), NaN where
+      an id or a negative is no example; the state with this batch's embeddings mixed in (normalised),
+      and, after the first batch, with Z = n times the mean of e^(⟨v, w⟩/τ) over that batch.
+
+    Raises:
+      ValueError: if the shapes do not fit, the temperature is not positive, or the momentum is
+        outside [0, 1].
+
+    Note:
+      RepDistiller and mdistiller add 1e-7 to P + m/n; torchdistill 1.1.5 cannot draw negatives itself
+      (it asks for ``self.prob``, which it never sets).
+
+    References:
+      Tian, Krishnan, Isola, `Contrastive Representation Distillation`, 2020, §3 and the appendix on
+      memory and noise-contrastive estimation (Eq. 18, as numbered in RepDistiller's code).
+
+    >>> state = crd_init(jax.random.key(0), 4, 2)
+    >>> x, ids = jnp.eye(2), jnp.array([0, 1])
+    >>> values, state = crd(x, x, state, ids, jnp.array([[2], [3]]), momentum=0.0)
+    >>> print(values.shape, state.student[:2].tolist())
+    (2,) [[1.0, 0.0], [0.0, 1.0]]
+    """
+    check_positive("temperature", temperature)
+    check_fraction("momentum", momentum)
+    student, teacher, valid = flatten(student, teacher, where)
+    _check_same(student, teacher)
+    ids, negatives = jnp.asarray(ids), jnp.asarray(negatives)
+    examples, features = state.student.shape
+    batch = student.shape[0]
+    if student.shape[1] != features:
+        raise ValueError(
+            f"the state remembers {features} features an example, the embeddings have "
+            f"{student.shape[1]}: give crd_init the embeddings' width"
+        )
+    if ids.shape != (batch,) or negatives.ndim != 2 or negatives.shape[0] != batch:
+        raise ValueError(
+            f"ids must be [batch] = ({batch},) and negatives ({batch}, m), got {ids.shape} and "
+            f"{negatives.shape}"
+        )
+    student, teacher = direction(student), direction(teacher)
+    chosen = jnp.concatenate([ids[:, None], negatives], 1)
+    known = jnp.all((chosen >= 0) & (chosen < examples), 1)
+    chosen = jnp.clip(chosen, 0, examples - 1)
+    counted = valid & known
+    temperature = to_float(temperature)
+    values, log_z = jnp.zeros(batch, student.dtype), []
+    log_noise = jnp.log(jnp.asarray(negatives.shape[1] / examples, student.dtype))
+    for anchor, bank, log_constant in (
+        (student, state.teacher, state.log_z_student),
+        (teacher, state.student, state.log_z_teacher),
+    ):
+        scores = _scores(anchor, jax.lax.stop_gradient(bank), chosen) / temperature
+        estimate = _log_mean(jax.lax.stop_gradient(scores), counted) + math.log(examples)
+        log_constant = jnp.where(log_constant > -jnp.inf, log_constant, estimate)
+        log_z.append(log_constant.astype(state.log_z_student.dtype))
+        usable = jnp.where(log_constant > -jnp.inf, log_constant, 0.0)
+        odds = scores - jax.lax.stop_gradient(usable) - log_noise  # log of P : m/n
+        values += jax.nn.softplus(-odds[:, 0]) + jnp.sum(jax.nn.softplus(odds[:, 1:]), 1)
+    values = jnp.where(valid, jnp.where(known, values, jnp.nan), 0.0)
+    places = jnp.where(counted, ids, examples)  # out of range: dropped
+
+    def remember(bank, new):
+        mixed = momentum * bank[chosen[:, 0]] + (1 - momentum) * new
+        return bank.at[places].set(direction(mixed).astype(bank.dtype), mode="drop")
+
+    state = CRDState(remember(state.student, student), remember(state.teacher, teacher), *log_z)
+    return values, jax.lax.stop_gradient(state)
+
+
+def _check_same(student: Array, teacher: Array) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher embeddings must have one width, got {student.shape[1]} and "
+            f"{teacher.shape[1]}: project one first, as the losses in distill_jax.learned do"
+        )
+
+
+def _scores(anchor: Array, bank: Array, chosen: Array) -> Array:
+    """⟨anchor_i, bank[chosen_ik]⟩, ``[batch, chosen]``."""
+    examples, features = bank.shape
+    bank = bank.astype(anchor.dtype)
+    if examples <= chosen.shape[1] * features:
+        return jnp.take_along_axis(product(anchor, bank), chosen, 1)
+    return product(bank[chosen], anchor[:, None])[..., 0]
+
+
+def _log_mean(scores: Array, counted: Array) -> Array:
+    """Computes log of the mean of e^scores over the counted rows; −inf where there is none."""
+    rows = jnp.broadcast_to(counted[:, None], scores.shape)
+    return jax.nn.logsumexp(scores, where=rows) - jnp.log(
+        jnp.maximum(jnp.sum(rows), 1).astype(scores.dtype)
+    )
