@@ -23,6 +23,7 @@ __all__ = [
     "pictures",
     "report",
     "runs",
+    "sparsity",
     "study",
     "targets",
     "train",
