@@ -60,6 +60,7 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
 
     # As if killed before fine-tuning, which must find the masks in the checkpoint
     shutil.rmtree(out / "seed0" / "sparse-fine-tuned")
+    monkeypatch.setattr(kd_vgg.study, "draw", lambda *arguments: {})
     assert run(capsys, monkeypatch, "--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     for name in models:
