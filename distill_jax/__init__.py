@@ -24,6 +24,7 @@ __all__ = [
     "pictures",
     "report",
     "runs",
+    "sparsity",
     "study",
     "targets",
     "train",

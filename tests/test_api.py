@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
     {"files", "augment", "parallel", "losses"},
-    {"learned", "train", "data", "models", "metrics", "checkpoint", "report", "pictures"},
+    {
+        "learned",
+        "train",
+        "sparsity",
+        "data",
+        "models",
+        "metrics",
+        "checkpoint",
+        "report",
+        "pictures",
+    },
     {"objectives", "targets", "runs"},
     {"fit"},
     {"study"},

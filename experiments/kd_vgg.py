@@ -1,0 +1,521 @@
+"""A VGG network made small: distillation with temperature, pruning while it learns, fine-tuning.
+
+Pre-trains a teacher and stores its soft labels. Then distils a small convolutional network from them
+twice, from the same initial parameters and in the same order of examples: dense, and with a rising
+share of its weights removed while it learns. Both are fine-tuned for the same number of epochs, the
+sparse one with its masks fixed. Repeats that over seeds, evaluates on the test set once, at the end.
+
+    python experiments/kd_vgg.py                       # minutes on a laptop
+    python experiments/kd_vgg.py --preset cifar10      # hours on a GPU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from distill_jax import (  # isort: skip
+    augment, data, files, fit, models, objectives, report, runs, sparsity, study, targets, train,
+)  # fmt: skip
+from distill_jax.study import Trained
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. The defaults shown are those of the preset quick on MNIST."""
+
+    dataset: str = "auto"
+    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
+    image-classification data set of TFDS"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    preset: Literal["quick", "vgg", "cifar10"] = "quick"
+    """quick: minutes, with a convnet as teacher; vgg: the same with a narrow VGG-8; cifar10: VGG-13
+    on CIFAR-10, for a GPU"""
+    seeds: int = 5
+    """how many repetitions, each with its own teacher"""
+    train_examples: int | None = 6000
+    """how many training examples to use, the first ones (default: all that --validation leaves)"""
+    validation: int | None = None
+    """examples held out of the training set (default: the data set's own)"""
+    teacher: str = "convnet:16,32"
+    """such as vgg8:0.25 or convnet:16,32"""
+    student: str = "convnet:6,12"
+    """likewise"""
+    temperature: float = 4.0
+    """T, softens the predictions of both"""
+    alpha: float = 0.1
+    """the labels' share of the distilled students' loss; the rest is the teacher's"""
+    sparsity: float = 0.8
+    """the fraction of weights of each kernel that is removed"""
+    score: Literal["magnitude", "saliency"] = "magnitude"
+    """which weights go: the smallest, or those whose loss the gradient says matters least"""
+    ranking: Literal["uniform", "global"] = "uniform"
+    """whether each kernel loses the same fraction, or all are ranked together"""
+    pattern: str = ""
+    """such as 2:4, where two of four neighbouring inputs stay; the sparsity must be that of it"""
+    dense_leaves: tuple[str, ...] = ()
+    """regular expressions for the paths of kernels that stay dense, such as head"""
+    prune_begin: float = 0.1
+    """where in the distillation pruning begins, as a fraction of its steps"""
+    prune_end: float = 0.6
+    """and where it has reached --sparsity"""
+    prune_every: int = 20
+    """steps between removals"""
+    epochs: int = 20
+    """of the distillation"""
+    learning_rate: float = 3e-3
+    """the students', at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
+    fine_tune_epochs: int = 8
+    """after it, with fixed masks"""
+    fine_tune_learning_rate: float = 1e-3
+    """likewise"""
+    fine_tune_alpha: float = 0.1
+    """the labels' share of the loss in fine-tuning"""
+    batch_size: int = 64
+    """examples a step of the students"""
+    teacher_epochs: int = 12
+    """the teacher's"""
+    teacher_learning_rate: float = 2e-3
+    """the teacher's"""
+    teacher_batch_size: int = 64
+    """the teacher's"""
+    dropout: float = 0.2
+    """of the teacher's hidden units"""
+    jitter: int = 2
+    """pixels by which the teacher's training images are shifted at random"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+    check: bool = False
+    """exit 1 unless the sparse student loses at most 0.3 points of the dense one's test accuracy"""
+
+
+# How the other presets differ.
+SMALL_IMAGES: dict[str, Any] = {
+    "train_examples": None, "student": "convnet:8,16", "epochs": 60, "fine_tune_epochs": 20,
+    "teacher_epochs": 80, "jitter": 1,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "vgg": {"teacher": "vgg8:0.25"},
+    "cifar10": {
+        "dataset": "cifar10", "train_examples": None, "teacher": "vgg13:1",
+        "student": "convnet:32,64,128", "epochs": 120, "fine_tune_epochs": 40,
+        "teacher_epochs": 160, "teacher_learning_rate": 1e-3, "teacher_batch_size": 128,
+        "batch_size": 128, "prune_every": 100, "jitter": 4,
+    },
+}  # fmt: skip
+
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
+DENSE, SPARSE = "distilled, fine-tuned", "sparse, fine-tuned"
+POINTS = 0.3
+
+COLUMNS: Mapping[str, report.Column] = {
+    "parameters": report.count("parameters"),
+    "not zero": report.count("nonzero"),
+    "errors": report.score("errors"),
+    "accuracy %": report.score("accuracy", percent=True),
+    "precision %": report.score("precision", percent=True),
+    "agreement %": report.score("agreement", percent=True),
+}
+
+
+def parse() -> tuple[Config, data.Dataset]:
+    """Reads the command line; what it leaves out depends on the preset and on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    default = dataclasses.replace(Config(), **PRESETS[config.preset])
+    config = tyro.cli(Config, default=default)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    if config.preset != "cifar10" and max(dataset.train.image.shape[1:3]) < 16:
+        config = tyro.cli(Config, default=dataclasses.replace(default, **SMALL_IMAGES))
+    if config.train_examples is not None:
+        available = len(dataset.train.id)
+        if not 1 <= config.train_examples <= available:
+            raise ValueError(
+                f"--train-examples must be 1 to {available}, got {config.train_examples}"
+            )
+        first = data.Split(*(field[: config.train_examples] for field in dataset.train))
+        dataset = dataset._replace(train=first)
+    check(config, dataset)
+    return config, dataset
+
+
+def check(config: Config, dataset: data.Dataset) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    examples = len(dataset.train.id)
+    for name in ("seeds", "epochs", "fine_tune_epochs", "teacher_epochs"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{option(name)} must be at least 1, got {getattr(config, name)}")
+    for name in ("batch_size", "teacher_batch_size"):
+        if not 1 <= getattr(config, name) <= examples:
+            raise ValueError(
+                f"{option(name)} must be 1 to the number of training examples, {examples}, "
+                f"got {getattr(config, name)}"
+            )
+    for name in (
+        "learning_rate",
+        "fine_tune_learning_rate",
+        "teacher_learning_rate",
+        "temperature",
+    ):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
+    for name in ("jitter", "save_seconds"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
+    for name in ("alpha", "fine_tune_alpha"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{option(name)} must lie in [0, 1], got {getattr(config, name)}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"--dropout must lie in [0, 1), got {config.dropout}")
+    if not 0 <= config.prune_begin < config.prune_end <= 1:
+        raise ValueError(
+            "--prune-begin and --prune-end must satisfy 0 ≤ begin < end ≤ 1, got "
+            f"{config.prune_begin} and {config.prune_end}"
+        )
+    for kind in ("teacher", "student"):
+        epoch_work(dataset, getattr(config, kind))
+    # What concerns the student's kernels, such as a pattern that does not fit, shows here
+    shape: Any = dataset.train.image.shape[1:]
+    student = models.build(config.student, shape, dataset.classes, jax.random.key(0))
+    pruner(config, examples, optax.identity()).init(student.params)
+
+
+def prepare(images: Any) -> Any:
+    """Turns uint8 images into the network's input, in [0, 1]."""
+    return images.astype(np.float32) / 255
+
+
+PROBE = np.arange(256, dtype=np.uint8)  # what becomes of it tells one preprocessing from another
+
+
+def arrays(split: data.Split) -> dict[str, np.ndarray]:
+    """Makes a training batch's fields of a split."""
+    return {"image": split.image, "label": split.label}
+
+
+def pruner(
+    config: Config, examples: int, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps a student's optimizer so that it prunes."""
+    # The last epoch's last step has number steps − 1, and must see the whole sparsity
+    steps = config.epochs * (examples // config.batch_size)
+    begin = int(config.prune_begin * (steps - 1))
+    end = max(begin + 1, int(config.prune_end * (steps - 1)))
+    if end >= steps:
+        raise ValueError(
+            f"the distillation has {steps} steps, too few to prune in: use a smaller --batch-size "
+            "or more --epochs"
+        )
+    schedule = sparsity.polynomial(config.sparsity, begin=begin, end=end, every=config.prune_every)
+    return sparsity.sparsify(
+        tx,
+        schedule,
+        score=config.score,
+        ranking=config.ranking,
+        pattern=parse_pattern(config.pattern),
+        exclude=config.dense_leaves,
+    )
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """Reads ``"2:4"``; None of an empty text."""
+    if not text:
+        return None
+    keep, _, group = text.partition(":")
+    if not (keep.isdecimal() and group.isdecimal()):
+        raise ValueError(f"--pattern must be two numbers such as 2:4, got {text!r}")
+    return int(keep), int(group)
+
+
+class Lab:
+    """All that the stages of one experiment share."""
+
+    def __init__(self, config: Config, dataset: data.Dataset, out: Path, progress: runs.Progress):
+        self.config, self.dataset, self.out, self.progress = config, dataset, out, progress
+        self.shape = dataset.train.image.shape[1:]
+
+    def model(self, kind: Literal["teacher", "student"], seed: int) -> models.Model:
+        """Builds the teacher or the student with the initial parameters of a seed."""
+        key = jax.random.fold_in(jax.random.key(seed), kind == "student")
+        dropout = self.config.dropout if kind == "teacher" else 0.0
+        description = getattr(self.config, kind)
+        return models.build(description, self.shape, self.dataset.classes, key, dropout=dropout)
+
+    def train(
+        self,
+        name: str,
+        seed: int,
+        model: models.Model,
+        loss_fn: train.LossFn,
+        training: Mapping[str, Any],
+        *,
+        epochs: int,
+        learning_rate: float,
+        batch_size: int,
+        wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda x: x,
+        transform: Callable[..., Any],
+        order_seed: int,
+        unit: float = 1.0,
+    ) -> tuple[Trained, Any]:
+        """Trains one model, or takes it from the run's checkpoint; also its optimizer's state."""
+        steps = max(1, len(training["label"]) // batch_size)
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
+        )
+        tx = wrap(optax.adam(schedule))
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), order_seed)
+        done = fit.fit(
+            train.init_state(model.params, tx, key, model.model_state),
+            train.make_epoch(train.make_train_step(loss_fn, tx), transform=transform),
+            training,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=order_seed,
+            validate=fit.make_validation(
+                model.apply_fn, arrays(self.dataset.validation), prepare=prepare
+            ),
+            directory=self.out / f"seed{seed}" / name,
+            save_seconds=self.config.save_seconds,
+            on_epoch=self.progress.stage(f"seed {seed + 1}/{self.config.seeds}, {name}", unit),
+        )
+        variables = (done.state.params, done.state.model_state)
+        trained = self.judge(model.apply_fn, variables, done.history, done.seconds)
+        return trained, done.state.opt_state
+
+    def judge(self, apply_fn, variables, history, seconds) -> Trained:
+        """Takes a model's predictions for validation and test images."""
+        validation, test = (
+            targets.predict(apply_fn, variables[0], variables[1], split.image, prepare=prepare)
+            for split in (self.dataset.validation, self.dataset.test)
+        )
+        return Trained(apply_fn, variables, history, seconds, validation, test)
+
+
+def plain(context: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+    """Prepares a batch as it is."""
+    return {**batch, "image": prepare(batch["image"])}
+
+
+def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
+    """Prepares a batch of images shifted at random."""
+
+    def transform(context, batch, key):
+        return {**batch, "image": prepare(augment.random_shift(key, batch["image"], pixels))}
+
+    return transform
+
+
+def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
+    """Stage 1: the teacher learns from the labels."""
+    config, model = lab.config, lab.model("teacher", seed)
+    teacher, _ = lab.train(
+        "teacher",
+        seed,
+        model,
+        objectives.supervised(model.apply_fn),
+        arrays(lab.dataset.train),
+        epochs=config.teacher_epochs,
+        learning_rate=config.teacher_learning_rate,
+        batch_size=config.teacher_batch_size,
+        transform=jittered(config.jitter),
+        order_seed=10_000 + seed,
+        unit=unit,
+    )
+    return teacher
+
+
+def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
+    """Stage 2: writes the teacher's soft labels for the training images, and reads them by id."""
+    split = lab.dataset.train
+
+    def logits(rows):
+        params, model_state = teacher.variables
+        images = split.image[rows]
+        return targets.predict(teacher.apply_fn, params, model_state, images, prepare=prepare)
+
+    described = {
+        "teacher": targets.fingerprint(teacher.variables),
+        "preprocessing": targets.fingerprint(prepare(PROBE))[:16],
+        "data": targets.fingerprint({"id": split.id, "image": split.image}),
+    }
+    directory = lab.out / f"seed{seed}" / "labels"
+    return targets.write_labels(directory, split.id, logits, fingerprint=described)[split.id]
+
+
+def train_students(lab: Lab, seed: int, teacher: Trained) -> dict[str, Trained]:
+    """Stages 3 and 4: distillation, dense and with pruning, and fine-tuning of both."""
+    config, start = lab.config, lab.model("student", seed)
+    training = arrays(lab.dataset.train)
+    labelled = training | {"teacher": store_labels(lab, seed, teacher)}
+
+    def soft(alpha):
+        return objectives.distill(start.apply_fn, temperature=config.temperature, alpha=alpha)
+
+    def student(name, model, loss_fn, epochs, learning_rate, order_seed, wrap=lambda tx: tx):
+        return lab.train(
+            name,
+            seed,
+            model,
+            loss_fn,
+            labelled,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=config.batch_size,
+            wrap=wrap,
+            transform=plain,
+            order_seed=order_seed + seed,
+        )
+
+    def distil(name, wrap=lambda tx: tx):
+        return student(
+            name, start, soft(config.alpha), config.epochs, config.learning_rate, 20_000, wrap
+        )
+
+    def fine_tune(name, distilled, wrap=lambda tx: tx):
+        model = models.Model(start.apply_fn, *distilled.variables)
+        loss_fn, rate = soft(config.fine_tune_alpha), config.fine_tune_learning_rate
+        return student(name, model, loss_fn, config.fine_tune_epochs, rate, 30_000, wrap)[0]
+
+    hard = objectives.supervised(start.apply_fn)
+    epochs = config.epochs + config.fine_tune_epochs
+    scratch, _ = student("scratch", start, hard, epochs, config.learning_rate, 20_000)
+    dense, _ = distil("distilled")
+    sparse, opt_state = distil("sparse", lambda tx: pruner(config, len(lab.dataset.train.id), tx))
+    masks = sparsity.mask_of(opt_state)
+    return {
+        "scratch": scratch,
+        "distilled": dense,
+        DENSE: fine_tune("distilled-fine-tuned", dense),
+        "cut afterwards": cut(lab, dense),
+        "sparse": sparse,
+        SPARSE: fine_tune("sparse-fine-tuned", sparse, lambda tx: sparsity.frozen(tx, masks)),
+    }
+
+
+def cut(lab: Lab, dense: Trained) -> Trained:
+    """Removes from the dense distilled student the same share of weights, without training."""
+    config = dataclasses.replace(lab.config, prune_begin=0.0, prune_end=1.0, score="magnitude")
+    tx = pruner(config, len(lab.dataset.train.id), optax.set_to_zero())
+    params, model_state = dense.variables
+    # Weights that do not move: pruned step by step or at once, it comes to the same
+    last = config.epochs * (len(lab.dataset.train.id) // config.batch_size) - 1
+    state = tx.init(params)._replace(step=np.int32(last))
+    masks = jax.jit(tx.update)(params, state, params)[1].masks
+    variables = (sparsity.apply_masks(params, masks), model_state)
+    return lab.judge(dense.apply_fn, variables, dense.history, 0.0)
+
+
+def nonzero(trained: Trained) -> int:
+    """Counts the parameters that are not zero."""
+    return sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(trained.variables[0]))
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """One sentence on what the sparse student lost against the dense one, in points of accuracy."""
+    dense, sparse = (results["models"][name]["test"]["accuracy"] for name in (DENSE, SPARSE))
+    difference = report.paired(dense, sparse)
+    error = "" if math.isnan(difference.error) else f" ± {100 * difference.error:.2f}"
+    return (
+        f"Without {100 * results['config']['sparsity']:g} % of its weights, the distilled student's "
+        f"test accuracy changes by {100 * difference.mean:+.2f}{error} points (mean and standard "
+        f"error of the paired difference over seeds: {len(dense)})."
+    ).replace("-", "−")
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """Lists the options on which results depend."""
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in PRACTICAL}
+
+
+def epoch_work(dataset: data.Dataset, description: str) -> float:
+    """Estimates the work of an epoch from the arithmetic of one example, for the time left."""
+    image = prepare(dataset.train.image[:1])
+    shape: Any = image.shape[1:]
+    model = models.build(description, shape, dataset.classes, jax.random.key(0))
+    lowered = jax.jit(model.apply_fn).lower(model.params, model.model_state, image)
+    return float((lowered.cost_analysis() or {}).get("flops", 1.0))
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    started = time.monotonic()
+    config, dataset = parse()
+    print(f"Data: {dataset.name}, {dataset.source}.")
+    identity = recorded(config) | {
+        "distill_jax": runs.environment()["distill_jax"],
+        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
+    }
+    folder = f"kd_vgg-{dataset.name.replace('/', '-')}-{config.preset}"
+    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
+    runs.open_run(out, identity, restart=config.restart)
+    print(f"Run: {out} (the same command goes on where it was stopped)")
+
+    # The unit of work is one epoch of a student
+    unit = epoch_work(dataset, config.teacher) / epoch_work(dataset, config.student)
+    students = 3 * (config.epochs + config.fine_tune_epochs)
+    progress = runs.Progress(config.seeds * (config.teacher_epochs * unit + students))
+    lab = Lab(config, dataset, out, progress)
+    trained = []
+    for seed in range(config.seeds):
+        teacher = train_teacher(lab, seed, unit)
+        trained.append({"teacher": teacher, **train_students(lab, seed, teacher)})
+    progress.close()
+
+    results = study.results(
+        "kd_vgg",
+        dataset,
+        trained,
+        config=recorded(config),
+        seconds={"total": time.monotonic() - started},
+        prepare=prepare,
+    )
+    for name, model in results["models"].items():
+        # A living weight may be zero by chance, so the counts of two seeds can differ
+        model["nonzero"] = float(np.mean([nonzero(seed[name]) for seed in trained]))
+    files.write_json(out / "results.json", results)
+    drawn = study.draw(out, dataset, trained, ("teacher", DENSE, SPARSE))
+    leaves = sparsity.report(trained[0][SPARSE].variables[0])
+    notes = [verdict(results), report.table(results, COLUMNS), f"```\n{leaves}\n```"]
+    write = {"baseline": DENSE, "model": SPARSE, "method": "Pruning during distillation"}
+    command = shlex.join(["python", *sys.argv])
+    report.write_report(out, results, drawn, notes, command=command, **write)
+    print()
+    print(report.table(results, COLUMNS))
+    print()
+    print(leaves)
+    print()
+    print(report.summary(results, baseline="scratch", model=DENSE))
+    print(verdict(results))
+    print(f"Report with pictures: {out / 'report.md'}")
+    dense, sparse = (np.mean(results["models"][n]["test"]["accuracy"]) for n in (DENSE, SPARSE))
+    if config.check and sparse < dense - POINTS / 100:
+        print(f"check failed: pruning costs more than {POINTS} points", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,117 @@
+"""System S2 whole: a small run, its sparsity, a resume, and what it says to bad input."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill_jax import runs
+
+PATH = Path(__file__).parents[1] / "experiments" / "kd_vgg.py"
+spec = importlib.util.spec_from_file_location("kd_vgg", PATH)
+kd_vgg = importlib.util.module_from_spec(spec)
+sys.modules["kd_vgg"] = kd_vgg  # dataclasses look their module up
+spec.loader.exec_module(kd_vgg)
+
+SMALL = [
+    *("--dataset", "digits", "--seeds", "1", "--teacher", "mlp:16", "--student", "mlp:16"),
+    *("--train-examples", "320", "--teacher-epochs", "2", "--epochs", "6", "--save-seconds", "0"),
+    *("--fine-tune-epochs", "2", "--prune-every", "3"),
+]
+WEIGHTS = 64 * 16 + 16 * 10
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Runs the experiment in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_main(kd_vgg.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    status, printed, _ = run(capsys, monkeypatch, "--out", out)
+    assert status == 0
+    results = json.loads((out / "results.json").read_text())
+    models = results["models"]
+    assert list(models) == [
+        "teacher", "scratch", "distilled", kd_vgg.DENSE, "cut afterwards", "sparse", kd_vgg.SPARSE,
+    ]  # fmt: skip
+    removed = round(0.8 * 64 * 16) + round(0.8 * 160)
+    for name, model in models.items():
+        assert model["parameters"] == WEIGHTS + 26
+        pruned = name in ("cut afterwards", "sparse", kd_vgg.SPARSE)
+        # A weight of an input that is always zero, or a bias, may be zero by chance
+        limit = model["parameters"] - (removed if pruned else 0)
+        assert limit - 26 <= model["nonzero"] <= limit
+        assert {"accuracy", "precision"} <= model["test"].keys()
+    assert models["sparse"]["test"] != models["distilled"]["test"]
+    assert "Without 80 % of its weights" in printed
+    assert printed.strip().splitlines()[-2] in (out / "report.md").read_text()
+
+    # As if killed before fine-tuning, which must find the masks in the checkpoint
+    shutil.rmtree(out / "seed0" / "sparse-fine-tuned")
+    monkeypatch.setattr(kd_vgg.study, "draw", lambda *arguments: {})
+    assert run(capsys, monkeypatch, "--out", out)[0] == 0
+    again = json.loads((out / "results.json").read_text())["models"]
+    for name in models:
+        assert again[name]["test"] == models[name]["test"]
+
+
+def test_the_verdict():
+    results = {
+        "config": {"sparsity": 0.8},
+        "models": {
+            kd_vgg.DENSE: {"test": {"accuracy": [0.96, 0.98]}},
+            kd_vgg.SPARSE: {"test": {"accuracy": [0.958, 0.974]}},
+        },
+    }
+    assert "test accuracy changes by −0.40 ± 0.20 points" in kd_vgg.verdict(results)
+
+
+OPTIONS = {
+    "sparsity of one": ("--sparsity 1", "final must be a fraction in [0, 1), got 1.0"),
+    "unknown score": ("--score size", "score"),
+    "malformed pattern": ("--pattern 2-4", "--pattern must be two numbers such as 2:4, got '2-4'"),
+    "pattern and sparsity": ("--pattern 2:4", "pattern 2:4 is a sparsity of 0.5"),
+    "unknown leaf": ("--dense-leaves tail", "'tail' is found in no path"),
+    "pruning ends before it begins": ("--prune-begin 0.7", "0 ≤ begin < end ≤ 1, got 0.7 and 0.6"),
+    "no time to prune": ("--epochs 1 --batch-size 320", "too few to prune in"),
+    "more examples than there are": ("--train-examples 9999", "--train-examples must be 1 to 1081"),
+    "batch larger than the data": ("--batch-size 400", "number of training examples, 320, got 400"),
+    "no fine-tuning": ("--fine-tune-epochs 0", "--fine-tune-epochs must be at least 1"),
+    "alpha above one": ("--fine-tune-alpha 2", "--fine-tune-alpha must lie in [0, 1]"),
+    "unknown teacher": ("--teacher nope:3", "a model is described by a family"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options(name, tmp_path, capsys, monkeypatch):
+    arguments, message = OPTIONS[name]
+    out = tmp_path / "run"
+    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    assert status == 2
+    assert message in error
+    assert not out.exists()
+
+
+def test_after_the_schedule_the_sparsity_is_reached_whatever_the_length():
+    """Fractions of the run become steps that the run makes."""
+    for epochs, examples, begin, end in [(1, 128, 0.0, 1.0), (3, 200, 0.1, 0.6), (2, 64, 0.5, 1.0)]:
+        config = kd_vgg.Config(epochs=epochs, prune_begin=begin, prune_end=end, batch_size=64)
+        tx = kd_vgg.pruner(config, examples, optax.sgd(0.1))
+        params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(10, 10)))}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(epochs * (examples // 64)):
+            updates, state = update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        assert int((params["w"] == 0).sum()) == 80
