@@ -10,12 +10,14 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = [
     "augment",
+    "capture",
     "checkpoint",
     "data",
     "files",
     "fit",
     "learned",
     "losses",
+    "matching",
     "metrics",
     "models",
     "objectives",
@@ -23,8 +25,10 @@ __all__ = [
     "pictures",
     "report",
     "runs",
+    "schemes",
     "study",
     "targets",
+    "teachers",
     "train",
 ]
 
