@@ -103,7 +103,7 @@ def init_gate(teachers: int, classes: int) -> dict[str, jax.Array]:
       classes: of each teacher.
     """
     return {
-        "weight": jnp.zeros((teachers * classes, teachers)),
+        "weight": jnp.zeros((teachers * (classes + 1), teachers)),
         "bias": jnp.zeros(teachers),
     }
 
@@ -117,8 +117,8 @@ def distill_gated(
 ) -> LossFn:
     """Learning from several teachers, mixed example by example by a gate that learns whom to trust.
 
-    The teachers' predictions pₖ give the weights g = softmax(Wᵀ[p₁; …; pₙ] + b), and these the
-    mixture p = Σₖ gₖ·pₖ. The gate minimises −log p[label]; the student minimises
+    The teachers' predictions pₖ and their entropies Hₖ (how sure each is) give the weights
+    g = softmax(Wᵀ[p₁; H₁; …; pₙ; Hₙ] + b), and these the mixture p = Σₖ gₖ·pₖ. The gate minimises −log p[label]; the student minimises
     α·hard + (1 − α)·soft(student, log p), which the gate does not see: it would else learn to
     please the student. The loss is the sum of the two.
 
@@ -145,8 +145,7 @@ def distill_gated(
         teachers = jax.lax.stop_gradient(_tuple_of_logits(batch))
         logits, model_state = apply_fn(params["student"], model_state, batch["image"], key=key)
         log_p = jnp.stack([jax.nn.log_softmax(to_float(z)) for z in teachers], 1)
-        seen = jnp.exp(log_p).reshape(log_p.shape[0], -1)
-        log_g = jax.nn.log_softmax(seen @ params["gate"]["weight"] + params["gate"]["bias"])
+        log_g = _log_gate(params["gate"], log_p)
         mixture = _log_mixture(log_p, log_g)
         constant = jax.lax.stop_gradient(mixture)
         options = {"temperature": at(temperature, step)}
@@ -174,6 +173,13 @@ def _tuple_of_logits(batch: Any) -> tuple[jax.Array, ...]:
             f"{jax.tree.structure(teachers)}"
         )
     return tuple(teachers)
+
+
+def _log_gate(gate: Mapping[str, jax.Array], log_p: jax.Array) -> jax.Array:
+    p = jnp.exp(log_p)
+    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1, keepdims=True)
+    seen = jnp.concatenate([p, entropy], axis=-1).reshape(p.shape[0], -1)
+    return jax.nn.log_softmax(seen @ gate["weight"] + gate["bias"])
 
 
 def _log_mixture(log_p: jax.Array, log_g: jax.Array) -> jax.Array:
