@@ -118,9 +118,9 @@ def distill_gated(
     """Learning from several teachers, mixed example by example by a gate that learns whom to trust.
 
     The teachers' predictions pₖ and their entropies Hₖ (how sure each is) give the weights
-    g = softmax(Wᵀ[p₁; H₁; …; pₙ; Hₙ] + b), and these the mixture p = Σₖ gₖ·pₖ. The gate minimises −log p[label]; the student minimises
-    α·hard + (1 − α)·soft(student, log p), which the gate does not see: it would else learn to
-    please the student. The loss is the sum of the two.
+    g = softmax(Wᵀ[p₁; H₁; …; pₙ; Hₙ] + b), and these the mixture p = Σₖ gₖ·pₖ. The gate
+    minimises −log p[label]; the student minimises α·hard + (1 − α)·soft(student, log p), which the
+    gate does not see: it would else learn to please the student. The loss is the sum of the two.
 
     Args:
       apply_fn: the student's.
