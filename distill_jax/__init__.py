@@ -10,6 +10,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = [
     "augment",
+    "capture",
     "checkpoint",
     "data",
     "files",
@@ -17,6 +18,7 @@ __all__ = [
     "lab",
     "learned",
     "losses",
+    "matching",
     "metrics",
     "models",
     "objectives",
@@ -24,9 +26,11 @@ __all__ = [
     "pictures",
     "report",
     "runs",
+    "schemes",
     "sparsity",
     "study",
     "targets",
+    "teachers",
     "train",
 ]
 

@@ -1,25 +1,55 @@
 """What is minimised: builders of ``loss_fn`` for :func:`distill_jax.train.make_train_step`.
 
 Batches are dicts with ``"image"`` (the model's input), ``"label"`` (integer or soft),
-``"teacher"`` (the teacher's logits, put there by :mod:`distill_jax.targets`) and, where examples
-count unequally, ``"weight"``.
+``"teacher"`` (the teacher's logits, or ``{"logits": …, "features": {name: …}}``, put there by
+:mod:`distill_jax.targets`) and, where examples count unequally, ``"weight"``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax import losses
+from distill_jax.learned import Learned
 from distill_jax.losses.numerics import check_fraction, check_positive
 from distill_jax.train import LossFn, weighted_mean
 
 Schedule = float | Callable[[jax.Array], jax.Array]
 
 
-def _at(schedule: Schedule, step: jax.Array) -> Any:
+def at(schedule: Schedule, step: jax.Array) -> Any:
+    """The value of a schedule, or of a constant, at a step."""
     return schedule(step) if callable(schedule) else schedule
+
+
+def is_zero(schedule: Schedule) -> bool:
+    """Says whether a weight is the constant 0, so that its term need not be computed."""
+    return isinstance(schedule, int | float) and schedule == 0
+
+
+def check_options(alpha: Schedule, temperature: Schedule | None) -> None:
+    """Raises ``ValueError`` if constants are given for these that they cannot have."""
+    if not callable(alpha):
+        check_fraction("alpha", alpha)
+    if temperature is not None and not callable(temperature):
+        check_positive("temperature", temperature)
+
+
+def teacher_of(batch: Any) -> Any:
+    """The teacher's part of a batch, as a dict with ``"logits"`` and whatever else it has.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if "teacher" not in batch:
+        raise ValueError(
+            "the batch has no 'teacher' logits: add them with a soft-label store, or with a "
+            f"label function as the epoch's transform; it has {sorted(batch)}"
+        )
+    teacher = batch["teacher"]
+    return teacher if isinstance(teacher, Mapping) else {"logits": teacher}
 
 
 def supervised(apply_fn: Callable[..., Any], *, label_smoothing: Schedule = 0.0) -> LossFn:
@@ -38,9 +68,9 @@ def supervised(apply_fn: Callable[..., Any], *, label_smoothing: Schedule = 0.0)
     def loss_fn(params, model_state, batch, *, key, step):
         logits, model_state = apply_fn(params, model_state, batch["image"], key=key)
         values = losses.cross_entropy(
-            logits, batch["label"], label_smoothing=_at(label_smoothing, step)
+            logits, batch["label"], label_smoothing=at(label_smoothing, step)
         )
-        return weighted_mean(values, batch), (model_state, {"errors": _errors(logits, batch)})
+        return weighted_mean(values, batch), (model_state, {"errors": errors(logits, batch)})
 
     return loss_fn
 
@@ -71,33 +101,199 @@ def distill(
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network`, 2015, §2.
     """
-    if not callable(alpha):
-        check_fraction("alpha", alpha)
-    if temperature is not None and not callable(temperature):
-        check_positive("temperature", temperature)
+    check_options(alpha, temperature)
 
     def loss_fn(params, model_state, batch, *, key, step):
-        if "teacher" not in batch:
-            raise ValueError(
-                "the batch has no 'teacher' logits: add them with a soft-label store, or with a "
-                f"label function as the epoch's transform; it has {sorted(batch)}"
-            )
+        teacher = teacher_of(batch)
         logits, model_state = apply_fn(params, model_state, batch["image"], key=key)
-        options = {} if temperature is None else {"temperature": _at(temperature, step)}
-        metrics = {"soft": weighted_mean(soft(logits, batch["teacher"], **options), batch)}
-        share = _at(alpha, step)
+        options = {} if temperature is None else {"temperature": at(temperature, step)}
+        metrics = {"soft": weighted_mean(soft(logits, teacher["logits"], **options), batch)}
+        share = at(alpha, step)
         loss = metrics["soft"]
-        if not (isinstance(alpha, int | float) and alpha == 0):
+        if not is_zero(alpha):
             metrics["hard"] = weighted_mean(losses.cross_entropy(logits, batch["label"]), batch)
             loss = share * metrics["hard"] + (1 - share) * metrics["soft"]
         if "label" in batch:
-            metrics["errors"] = _errors(logits, batch)
+            metrics["errors"] = errors(logits, batch)
         return loss, (model_state, metrics)
 
     return loss_fn
 
 
-def _errors(logits: jax.Array, batch: Any) -> jax.Array:
+def distill_features(
+    apply_fn: Callable[..., Any],
+    learned: Learned | Sequence[tuple[Any, ...]],
+    *,
+    pairs: Sequence[tuple[str, str]],
+    hard_weight: Schedule = 1.0,
+    soft_weight: Schedule = 0.0,
+    temperature: Schedule | None = 4.0,
+    soft: Callable[..., jax.Array] = losses.kl,
+) -> LossFn:
+    """Learning from a teacher's layers: the mean of γ·hard + α·soft + Σₖ βₖ·featureₖ.
+
+    hard and soft are those of :func:`distill`. A feature loss compares the student's values at
+    the layers of ``pairs`` with the teacher's in ``batch["teacher"]["features"]``, one value an
+    example. ``params`` is ``{"student": …, "learned": …}``, made by :func:`init_learned`: the student's
+    own pytree stays as it is without features, and :func:`drop_learned` gives it back.
+
+    Args:
+      apply_fn: the student's, captured (:func:`distill_jax.capture.capture`): its outputs are
+        ``(logits, {name: array})``.
+      learned: a :class:`~distill_jax.learned.Learned`, with β = 1; or a list of ``(β, Learned)``,
+        where β may be a schedule, or ``(β, Learned, pairs)`` for a loss between other layers. A loss
+        without parameters is a ``Learned`` whose ``init`` gives none.
+      pairs: ``(student_name, teacher_name)``, for instance from
+        :func:`distill_jax.matching.match_layers`.
+      hard_weight: γ ≥ 0, or a schedule of it. At a constant 0 labels are not needed, unless by a
+        feature loss.
+      soft_weight: α ≥ 0, or a schedule of it. At a constant 0 the teacher's logits are not needed.
+      temperature: as in :func:`distill`.
+      soft: as in :func:`distill`.
+
+    Returns:
+      A ``loss_fn`` with the metrics ``"hard"``, ``"soft"``, ``"feature"`` (the sum weighted by β; of
+      several losses also each unweighted, as ``"feature_0"`` …) and ``"errors"``. Where the batch
+      has weights, feature losses are given ``where``, bool ``[batch]``: the examples whose weight is
+      not 0. Losses between examples see each part of an accumulated batch alone.
+
+    Raises:
+      ValueError: if there is no loss, or no pair for one; when traced, if a layer is missing.
+
+    References:
+      Romero et al., `FitNets`, 2015, Eq. 2 (hard and soft) and 3 (a feature loss). There one follows
+      the other in training; the sum of the three is the protocol of RepDistiller (Tian et al.,
+      `Contrastive Representation Distillation`, 2020), whose γ, α and β these are.
+    """
+    terms = _terms(learned, pairs)
+    check_options(0.0, temperature)
+    for name, weight in {"hard_weight": hard_weight, "soft_weight": soft_weight}.items():
+        if not callable(weight) and not weight >= 0:
+            raise ValueError(f"{name} must not be negative, got {weight}")
+
+    def loss_fn(params, model_state, batch, *, key, step):
+        teacher = teacher_of(batch)
+        if "features" not in teacher:
+            raise ValueError(
+                "batch['teacher'] has no 'features': capture the teacher's apply_fn before it is given "
+                "to targets.make_label"
+            )
+        outputs, model_state = apply_fn(params["student"], model_state, batch["image"], key=key)
+        logits, features = _captured(outputs)
+        where = batch["weight"] > 0 if "weight" in batch else None
+        metrics: dict[str, Any] = {"feature": 0.0}
+        for number, (weight, part, layers) in enumerate(terms):
+            ours = [_layer(features, name, "student") for name, _ in layers]
+            theirs = [_layer(teacher["features"], name, "teacher") for _, name in layers]
+            values = part.apply(
+                params["learned"][number], ours, theirs, labels=batch.get("label"), where=where
+            )
+            metrics[f"feature_{number}"] = weighted_mean(values, batch)
+            metrics["feature"] += at(weight, step) * metrics[f"feature_{number}"]
+        if len(terms) == 1:
+            del metrics["feature_0"]
+        loss = metrics["feature"]
+        if not is_zero(hard_weight):
+            metrics["hard"] = weighted_mean(losses.cross_entropy(logits, batch["label"]), batch)
+            loss += at(hard_weight, step) * metrics["hard"]
+        if not is_zero(soft_weight):
+            options = {} if temperature is None else {"temperature": at(temperature, step)}
+            metrics["soft"] = weighted_mean(soft(logits, teacher["logits"], **options), batch)
+            loss += at(soft_weight, step) * metrics["soft"]
+        if "label" in batch:
+            metrics["errors"] = errors(logits, batch)
+        return loss, (model_state, metrics)
+
+    return loss_fn
+
+
+def init_learned(
+    key: jax.Array,
+    params: Any,
+    learned: Learned | Sequence[tuple[Any, ...]],
+    *,
+    pairs: Sequence[tuple[str, str]],
+    student_shapes: Mapping[str, Any],
+    teacher_shapes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Puts the parameters of the feature losses beside the student's: for :func:`distill_features`.
+
+    Args:
+      key: initialises the learned parts.
+      params: the student's own parameters, kept as they are.
+      learned: as given to :func:`distill_features`.
+      pairs: likewise.
+      student_shapes: name → anything with a ``shape``, such as :func:`distill_jax.capture.layer_shapes`
+        gives, or a dict of captured values.
+      teacher_shapes: likewise, of the teacher.
+
+    Returns:
+      ``{"student": params, "learned": (…,)}``, the latter a tuple with one entry a loss.
+    """
+    terms = _terms(learned, pairs)
+    keys = jax.random.split(key, len(terms))
+    parts = [
+        part.init(
+            key,
+            [tuple(_layer(student_shapes, name, "student").shape) for name, _ in layers],
+            [tuple(_layer(teacher_shapes, name, "teacher").shape) for _, name in layers],
+        )
+        for key, (_, part, layers) in zip(keys, terms, strict=True)
+    ]
+    return {"student": params, "learned": tuple(parts)}
+
+
+def drop_learned(params: Mapping[str, Any]) -> Any:
+    """Takes the student's own parameters out of those of :func:`distill_features`."""
+    return params["student"]
+
+
+def student_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an ``apply_fn`` of a student's that finds its parameters in ``{"student": …, …}``.
+
+    For validation while :func:`distill_features` or a scheme trains more than the student.
+
+    Args:
+      apply_fn: the student's own, uncaptured: ``(params, model_state, x, *, key=None)``.
+    """
+
+    def student_fn(params, model_state, x, *, key=None):
+        return apply_fn(params["student"], model_state, x, key=key)
+
+    return student_fn
+
+
+def _terms(learned: Any, pairs: Any) -> list[tuple[Any, Learned, list[tuple[str, str]]]]:
+    if isinstance(learned, Learned):
+        learned = [(1.0, learned)]
+    terms = [(item[0], item[1], list(item[2] if len(item) > 2 else pairs)) for item in learned]
+    if not terms or not all(layers for _, _, layers in terms):
+        raise ValueError(
+            f"there must be a feature loss, and a pair of layers for each: got {len(terms)} losses and "
+            f"pairs {[layers for _, _, layers in terms]}"
+        )
+    return terms
+
+
+def _captured(outputs: Any) -> tuple[Any, Mapping[str, Any]]:
+    if not (isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Mapping)):
+        raise ValueError(
+            "apply_fn must return (logits, {name: array}), as capture(apply_fn, names) does; got "
+            f"{jax.tree.structure(outputs)}"
+        )
+    return outputs
+
+
+def _layer(features: Mapping[str, Any], name: str, whose: str) -> Any:
+    if name not in features:
+        raise ValueError(
+            f"pairs: the {whose} gives no value named {name!r}, only {', '.join(features) or 'none'}"
+        )
+    return features[name]
+
+
+def errors(logits: jax.Array, batch: Any) -> jax.Array:
+    """The weighted fraction of examples whose top class is not the label's."""
     label = batch["label"]
     if label.ndim == logits.ndim:
         label = jnp.argmax(label, -1)

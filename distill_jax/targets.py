@@ -29,14 +29,18 @@ def make_label(apply_fn: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]
         mode.
 
     Returns:
-      ``label``, which adds ``"teacher"``, the logits of ``batch["image"]``. The teacher's arrays are
-      its argument: closed over, they would be compiled into the program. The logits are a constant
-      of whatever is differentiated after.
+      ``label``, which adds ``"teacher"``, the logits of ``batch["image"]``; of an ``apply_fn`` that
+      also gives intermediate values (:func:`distill_jax.capture.capture`), the dict
+      ``{"logits": …, "features": {name: …}}``. The teacher's arrays are its argument: closed over, they
+      would be compiled into the program. What it adds is a constant of whatever is differentiated
+      after.
     """
 
     def label(teacher, batch):
-        logits, _ = apply_fn(*teacher, batch["image"])
-        return {**batch, "teacher": jax.lax.stop_gradient(logits)}
+        outputs, _ = apply_fn(*teacher, batch["image"])
+        if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Mapping):
+            outputs = {"logits": outputs[0], "features": outputs[1]}
+        return {**batch, "teacher": jax.lax.stop_gradient(outputs)}
 
     return label
 

@@ -19,7 +19,7 @@ from distill_jax import losses
 ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
-    {"files", "augment", "parallel", "losses"},
+    {"files", "augment", "parallel", "losses", "capture", "matching"},
     {
         "learned",
         "train",
@@ -32,7 +32,7 @@ LAYERS = [
         "pictures",
     },
     {"objectives", "targets", "runs"},
-    {"fit"},
+    {"fit", "schemes", "teachers"},
     {"study"},
     {"lab"},
 ]

@@ -5,12 +5,17 @@ The library sees ``apply_fn(params, model_state, x, *, key=None) -> (outputs, mo
 the model is in training mode, and everything random in it comes from that key.
 """
 
+import contextlib
+import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen, nnx
+
+from distill_jax.capture import name_values, naming
 
 
 class Model(NamedTuple):
@@ -53,7 +58,8 @@ def from_nnx(module: nnx.Module) -> Model:
     def merge(definition, params, model_state):
         # `copy=True`, or BatchNorm under jax.grad raises TraceContextError
         restored = (_restore(params_like, params), random_state, _restore(state_like, model_state))
-        return nnx.merge(definition, *restored, copy=True)
+        module = nnx.merge(definition, *restored, copy=True)
+        return _name_calls(module) if naming() else module
 
     def apply_fn(params, model_state, x, *, key=None):
         if key is None:
@@ -73,6 +79,30 @@ def _restore(like, pure):
     state = jax.tree.map(lambda leaf: leaf, like)
     nnx.replace_by_pure_dict(state, pure)
     return state
+
+
+_PATH = "_capture_path"
+
+
+def _name_calls(module):
+    """Makes the submodules of a module name what they return; for :mod:`distill_jax.capture`."""
+    for path, node in list(nnx.iter_graph(module)):
+        if path and isinstance(node, nnx.Module) and callable(node):
+            setattr(node, _PATH, ".".join(map(str, path)))
+            object.__setattr__(node, "__class__", _naming_class(type(node)))
+    return module
+
+
+@functools.cache
+def _naming_class(cls):
+    def call(self, *args, **kwargs):
+        return name_values(getattr(self, _PATH), cls.__call__(self, *args, **kwargs))
+
+    # The path stands in an attribute, and the class is NNX's to know: transformations that take the
+    # module apart and put it together again keep both.
+    body = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    options = {"pytree": cls._pytree__is_pytree}
+    return types.new_class(cls.__name__, (cls,), options, lambda space: space.update(body))
 
 
 def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
@@ -98,11 +128,19 @@ def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
 
     def apply_fn(params, model_state, x, *, key=None):
         variables = {"params": params, **model_state}
-        if key is None:
-            return module.apply(variables, x, **options(False)), model_state
-        outputs, changed = module.apply(
-            variables, x, **options(True), rngs={"dropout": key}, mutable=list(model_state)
-        )
+        with linen.intercept_methods(_name_call) if naming() else contextlib.nullcontext():
+            if key is None:
+                return module.apply(variables, x, **options(False)), model_state
+            outputs, changed = module.apply(
+                variables, x, **options(True), rngs={"dropout": key}, mutable=list(model_state)
+            )
         return outputs, dict(changed)
 
     return Model(apply_fn, params, variables)
+
+
+def _name_call(function, args, kwargs, context):
+    """Intercepts a Linen method: a submodule's call names what it returns."""
+    outputs = function(*args, **kwargs)
+    path = context.module.path if context.method_name == "__call__" else ()
+    return name_values(".".join(path), outputs) if path else outputs
