@@ -1,5 +1,8 @@
-"""Models by a short description, for command lines: ``mlp:1200,1200``, ``convnet:16,32``."""
+"""Models by a short description, for command lines: ``mlp:1200,1200``, ``vgg8:0.25``, ``resnet20``."""
 
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +10,13 @@ from flax import nnx
 
 from distill_jax.models.convnet import ConvNet
 from distill_jax.models.functional import Model, from_nnx
+from distill_jax.models.layers import Network
 from distill_jax.models.mlp import MLP
+from distill_jax.models.mobilenet import MobileNetV2
+from distill_jax.models.resnet import ResNet
+from distill_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from distill_jax.models.vgg import VGG
+from distill_jax.models.wrn import WideResNet
 
 
 def _mlp(widths: list[int], shape: tuple[int, int, int], classes: int, **options: Any) -> MLP:
@@ -23,7 +32,68 @@ def _convnet(
     )
 
 
+# Described by their hidden sizes
 FAMILIES = {"mlp": _mlp, "convnet": _convnet}
+# Described by a name, the numbers in which are the groups of the pattern, and a width multiplier
+NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
+    r"vgg(?P<depth>\d+)": ("vgg8", VGG),
+    r"resnet(?P<depth>\d+)(?:x(?P<widening>\d+))?": ("resnet8x4", ResNet),
+    r"wrn(?P<depth>\d+)-(?P<widening>\d+)": ("wrn16-2", WideResNet),
+    r"mobilenetv2(?:-t(?P<expansion>\d+))?": ("mobilenetv2", MobileNetV2),
+    r"shufflenetv1": ("shufflenetv1", ShuffleNetV1),
+    r"shufflenetv2": ("shufflenetv2", ShuffleNetV2),
+}
+
+
+def module(
+    description: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    *,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> nnx.Module:
+    """Makes a model's NNX module.
+
+    Args:
+      description: a family and its hidden sizes, ``mlp:1200,1200`` or ``convnet:16,32`` (channels of
+        the convolutions); or a network by name, with a multiplier of its channels if wanted:
+        ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5`` (``-t3``
+        before the colon expands 3 times in the place of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
+      shape: ``(height, width, channels)`` of an image.
+      classes: outputs.
+      rngs: initialises the parameters, and the stream of the masks.
+      options: further arguments of the module: ``dropout``; for networks by name also ``axis_name``,
+        ``dtype`` (``jnp.bfloat16``, say) and ``param_dtype``.
+
+    Raises:
+      ValueError: if the description is not of that form, or there is no network of that depth.
+    """
+    family, colon, size = description.partition(":")
+    try:
+        if family in FAMILIES:
+            sizes = [int(number) for number in size.split(",")]
+            if min(sizes) < 1:
+                raise ValueError
+        else:
+            found = ((re.fullmatch(pattern, family), cls) for pattern, (_, cls) in NAMED.items())
+            match, network = next((match, cls) for match, cls in found if match)
+            width = float(size) if colon else 1.0
+            if not 0 < width < math.inf:
+                raise ValueError
+    except (ValueError, StopIteration):
+        names = ", ".join(name for name, _ in NAMED.values())
+        raise ValueError(
+            f"a model is described by a family ({', '.join(FAMILIES)}) and sizes ≥ 1, such as "
+            f"mlp:1200,1200 or convnet:16,32, or by a name and perhaps a multiplier of its width > 0, "
+            f"such as {names} or vgg8:0.25; got {description!r}"
+        ) from None
+    if not 0 <= options.get("dropout", 0.0) < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {options['dropout']}")
+    if family in FAMILIES:
+        return FAMILIES[family](sizes, shape, classes, rngs=rngs, **options)
+    numbers = {name: int(value) for name, value in match.groupdict().items() if value}
+    return network(shape, classes, width=width, rngs=rngs, **numbers, **options)
 
 
 def build(
@@ -33,30 +103,49 @@ def build(
     key: jax.Array,
     *,
     dropout: float = 0.0,
+    **options: Any,
 ) -> Model:
     """Builds and initialises a model.
 
     Args:
-      description: a family and its hidden sizes: ``mlp:1200,1200`` or ``convnet:16,32`` (channels of
-        the convolutions).
+      description: such as ``mlp:1200,1200``, ``convnet:16,32``, ``vgg8:0.25`` or ``resnet20``; see
+        :func:`module`.
       shape: ``(height, width, channels)`` of an image.
       classes: outputs.
       key: initialises the parameters.
       dropout: dropped fraction of hidden units, in training.
+      options: further arguments of the module, as in :func:`module`.
 
     Raises:
-      ValueError: if the description is not of that form.
+      ValueError: if the description is not of that form, or there is no network of that depth.
     """
-    family, _, sizes = description.partition(":")
-    try:
-        widths = [int(size) for size in sizes.split(",")]
-        if family not in FAMILIES or min(widths) < 1:
-            raise ValueError
-    except ValueError:
+    rngs = nnx.Rngs(key)
+    return from_nnx(module(description, shape, classes, rngs=rngs, dropout=dropout, **options))
+
+
+def feature_names(
+    description: str, shape: tuple[int, int, int], *, preactivation: bool = False
+) -> tuple[str, ...]:
+    """Names the layers of a network that the literature distils, shallow to deep.
+
+    Args:
+      description: a network by name, as in :func:`module`.
+      shape: ``(height, width, channels)`` of an image.
+      preactivation: the stages' values before their last ReLU instead of after it, as OFD wants.
+
+    Returns:
+      Paths for :mod:`distill_jax.capture`: the stem, the stages, and last ``pool``, the embedding that
+      the head receives.
+
+    Raises:
+      ValueError: if the description is not one of a network by name.
+
+    >>> feature_names("resnet20", (32, 32, 3))
+    ('stem', 'stages.0', 'stages.1', 'stages.2', 'pool')
+    """
+    network = nnx.eval_shape(lambda: module(description, shape, 2, rngs=nnx.Rngs(0)))
+    if not isinstance(network, Network):
         raise ValueError(
-            f"a model is described by a family ({', '.join(FAMILIES)}) and sizes ≥ 1, such as "
-            f"mlp:1200,1200 or convnet:16,32; got {description!r}"
-        ) from None
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    return from_nnx(FAMILIES[family](widths, shape, classes, dropout=dropout, rngs=nnx.Rngs(key)))
+            f"{description!r} has no list of features: capture its layers by their own names"
+        )
+    return network.feature_names(preactivation=preactivation)

@@ -1,0 +1,107 @@
+"""Wide residual networks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distill_jax.models.layers import Layers, Network, Stage, check, scale
+
+
+class NormRelu(nnx.Module):
+    """BatchNorm and ReLU."""
+
+    def __init__(self, layers: Layers, channels: int):
+        self.norm = layers.norm(channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keeps the shape."""
+        return nnx.relu(self.norm(x))
+
+
+class WideBlock(nnx.Module):
+    """x + conv(dropout(relu(norm(conv(relu(norm(x))))))), activated before, not after the sum.
+
+    Where the shape changes, the shortcut is a 1×1 convolution of the activated input.
+    """
+
+    def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int, dropout: float):
+        self.norm1 = layers.norm(inputs)
+        self.conv1 = layers.conv(inputs, outputs, stride=stride)
+        self.norm2 = layers.norm(outputs)
+        self.dropout = nnx.Dropout(dropout, rngs=layers.rngs)
+        self.conv2 = layers.conv(outputs, outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = None if same else layers.conv(inputs, outputs, 1, stride=stride)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[batch, height, width, inputs]`` to ``[batch, height', width', outputs]``."""
+        y = nnx.relu(self.norm1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(y)
+        y = nnx.relu(self.norm2(self.conv1(y)))
+        return x + self.conv2(self.dropout(y))
+
+
+class WideResNet(Network):
+    """WRN-d-k: a convolution, three stages of pre-activated residual blocks, BatchNorm, ReLU.
+
+    Works on images of any size. A stage's output is a sum that no ReLU follows within the stage;
+    what stands before the next ReLU is its normalisation at the entry of what follows:
+    ``stages.1.blocks.0.norm1``, ``stages.2.blocks.0.norm1`` and ``neck.norm``.
+
+    Args:
+      shape: ``(height, width, channels)`` of an image.
+      classes: outputs.
+      depth: 6n + 4, with n blocks a stage: 10, 16, 22, 28, 40.
+      widening: the stages have 16, 32 and 64 times so many channels; the stem has 16.
+      width: multiplies all channels.
+      dropout: dropped fraction between a block's two convolutions, in training mode.
+      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
+        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
+      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
+        embedding and logits are float32.
+      param_dtype: the parameters'.
+      rngs: ``params`` initialises (normal, He's fan-out); ``dropout`` is the stream of the masks.
+
+    References:
+      Zagoruyko and Komodakis, `Wide Residual Networks`, BMVC 2016, Table 1; as in
+      HobbitLong/RepDistiller ``models/wrn.py``.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        depth: int = 16,
+        widening: int = 2,
+        width: float = 1.0,
+        dropout: float = 0.0,
+        axis_name: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check(shape, classes, width)
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"WRN's depth must be 6n + 4 (10, 16, 28, 40, …), got {depth}")
+        if widening < 1:
+            raise ValueError(f"widening must be at least 1, got {widening}")
+        layers = Layers(rngs, axis_name, dtype, param_dtype)
+        stem = scale(16, width)
+        stages, inputs = [], stem
+        for i in range(3):
+            outputs = scale(16 * 2**i * widening, width)
+            blocks = []
+            for j in range((depth - 4) // 6):
+                stride = 2 if i and not j else 1
+                blocks.append(WideBlock(layers, inputs, outputs, stride, dropout))
+                inputs = outputs
+            stages.append(Stage(blocks))
+        first, neck = layers.conv(shape[2], stem), NormRelu(layers, inputs)
+        super().__init__(layers, first, stages, neck, inputs, classes)
+
+    def _preactivations(self):
+        return [*[f"stages.{i}.blocks.0.norm1" for i in (1, 2)], "neck.norm"]
