@@ -1,6 +1,7 @@
 """What the experiments share: one model trained in a run's directory, and judged."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,45 @@ def work(model: models.Model, dataset: Dataset) -> float:
         model.params, model.model_state, prepare(dataset.train.image[:1])
     )
     return float((lowered.cost_analysis() or {}).get("flops", 1.0))
+
+
+def adam(learning_rate: float, epochs: int) -> Callable[[int], optax.GradientTransformation]:
+    """Makes Adam of the number of steps an epoch: a rise over one epoch, then a cosine to 0."""
+
+    def make(steps):
+        return optax.adam(
+            optax.warmup_cosine_decay_schedule(
+                0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
+            )
+        )
+
+    return make
+
+
+def begin(experiment: str, config: Any, dataset: Dataset, practical: Sequence[str]) -> Path:
+    """Opens a run's directory, and says what it is about.
+
+    Args:
+      experiment: its name.
+      config: its options, a dataclass, among them ``dataset``, ``preset``, ``out`` and ``restart``.
+      dataset: of :func:`distill_jax.data.load`.
+      practical: the options on which results do not depend.
+    """
+    print(f"Data: {dataset.name}, {dataset.source}.")
+    identity = recorded(config, practical) | {
+        "distill_jax": runs.environment()["distill_jax"],
+        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
+    }
+    folder = f"{experiment}-{dataset.name.replace('/', '-')}-{config.preset}"
+    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
+    runs.open_run(out, identity, restart=config.restart)
+    print(f"Run: {out} (the same command goes on where it was stopped)")
+    return out
+
+
+def recorded(config: Any, practical: Sequence[str]) -> dict[str, Any]:
+    """Lists the options on which results depend: all of a dataclass but the ``practical``."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in practical}
 
 
 @dataclass(frozen=True)
@@ -140,9 +180,10 @@ class Lab:
         params, model_state = done.best
         if self.select == "last":
             params, model_state = done.state.params, done.state.model_state
-        return self.judge(
+        trained = self.judge(
             model.apply_fn, (student(params), model_state), done.history, done.seconds
         )
+        return trained._replace(opt_state=done.state.opt_state)
 
     def judge(
         self,
@@ -158,3 +199,22 @@ class Lab:
             for split in (self.dataset.validation, self.dataset.test)
         )
         return Trained(apply_fn, variables, history, seconds, validation, test)
+
+    def store_labels(self, seed: int, teacher: Trained, *, dtype: str = "float32") -> np.ndarray:
+        """Writes the teacher's soft labels for the training images, and reads them by example id."""
+        split = self.dataset.train
+
+        def logits(rows):
+            images = split.image[rows]
+            return targets.predict(teacher.apply_fn, *teacher.variables, images, prepare=prepare)
+
+        described = {
+            "teacher": targets.fingerprint(teacher.variables),
+            "preprocessing": targets.fingerprint(prepare(PROBE))[:16],
+            "data": targets.fingerprint({"id": split.id, "image": split.image}),
+        }
+        directory = self.out / f"seed{seed}" / "labels"
+        store = targets.write_labels(
+            directory, split.id, logits, fingerprint=described, dtype=dtype
+        )
+        return store[split.id]

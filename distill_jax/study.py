@@ -22,6 +22,7 @@ class Trained(NamedTuple):
       seconds: wall time of its training.
       validation_logits: float32 ``[validation examples, classes]``.
       test_logits: float32 ``[test examples, classes]``.
+      opt_state: the optimizer's, after the last epoch; None of what was not trained.
     """
 
     apply_fn: Callable[..., Any]
@@ -30,6 +31,7 @@ class Trained(NamedTuple):
     seconds: float
     validation_logits: np.ndarray
     test_logits: np.ndarray
+    opt_state: Any = None
 
 
 Study = Sequence[Mapping[str, Trained]]

@@ -27,7 +27,7 @@ import tyro
 from distill_jax import (  # isort: skip
     data, files, losses, models, objectives, parallel, report, runs, study, targets, train,
 )  # fmt: skip
-from distill_jax.lab import PROBE, Lab, arrays, jittered, plain, prepare, work
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, recorded, work
 from distill_jax.study import Trained
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -175,19 +175,13 @@ def check(config: Config, dataset: data.Dataset) -> None:
         )
 
 
-def adam(
-    learning_rate: float, epochs: int, max_norm: float = 0.0
+def bounded(
+    tx: Callable[[int], optax.GradientTransformation], max_norm: float
 ) -> Callable[[int], optax.GradientTransformation]:
-    """Makes Adam of the number of steps an epoch: a rise over one epoch, then a cosine to 0."""
-
-    def make(steps):
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
-        )
-        tx = optax.adam(schedule)
-        return optax.chain(tx, train.max_norm(max_norm)) if max_norm else tx
-
-    return make
+    """Bounds the norm of each unit's weights after the optimizer's step; 0: does not."""
+    if not max_norm:
+        return tx
+    return lambda steps: optax.chain(tx(steps), train.max_norm(max_norm))
 
 
 def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
@@ -211,7 +205,9 @@ def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
                 objectives.supervised(model.apply_fn),
                 arrays(lab.dataset.train),
                 epochs=config.teacher_epochs,
-                tx=adam(config.teacher_learning_rate, config.teacher_epochs, config.max_norm),
+                tx=bounded(
+                    adam(config.teacher_learning_rate, config.teacher_epochs), config.max_norm
+                ),
                 batch_size=config.teacher_batch_size,
                 transform=jittered(config.jitter),
                 order_seed=10_000 + seed * config.members + member,
@@ -227,30 +223,6 @@ def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
         for name in members[0].history
     }
     return lab.judge(apply_fn, (params, states), history, sum(member.seconds for member in members))
-
-
-def store_labels(config: Config, lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
-    """Writes the teacher's soft labels for the training images, and reads them by example id."""
-    split = lab.dataset.train
-
-    def logits(rows):
-        params, model_state = teacher.variables
-        images = split.image[rows]
-        return targets.predict(teacher.apply_fn, params, model_state, images, prepare=prepare)
-
-    described = {
-        "teacher": targets.fingerprint(teacher.variables),
-        "preprocessing": targets.fingerprint(prepare(PROBE))[:16],
-        "data": targets.fingerprint({"id": split.id, "image": split.image}),
-    }
-    store = targets.write_labels(
-        lab.out / f"seed{seed}" / "labels",
-        split.id,
-        logits,
-        fingerprint=described,
-        dtype=config.labels_dtype,
-    )
-    return store[split.id]
 
 
 def train_students(
@@ -282,7 +254,7 @@ def train_students(
         )
 
     training = arrays(lab.dataset.train)
-    labelled = training | {"teacher": store_labels(config, lab, seed, teacher)}
+    labelled = training | {"teacher": lab.store_labels(seed, teacher, dtype=config.labels_dtype)}
     students = {
         "scratch": student("scratch", objectives.supervised(model.apply_fn), training),
         "distilled": student("distilled", soft, labelled),
@@ -327,25 +299,11 @@ def shift_bias(config: Config, dataset: data.Dataset, student: Trained) -> Train
     )
 
 
-def recorded(config: Config) -> dict[str, Any]:
-    """Lists the options on which results depend."""
-    values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in PRACTICAL}
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
     config, dataset = parse()
-    print(f"Data: {dataset.name}, {dataset.source}.")
-    identity = recorded(config) | {
-        "distill_jax": runs.environment()["distill_jax"],
-        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
-    }
-    folder = f"kd_mnist-{dataset.name.replace('/', '-')}-{config.preset}"
-    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
-    runs.open_run(out, identity, restart=config.restart)
-    print(f"Run: {out} (the same command goes on where it was stopped)")
+    out = begin("kd_mnist", config, dataset, PRACTICAL)
 
     # The unit of work is one epoch of a student
     work_of = [work(build(config, dataset, kind, 0), dataset) for kind in ("teacher", "student")]
@@ -366,7 +324,7 @@ def main() -> int:
         "kd_mnist",
         dataset,
         trained,
-        config=recorded(config),
+        config=recorded(config, PRACTICAL),
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
     )

@@ -16,7 +16,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +27,9 @@ import optax
 import tyro
 
 from distill_jax import (  # isort: skip
-    augment, data, files, fit, models, objectives, report, runs, sparsity, study, targets, train,
+    data, files, models, objectives, report, runs, sparsity, study,
 )  # fmt: skip
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, recorded, work
 from distill_jax.study import Trained
 
 
@@ -195,24 +196,18 @@ def check(config: Config, dataset: data.Dataset) -> None:
             f"{config.prune_begin} and {config.prune_end}"
         )
     for kind in ("teacher", "student"):
-        epoch_work(dataset, getattr(config, kind))
+        build(config, dataset, kind, 0)
     # What concerns the student's kernels, such as a pattern that does not fit, shows here
-    shape: Any = dataset.train.image.shape[1:]
-    student = models.build(config.student, shape, dataset.classes, jax.random.key(0))
+    student = build(config, dataset, "student", 0)
     pruner(config, examples, optax.identity()).init(student.params)
 
 
-def prepare(images: Any) -> Any:
-    """Turns uint8 images into the network's input, in [0, 1]."""
-    return images.astype(np.float32) / 255
-
-
-PROBE = np.arange(256, dtype=np.uint8)  # what becomes of it tells one preprocessing from another
-
-
-def arrays(split: data.Split) -> dict[str, np.ndarray]:
-    """Makes a training batch's fields of a split."""
-    return {"image": split.image, "label": split.label}
+def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
+    """Builds the teacher or the student with the initial parameters of a seed."""
+    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
+    dropout = config.dropout if kind == "teacher" else 0.0
+    shape: Any = dataset.train.image.shape[1:]
+    return models.build(getattr(config, kind), shape, dataset.classes, key, dropout=dropout)
 
 
 def pruner(
@@ -249,131 +244,34 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     return int(keep), int(group)
 
 
-class Lab:
-    """All that the stages of one experiment share."""
-
-    def __init__(self, config: Config, dataset: data.Dataset, out: Path, progress: runs.Progress):
-        self.config, self.dataset, self.out, self.progress = config, dataset, out, progress
-        self.shape = dataset.train.image.shape[1:]
-
-    def model(self, kind: Literal["teacher", "student"], seed: int) -> models.Model:
-        """Builds the teacher or the student with the initial parameters of a seed."""
-        key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-        dropout = self.config.dropout if kind == "teacher" else 0.0
-        description = getattr(self.config, kind)
-        return models.build(description, self.shape, self.dataset.classes, key, dropout=dropout)
-
-    def train(
-        self,
-        name: str,
-        seed: int,
-        model: models.Model,
-        loss_fn: train.LossFn,
-        training: Mapping[str, Any],
-        *,
-        epochs: int,
-        learning_rate: float,
-        batch_size: int,
-        wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda x: x,
-        transform: Callable[..., Any],
-        order_seed: int,
-        unit: float = 1.0,
-    ) -> tuple[Trained, Any]:
-        """Trains one model, or takes it from the run's checkpoint; also its optimizer's state."""
-        steps = max(1, len(training["label"]) // batch_size)
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
-        )
-        tx = wrap(optax.adam(schedule))
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), order_seed)
-        done = fit.fit(
-            train.init_state(model.params, tx, key, model.model_state),
-            train.make_epoch(train.make_train_step(loss_fn, tx), transform=transform),
-            training,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=order_seed,
-            validate=fit.make_validation(
-                model.apply_fn, arrays(self.dataset.validation), prepare=prepare
-            ),
-            directory=self.out / f"seed{seed}" / name,
-            save_seconds=self.config.save_seconds,
-            on_epoch=self.progress.stage(f"seed {seed + 1}/{self.config.seeds}, {name}", unit),
-        )
-        variables = (done.state.params, done.state.model_state)
-        trained = self.judge(model.apply_fn, variables, done.history, done.seconds)
-        return trained, done.state.opt_state
-
-    def judge(self, apply_fn, variables, history, seconds) -> Trained:
-        """Takes a model's predictions for validation and test images."""
-        validation, test = (
-            targets.predict(apply_fn, variables[0], variables[1], split.image, prepare=prepare)
-            for split in (self.dataset.validation, self.dataset.test)
-        )
-        return Trained(apply_fn, variables, history, seconds, validation, test)
-
-
-def plain(context: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-    """Prepares a batch as it is."""
-    return {**batch, "image": prepare(batch["image"])}
-
-
-def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
-    """Prepares a batch of images shifted at random."""
-
-    def transform(context, batch, key):
-        return {**batch, "image": prepare(augment.random_shift(key, batch["image"], pixels))}
-
-    return transform
-
-
-def train_teacher(lab: Lab, seed: int, unit: float) -> Trained:
+def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
     """Stage 1: the teacher learns from the labels."""
-    config, model = lab.config, lab.model("teacher", seed)
-    teacher, _ = lab.train(
+    model = build(config, lab.dataset, "teacher", seed)
+    return lab.train(
         "teacher",
         seed,
         model,
         objectives.supervised(model.apply_fn),
         arrays(lab.dataset.train),
         epochs=config.teacher_epochs,
-        learning_rate=config.teacher_learning_rate,
+        tx=adam(config.teacher_learning_rate, config.teacher_epochs),
         batch_size=config.teacher_batch_size,
         transform=jittered(config.jitter),
         order_seed=10_000 + seed,
         unit=unit,
     )
-    return teacher
 
 
-def store_labels(lab: Lab, seed: int, teacher: Trained) -> np.ndarray:
-    """Stage 2: writes the teacher's soft labels for the training images, and reads them by id."""
-    split = lab.dataset.train
-
-    def logits(rows):
-        params, model_state = teacher.variables
-        images = split.image[rows]
-        return targets.predict(teacher.apply_fn, params, model_state, images, prepare=prepare)
-
-    described = {
-        "teacher": targets.fingerprint(teacher.variables),
-        "preprocessing": targets.fingerprint(prepare(PROBE))[:16],
-        "data": targets.fingerprint({"id": split.id, "image": split.image}),
-    }
-    directory = lab.out / f"seed{seed}" / "labels"
-    return targets.write_labels(directory, split.id, logits, fingerprint=described)[split.id]
-
-
-def train_students(lab: Lab, seed: int, teacher: Trained) -> dict[str, Trained]:
-    """Stages 3 and 4: distillation, dense and with pruning, and fine-tuning of both."""
-    config, start = lab.config, lab.model("student", seed)
-    training = arrays(lab.dataset.train)
-    labelled = training | {"teacher": store_labels(lab, seed, teacher)}
+def train_students(config: Config, lab: Lab, seed: int, teacher: Trained) -> dict[str, Trained]:
+    """Stages 2 to 4: soft labels; distillation, dense and with pruning; fine-tuning of both."""
+    start = build(config, lab.dataset, "student", seed)
+    labelled = arrays(lab.dataset.train) | {"teacher": lab.store_labels(seed, teacher)}
+    examples = len(lab.dataset.train.id)
 
     def soft(alpha):
         return objectives.distill(start.apply_fn, temperature=config.temperature, alpha=alpha)
 
-    def student(name, model, loss_fn, epochs, learning_rate, order_seed, wrap=lambda tx: tx):
+    def student(name, model, loss_fn, epochs, learning_rate, order_seed, wrap):
         return lab.train(
             name,
             seed,
@@ -381,11 +279,10 @@ def train_students(lab: Lab, seed: int, teacher: Trained) -> dict[str, Trained]:
             loss_fn,
             labelled,
             epochs=epochs,
-            learning_rate=learning_rate,
+            tx=lambda steps: wrap(adam(learning_rate, epochs)(steps)),
             batch_size=config.batch_size,
-            wrap=wrap,
-            transform=plain,
             order_seed=order_seed + seed,
+            unit=1.0,
         )
 
     def distil(name, wrap=lambda tx: tx):
@@ -396,31 +293,32 @@ def train_students(lab: Lab, seed: int, teacher: Trained) -> dict[str, Trained]:
     def fine_tune(name, distilled, wrap=lambda tx: tx):
         model = models.Model(start.apply_fn, *distilled.variables)
         loss_fn, rate = soft(config.fine_tune_alpha), config.fine_tune_learning_rate
-        return student(name, model, loss_fn, config.fine_tune_epochs, rate, 30_000, wrap)[0]
+        return student(name, model, loss_fn, config.fine_tune_epochs, rate, 30_000, wrap)
 
     hard = objectives.supervised(start.apply_fn)
     epochs = config.epochs + config.fine_tune_epochs
-    scratch, _ = student("scratch", start, hard, epochs, config.learning_rate, 20_000)
-    dense, _ = distil("distilled")
-    sparse, opt_state = distil("sparse", lambda tx: pruner(config, len(lab.dataset.train.id), tx))
-    masks = sparsity.mask_of(opt_state)
+    scratch = student("scratch", start, hard, epochs, config.learning_rate, 20_000, lambda tx: tx)
+    dense = distil("distilled")
+    sparse = distil("sparse", lambda tx: pruner(config, examples, tx))
+    masks = sparsity.mask_of(sparse.opt_state)
     return {
         "scratch": scratch,
         "distilled": dense,
         DENSE: fine_tune("distilled-fine-tuned", dense),
-        "cut afterwards": cut(lab, dense),
+        "cut afterwards": cut(config, lab, dense),
         "sparse": sparse,
         SPARSE: fine_tune("sparse-fine-tuned", sparse, lambda tx: sparsity.frozen(tx, masks)),
     }
 
 
-def cut(lab: Lab, dense: Trained) -> Trained:
+def cut(config: Config, lab: Lab, dense: Trained) -> Trained:
     """Removes from the dense distilled student the same share of weights, without training."""
-    config = dataclasses.replace(lab.config, prune_begin=0.0, prune_end=1.0, score="magnitude")
-    tx = pruner(config, len(lab.dataset.train.id), optax.set_to_zero())
+    config = dataclasses.replace(config, prune_begin=0.0, prune_end=1.0, score="magnitude")
+    examples = len(lab.dataset.train.id)
+    tx = pruner(config, examples, optax.set_to_zero())
     params, model_state = dense.variables
     # Weights that do not move: pruned step by step or at once, it comes to the same
-    last = config.epochs * (len(lab.dataset.train.id) // config.batch_size) - 1
+    last = config.epochs * (examples // config.batch_size) - 1
     state = tx.init(params)._replace(step=np.int32(last))
     masks = jax.jit(tx.update)(params, state, params)[1].masks
     variables = (sparsity.apply_masks(params, masks), model_state)
@@ -444,51 +342,29 @@ def verdict(results: Mapping[str, Any]) -> str:
     ).replace("-", "−")
 
 
-def recorded(config: Config) -> dict[str, Any]:
-    """Lists the options on which results depend."""
-    values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in PRACTICAL}
-
-
-def epoch_work(dataset: data.Dataset, description: str) -> float:
-    """Estimates the work of an epoch from the arithmetic of one example, for the time left."""
-    image = prepare(dataset.train.image[:1])
-    shape: Any = image.shape[1:]
-    model = models.build(description, shape, dataset.classes, jax.random.key(0))
-    lowered = jax.jit(model.apply_fn).lower(model.params, model.model_state, image)
-    return float((lowered.cost_analysis() or {}).get("flops", 1.0))
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
     config, dataset = parse()
-    print(f"Data: {dataset.name}, {dataset.source}.")
-    identity = recorded(config) | {
-        "distill_jax": runs.environment()["distill_jax"],
-        "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
-    }
-    folder = f"kd_vgg-{dataset.name.replace('/', '-')}-{config.preset}"
-    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
-    runs.open_run(out, identity, restart=config.restart)
-    print(f"Run: {out} (the same command goes on where it was stopped)")
+    out = begin("kd_vgg", config, dataset, PRACTICAL)
 
     # The unit of work is one epoch of a student
-    unit = epoch_work(dataset, config.teacher) / epoch_work(dataset, config.student)
+    works = [work(build(config, dataset, kind, 0), dataset) for kind in ("teacher", "student")]
+    unit = works[0] / works[1]
     students = 3 * (config.epochs + config.fine_tune_epochs)
     progress = runs.Progress(config.seeds * (config.teacher_epochs * unit + students))
-    lab = Lab(config, dataset, out, progress)
+    lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     trained = []
     for seed in range(config.seeds):
-        teacher = train_teacher(lab, seed, unit)
-        trained.append({"teacher": teacher, **train_students(lab, seed, teacher)})
+        teacher = train_teacher(config, lab, seed, unit)
+        trained.append({"teacher": teacher, **train_students(config, lab, seed, teacher)})
     progress.close()
 
     results = study.results(
         "kd_vgg",
         dataset,
         trained,
-        config=recorded(config),
+        config=recorded(config, PRACTICAL),
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
     )
@@ -499,9 +375,16 @@ def main() -> int:
     drawn = study.draw(out, dataset, trained, ("teacher", DENSE, SPARSE))
     leaves = sparsity.report(trained[0][SPARSE].variables[0])
     notes = [verdict(results), report.table(results, COLUMNS), f"```\n{leaves}\n```"]
-    write = {"baseline": DENSE, "model": SPARSE, "method": "Pruning during distillation"}
-    command = shlex.join(["python", *sys.argv])
-    report.write_report(out, results, drawn, notes, command=command, **write)
+    report.write_report(
+        out,
+        results,
+        drawn,
+        notes,
+        command=shlex.join(["python", *sys.argv]),
+        baseline=DENSE,
+        model=SPARSE,
+        method="Pruning during distillation",
+    )
     print()
     print(report.table(results, COLUMNS))
     print()
