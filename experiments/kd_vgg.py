@@ -60,11 +60,12 @@ class Config:
     alpha: float = 0.1
     """the labels' share of the distilled students' loss; the rest is the teacher's"""
     sparsity: float = 0.8
-    """the fraction of weights of each kernel that is removed"""
+    """the fraction of the kernels' weights that is removed"""
     score: Literal["magnitude", "saliency"] = "magnitude"
     """which weights go: the smallest, or those whose loss the gradient says matters least"""
-    ranking: Literal["uniform", "global"] = "uniform"
-    """whether each kernel loses the same fraction, or all are ranked together"""
+    ranking: Literal["uniform", "global"] = "global"
+    """whether each kernel loses the same fraction, or all are ranked together, which spares the
+    small first and last ones"""
     pattern: str = ""
     """such as 2:4, where two of four neighbouring inputs stay; the sparsity must be that of it"""
     dense_leaves: tuple[str, ...] = ()
@@ -110,7 +111,7 @@ class Config:
 # How the other presets differ.
 SMALL_IMAGES: dict[str, Any] = {
     "train_examples": None, "student": "convnet:8,16", "epochs": 60, "fine_tune_epochs": 20,
-    "teacher_epochs": 80, "jitter": 1,
+    "teacher_epochs": 80, "jitter": 1, "learning_rate": 1e-2,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {},

@@ -46,7 +46,7 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     assert list(models) == [
         "teacher", "scratch", "distilled", kd_vgg.DENSE, "cut afterwards", "sparse", kd_vgg.SPARSE,
     ]  # fmt: skip
-    removed = round(0.8 * 64 * 16) + round(0.8 * 160)
+    removed = round(0.8 * WEIGHTS)
     for name, model in models.items():
         assert model["parameters"] == WEIGHTS + 26
         pruned = name in ("cut afterwards", "sparse", kd_vgg.SPARSE)
