@@ -26,9 +26,9 @@ class BatchNorm(nnx.BatchNorm):
     each by n / (n − 1). The running averages keep 0.9 of the past, as PyTorch's default does.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Normalises ``[batch, ..., channels]`` over all axes but the last."""
-        return super().__call__(x).astype(x.dtype)
+        return super().__call__(x, *args, **kwargs).astype(x.dtype)
 
 
 class Mark(nnx.Module):
@@ -139,7 +139,7 @@ class Network(nnx.Module):
         self,
         layers: Layers,
         stem: nnx.Module,
-        stages: Sequence[nnx.Module],
+        stages: Sequence[Stage],
         neck: nnx.Module | None,
         channels: int,
         classes: int,
@@ -147,7 +147,7 @@ class Network(nnx.Module):
         dropout: float = 0.0,
     ):
         self.stem = stem
-        self.stages = nnx.List(stages)
+        self.stages: nnx.List[Stage] = nnx.List(stages)
         self.neck = neck
         self.pool = GlobalPool()
         self.dropout = nnx.Dropout(dropout, rngs=layers.rngs)
