@@ -115,7 +115,7 @@ def dist(
 
     >>> x = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     >>> f'{dist(x, x[::-1]).mean():.4f}'
-    '3.8379'
+    '3.7630'
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     shape = jnp.moveaxis(x.has_q, axis, -1).shape
@@ -201,7 +201,7 @@ def mlkd(
 
     >>> x = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     >>> f'{mlkd(x, x[::-1], temperatures=(1.0,)).mean():.4f}'
-    '1.8014'
+    '1.8006'
     """
     if not len(temperatures):
         raise ValueError("temperatures must hold at least one, got none")
