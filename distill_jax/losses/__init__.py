@@ -4,14 +4,54 @@ No loss reduces over examples, weights, stops a gradient or holds state; weighte
 written where they are used (see :mod:`distill_jax.objectives`).
 """
 
-from distill_jax.losses.contrast import CRDState, crd, crd_init, crd_negatives, info_nce
+from distill_jax.losses import (
+    tokens,
+)
+from distill_jax.losses.classes import (
+    dkd,
+    nkd,
+    ranking_hinge,
+    ranking_logistic,
+    teacher_free,
+    wsld,
+)
+from distill_jax.losses.contrast import (
+    CRDState,
+    crd,
+    crd_init,
+    crd_negatives,
+    info_nce,
+)
+from distill_jax.losses.correlations import (
+    dist,
+    mlkd,
+    standardize,
+)
+from distill_jax.losses.features import (
+    activation_boundary,
+    cat_kd,
+    class_activation_maps,
+    hierarchical_context,
+    hint,
+    margin_from_batchnorm,
+    margin_from_features,
+    ofd,
+    vid,
+)
+from distill_jax.losses.imbalance import (
+    class_balanced,
+    logit_adjusted,
+)
 from distill_jax.losses.logits import (
     cross_entropy,
     jensen_shannon,
     kl,
     mean_squared_logits,
     reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
     soft_cross_entropy,
+    total_variation,
 )
 from distill_jax.losses.relations import (
     correlation_congruence,
@@ -21,23 +61,63 @@ from distill_jax.losses.relations import (
     rkd_distance,
     similarity_preserving,
 )
+from distill_jax.losses.summaries import (
+    attention_transfer,
+    cka,
+    factor_transfer,
+    fsp,
+    fsp_matrix,
+    linear_cka,
+    nst,
+)
 
 __all__ = [
     "CRDState",
+    "activation_boundary",
+    "attention_transfer",
+    "cat_kd",
+    "cka",
+    "class_activation_maps",
+    "class_balanced",
     "correlation_congruence",
     "crd",
     "crd_init",
     "crd_negatives",
     "cross_entropy",
+    "dist",
+    "dkd",
+    "factor_transfer",
+    "fsp",
+    "fsp_matrix",
+    "hierarchical_context",
+    "hint",
     "ickd",
     "info_nce",
     "jensen_shannon",
     "kl",
+    "linear_cka",
+    "logit_adjusted",
+    "margin_from_batchnorm",
+    "margin_from_features",
     "mean_squared_logits",
+    "mlkd",
+    "nkd",
+    "nst",
+    "ofd",
     "pkt",
+    "ranking_hinge",
+    "ranking_logistic",
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
     "similarity_preserving",
+    "skew_kl",
+    "skew_reverse_kl",
     "soft_cross_entropy",
+    "standardize",
+    "teacher_free",
+    "tokens",
+    "total_variation",
+    "vid",
+    "wsld",
 ]

@@ -17,6 +17,7 @@ from distill_jax.losses.numerics import (
     kl_of,
     log_softmax,
     pair,
+    probability_difference,
     scale,
     to_float,
     valid_classes,
@@ -146,6 +147,135 @@ def jensen_shannon(
     alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # of these, one is 0
     terms = jnp.where(x.has_p & x.has_q, terms, alone)
     return scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
+
+
+def skew_kl(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    alpha: Any = 0.1,
+    temperature: Any = 1.0,
+    axis: int = -1,
+    where: Any = None,
+) -> Array:
+    """Skew Kullback–Leibler divergence: T²·KL(p‖α·p + (1−α)·q), p the teacher, q the student.
+
+    At most −T²·log α, so finite for α > 0 whatever the student leaves out. :func:`kl` at α = 0, and
+    0 at α = 1.
+
+    Args:
+      student_logits: ``[..., classes]``, any float dtype.
+      teacher_logits: as ``student_logits``.
+      alpha: α in [0, 1], the teacher's share of the mixture; a scalar.
+      temperature: as in :func:`kl`.
+      axis: the axis of the classes.
+      where: as in :func:`kl`.
+
+    Returns:
+      ``[...]``, nats × T², float32 (float64 for float64 input). +inf at α = 0 where the student
+      excludes a class that the teacher does not.
+
+    Raises:
+      ValueError: if the shapes differ, the temperature is not positive, or α is outside [0, 1].
+
+    References:
+      Ko et al., `DistiLLM: Towards Streamlined Distillation for Large Language Models`, 2024, §3.1
+      (the definition of SKL); Lee, `On the Effectiveness of the Skew Divergence`, 2001, Eq. 1. The
+      authors' code (distillm) leaves the teacher's entropy out: its value is a cross-entropy, its
+      gradient the same.
+
+    >>> f'{skew_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
+    '0.1070'
+    """
+    check_fraction("alpha", alpha)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    value = _skewed(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, to_float(alpha), axis)
+    return scale(temperature, value, axis)
+
+
+def skew_reverse_kl(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    alpha: Any = 0.1,
+    temperature: Any = 1.0,
+    axis: int = -1,
+    where: Any = None,
+) -> Array:
+    """Skew reverse Kullback–Leibler divergence: T²·KL(q‖(1−α)·p + α·q).
+
+    :func:`skew_kl` with student and teacher exchanged: :func:`reverse_kl` at α = 0. Arguments,
+    result and errors are those of :func:`skew_kl`; α is the *student's* share of the mixture.
+
+    References:
+      Ko et al., `DistiLLM`, 2024, §3.1 (the definition of SRKL).
+
+    >>> f'{skew_reverse_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
+    '0.1131'
+    """
+    check_fraction("alpha", alpha)
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    value = _skewed(x.log_q, x.log_p, -x.log_ratio, x.has_q, x.has_p, to_float(alpha), axis)
+    return scale(temperature, value, axis)
+
+
+def _skewed(log_a, log_b, log_ratio, has_a, has_b, alpha, axis) -> Array:
+    """KL(a‖m), m = α·a + (1−α)·b, as sums of terms ≥ 0."""
+    # log(a/m) = −log(α + (1−α)·b/a), whose two forms meet at |log(a/b)| = 1/2
+    near = jnp.abs(log_ratio) < 0.5
+    close, far = jnp.where(near, log_ratio, 0.0), jnp.where(near, 0.0, log_ratio)
+    proper = (alpha > 0) & (alpha < 1)
+    inside = jnp.where(proper, alpha, 0.5)
+    mixed = -jnp.logaddexp(jnp.log(inside), jnp.log1p(-inside) - far)
+    apart = jnp.where(proper, mixed, jnp.where(alpha > 0, 0.0, far))
+    log_a_m = jnp.where(near, -jnp.log1p((1 - alpha) * jnp.expm1(-close)), apart)
+    a = jnp.where(has_a, jnp.exp(log_a), 0.0)
+    b = jnp.where(has_b, jnp.exp(log_b), 0.0)
+    m = alpha * a + (1 - alpha) * b
+    terms = divergence_terms(log_a, log_a_m, a, m)
+    # A class of a alone has m = α·a, one of b alone m = (1−α)·b.
+    only_a = a * -jnp.log(jnp.where(alpha > 0, alpha, 1.0)) - a + m
+    terms = jnp.where(has_a & has_b, terms, jnp.where(has_a, only_a, m))
+    impossible = jnp.any(has_a & ~has_b & (a > 0), axis) & (alpha <= 0)
+    return jnp.where(impossible, jnp.inf, jnp.sum(terms, axis))
+
+
+def total_variation(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    temperature: Any = 1.0,
+    axis: int = -1,
+    where: Any = None,
+) -> Array:
+    """Total variation distance of softened predictions: ½·Σ |p − q|.
+
+    Between 0 and 1, and never larger than √(KL/2). *No* factor T²: the gradient falls as 1/T. Where
+    p = q in a class, that class's derivative is taken as 0 (the middle of its subgradients).
+
+    Args:
+      student_logits: ``[..., classes]``, any float dtype.
+      teacher_logits: as ``student_logits``.
+      temperature: as in :func:`kl`.
+      axis: the axis of the classes.
+      where: as in :func:`kl`.
+
+    Returns:
+      ``[...]``, a probability, float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: if the shapes differ, or the temperature is not positive.
+
+    References:
+      Wen et al., `f-Divergence Minimization for Sequence-Level Knowledge Distillation`, 2023, §3.2
+      (TVD, there over sequences); Levin, Peres, `Markov Chains and Mixing Times`, Proposition 4.2.
+
+    >>> f'{total_variation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
+    '0.2500'
+    """
+    x = pair(student_logits, teacher_logits, temperature, axis, where)
+    difference = probability_difference(x)
+    return jnp.sum(jnp.sign(difference) * difference, axis) / 2
 
 
 def soft_cross_entropy(

@@ -102,6 +102,16 @@ def pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) ->
     return Pair(log_q, log_p, log_ratio, has_q, has_p)
 
 
+def probability_difference(x: Pair) -> Array:
+    """The difference p − q in each class, from log p − log q: exact where the two almost agree."""
+    p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
+    q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
+    above = x.log_ratio > 0
+    down = jnp.expm1(jnp.where(above, -x.log_ratio, 0.0))
+    up = jnp.expm1(jnp.where(above, 0.0, x.log_ratio))
+    return jnp.where(x.has_p & x.has_q, jnp.where(above, -p * down, q * up), p - q)
+
+
 def excess(d: Array) -> Array:
     """e^(−d) − 1 + d for |d| < 1/2, by its series: directly, it would cancel to nothing."""
     series = jnp.full_like(d, 1 / 10)
