@@ -98,7 +98,34 @@ def test_signatures_and_docstrings(name, function):
         assert not missing, f"{name} does not document {missing}"
 
 
-@pytest.mark.parametrize("name", losses.__all__)
+# What carries a state beside the loss, and its parts.
+WITH_STATE = {"CRDState", "crd", "crd_init", "crd_negatives"}
+RELATIONS = sorted(
+    name
+    for name in set(losses.__all__) - WITH_STATE
+    if getattr(losses, name).__module__
+    in ("distill_jax.losses.relations", "distill_jax.losses.contrast")
+)
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_what_a_relation_loss_is(name):
+    """Features in, one value an example out; keyword-only options; a source; a doctest."""
+    loss = getattr(losses, name)
+    parameters = inspect.signature(loss).parameters
+    kinds = [p.kind for p in parameters.values() if p.name not in ("student", "teacher", "labels")]
+    assert [*parameters][:2] == ["student", "teacher"]
+    assert set(kinds) == {inspect.Parameter.KEYWORD_ONLY}
+    assert "where" in parameters
+    assert "References:" in loss.__doc__
+    assert ">>> " in loss.__doc__
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.bfloat16)
+    value = loss(x, x + 1)
+    assert value.shape == (2,)
+    assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.__all__) - WITH_STATE - set(RELATIONS)))
 def test_what_a_loss_is(name):
     """Arrays in, one value an example out; keyword-only options; a source; a doctest."""
     loss = getattr(losses, name)

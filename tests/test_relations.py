@@ -389,7 +389,7 @@ def test_pkt_with_opposite_features():
     value, *gradients = evaluate("pkt", signs, alike)
     np.testing.assert_array_equal(value, np.full(5, np.inf))
     assert np.isfinite(gradients).all()
-    assert np.isfinite(evaluate("pkt", alike, signs)).all()
+    assert all(np.isfinite(x).all() for x in evaluate("pkt", alike, signs))
     for kept in ([0, 1, 2, 3, 4], [0, 2], [2, 3], [1, 3, 4]):
         value, *gradients = evaluate("pkt", signs, signs, where=np.isin(np.arange(5), kept))
         np.testing.assert_array_equal(value, 0)
@@ -434,111 +434,124 @@ def ref_crd(student, teacher, banks, log_z, ids, negatives, temperature=0.07):
     return values, out
 
 
-def golden_crd(dtype):
+def golden_crd(dtype=jnp.float32, examples=20):
+    """Inputs of the golden constants; or, with other examples in the memory, of their shapes."""
     student, teacher, banks, ids, negatives = draw_golden(0)
     pooled = [jnp.asarray(x.mean((1, 2)), dtype) for x in (student, teacher)]
+    if examples != 20:
+        banks = np.random.default_rng(1).normal(size=(2, examples, 3))
     unset = jnp.asarray(-jnp.inf, dtype)
     state = losses.CRDState(*(jnp.asarray(b, dtype) for b in banks), unset, unset)
-    return pooled, state, ids, negatives
+    return *pooled, state, ids, negatives
+
+
+@jax.jit
+def run_crd(student, teacher, state, ids, negatives, where, temperature):
+    def values_and_state(student, state):
+        return losses.crd(
+            student, teacher, state, ids, negatives, temperature=temperature, where=where
+        )
+
+    (values, after), pull = jax.vjp(values_and_state, student, state)
+    return values, after, *pull((jnp.ones_like(values), jax.tree.map(jnp.ones_like, after)))
+
+
+def crd(student, teacher, state, ids, negatives, where=None, temperature=0.07):
+    """Values, the new state, and the gradients of the sum of all for the student and the state."""
+    where = np.ones(6, bool) if where is None else where
+    return run_crd(student, teacher, state, np.asarray(ids), negatives, where, temperature)
 
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
 def test_crd_is_repdistillers_over_two_steps(wide):
     with jax.enable_x64(wide):
-        (student, teacher), state, ids, negatives = golden_crd(jnp.float64 if wide else jnp.float32)
+        student, teacher, state, *rest = golden_crd(jnp.float64 if wide else jnp.float32)
         near = 1e-9 if wide else 3e-6
         for step in range(2):
-
-            def mean(s, state=state):
-                values, after = losses.crd(s, teacher, state, ids, negatives)
-                return values.mean(), after
-
-            (value, state), gradient = jax.value_and_grad(mean, has_aux=True)(student)
+            values, state, gradient, _ = crd(student, teacher, state, *rest)
             golden = GOLDEN[f"repdistiller/crd_step{step}"]
-            np.testing.assert_allclose(value, golden["value"], rtol=near)
-            expected = np.array(golden["gradient"]).reshape(student.shape)
-            np.testing.assert_allclose(
-                gradient, expected, rtol=0, atol=near * np.abs(expected).max()
-            )
+            np.testing.assert_allclose(values.mean(), golden["value"], rtol=near)
+            expected = 6 * np.array(golden["gradient"]).reshape(student.shape)
+            close = near * np.abs(expected).max()
+            np.testing.assert_allclose(gradient, expected, rtol=0, atol=close)
         memory = GOLDEN["repdistiller/crd_memory"]
         np.testing.assert_allclose(state.student.ravel(), memory["student"], atol=near)
         np.testing.assert_allclose(state.teacher.ravel(), memory["teacher"], atol=near)
-        log_z = [state.log_z_student, state.log_z_teacher]
+        log_z = np.array([state.log_z_student, state.log_z_teacher])
         np.testing.assert_allclose(np.exp(log_z), memory["z"], rtol=10 * near)
 
 
 @pytest.mark.parametrize("examples", [20, 200], ids=["all scores", "gathered"])
 def test_crd_by_its_formula(examples):
-    rng = np.random.default_rng(0)
-    state = losses.crd_init(jax.random.key(0), examples, 4)
-    student, teacher = (rng.normal(size=(5, 4)).astype(np.float32) for _ in range(2))
-    ids, negatives = rng.permutation(examples)[:5], rng.integers(0, examples, size=(5, 7))
+    student, teacher, state, ids, negatives = golden_crd(examples=examples)
     banks = [np.asarray(b, float) for b in (state.student, state.teacher)]
-    values, after = jax.jit(losses.crd)(student, teacher, state, ids, negatives)
-    expected, log_z = ref_crd(student, teacher, banks, (None, None), ids, negatives)
-    np.testing.assert_allclose(values, expected, rtol=2e-6)
-    np.testing.assert_allclose([after.log_z_student, after.log_z_teacher], log_z, rtol=1e-6)
-
+    values, after, _, of_state = crd(student, teacher, state, ids, negatives)
+    wide = np.asarray(student, float), np.asarray(teacher, float)
+    expected, log_z = ref_crd(*wide, banks, (None, None), ids, negatives)
+    np.testing.assert_allclose(values, expected, rtol=3e-6)
+    found = np.array([after.log_z_student, after.log_z_teacher])
+    np.testing.assert_allclose(found, log_z, rtol=1e-6)
+    assert not any(leaf.any() for leaf in of_state)  # nothing flows into the memory, nor through it
+    expected = 0.5 * banks[0][ids] + 0.5 * unit(wide[0])
+    np.testing.assert_allclose(after.student[ids], unit(expected), rtol=1e-5, atol=1e-6)
     state = state._replace(log_z_student=after.log_z_student, log_z_teacher=after.log_z_teacher)
-    loss = lambda s: losses.crd(s, teacher, state, ids, negatives)[0].sum()  # noqa: E731
-    wide = student.astype(float)
+    _, again, gradient, _ = crd(student, teacher, state, ids, negatives)
+    assert again.log_z_student == state.log_z_student
     expected = numeric_gradient(
-        lambda s: ref_crd(s, teacher, banks, log_z, ids, negatives)[0].sum(), wide
+        lambda s: ref_crd(s, wide[1], banks, log_z, ids, negatives)[0].sum(), wide[0]
     )
-    gradient = jax.grad(loss)(student)
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
-def test_crd_forgets_what_is_masked_and_never_makes_up_a_number():
-    state = losses.crd_init(jax.random.key(0), 10, 4)
-    rng = np.random.default_rng(0)
-    student, teacher = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
-    ids, negatives = np.array([3, 5, 7]), np.array([[1, 2], [2, 4], [0, 9]])
-    expected, small = losses.crd(student, teacher, state, ids, negatives)
-    padded = [np.concatenate([x, np.full((2, 4), np.nan, np.float32)]) for x in (student, teacher)]
-    where = np.array([True, True, True, False, False])
-    more = np.array([3, 5, 7, 3, 0]), np.concatenate([negatives, np.zeros((2, 2), int)])
-    values, after = losses.crd(*padded, state, *more, where=where)
-    np.testing.assert_allclose(values, [*expected, 0, 0], rtol=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), after, small)
-    np.testing.assert_array_equal(
-        np.delete(after.student, ids, 0), np.delete(state.student, ids, 0)
-    )
-    nobody = np.zeros(5, bool)
-    values, after = losses.crd(*padded, state, *more, where=nobody)
+def test_crd_forgets_what_is_masked():
+    student, teacher, state, ids, negatives = golden_crd()
+    kept = np.array([0, 2, 3])
+    banks = [np.asarray(b, float) for b in (state.student, state.teacher)]
+    wide = (np.asarray(x, float)[kept] for x in (student, teacher))
+    expected, log_z = ref_crd(*wide, banks, (None, None), ids[kept], negatives[kept])
+    where = np.isin(np.arange(6), kept)
+    student, teacher = (jnp.where(where[:, None], x, np.nan) for x in (student, teacher))
+    ids = np.where(where, ids, ids[0])  # padding often repeats an example
+    values, after, gradient, _ = crd(student, teacher, state, ids, negatives, where)
+    np.testing.assert_allclose(values[kept], expected, rtol=3e-6)
+    np.testing.assert_allclose(after.log_z_student, log_z[0], rtol=1e-6)
+    np.testing.assert_array_equal(values[~where], 0)
+    np.testing.assert_array_equal(gradient[~where], 0)
+    changed = np.any(after.student != state.student, axis=1)
+    np.testing.assert_array_equal(np.sort(ids[kept]), np.flatnonzero(changed))
+    assert np.isfinite(after.student).all()
+    values, after, *_ = crd(student, teacher, state, ids, negatives, np.zeros(6, bool))
     np.testing.assert_array_equal(values, 0)
     jax.tree.map(np.testing.assert_array_equal, after, state)  # Z is still to be set
 
-    for bad_ids, bad in (([3, 10, -1], negatives), (ids, [[1, 2], [2, -1], [0, 10]])):
-        values, after = losses.crd(student, teacher, state, np.array(bad_ids), np.array(bad))
-        np.testing.assert_array_equal(np.isnan(values), [False, True, True])
-        assert np.isfinite(after.student).all()
-        np.testing.assert_array_equal(after.student[5], state.student[5])
+
+def test_crd_never_makes_up_a_number():
+    student, teacher, state, ids, negatives = golden_crd()
+    far, none = ids.copy(), negatives.copy()
+    far[1], far[2], none[3, 4], none[4, 0] = 20, -1, 20, -1
+    values, after, *_ = crd(student, teacher, state, far, none)
+    np.testing.assert_array_equal(np.isnan(values), [False, True, True, True, True, False])
+    assert np.isfinite(after.student).all()
+    changed = np.flatnonzero(np.any(after.student != state.student, axis=1))
+    np.testing.assert_array_equal(changed, np.sort(ids[[0, 5]]))
 
 
-def test_crd_at_its_edges():
-    state = losses.crd_init(jax.random.key(0), 10, 4)
-    ids, negatives = np.array([3, 5]), np.array([[1, 2], [2, 4]])
+@pytest.mark.parametrize("scale", [0.0, 1e18, 1e-18])
+@pytest.mark.parametrize("temperature", [0.07, 1e-3])  # e^1000 is above float32
+def test_crd_at_its_edges(scale, temperature):
+    student, teacher, state, *rest = golden_crd()
+    student = student * np.float32(scale)
+    results = crd(student, teacher, state, *rest, temperature=temperature)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+    if scale:
+        norms = np.linalg.norm(results[1].student[rest[0]], axis=1)
+        np.testing.assert_allclose(norms, 1, rtol=1e-6)
 
-    def run(s, state, temperature=0.07):
-        return losses.crd(s, s, state, ids, negatives, temperature=temperature)
 
-    for x in (np.zeros((2, 4)), np.full((2, 4), 1e18), np.full((2, 4), 1e-18)):
-        x = jnp.asarray(x, jnp.float32)
-        for temperature in (0.07, 1e-3):  # e^1000 is above float32
-            (value, after), pull = jax.vjp(
-                functools.partial(run, temperature=temperature), x, state
-            )
-            assert np.isfinite(value).all()
-            cotangent = jnp.ones(2), jax.tree.map(jnp.zeros_like, after)
-            assert np.isfinite(pull(cotangent)[0]).all()
-    (_, after), pull = jax.vjp(lambda s, state: run(s, state), jnp.ones((2, 4)), state)
-    assert all(np.isfinite(leaf).all() for leaf in after)
-    pulled = pull((jnp.ones(2), jax.tree.map(jnp.ones_like, after)))
-    np.testing.assert_allclose(np.linalg.norm(after.student[ids], axis=1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(pulled[1].student, 0 * np.asarray(pulled[1].student))
-    value, _ = run(jnp.ones((2, 4), jnp.bfloat16), state)
-    assert value.dtype == jnp.float32
+def test_crd_of_bfloat16_is_computed_in_float32():
+    student, teacher, state, *rest = golden_crd()
+    values, *_ = crd(student.astype(jnp.bfloat16), teacher, state, *rest)
+    assert values.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(12) % 3])
@@ -557,11 +570,10 @@ def test_negatives_are_uniform_over_the_others(labels):
 
 
 def test_no_negative_is_made_up():
-    ids, options = np.array([0]), {"count": 3}
-    alone = losses.crd_negatives(jax.random.key(0), ids, examples=1, **options)
-    alike = losses.crd_negatives(
-        jax.random.key(0), ids, examples=4, labels=np.zeros(4, int), **options
-    )
+    draw_some = jax.jit(losses.crd_negatives, static_argnames=("examples", "count"))
+    ids = np.array([0])
+    alone = draw_some(jax.random.key(0), ids, examples=1, count=3)
+    alike = draw_some(jax.random.key(0), ids, examples=4, count=3, labels=np.zeros(4, int))
     np.testing.assert_array_equal(alone, [[-1, -1, -1]])
     np.testing.assert_array_equal(alike, [[-1, -1, -1]])
 

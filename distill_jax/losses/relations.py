@@ -390,10 +390,9 @@ def ickd(student: Any, teacher: Any, *, normalize: bool = True, where: Any = Non
       ValueError: if the batches or the numbers of channels differ, or ``where`` is not ``[batch]``.
 
     Note:
-      The mean over examples is the value of the authors' CIFAR code. Their ImageNet code, and
-      torchdistill 1.1.5 after it, divide by the batch twice. The paper states the squared distance of
-      the correlation matrices and no normalisation of rows; the default here is the code's form, by
-      which the published results were made.
+      The mean over examples is the value of the authors' CIFAR code, which normalises rows: that is the
+      default, since without it the value depends on the features' scale and resolution. torchdistill
+      1.1.5, refactored from their ImageNet code, divides by the batch twice.
 
     References:
       Liu et al., `Exploring Inter-Channel Correlation for Diversity-preserved Knowledge
