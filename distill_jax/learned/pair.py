@@ -18,8 +18,9 @@ class Learned(NamedTuple):
       init: ``(key, student_shapes, teacher_shapes) -> params``. The shapes, one a matched layer, are
         those of a batch of features, ``(batch, *spatial, channels)``; the size of the batch is never
         used. ``params`` may be empty.
-      apply: ``(params, student_features, teacher_features, *, labels=None, where=None) -> values``:
-        from lists of arrays of those shapes to one value an example, float32 ``[batch]``.
+      apply: ``(params, student_features, teacher_features, *, labels=None, where=None, key=None) ->
+        values``: from lists of arrays of those shapes to one value an example, float32 ``[batch]``.
+        ``key`` is for what is random in the loss; the others ignore it.
     """
 
     init: Callable[[jax.Array, Sequence[Shape], Sequence[Shape]], Any]

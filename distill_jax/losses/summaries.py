@@ -1,0 +1,363 @@
+"""Losses between summaries of features: where a map is active, how layers flow, how examples lie.
+
+Features are ``[batch, *spatial, channels]``. What is compared here does not depend on the number of
+channels, so student and teacher may differ in it, unless a docstring says otherwise. Nothing is
+added to a norm to keep it from zero: the direction of a vector that is exactly zero is zero, with
+zero gradient.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses.features import examples_only
+from distill_jax.losses.numerics import check_positive, to_float
+from distill_jax.losses.space import (
+    common_space,
+    direction,
+    feature_pair,
+    features_of,
+    gram,
+    norm,
+    per_example,
+    pool_max,
+    pool_mean,
+    positions,
+)
+
+Array = jax.Array
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def attention_transfer(
+    student: Any, teacher: Any, *, p: float = 2.0, mean: bool = False, where: Any = None
+) -> Array:
+    """Attention transfer (AT): ‖Q_s/‖Q_s‖₂ − Q_t/‖Q_t‖₂‖₂ with Q = Σ_c |A_c|^p at each position.
+
+    Args:
+      student: ``[batch, *spatial, channels]``, any float dtype.
+      teacher: the same spatial shape, any number of channels.
+      p: the power, at least 1.
+      mean: the mean over positions of the squared difference, as in the authors' program,
+        torchdistill's ``mode='code'``, RepDistiller and mdistiller (whose ``pow(p)`` keeps the sign
+        for odd p). The norm is that of the paper and of torchdistill's ``mode='paper'``; the
+        paper's loss has a factor β/2.
+      where: ``bool``, ``[batch]`` or broadcastable to ``[batch, *spatial]``: the positions that
+        count. An example without any has value 0.
+
+    Returns:
+      ``[batch]``, in [0, √2], float32 (float64 for float64 input). With one position alone, 0.
+
+    Raises:
+      ValueError: if the shapes do not fit, or p is below 1.
+
+    References:
+      Zagoruyko, Komodakis, `Paying More Attention to Attention`, 2017, Eq. 2; F^p_sum of §3.1.
+
+    >>> x = jnp.array([[[1.0], [0.0]]])  # one example, two positions, one channel
+    >>> print(attention_transfer(x, x[:, ::-1], mean=True))
+    [1.]
+    """
+    if not p >= 1:
+        raise ValueError(f"p must be at least 1, got {p}")
+    x = feature_pair(student, teacher, where, channels=False)
+    difference = _attention(x.student, p) - _attention(x.teacher, p)
+    if not mean:
+        return norm(difference, 1)
+    return jnp.sum(jnp.square(difference), 1) / jnp.maximum(per_example(x.valid), 1)
+
+
+def _attention(x: Array, p: float) -> Array:
+    """The direction of the map of activity, ``[batch, positions]``."""
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    # The direction does not depend on the scale: divided by it, no power over- or underflows
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2), keepdims=True))
+    x = x / jnp.where(peak == 0, 1.0, peak)
+    power = jnp.square(x) if p == 2 else jnp.abs(x) ** p
+    return jnp.where(peak[..., 0] == 0, 0.0, direction(jnp.sum(power, -1), 1))
+
+
+def factor_transfer(
+    student: Any, teacher: Any, *, p: int = 1, mean: bool = False, where: Any = None
+) -> Array:
+    """Factor transfer (FT): ‖F_t/‖F_t‖₂ − F_s/‖F_s‖₂‖_p over all positions and channels.
+
+    Args:
+      student: the translator's factor, ``[batch, *spatial, channels]``, any float dtype.
+      teacher: the paraphraser's factor, of the same shape.
+      p: 1 or 2.
+      mean: for p = 1, the mean over units instead of the sum, as in torchdistill (whose loss is NaN
+        if a factor is zero). RepDistiller's ``FactorTransfer`` is another loss: it compares
+        attention maps, as :func:`attention_transfer` does, by their mean absolute difference.
+      where: as in :func:`attention_transfer`.
+
+    Returns:
+      ``[batch]``, float32 (float64 for float64 input). A zero factor has direction zero.
+
+    Raises:
+      ValueError: if the shapes differ, or p is neither 1 nor 2.
+
+    References:
+      Kim, Park, Kwak, `Paraphrasing Complex Network: Network Compression via Factor Transfer`,
+      2018, Eq. 3.
+
+    >>> print(factor_transfer(jnp.array([[3.0, 0.0]]), jnp.array([[0.0, 5.0]])))
+    [2.]
+    """
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p}")
+    x = feature_pair(student, teacher, where)
+    axes = tuple(range(1, x.student.ndim))
+    difference = direction(x.student, axes) - direction(x.teacher, axes)
+    if p == 2:
+        return norm(difference, axes)
+    summed = per_example(jnp.abs(difference))
+    return (
+        summed / (jnp.maximum(per_example(x.valid), 1) * difference.shape[-1]) if mean else summed
+    )
+
+
+def nst(
+    student: Any,
+    teacher: Any,
+    *,
+    kernel: str = "polynomial",
+    bandwidth: Any = None,
+    where: Any = None,
+) -> Array:
+    """Neuron selectivity transfer (NST): the squared MMD between the channels' maps.
+
+    mean k(t, t′) + mean k(s, s′) − 2·mean k(s, t) over pairs of channels; each channel is a vector
+    over positions, divided by its norm.
+
+    Args:
+      student: ``[batch, *spatial, channels]``, any float dtype.
+      teacher: the same spatial shape, any number of channels.
+      kernel: ``"polynomial"``, (x·y)²; ``"linear"``, x·y; or ``"gaussian"``, exp(−‖x − y‖²/2σ²).
+      bandwidth: σ² > 0 of the Gaussian. None for the mean of ‖s − t‖² over an example's pairs of a
+        student's and a teacher's channel, taken as a constant: no gradient flows through it.
+      where: as in :func:`attention_transfer`.
+
+    Returns:
+      ``[batch]``, at least 0 but for rounding, float32 (float64 for float64 input). The mean over
+      examples is RepDistiller's and mdistiller's loss (polynomial).
+
+    Raises:
+      ValueError: if the shapes do not fit, the kernel is unknown, or the bandwidth is not positive.
+
+    References:
+      Huang, Wang, `Like What You Like: Knowledge Distill via Neuron Selectivity Transfer`, 2017, §4
+      (with d = 2 and c = 0 for the polynomial).
+
+    >>> x = jnp.array([[[1.0], [0.0]]])  # one example, two positions, one channel
+    >>> print(nst(x, x[:, ::-1]))
+    [2.]
+    """
+    if kernel not in ("polynomial", "linear", "gaussian"):
+        raise ValueError(f"kernel must be polynomial, linear or gaussian, got {kernel!r}")
+    x = feature_pair(student, teacher, where, channels=False)
+    batch = x.student.shape[0]
+    s, t = (
+        direction(f.reshape(batch, math.prod(f.shape[1:-1]), f.shape[-1]), 1)
+        for f in (x.student, x.teacher)
+    )
+    if kernel == "linear":
+        return jnp.sum(jnp.square(jnp.mean(s, -1) - jnp.mean(t, -1)), -1)
+    if kernel == "polynomial" and s.shape[1] <= max(s.shape[-1], t.shape[-1]):
+        # (x·y)² is the product of xxᵀ and yyᵀ, so this is the distance of their means: no cancellation
+        outer = [jnp.einsum("npc,nqc->npq", f, f, precision=_HIGHEST) / f.shape[-1] for f in (s, t)]
+        return jnp.sum(jnp.square(outer[0] - outer[1]), (1, 2))
+    ss, tt, st = gram(s, s), gram(t, t), gram(s, t)
+    if kernel == "gaussian":
+        size_s, size_t = jnp.sum(jnp.square(s), 1), jnp.sum(jnp.square(t), 1)
+        ss = size_s[:, :, None] + size_s[:, None, :] - 2 * ss
+        tt = size_t[:, :, None] + size_t[:, None, :] - 2 * tt
+        st = size_s[:, :, None] + size_t[:, None, :] - 2 * st
+        if bandwidth is None:
+            width = jax.lax.stop_gradient(jnp.mean(st, (1, 2), keepdims=True))
+            width = jnp.where(width > 0, width, 1.0)
+        else:
+            check_positive("bandwidth", bandwidth)
+            width = to_float(bandwidth)
+        values = [jnp.exp(-d / (2 * width)) for d in (ss, tt, st)]
+    else:
+        values = [jnp.square(product) for product in (ss, tt, st)]
+    means = [jnp.mean(value, (1, 2)) for value in values]
+    return means[0] + means[1] - 2 * means[2]
+
+
+def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None) -> Array:
+    """The flow between two layers: G_ij = mean over positions of first_i · second_j.
+
+    Args:
+      first: ``[batch, *spatial, channels]``, any float dtype.
+      second: the same number of spatial axes, or none for either (then both are pooled globally).
+      pool: ``"max"`` or ``"mean"``: how the larger is pooled to the smaller spatial shape.
+      where: as in :func:`attention_transfer`; ``[batch]`` alone where the spatial shapes differ.
+
+    Returns:
+      ``[batch, first's channels, second's channels]``, float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: if the shapes do not fit, or ``pool`` is unknown.
+
+    References:
+      Yim et al., `A Gift from Knowledge Distillation`, 2017, Eq. 1.
+
+    >>> fsp_matrix(jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4, 4, 5))).shape
+    (2, 3, 5)
+    """
+    if pool not in ("max", "mean"):
+        raise ValueError(f"pool must be max or mean, got {pool!r}")
+    x = feature_pair(first, second, where, channels=False, space=False)
+    space = common_space(x.student.shape, x.teacher.shape)
+    pooled = [(pool_max if pool == "max" else pool_mean)(f, space) for f in (x.student, x.teacher)]
+    counted = per_example(x.valid) if x.student.shape[1:-1] == space else math.prod(space)
+    counted = jnp.maximum(jnp.broadcast_to(counted, pooled[0].shape[:1]), 1)
+    return gram(*pooled) / counted[:, None, None]
+
+
+def fsp(
+    student: Any, teacher: Any, *, pool: str = "max", mean: bool = False, where: Any = None
+) -> Array:
+    """Flow of solution procedure (FSP): ‖G_t − G_s‖² between two layers' flow, :func:`fsp_matrix`.
+
+    Args:
+      student: a pair of layers, each ``[batch, *spatial, channels]``, any float dtype.
+      teacher: a pair of layers with the student's numbers of channels; the space may be another.
+      pool: as in :func:`fsp_matrix`.
+      mean: the mean over the matrix instead of the sum, as in RepDistiller (which pools by the
+        mean). torchdistill's matrix is ours, but its loss is the sum of the norms of the columns of
+        G_t − G_s, not squared.
+      where: as in :func:`fsp_matrix`, for all four layers.
+
+    Returns:
+      ``[batch]``, float32 (float64 for float64 input). The paper's loss is the mean over examples
+      of its sum over pairs of layers.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    References:
+      Yim et al., `A Gift from Knowledge Distillation`, 2017, Eq. 2.
+
+    >>> one = jnp.ones((1, 2, 2, 1))
+    >>> print(fsp((one, one), (one, 3 * one)))
+    [4.]
+    """
+    if len(student) != 2 or len(teacher) != 2:
+        raise ValueError(
+            "student and teacher must each be a pair of layers (first, second), got "
+            f"{len(student)} and {len(teacher)}"
+        )
+    flows = [fsp_matrix(*layers, pool=pool, where=where) for layers in (student, teacher)]
+    if flows[0].shape != flows[1].shape:
+        raise ValueError(
+            "student and teacher layers must have one number of channels, got flows of "
+            f"{flows[0].shape} and {flows[1].shape}: match them first, as learned.fsp does"
+        )
+    squares = jnp.square(flows[0] - flows[1])
+    return jnp.mean(squares, (1, 2)) if mean else jnp.sum(squares, (1, 2))
+
+
+def linear_cka(first: Any, second: Any, *, debiased: bool = False, where: Any = None) -> Array:
+    """Linear centred kernel alignment (CKA) of two representations of one batch: a measure, a scalar.
+
+    ⟨K, L⟩/(‖K‖·‖L‖) for the centred Gram matrices K and L of the examples. 1 for representations
+    equal up to rotation, scale and shift.
+
+    Args:
+      first: ``[batch, ..., channels]``, taken as one vector an example, any float dtype.
+      second: any other representation of the same examples.
+      debiased: Szekely and Rizzo's U-centring, under which CKA does not grow with the width: may be
+        negative, and needs at least four examples.
+      where: ``bool`` ``[batch]``: the examples that count.
+
+    Returns:
+      A scalar, float32 (float64 for float64 input). 0 where a representation does not vary at all,
+      or too few examples count.
+
+    Raises:
+      ValueError: if the batches differ, or are too small for the debiased form.
+
+    References:
+      Kornblith et al., `Similarity of Neural Network Representations Revisited`, 2019, §3; Nguyen
+      et al., `Do Wide and Deep Networks Learn the Same Things?`, 2021 (debiased).
+
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> print(linear_cka(x, 5 * x[:, ::-1] + 2).round(4))
+    1.0
+    """
+    one, other, _ = _kernels(first, second, debiased, where)
+    return jnp.sum(one * other)
+
+
+def cka(student: Any, teacher: Any, *, debiased: bool = False, where: Any = None) -> Array:
+    """1 − :func:`linear_cka` as a loss over a batch, in shares of its examples.
+
+    Example i's share is n/2 · Σ_j (K_ij/‖K‖ − L_ij/‖L‖)², at least 0: the mean of the shares over
+    the n examples that count is exactly 1 − CKA, with no cancellation near 0.
+
+    Args:
+      student: ``[batch, ..., channels]``, taken as one vector an example, any float dtype.
+      teacher: the same batch, any other shape.
+      debiased: as in :func:`linear_cka`.
+      where: as in :func:`linear_cka`. An example that does not count has value 0 and takes part in
+        no other's.
+
+    Returns:
+      ``[batch]``, float32 (float64 for float64 input). 1, with zero gradient, where CKA is
+      undefined.
+
+    Raises:
+      ValueError: as :func:`linear_cka`.
+
+    References:
+      Kornblith et al., `Similarity of Neural Network Representations Revisited`, 2019, §3.
+
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> print(cka(x, x))
+    [0. 0. 0.]
+    """
+    one, other, valid = _kernels(student, teacher, debiased, where)
+    shares = jnp.sum(valid) / 2 * jnp.sum(jnp.square(one - other), 1)
+    undefined = jnp.all(one == 0) | jnp.all(other == 0)
+    return jnp.where(undefined, valid.astype(shares.dtype), shares)
+
+
+def _kernels(first: Any, second: Any, debiased: bool, where: Any) -> tuple[Array, Array, Array]:
+    """Centred Gram matrices of norm 1, zero in the rows and columns of excluded examples."""
+    first, second = features_of("student", first), features_of("teacher", second)
+    batch = first.shape[0]
+    if second.shape[0] != batch:
+        raise ValueError(
+            f"student and teacher must be of one batch, got {first.shape} and {second.shape}"
+        )
+    if debiased and batch < 4:
+        raise ValueError(f"debiased CKA needs at least 4 examples, got {batch}")
+    valid = positions(examples_only(where, first), (batch, 1))
+    return _kernel(first, valid, debiased), _kernel(second, valid, debiased), valid
+
+
+def _kernel(x: Array, valid: Array, debiased: bool) -> Array:
+    rows = valid[:, None]
+    n = jnp.sum(valid)
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    # CKA ignores shift and scale, so both may be taken out as constants: one example stands at the
+    # origin (representations that do not vary become exactly 0), and no square over- or underflows
+    x = jnp.where(rows, x - jax.lax.stop_gradient(x[jnp.argmax(valid)]), 0.0)
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    x = x / jnp.where(peak == 0, 1.0, peak)
+    x = jnp.where(rows, x - jnp.sum(x, 0) / jnp.maximum(n, 1), 0.0)
+    k = jnp.matmul(x, x.T, precision=_HIGHEST)
+    varies = peak > 0
+    if debiased:
+        pairs = rows & valid & ~jnp.eye(x.shape[0], dtype=bool)
+        k = jnp.where(pairs, k, 0.0)
+        means = jnp.sum(k, 0) / jnp.maximum(n - 2, 1)
+        means -= jnp.sum(means) / (2 * jnp.maximum(n - 1, 1))
+        k = jnp.where(pairs, k - means[:, None] - means, 0.0)
+        varies &= n >= 4
+    return direction(jnp.where(varies, k, 0.0), (0, 1))
