@@ -4,6 +4,7 @@ No loss reduces over examples, weights, stops a gradient or holds state; weighte
 written where they are used (see :mod:`distill_jax.objectives`).
 """
 
+from distill_jax.losses import tokens
 from distill_jax.losses.logits import (
     cross_entropy,
     jensen_shannon,
@@ -20,4 +21,5 @@ __all__ = [
     "mean_squared_logits",
     "reverse_kl",
     "soft_cross_entropy",
+    "tokens",
 ]
