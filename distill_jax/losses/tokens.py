@@ -327,11 +327,12 @@ def bucketed(loss: Loss) -> Loss:
     the k tokens instead, as some libraries do, gives loss 0 to a student with no mass there.
 
     Args:
-      loss: ``(student_logits, teacher_logits, **options) -> [...]``, any logit loss.
+      loss: ``(student_logits, teacher_logits, ..., **options) -> [...]``, any logit loss.
 
     Returns:
-      ``(student_logits, teacher, *, temperature=1.0, where=None, **options) -> [...]``: student logits
-      ``[..., vocabulary]``, teacher a :class:`TopK` made *at the same temperature*. ``where`` says
+      ``(student_logits, teacher, ..., *, temperature=1.0, where=None, **options) -> [...]``: student
+      logits ``[..., vocabulary]``, teacher a :class:`TopK` made *at the same temperature*, then
+      integer labels where the loss takes any (they become :func:`bucket_labels`). ``where`` says
       which tokens of the student's vocabulary exist. The student is softened before it is bucketed
       (the loss is called without a temperature), and values get the usual factor T².
 
@@ -349,7 +350,7 @@ def bucketed(loss: Loss) -> Loss:
     '9.0816'
     """
 
-    def bucketed_loss(student_logits, teacher, *, temperature=1.0, where=None, **options):
+    def bucketed_loss(student_logits, teacher, *labels, temperature=1.0, where=None, **options):
         indices, log_probs = map(jnp.asarray, teacher)
         if log_probs.shape != (*indices.shape[:-1], indices.shape[-1] + 1):
             raise ValueError(
@@ -357,7 +358,8 @@ def bucketed(loss: Loss) -> Loss:
                 f"{indices.shape}, with OTHER last (see append_other), got {log_probs.shape}"
             )
         student = bucket(student_logits, indices, temperature=temperature, where=where)
-        return scale(temperature, loss(student, log_probs, **options), -1)
+        labels = [bucket_labels(label, indices) for label in labels]
+        return scale(temperature, loss(student, log_probs, *labels, **options), -1)
 
     return bucketed_loss
 
