@@ -8,7 +8,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,45 +97,56 @@ def test_signatures_and_docstrings(name, function):
         assert not missing, f"{name} does not document {missing}"
 
 
-# What carries a state beside the loss, and its parts.
-WITH_STATE = {"CRDState", "crd", "crd_init", "crd_negatives"}
-RELATIONS = sorted(
-    name
-    for name in set(losses.__all__) - WITH_STATE
-    if getattr(losses, name).__module__
-    in ("distill_jax.losses.relations", "distill_jax.losses.contrast")
-)
+# What is no loss by itself: transforms, measures, and what carries a state
+PARTS = {
+    "CRDState", "crd", "crd_init", "crd_negatives", "standardize", "class_activation_maps",
+    "margin_from_batchnorm", "margin_from_features", "fsp_matrix", "linear_cka",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RELATIONS)
-def test_what_a_relation_loss_is(name):
-    """Features in, one value an example out; keyword-only options; a source; a doctest."""
+def losses_of(*modules):
+    homes = {f"distill_jax.losses.{module}" for module in modules}
+    found = [n for n in losses.__all__ if getattr(getattr(losses, n), "__module__", "") in homes]
+    return sorted(set(found) - PARTS)
+
+
+LOGIT_LOSSES = losses_of("logits", "classes", "correlations", "imbalance")
+FEATURE_LOSSES = losses_of("features", "summaries", "relations", "contrast")
+
+
+def test_every_loss_is_of_one_kind():
+    assert set(LOGIT_LOSSES) | set(FEATURE_LOSSES) | PARTS | {"tokens"} == set(losses.__all__)
+
+
+@pytest.mark.parametrize("name", LOGIT_LOSSES + FEATURE_LOSSES)
+def test_what_a_loss_is(name):
+    """Arrays first, then keyword-only options, among them what counts; a source; a doctest."""
     loss = getattr(losses, name)
     parameters = inspect.signature(loss).parameters
-    kinds = [p.kind for p in parameters.values() if p.name not in ("student", "teacher", "labels")]
-    assert [*parameters][:2] == ["student", "teacher"]
-    assert set(kinds) == {inspect.Parameter.KEYWORD_ONLY}
-    assert "where" in parameters
+    needed = [n for n, p in parameters.items() if p.kind != inspect.Parameter.KEYWORD_ONLY]
+    if name in LOGIT_LOSSES:
+        assert needed[:2] in (["student_logits", "teacher_logits"], ["logits", "labels"])
+        assert {"axis", "where"} <= parameters.keys()
+    else:
+        assert needed[0] == "student"
+        assert "where" in parameters
     assert "References:" in loss.__doc__
     assert ">>> " in loss.__doc__
+
+
+@pytest.mark.parametrize("name", LOGIT_LOSSES)
+def test_a_logit_loss_gives_one_float32_an_example(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.bfloat16)
-    value = loss(x, x + 1)
-    assert value.shape == (2,)
-    assert value.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", sorted(set(losses.__all__) - WITH_STATE - set(RELATIONS)))
-def test_what_a_loss_is(name):
-    """Arrays in, one value an example out; keyword-only options; a source; a doctest."""
+    given = {
+        "student_logits": x,
+        "teacher_logits": -x,
+        "logits": x,
+        "labels": jnp.ones((2, 3), int),
+    }
+    given |= {"counts": jnp.arange(1, 6), "prior": jnp.full(5, 0.2)}
     loss = getattr(losses, name)
-    parameters = list(inspect.signature(loss).parameters.values())
-    assert [p.kind for p in parameters[:2]] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
-    assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in parameters[2:])
-    assert {"axis", "where"} <= {p.name for p in parameters}
-    assert "References:" in loss.__doc__
-    assert ">>> " in loss.__doc__
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.bfloat16)
-    value = loss(x, jax.nn.softmax(x))
+    needed = inspect.signature(loss).parameters.values()
+    value = loss(**{p.name: given[p.name] for p in needed if p.default is p.empty})
     assert value.shape == (2, 3)
     assert value.dtype == jnp.float32
 

@@ -1,5 +1,7 @@
 """A learned temperature: reversed gradients and their schedule."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def test_one_optimizer_lowers_the_student_and_raises_the_temperatures_loss():
     for _ in range(20):
         params, opt_state, loss = step(params, opt_state)
         history.append(float(loss))
-    assert all(after > before for before, after in zip(history, history[1:], strict=False))
+    assert all(after > before for before, after in itertools.pairwise(history))
 
 
 def test_curriculum_strength():
