@@ -58,10 +58,11 @@ def name_values(name: str, values: Any) -> Any:
 def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callable[..., Any]:
     """Makes an ``apply_fn`` that also returns intermediate values: one forward pass for both.
 
-    It does the operations of ``apply_fn``, each once and in their order, so the results are the same
-    bit for bit (short of a compiler that fuses otherwise because more values are results: none was
-    seen on the reference models). Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``pmap`` and
-    ``shard_map``.
+    It does the operations of ``apply_fn``, each once and in their order, and so gives the same results
+    bit for bit. Compiled, that holds for what layers compute; but a value that XLA would else have
+    fused into the operation after it (dropout's, into a mean) must now be written out, and the
+    last bits of that operation may differ. Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``pmap``
+    and ``shard_map``.
 
     Args:
       apply_fn: ``(params, model_state, x, *, key=None) -> (outputs, model_state)``, as in
