@@ -185,7 +185,8 @@ def nst(
     else:
         values = [jnp.square(product) for product in (ss, tt, st)]
     means = [jnp.mean(value, (1, 2)) for value in values]
-    return means[0] + means[1] - 2 * means[2]
+    counts = jnp.any(x.valid, tuple(range(1, x.valid.ndim)))
+    return jnp.where(counts, means[0] + means[1] - 2 * means[2], 0.0)
 
 
 def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None) -> Array:
