@@ -119,26 +119,21 @@ def dist(
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     shape = jnp.moveaxis(x.has_q, axis, -1).shape
-    exists = _rows(x.has_q | x.has_p, axis)
-    has_q, has_p = _rows(x.has_q, axis), _rows(x.has_p, axis)
-    temperature = to_float(temperature)
-    logits = [
-        _rows(jnp.where(has, to_float(z), 0.0) / temperature, axis)
-        for z, has in ((student_logits, x.has_q), (teacher_logits, x.has_p))
-    ]
+    # Student and teacher as one array: what is equal in both is then computed by the same operations,
+    # and a − b is exactly 0.
+    has = jnp.stack([_rows(x.has_q, axis), _rows(x.has_p, axis)])
+    exists = has[0] | has[1]
+    logits = jnp.stack([_rows(to_float(z), axis) for z in (student_logits, teacher_logits)])
+    logits = jnp.where(has, logits, 0.0) / _per_row(temperature, axis, x.has_q.shape)
     counted = jnp.any(exists, 1)
-    value = jnp.zeros(exists.shape[0], logits[0].dtype)
     # Between classes: probabilities up to a factor and a constant, which ρ does not see.
-    (a, flat_a), (b, flat_b) = (
-        _unit(_relative(z, has, 1), exists, 1)
-        for z, has in zip(logits, (has_q, has_p), strict=True)
-    )
+    (a, b), (flat_a, flat_b) = _unit(_relative(logits, has, 2), exists[None], 2)
     between = jnp.sum(jnp.square(a - b), 1) / 2
-    value += beta * _undefined(between, flat_a[:, 0], flat_b[:, 0])
+    flat_a, flat_b = flat_a[:, 0], flat_b[:, 0]
+    value = beta * jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, between), 1.0)
     # Within a class: the same along the batch, of log-probabilities.
-    logs = [log_softmax(z, has, 1) for z, has in zip(logits, (has_q, has_p), strict=True)]
-    (a, flat_a), (b, flat_b) = (
-        _unit(_relative(z, has, 0), exists, 0) for z, has in zip(logs, (has_q, has_p), strict=True)
+    (a, b), (flat_a, flat_b) = _unit(
+        _relative(log_softmax(logits, has, 2), has, 1), exists[None], 1
     )
     members = jnp.sum(exists, 0, keepdims=True)
     number = jnp.sum(counted)
@@ -236,6 +231,16 @@ def _rows(values: Array, axis: int) -> Array:
     return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
+def _per_row(temperature: Any, axis: int, shape: tuple[int, ...]) -> Array:
+    """A scalar, or ``[batch, 1]``."""
+    temperature = to_float(temperature)
+    if temperature.ndim:
+        axis = axis % len(shape)
+        shape = (*shape[:axis], 1, *shape[axis + 1 :])
+        temperature = _rows(jnp.broadcast_to(temperature, shape), axis)
+    return temperature
+
+
 def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -258,8 +263,3 @@ def _unit(values: Array, mask: Array, axis: int, free: Any = 1) -> tuple[Array, 
     centred = jnp.where(flat, 0.0, centred) / jnp.where(flat, 1.0, size)
     square = jnp.sum(jnp.square(centred), axis, keepdims=True)
     return centred / jnp.sqrt(jnp.where(flat, 1.0, square / free)), flat
-
-
-def _undefined(value: Array, flat_a: Array, flat_b: Array) -> Array:
-    """1 where one of the two vectors is constant, 0 where both are."""
-    return jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, value), 1.0)

@@ -136,4 +136,4 @@ def _per_class(name: str, values: Any, shape: tuple[int, ...], axis: int) -> Any
         raise ValueError(
             f"{name} must have shape ({shape[axis]},), one a class, got {values.shape}"
         )
-    return values.reshape((shape[axis],) + (1,) * (len(shape) - axis - 1))
+    return values.reshape(shape[axis], *(1,) * (len(shape) - axis - 1))
