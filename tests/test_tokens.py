@@ -117,29 +117,32 @@ def test_per_sequence_is_a_loop_over_tokens():
                 np.testing.assert_allclose(value, totals, rtol=1e-6)
 
 
-@parametrize(LOGIT_LOSSES)
+@parametrize(["kl", "jensen_shannon", "mean_squared_logits"])
 def test_padding_changes_nothing(name):
     """Whatever stands there: garbage, inf, NaN; in the value and in the gradient."""
     loss = tokens.sequence(LOGIT_LOSSES[name])
     student, teacher = draw()
-    with np.errstate(all="raise"):
-        expected = [
-            np.mean(LOGIT_LOSSES[name](student[i][MASK[i]], teacher[i][MASK[i]])) for i in (0, 1)
-        ]
-    short, gradient = jax.value_and_grad(lambda s, t: loss(s, t, tokens=MASK).sum())(
-        student, teacher
-    )
-    np.testing.assert_allclose(short, sum(expected), rtol=1e-6)
+    per_token = np.asarray(LOGIT_LOSSES[name](student, teacher), float)
+    expected = [v[m].mean() for v, m in zip(per_token, MASK, strict=True)]
+
+    @jax.jit
+    def run(student, teacher):
+        def total(*x):
+            values = loss(*x, tokens=MASK)
+            return values.sum(), values
+
+        gradients, values = jax.grad(total, (0, 1), has_aux=True)(student, teacher)
+        return values, gradients
+
+    values, gradients = run(student, teacher)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
     for garbage in (1e4, np.inf, -np.inf, np.nan):
         spoilt = [np.where(MASK[..., None], x, np.float32(garbage)) for x in (student, teacher)]
-        value = loss(*spoilt, tokens=MASK)
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
-        for argument in (0, 1):
-            other = jax.grad(lambda *x: loss(*x, tokens=MASK).sum(), argument)(*spoilt)
-            assert np.isfinite(other).all()
-            np.testing.assert_array_equal(other[~MASK], 0)
-        other = jax.grad(lambda s, t: loss(s, t, tokens=MASK).sum())(*spoilt)
-        np.testing.assert_array_equal(other, gradient)
+        other, others = run(*spoilt)
+        np.testing.assert_array_equal(other, values)
+        for a, b in zip(others, gradients, strict=True):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(np.asarray(a)[~MASK], 0)
     longer = [np.pad(x, [(0, 0), (2, 3), (0, 0)]) for x in (student, teacher)]
     value = loss(*longer, tokens=np.pad(MASK, [(0, 0), (2, 3)]))
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -149,7 +152,9 @@ def test_labels_of_padding_may_be_anything():
     student, _ = draw()
     labels = np.where(MASK, np.arange(10).reshape(2, 5) % 9, -100)
     loss = tokens.sequence(losses.cross_entropy)
-    value, gradient = jax.value_and_grad(lambda s: loss(s, labels, tokens=MASK).sum())(student)
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: loss(s, labels, tokens=MASK).sum()))(
+        student
+    )
     log_q = log_softmax(student)
     expected = [
         np.mean([-log_q[i, t, labels[i, t]] for t in range(5) if MASK[i, t]]) for i in (0, 1)
@@ -196,7 +201,7 @@ def toy_step(accumulate, by_tokens):
     batch = {
         "x": rng.normal(size=(8, 6, 4)).astype(np.float32),
         "teacher": rng.normal(size=(8, 6, 5)).astype(np.float32) * 3,
-        "mask": np.arange(6) < np.array([6, 6, 5, 1, 2, 1, 1, 0])[:, None],
+        "mask": np.arange(6) < np.array([[6], [6], [5], [1], [2], [1], [0], [0]]),
     }
     if by_tokens:
         batch["weight"] = tokens.sequence_weight(batch["mask"])
@@ -219,7 +224,7 @@ def test_accumulation_is_exact(by_tokens):
             [v[m].mean() if m.any() else 0 for v, m in zip(per_token, batch["mask"], strict=True)]
         )
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
-    for accumulate in (2, 4, 8):
+    for accumulate in (2, 4):
         _, _, state, other = toy_step(accumulate, by_tokens)
         np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-6)
         np.testing.assert_allclose(state.params, whole.params, rtol=1e-5, atol=1e-6)
@@ -257,42 +262,56 @@ def test_bucket_to_six_digits(k, temperature):
 
 
 @parametrize(DIVERGENCES)
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("k", [1, 3])
-def test_bucketed_value_and_gradient_to_six_digits(name, k, temperature):
+def test_bucketed_value_and_gradient_to_six_digits(name, k):
     student, teacher = draw()
-    labels = tokens.top_k(teacher, k, temperature=temperature)
-    loss = functools.partial(tokens.bucketed(DIVERGENCES[name]), temperature=temperature)
     wide = teacher.astype(float)
-    expected = ref_bucketed(name, student.astype(float), wide, k, temperature)
-    np.testing.assert_allclose(
-        loss(student, labels), expected, rtol=5e-6, atol=1e-6 * expected.max()
-    )
-    gradient = jax.grad(lambda s: loss(s, labels).sum())(student)
-    expected = numeric_gradient(
-        lambda s: ref_bucketed(name, s, wide, k, temperature).sum(), student.astype(float)
-    )
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+    @jax.jit
+    def run(student, temperature):
+        labels = tokens.top_k(teacher, k, temperature=temperature)
+
+        def total(student):
+            values = tokens.bucketed(DIVERGENCES[name])(student, labels, temperature=temperature)
+            return values.sum(), values
+
+        return jax.grad(total, has_aux=True)(student)
+
+    for temperature in (1.0, 4.0):
+        gradient, value = run(student, temperature)
+        expected = ref_bucketed(name, student.astype(float), wide, k, temperature)
+        np.testing.assert_allclose(value, expected, rtol=5e-6, atol=1e-6 * expected.max())
+        expected = numeric_gradient(
+            lambda s, t=temperature: ref_bucketed(name, s, wide, k, t).sum(), student.astype(float)
+        )
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@functools.cache
+def for_every_k(name):
+    """The full loss, and the bucketed one for some and for all of six tokens."""
+
+    @jax.jit
+    def run(student, teacher, temperature):
+        loss = tokens.bucketed(DIVERGENCES[name])
+        full = DIVERGENCES[name](student, teacher, temperature=temperature)
+        labels = [tokens.top_k(teacher, k, temperature=temperature) for k in (1, 2, 4, 6)]
+        return full, [loss(student, label, temperature=temperature) for label in labels]
+
+    return run
 
 
 @parametrize(DIVERGENCES)
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 9), temperature=st.floats(0.5, 10))
-def test_a_lower_bound_of_the_full_loss_and_equal_for_all_tokens(name, seed, k, temperature):
-    """Data processing inequality: summing classes up lowers an f-divergence, k + 1 less than k."""
-    student, teacher = draw((3, 9), seed)
-    loss = tokens.bucketed(DIVERGENCES[name])
-
-    def value(k):
-        labels = tokens.top_k(teacher, k, temperature=temperature)
-        return np.asarray(loss(student, labels, temperature=temperature))
-
-    full = np.asarray(DIVERGENCES[name](student, teacher, temperature=temperature))
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 10), temperature=st.floats(0.5, 10))
+def test_a_lower_bound_of_the_full_loss_and_equal_for_all_tokens(name, seed, scale, temperature):
+    """Data processing inequality: summing classes up lowers an f-divergence; fewer buckets, more."""
+    student, teacher = draw((3, 6), seed, scale, scale / 2)
+    full, values = map(np.asarray, for_every_k(name)(student, teacher, temperature))
     slack = 1e-5 * full + 1e-5
-    assert (value(k) >= 0).all()
-    assert (value(k) <= full + slack).all()
-    assert (value(k) <= value(min(k + 1, 9)) + slack).all()
-    np.testing.assert_allclose(value(9), full, rtol=1e-4, atol=1e-5)
+    assert (values[0] >= 0).all()
+    assert (values[:-1] <= values[1:] + slack).all()
+    np.testing.assert_allclose(values[-1], full, rtol=1e-4, atol=1e-5)
 
 
 @parametrize(DIVERGENCES)
@@ -300,21 +319,28 @@ def test_all_tokens_give_the_full_gradient(name):
     student, teacher = draw()
     labels = tokens.top_k(teacher, 9, temperature=2.0)
     assert (np.asarray(labels.log_probs)[..., -1] == -np.inf).all()
-    full = jax.grad(lambda s: DIVERGENCES[name](s, teacher, temperature=2.0).sum())(student)
     loss = tokens.bucketed(DIVERGENCES[name])
-    gradient = jax.grad(lambda s: loss(s, labels, temperature=2.0).sum())(student)
+
+    @jax.jit
+    def gradients(s):
+        full = jax.grad(lambda s: DIVERGENCES[name](s, teacher, temperature=2.0).sum())(s)
+        return full, jax.grad(lambda s: loss(s, labels, temperature=2.0).sum())(s)
+
+    full, gradient = gradients(student)
     np.testing.assert_allclose(gradient, full, atol=3e-6)
 
 
 @parametrize(DIVERGENCES)
-@pytest.mark.parametrize("k", [1, 4, 9])
-def test_zero_and_flat_at_student_equals_teacher(name, k):
+def test_zero_and_flat_at_student_equals_teacher(name):
     _, teacher = draw()
-    labels = tokens.top_k(teacher, k, temperature=3.0)
     loss = tokens.bucketed(DIVERGENCES[name])
-    value, gradient = jax.value_and_grad(lambda s: loss(s, labels, temperature=3.0).sum())(teacher)
-    assert value == 0
-    np.testing.assert_array_equal(gradient, 0)
+    for k in (1, 4):
+        labels = tokens.top_k(teacher, k, temperature=3.0)
+        value, gradient = jax.value_and_grad(lambda s, y=labels: loss(s, y, temperature=3.0).sum())(
+            teacher
+        )
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
 
 
 @parametrize(LOGIT_LOSSES)
@@ -426,22 +452,36 @@ def bucket_extremes():
 CASES = {case: rest for case, *rest in bucket_extremes()}
 
 
-@parametrize(LOGIT_LOSSES)
+@functools.cache
+def all_losses(k):
+    """Values and gradients of every logit loss, compiled once a shape."""
+
+    def run(student, teacher):
+        labels = tokens.top_k(teacher, k)
+        values = {name: tokens.bucketed(f)(student, labels) for name, f in LOGIT_LOSSES.items()}
+        gradients = {
+            name: jax.grad(
+                lambda s, t, f=f: tokens.bucketed(f)(s, tokens.top_k(t, k)).sum(), (0, 1)
+            )(student, teacher)
+            for name, f in LOGIT_LOSSES.items()
+        }
+        return values, gradients
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_finite_value_and_gradient(name, case):
+def test_finite_value_and_gradient(case):
     student, teacher, k = CASES[case]
-    if name == "reverse_kl" and case == "one-hot teacher":
-        return  # truly infinite
-    loss = tokens.bucketed(LOGIT_LOSSES[name])
-    value = loss(student, tokens.top_k(teacher, k))
-    assert value.dtype == jnp.float32
-    assert np.isfinite(value).all()
-    for argument in (0, 1):
-        gradient = jax.grad(lambda s, t: loss(s, tokens.top_k(t, k)).sum(), argument)(
-            jnp.asarray(student), jnp.asarray(teacher)
-        )
-        assert gradient.dtype == jnp.asarray(student).dtype
-        assert np.isfinite(np.asarray(gradient, np.float32)).all()
+    values, gradients = all_losses(k)(student, teacher)
+    for name in LOGIT_LOSSES:
+        if name == "reverse_kl" and case == "one-hot teacher":
+            continue  # truly infinite
+        assert values[name].dtype == jnp.float32
+        assert np.isfinite(values[name]).all(), name
+        for gradient in gradients[name]:
+            assert gradient.dtype == jnp.asarray(student).dtype
+            assert np.isfinite(np.asarray(gradient, np.float32)).all(), name
 
 
 def test_the_temperature_may_be_learned_or_differ():
@@ -449,16 +489,17 @@ def test_the_temperature_may_be_learned_or_differ():
     loss = tokens.bucketed(losses.kl)
     each = np.linspace(1, 4, 10, dtype=np.float32).reshape(2, 5, 1)
     value = loss(student, tokens.top_k(teacher, 3, temperature=each), temperature=each)
+    wide = [x.astype(float) for x in (student, teacher)]
     for i in np.ndindex(2, 5):
-        t = float(each[i][0])
-        single = loss(student[i], tokens.top_k(teacher[i], 3, temperature=t), temperature=t)
+        single = ref_bucketed("kl", wide[0][i], wide[1][i], 3, float(each[i][0]))
         np.testing.assert_allclose(value[i], single, rtol=1e-5)
 
     def by_temperature(t):
         return loss(student, tokens.top_k(teacher, 3, temperature=t), temperature=t).sum()
 
-    expected = (by_temperature(2.01) - by_temperature(1.99)) / 0.02
-    np.testing.assert_allclose(jax.grad(by_temperature)(2.0), expected, rtol=1e-2)
+    expected = [ref_bucketed("kl", *wide, 3, t).sum() for t in (2.001, 1.999)]
+    slope = jax.jit(jax.grad(by_temperature))(2.0)
+    np.testing.assert_allclose(slope, (expected[0] - expected[1]) / 0.002, rtol=1e-4)
 
 
 def test_an_index_outside_the_vocabulary_is_never_hidden():
@@ -493,18 +534,22 @@ def test_top_k_labels_are_a_batch_like_any_other():
 # --- unequal vocabularies --------------------------------------------------------------------
 
 
-@parametrize(LOGIT_LOSSES)
+@parametrize(["kl", "jensen_shannon", "mean_squared_logits"])
 def test_padded_columns_change_nothing(name):
     student, teacher = draw()
     loss = LOGIT_LOSSES[name]
-    expected, slope = jax.value_and_grad(lambda s: loss(s, teacher).sum())(student)
     wide_student = np.concatenate([student, np.full((2, 5, 3), 50, np.float32)], -1)
     wide_teacher = np.concatenate([teacher, np.full((2, 5, 7), np.nan, np.float32)], -1)
 
-    def padded(s):
-        return loss(*tokens.common_vocabulary(s, wide_teacher, vocabulary_size=9)).sum()
+    @jax.jit
+    def run(s, wide):
+        def padded(s):
+            return loss(*tokens.common_vocabulary(s, wide_teacher, vocabulary_size=9)).sum()
 
-    value, gradient = jax.value_and_grad(padded)(wide_student)
+        plain = jax.value_and_grad(lambda s: loss(s, teacher).sum())
+        return plain(s), jax.value_and_grad(padded)(wide)
+
+    (expected, slope), (value, gradient) = run(student, wide_student)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient[..., :9], slope, atol=1e-6)
     np.testing.assert_array_equal(gradient[..., 9:], 0)
@@ -534,8 +579,10 @@ def heads(shape=(2, 7), widths=(4, 6), vocabulary=11, seed=0):
     return *hidden, *kernels, array(vocabulary)
 
 
-@parametrize(LOGIT_LOSSES)
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [*((name, 3) for name in LOGIT_LOSSES), ("kl", 1), ("kl", 7), ("kl", 100)],
+)
 def test_chunks_give_the_same_values_and_gradients(name, chunk):
     loss = LOGIT_LOSSES[name]
     options = {} if name == "mean_squared_logits" else {"temperature": 2.0}
@@ -550,14 +597,17 @@ def test_chunks_give_the_same_values_and_gradients(name, chunk):
         return chunked(x[0], x[1], student_kernel=(x[2], x[4]), teacher_kernel=x[3], **options)
 
     arguments = (hidden_s, hidden_t, kernel_s, kernel_t, bias)
-    expected = plain(*arguments)
-    np.testing.assert_allclose(small(*arguments), expected, rtol=1e-6, atol=1e-6)
-    every = tuple(range(5))
-    gradients = [
-        jax.jit(jax.grad(lambda *x, f=f: (f(*x) * upstream).sum(), every))(*arguments)
-        for f in (plain, small)
-    ]
-    for theirs, ours in zip(*gradients, strict=True):
+
+    @jax.jit
+    def run(*x):
+        return [
+            jax.grad(lambda *x, f=f: (f(*x) * upstream).sum(), tuple(range(5)))(*x)
+            for f in (plain, small)
+        ]
+
+    values = [jax.jit(f)(*arguments) for f in (plain, small)]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-6, atol=1e-6)
+    for theirs, ours in zip(*run(*arguments), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max())
 
 
@@ -585,13 +635,13 @@ def test_chunks_of_labels_top_k_and_padding():
 
 
 def test_chunks_take_less_memory():
-    """By XLA's own account of the compiled program, and that of the value and gradient together."""
+    """By XLA's own account of the compiled program, value and gradient together."""
     shapes = [(2, 512, 32), (2, 512, 48), (32, 4096), (48, 4096)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    chunked = tokens.chunked(losses.jensen_shannon, chunk=32)
+    chunked = tokens.chunked(losses.kl, chunk=32)
 
     def plain(hs, ht, ks, kt):
-        return losses.jensen_shannon(hs @ ks, ht @ kt).mean()
+        return losses.kl(hs @ ks, ht @ kt).mean()
 
     def small(hs, ht, ks, kt):
         return chunked(hs, ht, student_kernel=ks, teacher_kernel=kt).mean()
@@ -600,15 +650,14 @@ def test_chunks_take_less_memory():
         compiled = jax.jit(jax.value_and_grad(fn, (0, 2))).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    logits = 2 * 512 * 4096 * 4
-    assert temporaries(plain) > logits
-    assert temporaries(small) < logits / 2
-    assert temporaries(small) < temporaries(plain) / 4
+    small, plain = temporaries(small), temporaries(plain)
+    assert plain > 2 * 512 * 4096 * 4  # the logits of one side
+    assert small < plain / 10  # on a CPU 13 MB and 206 MB
 
 
 def test_bfloat16_heads_keep_float32_sums():
     """Logits, and the gradient's sum over chunks, which in bfloat16 would lose the later chunks."""
-    arrays = heads((1, 256), (8, 8), 16)
+    arrays = heads((1, 64), (8, 8), 16)
     low = [jnp.asarray(x, jnp.bfloat16) for x in arrays[:4]]
     wide = [np.asarray(x, np.float32) for x in low]
     chunked = tokens.chunked(losses.kl, chunk=1)
@@ -616,10 +665,10 @@ def test_bfloat16_heads_keep_float32_sums():
     def small(hs, ht, ks, kt):
         return chunked(hs, ht, student_kernel=ks, teacher_kernel=kt)
 
-    value = small(*low)
+    value = jax.jit(small)(*low)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, losses.kl(wide[0] @ wide[2], wide[1] @ wide[3]), rtol=1e-5)
-    gradients = jax.grad(lambda *x: small(*x).sum(), (0, 2))(*low)
+    gradients = jax.jit(jax.grad(lambda *x: small(*x).sum(), (0, 2)))(*low)
     exact = jax.grad(lambda h, k: losses.kl(h @ k, wide[1] @ wide[3]).sum(), (0, 1))(
         wide[0], wide[2]
     )
@@ -660,7 +709,7 @@ class Golden:
         return value
 
     def check(self, name, fn, scale=1.0):
-        value, gradient = jax.value_and_grad(fn)(self.student)
+        value, gradient = jax.jit(jax.value_and_grad(fn))(self.student)
         expected = np.array(GOLDEN[name])
         np.testing.assert_allclose(value * scale, expected[0], rtol=self.near, err_msg=name)
         along = (np.asarray(gradient, float) * self.directions).sum((1, 2, 3)) * scale
@@ -680,7 +729,7 @@ def test_trl(wide):
             0.9: functools.partial(losses.jensen_shannon, beta=0.9),
             1: losses.reverse_kl,
         }.items():
-            for t in (1.0, 2.0):
+            for t in (1.0, 2.0) if wide else (2.0,):
                 g.check(
                     f"trl {beta} {t}",
                     g.mean(functools.partial(loss, temperature=t)),
@@ -757,7 +806,8 @@ def test_liger(wide):
                 return weighted_mean(values, {"weight": weight})
 
             kernel = g.hidden[2][:, :columns]
-            result, gradients = jax.value_and_grad(value, (0, 1))(g.hidden[0], kernel)
+            run = jax.jit(jax.value_and_grad(value, (0, 1)))
+            result, gradients = run(g.hidden[0], kernel)
             scale = options.get("temperature", 1.0) ** -2
             norms = [np.square(np.asarray(x, float) * scale).sum() for x in gradients]
             agree = np.allclose([result * scale, *norms], GOLDEN[name], rtol=5 * g.near, atol=0)
