@@ -116,16 +116,16 @@ def ref_cka(s, t, debiased=False):
     """Song et al.'s estimators by their sums; the value of the whole batch."""
     n = len(s)
 
-    def hsic(k, l):
+    def hsic(k, m):
         if not debiased:
             h = np.eye(n) - 1 / n
-            return np.trace(k @ h @ l @ h)
-        k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
-        total = np.trace(k @ l) + k.sum() * l.sum() / ((n - 1) * (n - 2))
-        return total - 2 / (n - 2) * (k @ l).sum()
+            return np.trace(k @ h @ m @ h)
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2))
+        return total - 2 / (n - 2) * (k @ m).sum()
 
-    k, l = flat(s) @ flat(s).T, flat(t) @ flat(t).T
-    return 1 - hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
+    k, m = flat(s) @ flat(s).T, flat(t) @ flat(t).T
+    return 1 - hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
 
 
 def numeric_gradient(fn, x):

@@ -358,8 +358,8 @@ def bucketed(loss: Loss) -> Loss:
                 f"{indices.shape}, with OTHER last (see append_other), got {log_probs.shape}"
             )
         student = bucket(student_logits, indices, temperature=temperature, where=where)
-        labels = [bucket_labels(label, indices) for label in labels]
-        return scale(temperature, loss(student, log_probs, *labels, **options), -1)
+        bucketed_labels = [bucket_labels(label, indices) for label in labels]
+        return scale(temperature, loss(student, log_probs, *bucketed_labels, **options), -1)
 
     return bucketed_loss
 

@@ -5,8 +5,8 @@
 
 Each directory is a checkout of that project (yoshitomo-matsubara/torchdistill, HobbitLong/RepDistiller,
 megvii-research/mdistiller, DefangChen/SimKD, yzd-v/MGD, GzyAftermath/CAT-KD). Only the functions named
-below are taken out of their files, since the modules around them import more than PyTorch. Everything is
-in float64. Gradients are those for the student's features.
+below are taken out of their files, since the modules around them import more than PyTorch. Everything
+is in float64. Gradients are those for the student's features.
 """
 
 import argparse
@@ -68,8 +68,10 @@ def main():
 
     mid_level = excerpt(
         args.torchdistill / "torchdistill/losses/mid_level.py",
-        ("FSPLoss", "ATLoss", "FTLoss", "AltActTransferLoss", "VIDLoss", "HierarchicalContextLoss")
-        + ("_extract_feature_map",),
+        (
+            *("FSPLoss", "ATLoss", "FTLoss", "AltActTransferLoss", "VIDLoss"),
+            *("HierarchicalContextLoss", "_extract_feature_map"),
+        ),
         **space,
         normalize=functional.normalize,
         adaptive_avg_pool2d=functional.adaptive_avg_pool2d,

@@ -82,7 +82,9 @@ def main():
 
     lskd = load(at.lskd / "mdistiller/distillers/KD.py", "normalize", "kd_loss")
     record("lskd kd", lambda s: lskd.kd_loss(s, t, 2.0, True))
-    ml = load(at.lskd / "mdistiller/distillers/MLKD.py", "normalize", "kd_loss", "bc_loss", "cc_loss")
+    ml = load(
+        at.lskd / "mdistiller/distillers/MLKD.py", "normalize", "kd_loss", "bc_loss", "cc_loss"
+    )
     for name in ("kd", "bc", "cc"):
         loss = getattr(ml, f"{name}_loss")
         record(
@@ -109,7 +111,9 @@ def main():
     )  # fmt: skip
     record("dist", lambda s: dist.DIST(beta=1.0, gamma=2.0)(s, t))
 
-    lm = load(at.distillm / "distillm/losses.py", "skewed_forward_kl", "skewed_reverse_kl", "tv_distance")
+    lm = load(
+        at.distillm / "distillm/losses.py", "skewed_forward_kl", "skewed_reverse_kl", "tv_distance"
+    )
     batch = {"label": y}
     record("distillm skew_kl", lambda s: lm.skewed_forward_kl(s, t, batch, lam=0.1))
     record("distillm skew_reverse_kl", lambda s: lm.skewed_reverse_kl(s, t, batch, lam=0.1))
