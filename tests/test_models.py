@@ -76,7 +76,7 @@ def abstract_split(description, shape, options):
     return network.feature_names(), nnx.split(network)
 
 
-def feature_shapes(description, shape, *, batch=2, dtype=jnp.float32, **options):
+def feature_shapes(description, shape, *, batch=2, images=jnp.float32, **options):
     """Shapes of the features and of the logits; nothing is computed."""
     height = shape[:2] if description.startswith("vgg") else (1, 1)
     names, (definition, state) = abstract_split(
@@ -87,7 +87,7 @@ def feature_shapes(description, shape, *, batch=2, dtype=jnp.float32, **options)
         logits, features = recorded(nnx.merge(definition, state), names, x)
         return [*features, logits]
 
-    return jax.eval_shape(run, state, jax.ShapeDtypeStruct((batch, *shape), dtype))
+    return jax.eval_shape(run, state, jax.ShapeDtypeStruct((batch, *shape), images))
 
 
 @pytest.mark.parametrize("description", GOLDEN["parameters"])
@@ -191,7 +191,7 @@ def test_features_follow_the_relu_and_preactivations_precede_it(description):
             np.testing.assert_array_equal(y, jnp.maximum(x, 0))
 
 
-def steps(model, shape, *, count=6, rate=0.02):
+def steps(model, shape, *, count=10, rate=5e-3):
     """The losses of steps on one batch, and the last state."""
     rng = np.random.default_rng(1)
     batch = {
@@ -233,7 +233,7 @@ def test_training_steps_lower_the_loss(description):
 def test_bfloat16(description, options):
     """Convolutions in bfloat16; embedding, logits and statistics in float32."""
     images = jnp.float32 if "dtype" in options else jnp.bfloat16
-    *features, embedding, logits = feature_shapes(description, (8, 8, 1), dtype=images, **options)
+    *features, embedding, logits = feature_shapes(description, (8, 8, 1), images=images, **options)
     assert {feature.dtype for feature in features} == {jnp.dtype(jnp.bfloat16)}
     assert embedding.dtype == logits.dtype == jnp.float32
     network = abstract(description, (8, 8, 1), **options)

@@ -84,11 +84,11 @@ def dist(
     """DIST: β·(1 − ρ over the classes of each example) + γ·(1 − ρ over the examples of each class).
 
     ρ is Pearson's correlation of p and q. With a and b the centred vectors at length 1,
-    1 − ρ = ½·Σ (a − b)²: it is summed in this form, which is exact at student = teacher, and gives
-    each example its share of the second term, so that the mean over the examples is the paper's
-    loss. A vector without variation has no correlation: where one of the two is constant, 1 − ρ is
-    1, where both are, 0, and the gradient is 0 in both cases (so a batch of one example has no
-    second term).
+    1 − ρ = ½·Σ (a − b)²: it is summed in this form, which keeps its digits where student and teacher
+    almost agree, and gives each example its share of the second term, so that the mean over the
+    examples is the paper's loss. A vector without variation has no correlation: where one of the two
+    is constant, 1 − ρ is 1, where both are, 0, and the gradient is 0 in both cases (so a batch of one
+    example has no second term).
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
@@ -119,8 +119,7 @@ def dist(
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     shape = jnp.moveaxis(x.has_q, axis, -1).shape
-    # Student and teacher as one array: what is equal in both is then computed by the same operations,
-    # and a − b is exactly 0.
+    # Student and teacher as one array: what is equal in both is rounded alike.
     has = jnp.stack([_rows(x.has_q, axis), _rows(x.has_p, axis)])
     exists = has[0] | has[1]
     logits = jnp.stack([_rows(to_float(z), axis) for z in (student_logits, teacher_logits)])
