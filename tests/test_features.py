@@ -287,6 +287,9 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     loss, _, _, shape = CASES[name]
     (teacher,) = draw(shape)
     values, gradient = at_the_teacher(loss, teacher)
+    if name == "factor_transfer":  # |a − b|: a rounding shows, and there is no derivative
+        np.testing.assert_allclose(values, 0, atol=1e-5)
+        return
     atol = 2e-7 if name.startswith("nst") else 1e-12  # NST's kernels' means cancel
     np.testing.assert_allclose(values, 0, atol=atol)
     np.testing.assert_allclose(gradient, 0, atol=2e-7)

@@ -199,26 +199,34 @@ def mlkd(
     """
     if not len(temperatures):
         raise ValueError("temperatures must hold at least one, got none")
-    value: Any = 0.0
     for temperature in temperatures:
+        check_positive("temperature", temperature)
+
+    def at_one(temperature):
         x = pair(student_logits, teacher_logits, temperature, axis, where)
-        shape = jnp.moveaxis(x.has_q, axis, -1).shape
         x = Pair(*(_rows(a, axis) for a in x))
         q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
         p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
         gap = probability_difference(x)
         exists = x.has_q | x.has_p
         used = jnp.maximum(jnp.sum(jnp.any(exists, 0)), 1)
-        instance = jnp.square(to_float(temperature)) * kl_of(
+        instance = jnp.square(temperature) * kl_of(
             x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1
         )
         # PPᵀ − QQᵀ = (P − Q)Pᵀ + Q(P − Q)ᵀ loses nothing where the two almost agree
         examples = _dot(gap, p.T) + _dot(q, gap.T)
         classes = _dot(gap.T, p) + _dot(q.T, gap)
-        value += instance_weight * instance
-        value += batch_weight * jnp.sum(jnp.square(examples), 1)
-        value += class_weight * jnp.sum(jnp.square(classes)) / used
-    return jnp.where(jnp.any(exists, 1), value, 0.0).reshape(shape[:-1])
+        value = (
+            instance_weight * instance
+            + batch_weight * jnp.sum(jnp.square(examples), 1)
+            + class_weight * jnp.sum(jnp.square(classes)) / used
+        )
+        return jnp.where(jnp.any(exists, 1), value, 0.0)
+
+    dtype = jnp.result_type(to_float(student_logits), to_float(teacher_logits))
+    values = jnp.sum(jax.vmap(at_one)(jnp.asarray(temperatures, dtype)), 0)
+    shape = jnp.moveaxis(jnp.asarray(student_logits), axis, -1).shape
+    return values.reshape(shape[:-1])
 
 
 # --- parts -----------------------------------------------------------------------------------
