@@ -110,8 +110,8 @@ class Config:
 
 # How the other presets differ.
 SMALL_IMAGES: dict[str, Any] = {
-    "train_examples": None, "teacher": "convnet:16,32", "student": "convnet:8,16", "epochs": 60, "fine_tune_epochs": 20,
-    "teacher_epochs": 80, "jitter": 1, "learning_rate": 1e-2,
+    "train_examples": None, "teacher": "convnet:16,32", "student": "convnet:8,16",
+    "epochs": 60, "fine_tune_epochs": 20, "teacher_epochs": 80, "jitter": 1, "learning_rate": 1e-2,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {},

@@ -6,8 +6,10 @@ import resource
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from kill_and_resume import torture
 
 from distill_jax import runs
@@ -199,11 +201,15 @@ def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
 def test_a_full_disk(tmp_path, capsys, monkeypatch):
     """No file may grow beyond a few kilobytes: what the system then reports is a full disk's kin."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update("jax_enable_compilation_cache", False)  # its files are larger than that
+    compilation_cache.reset_cache()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         status, _, error = run(capsys, monkeypatch, "--out", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
     assert status == 2
     assert len(error.strip().splitlines()) == 1
     assert "space" in error
