@@ -1,6 +1,13 @@
 import os
 import tempfile
 
+# Most of the suite's time is compilation: XLA does it fast rather than well, unless told otherwise
+# (XLA_FLAGS= pytest compiles as users' programs are compiled).
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
+
 import jax
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
