@@ -84,7 +84,9 @@ def test_students_differ_only_in_what_they_learn_from(tmp_path, capsys, monkeypa
     status, _, _ = run(capsys, monkeypatch, "--alpha", 1, "--out", tmp_path / "run", "--check")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     a, b = (results["models"][name]["test"] for name in ("scratch", "distilled"))
-    assert a == b
+    assert a["errors"] == b["errors"]
+    for figure in a:
+        np.testing.assert_allclose(a[figure], b[figure], rtol=1e-5, err_msg=figure)
     assert status == 1  # and is no better
 
 
