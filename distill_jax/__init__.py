@@ -10,10 +10,12 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = [
     "augment",
+    "bottleneck",
     "capture",
     "checkpoint",
     "codec",
     "data",
+    "factors",
     "files",
     "fit",
     "lab",

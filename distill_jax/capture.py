@@ -129,12 +129,12 @@ def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..
         shapes must be known, the values are not used.
 
     Returns:
-      ``apply_fn(params, model_state, value, *, key=None) -> (outputs, model_state)``, where ``value`` is
+      ``apply_fn(params, model_state, value, *, key=None) -> (outputs, model_state)``, ``value`` being
       ``[batch, ...]`` as captured. State that the first part would change stays as it is.
 
     Raises:
-      ValueError: when the rest is traced, if there is no such name, if ``value`` has another shape, or if
-        the outputs do not follow from it alone, as where a connection passes it by.
+      ValueError: when the rest is traced, if there is no such name, if ``value`` has another shape, or
+        if the outputs do not follow from it alone, as where a connection passes it by.
 
     >>> def apply_fn(params, model_state, x, *, key=None):
     ...     return 10 * checkpoint_name(x + 1, "more"), model_state

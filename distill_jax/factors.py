@@ -403,7 +403,7 @@ def _product(eqn: Any, operands: list[Any]) -> Any:
 
 
 def _outputs_axis(eqn: Any, place: int, rank: int) -> int | None:
-    """Which axis of operand ``place`` of a product is its outputs', or None if it is no such product."""
+    """Which axis of operand ``place`` of a product is its outputs'; None if it is no such product."""
     if eqn.primitive.name == "dot_general":
         contracted, batch = eqn.params["dimension_numbers"]
         free = set(range(rank)) - {*contracted[place], *batch[place]}

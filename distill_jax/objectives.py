@@ -212,7 +212,8 @@ def encoder_decoder(
                 raise ValueError(
                     "inputs_weight needs a decoder that returns (outputs, inputs), got outputs alone"
                 )
-            metrics["inputs"] = weighted_mean(mean_squares(inputs, batch["image"]), batch)
+            flat = batch["image"].reshape(inputs.shape)
+            metrics["inputs"] = weighted_mean(mean_squares(inputs, flat), batch)
             loss += at(inputs_weight, step) * metrics["inputs"]
         if "label" in batch and jnp.issubdtype(batch["label"].dtype, jnp.integer):
             metrics["errors"] = errors(outputs, batch)

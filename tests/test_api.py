@@ -21,6 +21,7 @@ LAYERS = [
     {"files", "augment", "parallel", "losses", "capture", "matching", "codec"},
     {
         "learned",
+        "factors",
         "train",
         "sparsity",
         "data",
@@ -31,7 +32,7 @@ LAYERS = [
         "pictures",
     },
     {"objectives", "targets", "runs"},
-    {"fit", "schemes", "teachers"},
+    {"fit", "schemes", "teachers", "bottleneck"},
     {"study", "stages"},
     {"lab"},
 ]
