@@ -317,7 +317,7 @@ def quantise(code: jax.Array, *, bits: int) -> jax.Array:
     levels = _levels(bits)
     smooth = jnp.tanh(code)
     rounded = jax.lax.stop_gradient(2 * jnp.round(levels * (smooth + 1) / 2) / levels - 1)
-    # In this order the value is the rounded one to the last bit, as the receiver unpacks it
+    # In this order the value is the rounded one exactly
     return rounded.astype(code.dtype) + (smooth - jax.lax.stop_gradient(smooth))
 
 

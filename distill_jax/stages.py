@@ -79,7 +79,7 @@ def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradient
 def converged(history: History, *, tolerance: float, patience: int) -> bool:
     """Says whether the last epochs no longer made the validation loss lower.
 
-    That is: the lowest of the last ``patience`` epochs is above (1 − tolerance) times the lowest
+    That is: the lowest of the last ``patience`` epochs is not below (1 − tolerance) times the lowest
     before them.
 
     Args:
@@ -92,7 +92,7 @@ def converged(history: History, *, tolerance: float, patience: int) -> bool:
     """
     values = history["validation_loss"]
     before, last = values[:-patience], values[-patience:]
-    return bool(before) and min(last) > (1 - tolerance) * min(before)
+    return bool(before) and min(last) >= (1 - tolerance) * min(before)
 
 
 def make_measure(

@@ -117,7 +117,7 @@ class Config:
 
 
 LINEAR: dict[str, Any] = {
-    "stage_epochs": 800, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 30,
+    "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
 }  # fmt: skip
 LARGE: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp:1200,1200", "encoder": "mlp:256", "feature": "dense.1"},
