@@ -27,6 +27,7 @@ __all__ = [
     "objectives",
     "parallel",
     "pictures",
+    "programs",
     "report",
     "runs",
     "schemes",

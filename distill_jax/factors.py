@@ -12,7 +12,6 @@ The factors are best for the layer's own inputs (:func:`layer_roots`), or for W 
 share out a budget by what each layer's spectrum says it would lose (:func:`allocate`).
 """
 
-import dataclasses
 import functools
 import heapq
 import math
@@ -23,9 +22,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from distill_jax import codec
+from distill_jax import codec, programs
 
 PyTree = Any
 
@@ -292,10 +290,10 @@ def factored(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_factors)
         arguments = [jax.tree.unflatten(structure, map(whole, leaves)), model_state, x, key]
         values = [
-            _View(leaf, _path(path)) if _is_factors(leaf) else leaf
+            programs.View(leaf, _path(path)) if _is_factors(leaf) else leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
         ]
-        return _run(apply_fn, arguments, values, _multiply)
+        return programs.run(apply_fn, arguments, values, _multiply)
 
     return thin_fn
 
@@ -310,26 +308,6 @@ def ranks_of(params: PyTree) -> dict[str, int]:
     return {_path(path): leaf.decoder.shape[0] for path, leaf in leaves if _is_factors(leaf)}
 
 
-# --- programs ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _View:
-    """A parameter on its way through a program: Factors or an array, transposed and converted."""
-
-    value: Any
-    path: str
-    axes: tuple[int, ...] | None = None  # of the parameter itself, as they now are
-    dtype: Any = None
-
-    def order(self, rank: int) -> tuple[int, ...]:
-        return tuple(range(rank)) if self.axes is None else self.axes
-
-    def array(self, x: Any) -> Any:
-        x = x if self.axes is None else jnp.transpose(x, self.axes)
-        return x if self.dtype is None else x.astype(self.dtype)
-
-
 def _is_factors(x: Any) -> bool:
     return isinstance(x, Factors)
 
@@ -342,83 +320,11 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _run(apply_fn: Callable[..., Any], arguments: Any, values: list[Any], use: Any) -> Any:
-    """Runs a model's program on ``values``, its parameters, some of them views that ``use`` handles."""
-
-    def fresh(params, model_state, x, key):  # a new function, so that no cache of traces answers
-        return apply_fn(params, model_state, x, key=key)
-
-    program, results = jax.make_jaxpr(fresh, return_shape=True)(*arguments)
-    rest = jax.tree.leaves(arguments[1:])
-    outputs = _evaluate(program.jaxpr, program.consts, [*values, *rest], use)
-    return jax.tree.unflatten(jax.tree.structure(results), outputs)
-
-
-# Primitives that only enclose a program, which may as well be written out
-_ENCLOSING = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call")
-
-
-def _evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> list[Any]:
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
-
-    def read(atom):
-        return known[atom] if isinstance(atom, core.Var) else atom.val
-
-    for eqn in jaxpr.eqns:
-        inputs = list(map(read, eqn.invars))
-        kind = eqn.primitive.name
-        views = [i for i, x in enumerate(inputs) if isinstance(x, _View)]
-        if not views:
-            outputs = _alone(jaxpr, eqn, inputs)
-        elif kind in _ENCLOSING:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            outputs = _evaluate(
-                getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, use
-            )
-        elif kind == "transpose":
-            view, axes = inputs[0], eqn.params["permutation"]
-            old = view.order(len(axes))
-            outputs = [dataclasses.replace(view, axes=tuple(old[i] for i in axes))]
-        elif kind == "convert_element_type":
-            outputs = [dataclasses.replace(inputs[0], dtype=eqn.params["new_dtype"])]
-        else:
-            outputs = use(jaxpr, eqn, inputs, views)
-        known |= dict(zip(eqn.outvars, outputs, strict=True))
-    return list(map(read, jaxpr.outvars))
-
-
-def _alone(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
-    """Runs one equation of a program, whatever its primitive takes."""
-    places = {atom: i for i, atom in enumerate(eqn.invars) if isinstance(atom, core.Var)}
-    program = jaxpr.replace(
-        constvars=[], invars=list(places), eqns=[eqn], outvars=eqn.outvars, effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )  # fmt: skip
-    return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))(*(inputs[i] for i in places.values()))
-
-
-def _product(eqn: Any, operands: list[Any]) -> Any:
-    """Runs a product, perhaps of other sizes than it was traced with."""
-    return eqn.primitive.bind(*operands, **eqn.params)
-
-
-def _outputs_axis(eqn: Any, place: int, rank: int) -> int | None:
-    """Which axis of operand ``place`` of a product is its outputs'; None if it is no such product."""
-    if eqn.primitive.name == "dot_general":
-        contracted, batch = eqn.params["dimension_numbers"]
-        free = set(range(rank)) - {*contracted[place], *batch[place]}
-        return free.pop() if len(free) == 1 and not batch[place] else None
-    if eqn.primitive.name == "conv_general_dilated" and place == 1:
-        groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
-        return eqn.params["dimension_numbers"].rhs_spec[0] if groups == (1, 1) else None
-    return None
-
-
 def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list[Any]:
     """A product with factors: first with the encoder, then with the decoder."""
     place, view = views[0], inputs[views[0]]
     rank = view.value.encoder.ndim
-    axis = _outputs_axis(eqn, place, rank) if len(views) == 1 else None
+    axis = programs.outputs_axis(eqn, place, rank) if len(views) == 1 else None
     if axis is None or view.order(rank)[axis] != view.value.axis:
         raise ValueError(
             f"{view.path} is used by {eqn.primitive.name!r}, where no factors can stand in for it: "
@@ -426,7 +332,7 @@ def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list
         )
     operands = list(inputs)
     operands[place] = view.array(view.value.encoder)
-    code = _product(eqn, operands)
+    code = programs.product(eqn, operands)
     if eqn.primitive.name == "conv_general_dilated":
         axis = eqn.params["dimension_numbers"].out_spec[1]
     else:
@@ -446,16 +352,16 @@ def _probe(
     spoiled: set[str] = set()
 
     def note(jaxpr, eqn, inputs, views):
-        arrays = [v.array(v.value) if isinstance(v, _View) else v for v in inputs]
-        outputs = _alone(jaxpr, eqn, arrays)
+        arrays = [v.array(v.value) if isinstance(v, programs.View) else v for v in inputs]
+        outputs = programs.alone(jaxpr, eqn, arrays)
         for place in views:
             view = inputs[place]
-            axis = _outputs_axis(eqn, place, view.value.ndim) if len(views) == 1 else None
+            axis = programs.outputs_axis(eqn, place, view.value.ndim) if len(views) == 1 else None
             if axis is None:
                 spoiled.add(view.path)
                 continue
             axes = view.order(view.value.ndim)
-            inner = _inner_axes(eqn, place, axis)
+            inner = programs.summed_axes(eqn, place)
             order = tuple(axes[i] for i in (*inner, axis))
             kernel = Kernel(tuple(view.value.shape), order, 0.0)
             positions = outputs[0].size / (kernel.outputs * len(batch_of))
@@ -464,42 +370,17 @@ def _probe(
             before = found[view.path].positions if view.path in found else 0.0
             found[view.path] = kernel._replace(positions=before + positions)
             if rows:
-                seen.setdefault(view.path, []).append(_rows(eqn, arrays, place, inner))
+                seen.setdefault(view.path, []).append(programs.rows_of(eqn, arrays, place))
         return outputs
 
     def run(params, model_state, x):
         pairs = jax.tree_util.tree_leaves_with_path(params)
-        values = [_View(leaf, _path(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs]
-        _run(apply_fn, [params, model_state, x, None], values, note)
+        values = [
+            programs.View(leaf, _path(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs
+        ]
+        programs.run(apply_fn, [params, model_state, x, None], values, note)
         return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in spoiled}
 
     batch_of = jax.tree.leaves(x)[0]
     collected = run(params, model_state, x) if rows else jax.eval_shape(run, params, model_state, x)
     return {path: kernel for path, kernel in found.items() if path not in spoiled}, collected
-
-
-def _inner_axes(eqn: Any, place: int, axis: int) -> tuple[int, ...]:
-    """The axes that are summed over, as they lie in the rows that :func:`_rows` makes."""
-    if eqn.primitive.name == "dot_general":
-        return tuple(eqn.params["dimension_numbers"][0][place])
-    return tuple(eqn.params["dimension_numbers"].rhs_spec[1:])
-
-
-def _rows(eqn: Any, arrays: list[Any], place: int, inner: tuple[int, ...]) -> jax.Array:
-    if eqn.primitive.name == "dot_general":
-        other, summed = arrays[1 - place], eqn.params["dimension_numbers"][0][1 - place]
-        rest = [i for i in range(other.ndim) if i not in summed]
-        other = jnp.transpose(other, (*rest, *summed))
-        return other.reshape(-1, math.prod(other.shape[len(rest) :]))
-    numbers = eqn.params["dimension_numbers"]
-    patches = jax.lax.conv_general_dilated_patches(
-        arrays[0],
-        [arrays[1].shape[i] for i in numbers.rhs_spec[2:]],
-        eqn.params["window_strides"],
-        eqn.params["padding"],
-        eqn.params["lhs_dilation"],
-        eqn.params["rhs_dilation"],
-        dimension_numbers=numbers,
-    )
-    axis = numbers.out_spec[1]  # channels first, then the places in the window
-    return jnp.moveaxis(patches, axis, -1).reshape(-1, patches.shape[axis])
