@@ -230,7 +230,7 @@ def draw_linear(config: Config) -> tuple[dict[str, np.ndarray], data.Dataset]:
         return data.Split(np.arange(start, start + config.examples), x, y)
 
     splits = [split(i * config.examples) for i in range(3)]
-    name = f"random linear {size} to {outputs}"
+    name = f"linear-{size}-{outputs}"
     return params, data.Dataset(name, "drawn with seed 0", *splits, outputs, ())
 
 
@@ -267,7 +267,9 @@ def linear(config: Config) -> int:
             patience=config.patience,
             directory=out / f"width{rank}",
             save_seconds=config.save_seconds,
-            on_stage=lambda name, rank=rank: progress.stage(f"width {rank}, {name}", 0),
+            on_stage=lambda name, rank=rank: progress.stage(
+                f"width {rank}, {name}", 1 / config.stage_epochs
+            ),
         )
         pair = codec.fold(done.params, frame)
         learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
