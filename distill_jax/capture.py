@@ -21,6 +21,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -114,6 +115,97 @@ def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callab
         return (outputs, dict(zip(names_found, values[count:], strict=True))), model_state
 
     return captured
+
+
+def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..., Any]:
+    """Makes the rest of a model: from the value of a name to the outputs.
+
+    With ``capture(apply_fn, name)`` before it, a model is cut in two there.
+
+    Args:
+      apply_fn: as in :func:`capture`.
+      name: of one value, as in :func:`layer_shapes`.
+      example: one input of the whole model, without the batch axis, or its ``jax.ShapeDtypeStruct``:
+        shapes must be known, the values are not used.
+
+    Returns:
+      ``apply_fn(params, model_state, value, *, key=None) -> (outputs, model_state)``, ``value`` being
+      ``[batch, ...]`` as captured. State that the first part would change stays as it is.
+
+    Raises:
+      ValueError: when the rest is traced, if there is no such name, if ``value`` has another shape, or
+        if the outputs do not follow from it alone, as where a connection passes it by.
+
+    >>> def apply_fn(params, model_state, x, *, key=None):
+    ...     return 10 * checkpoint_name(x + 1, "more"), model_state
+    >>> print(resume(apply_fn, "more", jnp.zeros(()))({}, {}, jnp.array([5.0]))[0])
+    [50.]
+    """
+
+    def rest(params, model_state, value, *, key=None):
+        shape, dtype = jnp.shape(example), jnp.result_type(example)
+        x = jax.ShapeDtypeStruct((value.shape[0], *shape), dtype)
+        program, results = _trace(apply_fn, params, model_state, x, key)
+        names = _Names(lambda found: found == name)
+        jaxpr, found = names.expose(program.jaxpr)
+        if not found:
+            raise ValueError(f"name: no value is named {name!r}, only {', '.join(names.seen)}")
+        start = found[0][1]
+        if start.aval.shape != value.shape:
+            raise ValueError(
+                f"value must be of the shape of {name!r}, {start.aval.shape}, got {value.shape}"
+            )
+        leaves = jax.tree.leaves((params, model_state))
+        given, other = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) + 1 :]
+        outside = _followers(jaxpr, jaxpr.invars[len(leaves)], start)
+        outputs = list(jaxpr.outvars)
+        count = len(jax.tree.leaves(results[0]))
+        if any(_is_var(out) and out in outside for out in outputs[:count]):
+            raise ValueError(
+                f"the outputs do not follow from {name!r} alone: cut the model where no connection "
+                "passes by"
+            )
+        states = given[len(given) - len(jax.tree.leaves(model_state)) :]
+        outputs[count:] = [
+            old if _is_var(new) and new in outside else new
+            for old, new in zip(states, outputs[count:], strict=True)
+        ]
+        kept = jaxpr.replace(
+            invars=[*given, *other, start],
+            outvars=outputs,
+            eqns=_needed(jaxpr.eqns, outputs, start),
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        values = core.jaxpr_as_fun(program.replace(jaxpr=kept))(
+            *leaves, *jax.tree.leaves(key), value
+        )
+        return jax.tree.unflatten(jax.tree.structure(results), values)
+
+    return rest
+
+
+def _is_var(atom: Any) -> bool:
+    return isinstance(atom, core.Var)
+
+
+def _followers(jaxpr: Any, source: Any, barrier: Any) -> set[Any]:
+    """The variables that depend on ``source`` on a way that does not lead through ``barrier``."""
+    found = {source}
+    for eqn in jaxpr.eqns:
+        if any(_is_var(atom) and atom in found for atom in eqn.invars):
+            found |= {var for var in eqn.outvars if var is not barrier}
+    return found
+
+
+def _needed(eqns: Sequence[Any], outputs: Sequence[Any], given: Any) -> list[Any]:
+    """The equations on which outputs depend, where the value of ``given`` is known."""
+    wanted = {atom for atom in outputs if _is_var(atom)} - {given}
+    kept = []
+    for eqn in reversed(eqns):
+        if any(var in wanted for var in eqn.outvars):
+            kept.append(eqn)
+            wanted |= {atom for atom in eqn.invars if _is_var(atom)} - {given}
+    return kept[::-1]
 
 
 def layer_shapes(

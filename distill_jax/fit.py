@@ -23,8 +23,8 @@ class Fit(NamedTuple):
 
     Attributes:
       state: after the last epoch.
-      best: ``(params, model_state)`` of the epoch with the fewest validation errors, the latest of
-        equals; those of ``state`` without validation.
+      best: ``(params, model_state)`` of the epoch with the fewest validation errors (or the lowest of
+        another figure), the latest of equals; those of ``state`` without validation.
       history: ``"epoch"``, ``"loss"`` (mean over the epoch), the other metrics, and the validation
         figures, a value an epoch.
       seconds: wall time of the epochs, over all restarts.
@@ -102,6 +102,8 @@ def fit(
     seed: int,
     context: PyTree = None,
     validate: Callable[[PyTree, PyTree], dict[str, float]] | None = None,
+    best_by: str = "validation_errors",
+    stop: Callable[[History], bool] = lambda history: False,
     directory: str | Path | None = None,
     save_seconds: float = 20.0,
     on_epoch: Callable[[int, dict[str, float]], Any] = lambda done, figures: None,
@@ -120,6 +122,9 @@ def fit(
       seed: of the shuffling.
       context: passed to ``epoch``.
       validate: ``(params, model_state) -> figures``, after each epoch.
+      best_by: the figure that is lowest in the best epoch.
+      stop: ``history -> bool``, asked after each epoch whether to end before ``epochs``. A function of
+        the history alone, so that a resumed training ends where an undisturbed one does.
       directory: where checkpoints are kept; None keeps none.
       save_seconds: the least time between two checkpoints. The last epoch is always saved.
       on_epoch: called with the number of epochs done and the figures, once at a resume too.
@@ -153,7 +158,10 @@ def fit(
             history = info["history"]
             on_epoch(info["epoch"], {name: values[-1] for name, values in history.items()})
         saved = time.monotonic()
+        ended = info["epoch"] > 0 and stop(info["history"])
         for number in range(info["epoch"], epochs):
+            if ended:
+                break
             start = time.monotonic()
             order = epoch_order(seed, number, examples, batch_size)
             state, collected = epoch(state, data, order, context)
@@ -166,7 +174,7 @@ def fit(
                 )
             if validate:
                 figures |= validate(state.params, state.model_state)
-            rank = figures.get("validation_errors", -math.inf)
+            rank = figures.get(best_by, -math.inf)
             if rank <= info["best"]:
                 best = jax.tree.map(jnp.copy, (state.params, state.model_state))
             history = {
@@ -180,7 +188,8 @@ def fit(
                 "history": history,
                 "seconds": info["seconds"] + now - start,
             } | run
-            if checkpoints and (now - saved >= save_seconds or number + 1 == epochs):
+            ended = number + 1 == epochs or stop(history)
+            if checkpoints and (now - saved >= save_seconds or ended):
                 checkpoints.save(number + 1, {"state": state, "best": best}, info)
                 saved = now
             on_epoch(number + 1, figures)

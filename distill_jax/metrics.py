@@ -189,3 +189,37 @@ def cost(
         if flops := (compiled.cost_analysis() or {}).get("flops"):
             result["flops"] = float(flops) / batch
     return result
+
+
+def speed_ratio(
+    model: tuple[Callable[..., Any], Any, Any],
+    other: tuple[Callable[..., Any], Any, Any],
+    example: Any,
+    *,
+    batch: int,
+    repeats: int = 100,
+) -> float:
+    """How many times as long a call of ``other`` takes: above 1, ``model`` is the faster one.
+
+    The two are called in turn, so that what else the machine does slows down both; the median of the
+    quotients is taken.
+
+    Args:
+      model: ``(apply_fn, params, model_state)``.
+      other: likewise.
+      example: one input, without the batch axis.
+      batch: examples a call.
+      repeats: calls of each, after three that are not counted.
+    """
+    inputs = jnp.repeat(jnp.asarray(example)[None], batch, 0)
+    programs = []
+    for apply_fn, *variables in (model, other):
+        program = jax.jit(lambda *args, apply_fn=apply_fn: apply_fn(*args)[0])
+        programs.append((program.lower(*variables, inputs).compile(), variables))
+    times = np.zeros((repeats + 3, 2))
+    for row in times:
+        for i, (compiled, variables) in enumerate(programs):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*variables, inputs))
+            row[i] = time.perf_counter() - start
+    return float(np.median(times[3:, 1] / times[3:, 0]))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import losses
+from distill_jax import codec, losses
 from distill_jax.learned import Learned
 from distill_jax.losses.numerics import check_fraction, check_positive
 from distill_jax.train import LossFn, weighted_mean
@@ -115,6 +115,108 @@ def distill(
             loss = share * metrics["hard"] + (1 - share) * metrics["soft"]
         if "label" in batch:
             metrics["errors"] = errors(logits, batch)
+        return loss, (model_state, metrics)
+
+    return loss_fn
+
+
+def mean_squares(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean of (output − target)² over all axes but the first: ``[batch]``.
+
+    Args:
+      outputs: ``[batch, ...]``.
+      targets: of the same shape.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> print(mean_squares(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])))
+    [5.]
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}"
+        )
+    return jnp.square(outputs - targets).reshape(outputs.shape[0], -1).mean(-1)
+
+
+def encoder_decoder(
+    encoder_fn: Callable[..., Any],
+    decoder_fn: Callable[..., Any],
+    *,
+    code: Callable[[jax.Array], jax.Array] = lambda values: values,
+    soft: Callable[..., jax.Array] = mean_squares,
+    alpha: Schedule = 0.0,
+    hard: Callable[..., jax.Array] = losses.cross_entropy,
+    inputs_weight: Schedule = 0.0,
+    frozen: str | None = None,
+) -> LossFn:
+    """Learning an original through a narrow code: the mean of α·hard + (1 − α)·soft + ι·inputs.
+
+    The outputs are ŷ = decoder(code(encoder(x))); soft compares them with the original's, in
+    ``batch["teacher"]``, hard with ``batch["label"]``, and inputs is the mean squared error of x
+    itself, where the decoder returns ``(ŷ, x̂)``.
+
+    Args:
+      encoder_fn: an ``apply_fn`` as in :class:`distill_jax.models.Model`, from x to the code.
+      decoder_fn: likewise, from the code to ŷ or to ``(ŷ, x̂)``.
+      code: applied to the code on its way, such as :func:`distill_jax.codec.quantise`.
+      soft: ``(outputs, teacher) -> [batch]``: mean squares, or a classifier's
+        :func:`distill_jax.losses.kl`.
+      alpha: the labels' share in [0, 1], or a schedule of it. At a constant 0 labels are not needed.
+      hard: ``(outputs, labels) -> [batch]``.
+      inputs_weight: ι ≥ 0, or a schedule of it.
+      frozen: ``"encoder"`` or ``"decoder"``, which then runs in evaluation mode and gets no gradient;
+        None trains both. (An optimizer with weight decay must be told, too: see
+        :func:`distill_jax.stages.only`.)
+
+    Returns:
+      A ``loss_fn`` over ``{"encoder": …, "decoder": …}``, parameters and state alike, with the metrics
+      ``"soft"``, ``"hard"`` and ``"inputs"`` (each unweighted) and, where labels are classes,
+      ``"errors"``.
+
+    Raises:
+      ValueError: for options outside these bounds; when traced, if shapes do not fit, or the decoder
+        returns no x̂ where it is wanted.
+    """
+    check_options(alpha, None)
+    if not callable(inputs_weight) and not inputs_weight >= 0:
+        raise ValueError(f"inputs_weight must not be negative, got {inputs_weight}")
+    if frozen not in (None, "encoder", "decoder"):
+        raise ValueError(f"frozen must be 'encoder', 'decoder' or None, got {frozen!r}")
+
+    def still(part_fn):
+        def evaluated(params, model_state, x, *, key=None):
+            return part_fn(jax.lax.stop_gradient(params), model_state, x)
+
+        return evaluated
+
+    apply_fn = codec.compose(
+        still(encoder_fn) if frozen == "encoder" else encoder_fn,
+        still(decoder_fn) if frozen == "decoder" else decoder_fn,
+        code=code,
+    )
+
+    def loss_fn(params, model_state, batch, *, key, step):
+        teacher = teacher_of(batch)["logits"]
+        outputs, model_state = apply_fn(params, model_state, batch["image"], key=key)
+        outputs, inputs = outputs if isinstance(outputs, tuple) else (outputs, None)
+        metrics = {"soft": weighted_mean(soft(outputs, teacher), batch)}
+        share = at(alpha, step)
+        loss = metrics["soft"]
+        if not is_zero(alpha):
+            metrics["hard"] = weighted_mean(hard(outputs, batch["label"]), batch)
+            loss = share * metrics["hard"] + (1 - share) * metrics["soft"]
+        if not is_zero(inputs_weight):
+            if inputs is None:
+                raise ValueError(
+                    "inputs_weight needs a decoder that returns (outputs, inputs), got outputs alone"
+                )
+            flat = batch["image"].reshape(inputs.shape)
+            metrics["inputs"] = weighted_mean(mean_squares(inputs, flat), batch)
+            loss += at(inputs_weight, step) * metrics["inputs"]
+        if "label" in batch and jnp.issubdtype(batch["label"].dtype, jnp.integer):
+            metrics["errors"] = errors(outputs, batch)
         return loss, (model_state, metrics)
 
     return loss_fn

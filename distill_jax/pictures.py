@@ -340,3 +340,76 @@ def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, basel
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     _save(path, picture)
+
+
+@_style
+def code_widths(
+    path: str | Path,
+    widths: Sequence[float],
+    curves: Mapping[str, Any],
+    *,
+    ylabel: str,
+    xlabel: str = "width of the code",
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Draws an error against the width of the code, on log scales; bars are one standard deviation.
+
+    Args:
+      path: of the PNG.
+      widths: ``[widths]``, rising.
+      curves: name → ``[widths]``, or ``[widths, seeds]``; the first with points, others as lines. What
+        is not above 0 is left out.
+      ylabel: the error and its unit.
+      xlabel: of the widths.
+      levels: name → an error that depends on no width, such as the original's.
+
+    Raises:
+      ValueError: if a curve is not as long as the widths.
+    """
+    picture = Figure((3.4, 2.6), layout="constrained")
+    axes = picture.subplots()
+    for i, (name, look) in enumerate(_looks([*curves, *(levels or {})]).items()):
+        if levels and name in levels:
+            axes.axhline(levels[name], label=name, zorder=0, **look)
+            continue
+        values = np.asarray(curves[name], np.float64).reshape(len(curves[name]), -1)
+        _check(name, values.shape[:1], "[widths]", (len(widths),))
+        mean = np.where(values.mean(1) > 0, values.mean(1), np.nan)
+        spread = values.std(1, ddof=1) if values.shape[1] > 1 else None
+        if i:
+            axes.plot(widths, mean, label=name, **look)
+        else:
+            look["linestyle"] = "none"
+            axes.errorbar(widths, mean, spread, label=name, marker="o", markersize=3, **look)
+    axes.set(yscale="log", xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(shown := [w for w in widths if len(widths) < 9 or math.log2(w) % 1 == 0])
+    axes.set_xticklabels([f"{w:g}" for w in shown])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid()
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    _save(path, picture)
+
+
+@_style
+def reconstructions(path: str | Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Draws rows of images below each other: the originals, and what codes kept of them.
+
+    Args:
+      path: of the PNG.
+      rows: name → images ``[n, height, width, 1 or 3]`` in [0, 1], as many in each row.
+
+    Raises:
+      ValueError: if a row has another shape than the first.
+    """
+    first = np.shape(next(iter(rows.values())))
+    picture = Figure((7, 0.55 * len(rows) + 0.1))
+    grid = picture.subplots(len(rows), first[0], squeeze=False)
+    picture.subplots_adjust(0.16, 0.02, 0.995, 0.98, wspace=0.05, hspace=0.05)
+    for line, (name, images) in zip(grid, rows.items(), strict=True):
+        _check(name, np.shape(images), "[n, height, width, channels]", first)
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            axes.set(xticks=(), yticks=())
+            axes.spines[:].set(visible=True, color="0.8", linewidth=0.4)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", size=7)
+    _save(path, picture)

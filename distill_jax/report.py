@@ -162,8 +162,8 @@ FURTHER_COLUMNS: Mapping[str, Column] = {
 }
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns rows, the heading first; all columns but the first stand to the right."""
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub markdown table of rows, the heading first; all but the first column stand right."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [
@@ -184,7 +184,7 @@ def table(results: Results, columns: Mapping[str, Column] = COLUMNS) -> str:
     rows = [["model", *columns]]
     for name, model in results["models"].items():
         rows.append([name, *(column(model) or "–" for column in columns.values())])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _properties(values: Mapping[str, Any]) -> str:

@@ -45,16 +45,18 @@ def results(
     config: Mapping[str, Any],
     seconds: Mapping[str, float],
     prepare: Callable[[Any], Any],
+    reference: str = "teacher",
 ) -> dict[str, Any]:
     """Evaluates every model on the test set: the contents of results.json.
 
     Args:
       experiment: its name.
       dataset: of :func:`distill_jax.data.load`.
-      trained: for each seed its models by name; one is ``"teacher"``, to which the others are held.
+      trained: for each seed its models by name; one is the reference, to which the others are held.
       config: the experiment's options, JSON values.
       seconds: further times, beside those of the trainings.
       prepare: turns images uint8 ``[n, height, width, channels]`` into the models' input.
+      reference: the name of that one.
     """
     test, validation = dataset.test, dataset.validation
     models = {}
@@ -63,7 +65,7 @@ def results(
             metrics.evaluate(
                 seed[name].test_logits,
                 test.label,
-                None if name == "teacher" else seed["teacher"].test_logits,
+                None if name == reference else seed[reference].test_logits,
             )
             for seed in trained
         ]

@@ -18,9 +18,10 @@ from distill_jax import losses
 ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
-    {"files", "augment", "parallel", "losses", "capture", "matching"},
+    {"files", "augment", "parallel", "losses", "capture", "matching", "codec", "programs"},
     {
         "learned",
+        "factors",
         "train",
         "sparsity",
         "data",
@@ -31,8 +32,8 @@ LAYERS = [
         "pictures",
     },
     {"objectives", "targets", "runs"},
-    {"fit", "schemes", "teachers"},
-    {"study"},
+    {"fit", "schemes", "teachers", "bottleneck"},
+    {"study", "stages"},
     {"lab"},
 ]
 MODULES = sorted(

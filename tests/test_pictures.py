@@ -160,3 +160,25 @@ def test_comparison(tmp_path):
         pictures.comparison(tmp_path / "b.png", errors, baseline="none")
     with pytest.raises(ValueError, match=r"errors of unclear must be \[seeds\] = \(3,\), got"):
         pictures.comparison(tmp_path / "b.png", errors | {"unclear": [1, 2]}, baseline="scratch")
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_code_widths(tmp_path, seeds):
+    widths = [1, 2, 4, 8]
+    errors = np.array([[0.3], [0.1], [0.02], [0.0]]) * np.linspace(1, 1.2, seeds)
+    curves = {"trained": errors, "optimum": [0.3, 0.1, 0.02, 0.0]}
+    pictures.code_widths(tmp_path / "a.png", widths, curves, ylabel="error", levels={"y": 0.01})
+    look(tmp_path / "a.png", (3.4, 2.6))
+    with pytest.raises(ValueError, match=r"optimum must be \[widths\] = \(4,\), got \(2,\)"):
+        pictures.code_widths(
+            tmp_path / "a.png", widths, curves | {"optimum": [1, 2]}, ylabel="error"
+        )
+
+
+def test_reconstructions(tmp_path):
+    images = np.random.default_rng(0).random((12, 8, 8, 1))
+    pictures.reconstructions(tmp_path / "a.png", {"originals": images, "width 2": images**2})
+    pixels = imread(tmp_path / "a.png")
+    assert pixels.shape[:2] == (240, 1400)
+    with pytest.raises(ValueError, match="width 2 must be"):
+        pictures.reconstructions(tmp_path / "a.png", {"a": images, "width 2": images[:5]})

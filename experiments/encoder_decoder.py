@@ -1,0 +1,675 @@
+"""A model's function through a narrow code: encoder, code, decoder, and how little is lost.
+
+With a linear original y = xW + b the best code of each width is known, and training is held to it. Of
+a network three things are made: kernels become pairs of thin factors, fine-tuned on its predictions; it
+is cut in two, with a few bytes a digit between a device and a server; and an autoencoder learns inputs
+and outputs together. Every pair is trained in stages: encoder, decoder, both.
+
+    python experiments/encoder_decoder.py                      # a linear map of 64 → 32, minutes
+    python experiments/encoder_decoder.py --original mlp       # on MNIST where it can be had, or digits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from distill_jax import (  # isort: skip
+    bottleneck, codec, data, factors, files, losses, metrics, models, objectives, pictures, report,
+    runs, stages, study, targets,
+)  # fmt: skip
+from distill_jax.capture import layer_shapes
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, recorded
+from distill_jax.study import Trained
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. The defaults shown are those of a linear original, and of networks on MNIST."""
+
+    original: Literal["linear", "mlp", "convnet"] = "linear"
+    """what is compressed"""
+    dataset: str = "auto"
+    """of a network: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    seeds: int = 1
+    """how many repetitions, each with its own original"""
+    inputs: int = 64
+    """width of the linear original's inputs"""
+    outputs: int = 32
+    """width of its outputs"""
+    examples: int = 8192
+    """how many of them to draw for training, and as many for validation and for testing"""
+    ranks: tuple[int, ...] = ()
+    """widths of the linear codes (default: all)"""
+    condition: float = 1000.0
+    """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
+    model: str = ""
+    """the network, such as mlp:1200,1200 or convnet:16,32 (default: by the size of the images)"""
+    encoder: str = ""
+    """the network on the device, whose last layer is the code, such as mlp:256 (default: likewise)"""
+    feature: str = ""
+    """where a code enters the original: a layer's name (default: its first hidden layer's)"""
+    budget: float = 0.15
+    """the share of its parameters (or FLOPs) that the factorised network keeps"""
+    of: Literal["parameters", "flops"] = "parameters"
+    """what the budget counts"""
+    codes: tuple[str, ...] = ("4x2", "4x4", "8x4", "8x8", "16x8")
+    """width × bits of the codes that are sent"""
+    images: tuple[int, ...] = (2, 8, 32)
+    """widths of the autoencoders' codes, of 32-bit numbers"""
+    inputs_weight: float = 10.0
+    """of the images' mean squared error in the autoencoders' loss"""
+    temperature: float = 4.0
+    """T, softens the predictions"""
+    alpha: float = 0.0
+    """the labels' share of the loss; the rest is the original's"""
+    original_epochs: int = 20
+    """the network's own training"""
+    original_learning_rate: float = 1e-3
+    """its rate, at its highest (Adam)"""
+    dropout: float = 0.2
+    """of its hidden units, in training"""
+    epochs: int = 8
+    """of the factorised network"""
+    learning_rate: float = 3e-4
+    """of it, at its highest"""
+    stage_epochs: int = 8
+    """the most that a stage of a pair may take"""
+    stage_learning_rate: float = 2e-3
+    """of a stage, at its highest"""
+    tolerance: float = 1e-3
+    """a stage has converged when the validation loss improves relatively by less than this"""
+    patience: int = 4
+    """within so many epochs"""
+    batch_size: int = 128
+    """examples a step; a linear original is trained on all at once"""
+    jitter: int = 2
+    """pixels by which training images are shifted at random; the original labels them as they are"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+    check: bool = False
+    """exit 1 unless linear codes are within 0.1 % of the optimum, or the factorised network within
+    0.15 points of the original"""
+
+    @property
+    def preset(self) -> str:
+        """The name of the run's directory has it."""
+        return self.original
+
+
+LINEAR: dict[str, Any] = {
+    "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
+}  # fmt: skip
+LARGE: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp:1200,1200", "encoder": "mlp:256", "feature": "dense.1"},
+    "convnet": {
+        "model": "convnet:16,32", "encoder": "convnet:4,6", "feature": "hidden", "budget": 0.3,
+        "original_epochs": 8, "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+    },
+}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "mlp": {
+        "model": "mlp:128,128", "encoder": "mlp:16", "feature": "dense.1", "jitter": 1,
+        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
+    },
+    "convnet": {
+        "model": "convnet:16,32", "encoder": "mlp:64", "feature": "hidden", "jitter": 1, "budget": 0.3,
+        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64,
+        "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
+EXCESS, POINTS = 1e-3, 0.15
+TUNED = "whitened SVD, distilled"
+COLUMNS: Mapping[str, report.Column] = {
+    "parameters": report.count("parameters"),
+    "FLOPs": report.count("flops"),
+    "bytes sent": report.count("bytes_sent"),
+    "device FLOPs %": report.score("device_flops", percent=True),
+    "errors": report.score("errors"),
+    "accuracy %": report.score("accuracy", percent=True),
+    "agreement %": report.score("agreement", percent=True),
+    "KL from original": report.score("teacher_kl"),
+}
+
+
+def parse() -> tuple[Config, data.Dataset | None]:
+    """Reads the command line; what it leaves out depends on the original and on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    changes, dataset = LINEAR, None
+    if config.original != "linear":
+        dataset = data.load(config.dataset, data_dir=config.data_dir)
+        small = max(dataset.train.image.shape[1:3]) < 16
+        changes = {"seeds": 5} | (SMALL if small else LARGE)[config.original]
+    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
+    check(config, dataset)
+    return config, dataset
+
+
+def check(config: Config, dataset: data.Dataset | None) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+
+    def need(name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            value = getattr(config, name)
+            raise ValueError(f"--{name.replace('_', '-')} must {expected}, got {value}")
+
+    for name in ("seeds", "inputs", "outputs", "examples", "original_epochs", "epochs",
+                 "stage_epochs", "patience", "batch_size"):  # fmt: skip
+        need(name, getattr(config, name) >= 1, "be at least 1")
+    for name in ("temperature", "learning_rate", "stage_learning_rate", "original_learning_rate"):
+        need(name, 0 < getattr(config, name) < math.inf, "be positive")
+    need("tolerance", 0 <= config.tolerance < 1, "lie in [0, 1)")
+    need("alpha", 0 <= config.alpha <= 1, "lie in [0, 1]")
+    need("budget", 0 < config.budget <= 1, "lie in (0, 1]")
+    need("condition", config.condition >= 1, "be at least 1")
+    for name in ("inputs_weight", "jitter", "save_seconds"):
+        need(name, getattr(config, name) >= 0, "not be negative")
+    if dataset is None:
+        widest = min(config.inputs, config.outputs)
+        need("ranks", all(1 <= r <= widest for r in config.ranks), f"lie in 1 to {widest}")
+        need("examples", config.examples > config.inputs, f"exceed --inputs, {config.inputs}")
+        return
+    need(
+        "batch_size", config.batch_size <= len(dataset.train.id), "not exceed the training examples"
+    )
+    need("images", all(w >= 1 for w in config.images), "be widths of at least 1")
+    for code in config.codes:
+        parse_code(code)
+    original = build(config, dataset, config.model, 0)
+    build(config, dataset, config.encoder, 0)
+    names = layer_shapes(*original, prepare(dataset.train.image[:1]))
+    need("feature", config.feature in names, f"be one of {', '.join(names)}")
+
+
+def parse_code(text: str) -> tuple[int, int]:
+    """Reads ``"16x8"``: 16 values of 8 bits."""
+    width, _, bits = text.partition("x")
+    if not (width.isdecimal() and bits.isdecimal() and int(width) and 1 <= int(bits) <= 16):
+        raise ValueError(
+            f"--codes must be width x bits such as 16x8, of up to 16 bits, got {text!r}"
+        )
+    return int(width), int(bits)
+
+
+# --- a linear original ---------------------------------------------------------------------------
+
+
+def draw_linear(config: Config) -> tuple[dict[str, np.ndarray], data.Dataset]:
+    """Draws W, b and correlated inputs in three splits, whose labels are the original's outputs."""
+    rng = np.random.default_rng(0)
+    size, outputs = config.inputs, config.outputs
+    params = {"kernel": rng.normal(size=(size, outputs)), "bias": rng.normal(size=outputs)}
+    mixing = rng.normal(size=(size, size)) * np.geomspace(1, 1 / config.condition, size)
+    mean = rng.normal(size=size)
+
+    def split(start):
+        x = rng.normal(size=(config.examples, size)) @ mixing.T + mean
+        y = codec.affine(params, {}, x)[0]
+        return data.Split(np.arange(start, start + config.examples), x, y)
+
+    splits = [split(i * config.examples) for i in range(3)]
+    name = f"linear-{size}-{outputs}"
+    return params, data.Dataset(name, "drawn with seed 0", *splits, outputs, ())
+
+
+def linear(config: Config) -> int:
+    """Holds codes of all widths to the optimum; returns the exit status."""
+    started = time.monotonic()
+    params, dataset = draw_linear(config)
+    out = begin("encoder_decoder", config, dataset, PRACTICAL)
+    train, validation, test = dataset.train, dataset.validation, dataset.test
+    frame = codec.coordinates(train.image, train.label)
+
+    def fields(split):
+        z, t = codec.transform(frame, split.image, split.label)
+        return {"image": z.astype(np.float32), "teacher": t.astype(np.float32)}
+
+    roots = {s: codec.root(getattr(dataset, s).image, centre=True) for s in ("train", "test")}
+    best = {s: codec.optimum(params["kernel"], root) for s, root in roots.items()}
+    ranks = config.ranks or range(1, min(config.inputs, config.outputs) + 1)
+    progress = runs.Progress(3 * len(ranks))
+    rows, predictions = [], {}
+    for rank in ranks:
+        done = stages.train_stages(
+            jax.random.key(rank),
+            codec.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, config.outputs),
+            {"encoder": {}, "decoder": {}},
+            functools.partial(objectives.encoder_decoder, codec.affine, codec.affine),
+            fields(train),
+            fields(validation),
+            tx=lambda steps: optax.adam(config.stage_learning_rate),
+            epochs=config.stage_epochs,
+            batch_size=len(train.id),
+            seed=rank,
+            tolerance=config.tolerance,
+            patience=config.patience,
+            directory=out / f"width{rank}",
+            save_seconds=config.save_seconds,
+            on_stage=lambda name, rank=rank: progress.stage(
+                f"width {rank}, {name}", 1 / config.stage_epochs
+            ),
+        )
+        pair = codec.fold(done.params, frame)
+        learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
+        closed = codec.reduced_rank(params["kernel"], roots["train"], rank)
+        loss = {s: codec.error(params["kernel"], root, learned) for s, root in roots.items()}
+        exact = codec.error(params["kernel"], roots["train"], closed)
+        variance = best["train"][0]
+        predictions[rank], _ = codec.compose(codec.affine, codec.affine)(
+            pair, {"encoder": {}, "decoder": {}}, test.image
+        )
+        rows.append({
+            "width": rank,
+            "bytes": 4 * rank,
+            "parameters": sum(p.size for p in jax.tree.leaves(pair)),
+            "error": loss["train"] / variance,
+            "optimum": best["train"][rank] / variance,
+            "excess": (loss["train"] - best["train"][rank]) / variance,
+            "closed form's excess": (exact - best["train"][rank]) / variance,
+            "test error": loss["test"] / best["test"][0],
+            "test optimum": best["test"][rank] / best["test"][0],
+            "stages": [stage._asdict() for stage in done.stages],
+        })  # fmt: skip
+    progress.close()
+
+    pictures.code_widths(
+        out / "widths.png",
+        [row["width"] for row in rows],
+        {"trained": [r["error"] for r in rows], "optimum": [r["optimum"] for r in rows]},
+        ylabel="squared error / variance of y",
+    )
+    heads = ("width", "bytes", "parameters", "error", "optimum", "excess", "closed form's excess")
+    table = [[*heads, "epochs of stages"]]
+    for row in rows:
+        epochs = "+".join(f"{s['epochs']}{'' if s['converged'] else '*'}" for s in row["stages"])
+        table.append([f"{row[h]:{',' if h in heads[:3] else '.3g'}}" for h in heads] + [epochs])
+    text = report.markdown(table)
+    worst = max(row["excess"] for row in rows)
+    largest = rows[-1]["width"]
+    verdict = (
+        f"Trained in three stages, codes of {len(rows)} widths are within {100 * worst:.2g} % of the "
+        "optimum (of the outputs' variance)."
+    )
+    lines = [verdict, f"Test examples, first output: original and compressed (width {largest}):"]
+    for y, guess in zip(test.label[:5], predictions[largest], strict=False):
+        lines.append(f"  {y[0]: .6f}  {guess[0]: .6f}  difference {guess[0] - y[0]: .1e}")
+    if config.inputs == config.outputs == 1:
+        w, b = float(pair["encoder"]["kernel"] @ pair["decoder"]["kernel"]), pair["decoder"]["bias"]
+        lines.append(
+            f"  y = wx + b: w {params['kernel'].item():.6f} learned as {w:.6f}, "
+            f"b {params['bias'].item():.6f} as {b.item():.6f}"
+        )
+    results = {
+        "experiment": "encoder_decoder", "config": recorded(config, PRACTICAL), "widths": rows,
+        "environment": runs.environment(), "seconds": time.monotonic() - started,
+    }  # fmt: skip
+    files.write_json(out / "results.json", results)
+    command = shlex.join(["python", *sys.argv])
+    body = "\n\n".join([
+        "# A linear original through narrow codes", f"**{verdict}**", text,
+        "Error, optimum and excess: of the training data's outputs, relative to their variance. Epochs "
+        "of the encoder's, the decoder's and the joint stage; *: ended at the maximum, not converged.",
+        "![Error against the width of the code](widths.png)", "\n".join(lines[1:]),
+        f"```sh\n{command}\n```\n",
+    ])  # fmt: skip
+    files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
+    print(f"\n{text}\n")
+    print("\n".join(lines))
+    print(f"Report with pictures: {out / 'report.md'}")
+    if config.check and worst > EXCESS:
+        print(f"check failed: the excess is above {100 * EXCESS:g} %", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- a network -----------------------------------------------------------------------------------
+
+
+def build(
+    config: Config, dataset: data.Dataset, description: str, seed: int, **options: Any
+) -> Any:
+    """Builds a network for the data set's images."""
+    shape: Any = dataset.train.image.shape[1:]
+    classes = options.pop("outputs", dataset.classes)
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    return models.build(description, shape, classes, key, **options)
+
+
+def train_original(config: Config, lab: Lab, seed: int) -> Trained:
+    """The network that is compressed, from the labels."""
+    model = build(config, lab.dataset, config.model, seed, dropout=config.dropout)
+    return lab.train(
+        "original",
+        seed,
+        model,
+        objectives.supervised(model.apply_fn),
+        arrays(lab.dataset.train),
+        epochs=config.original_epochs,
+        tx=adam(config.original_learning_rate, config.original_epochs),
+        batch_size=config.batch_size,
+        transform=jittered(config.jitter),
+        order_seed=10_000 + seed,
+        unit=1.0,
+    )
+
+
+def labelled(config: Config, original: Trained) -> Callable[..., Any]:
+    """Makes the epoch's transform: jittered images, and what the original says of them."""
+    label, jitter = targets.make_label(original.apply_fn), jittered(config.jitter)
+    return lambda variables, batch, key: label(variables, jitter(None, batch, key))
+
+
+def factorise(config: Config, lab: Lab, seed: int, original: Trained) -> dict[str, Trained]:
+    """Thin factors for the kernels, by plain and by whitened SVD, before and after distillation."""
+    apply_fn, (params, model_state) = original.apply_fn, original.variables
+    images = prepare(lab.dataset.train.image[:4096])
+    kernels = factors.kernels(apply_fn, params, model_state, images[:1])
+    thin_fn = factors.factored(apply_fn)
+    soft = objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha)
+    made: dict[str, Trained] = {}
+    whitened = factors.layer_roots(apply_fn, params, model_state, images)
+    for name, roots in {"SVD": None, "whitened SVD": whitened}.items():
+        ranks = factors.allocate(params, kernels, config.budget, of=config.of, roots=roots)
+        thin = factors.factorise(params, kernels, ranks, roots=roots)
+        made[name] = lab.judge(thin_fn, (thin, model_state), {}, 0.0)
+        made[f"{name}, distilled"] = lab.train(
+            name.replace(" ", "-"),
+            seed,
+            models.Model(thin_fn, thin, model_state),
+            soft,
+            arrays(lab.dataset.train),
+            epochs=config.epochs,
+            tx=adam(config.learning_rate, config.epochs),
+            batch_size=config.batch_size,
+            transform=labelled(config, original),
+            context=original.variables,
+            order_seed=20_000 + seed,
+            unit=1.0,
+        )
+    return made
+
+
+def staged(
+    config: Config,
+    lab: Lab,
+    seed: int,
+    name: str,
+    original: Trained,
+    encoder: models.Model,
+    decoder: models.Model,
+    **options: Any,
+) -> tuple[Trained, list[dict[str, Any]]]:
+    """Trains an encoder and a decoder in stages: the compressed model, and how the stages went."""
+    done = stages.train_stages(
+        jax.random.key(seed, impl="rbg"),
+        {"encoder": encoder.params, "decoder": decoder.params},
+        {"encoder": encoder.model_state, "decoder": decoder.model_state},
+        functools.partial(
+            objectives.encoder_decoder,
+            encoder.apply_fn,
+            decoder.apply_fn,
+            soft=functools.partial(losses.kl, temperature=config.temperature),
+            alpha=config.alpha,
+            **options,
+        ),
+        arrays(lab.dataset.train),
+        arrays(lab.dataset.validation) | {"teacher": original.validation_logits},
+        tx=adam(config.stage_learning_rate, config.stage_epochs),
+        epochs=config.stage_epochs,
+        batch_size=config.batch_size,
+        seed=30_000 + seed,
+        tolerance=config.tolerance,
+        patience=config.patience,
+        transform=labelled(config, original),
+        context=original.variables,
+        prepare=prepare,
+        directory=lab.out / f"seed{seed}" / name,
+        save_seconds=lab.save_seconds,
+        on_stage=lambda stage: lab.progress.stage(f"seed {seed + 1}, {name}, {stage}", 1.0),
+    )
+    code = {"code": options["code"]} if "code" in options else {}
+    apply_fn = codec.compose(encoder.apply_fn, decoder.apply_fn, **code)
+    if "inputs_weight" in options:
+        apply_fn = bottleneck.outputs_only(apply_fn)
+    variables = (done.params, done.model_state)
+    trained = lab.judge(apply_fn, variables, done.history, done.seconds)
+    return trained, [stage._asdict() for stage in done.stages]
+
+
+def train_pairs(
+    config: Config, lab: Lab, seed: int, original: Trained
+) -> tuple[dict[str, Trained], dict[str, Any]]:
+    """The split network at every code, the autoencoder at every width; and facts about each."""
+    dataset, made, facts = lab.dataset, {}, {}
+    model = models.Model(original.apply_fn, *original.variables)
+    whole = flops(model, dataset)
+    pixels = math.prod(dataset.train.image.shape[1:])
+    for text in config.codes:
+        width, bits = parse_code(text)
+        name = f"split, {width} × {bits} bits"
+        encoder = build(config, dataset, config.encoder, 100 + seed, outputs=width)
+        decoder = bottleneck.decoder(
+            model, config.feature, dataset.train.image[:2000], width, prepare=prepare
+        )
+        quantise = functools.partial(codec.quantise, bits=bits)
+        directory = f"split-{text}"
+        made[name], how = staged(
+            config, lab, seed, directory, original, encoder, decoder, code=quantise
+        )
+        params, model_state = (part["encoder"] for part in made[name].variables)
+        code, _ = encoder.apply_fn(params, model_state, prepare(dataset.test.image[:1]))
+        sent = codec.pack(quantise(code), bits=bits)
+        facts[name] = {
+            "stages": how, "bytes_sent": sent.shape[1], "device_flops": flops(encoder, dataset) / whole,
+        }  # fmt: skip
+    for width in config.images:
+        name = f"autoencoder, {width}"
+        encoder = build(config, dataset, config.encoder, 200 + seed, outputs=width)
+        heads = [
+            models.build(f"mlp:{hidden}", (1, 1, width), size, jax.random.key(300 + seed))
+            for hidden, size in ((64, dataset.classes), (256, pixels))
+        ]
+        decoder = models.Model(
+            bottleneck.with_inputs(*(head.apply_fn for head in heads)),
+            {"outputs": heads[0].params, "inputs": heads[1].params},
+            {"outputs": heads[0].model_state, "inputs": heads[1].model_state},
+        )
+        made[name], how = staged(
+            config, lab, seed, f"autoencoder-{width}", original, encoder, decoder,
+            inputs_weight=config.inputs_weight,
+        )  # fmt: skip
+        both = codec.compose(encoder.apply_fn, decoder.apply_fn)
+        images = targets.predict(
+            lambda *args, both=both: (both(*args)[0][1], args[1]),
+            *made[name].variables,
+            dataset.test.image,
+            prepare=prepare,
+        )
+        truth = prepare(dataset.test.image).reshape(len(images), -1)
+        facts[name] = {
+            "stages": how, "bytes_sent": 4 * width, "images": images[:12],
+            "inputs_error": float(np.mean(np.square(images - truth))),
+            "device_flops": flops(encoder, dataset) / whole,
+        }  # fmt: skip
+    return made, facts
+
+
+def flops(model: models.Model, dataset: data.Dataset) -> float:
+    """Floating-point operations of one example, as XLA counts them at batch 256."""
+    images = prepare(dataset.test.image[:1]).repeat(256, 0)
+    compiled = jax.jit(model.apply_fn).lower(model.params, model.model_state, images).compile()
+    return float((compiled.cost_analysis() or {}).get("flops", math.nan)) / 256
+
+
+def network(config: Config, dataset: data.Dataset) -> int:
+    """Compresses a network in three ways; returns the exit status."""
+    started = time.monotonic()
+    out = begin("encoder_decoder", config, dataset, PRACTICAL)
+    pairs = len(config.codes) + len(config.images)
+    epochs = config.original_epochs + 2 * config.epochs + 3 * config.stage_epochs * pairs
+    progress = runs.Progress(config.seeds * epochs)
+    lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
+    trained, facts = [], []
+    for seed in range(config.seeds):
+        original = train_original(config, lab, seed)
+        thin = factorise(config, lab, seed, original)
+        made, about = train_pairs(config, lab, seed, original)
+        trained.append({"original": original, **thin, **made})
+        facts.append(about)
+    progress.close()
+
+    results = study.results(
+        "encoder_decoder",
+        dataset,
+        trained,
+        config=recorded(config, PRACTICAL),
+        seconds={"total": time.monotonic() - started},
+        prepare=prepare,
+        reference="original",
+    )
+    for name, first in facts[0].items():
+        model = results["models"][name]
+        model["bytes_sent"] = first["bytes_sent"]
+        model["stages"] = [seed[name]["stages"] for seed in facts]
+        model["test"]["device_flops"] = [seed[name]["device_flops"] for seed in facts]
+        if "inputs_error" in first:
+            model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
+    results["models"][TUNED]["ranks"] = factors.ranks_of(trained[0][TUNED].variables[0])
+    example = prepare(dataset.test.image[:1])[0]
+    sides = [(m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"])]
+    faster = {b: metrics.speed_ratio(*sides, example, batch=b) for b in (1, 256)}
+    results["models"][TUNED]["times_as_fast"] = {str(b): ratio for b, ratio in faster.items()}
+    files.write_json(out / "results.json", results)
+
+    drawn = draw(config, out, dataset, trained, facts, results)
+    lines = verdict(results, faster)
+    lines += compare(dataset, trained[0])
+    notes = [report.table(results, COLUMNS), "\n".join(f"    {line}" for line in lines)]
+    report.write_report(
+        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=COLUMNS,
+        baseline="original", model=TUNED, method="Factorising the kernels",
+    )  # fmt: skip
+    print(f"\n{report.table(results, COLUMNS)}\n")
+    print("\n".join(lines))
+    print(f"Report with pictures: {out / 'report.md'}")
+    lost = points(results, TUNED)
+    if config.check and lost > POINTS:
+        print(f"check failed: factorising costs {lost:.2f} points, over {POINTS}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def points(results: Mapping[str, Any], name: str) -> float:
+    """How many points of accuracy a model lacks of the original's, in the mean over seeds."""
+    a, b = (np.mean(results["models"][n]["test"]["accuracy"]) for n in ("original", name))
+    return 100 * float(a - b)
+
+
+def verdict(results: Mapping[str, Any], faster: Mapping[int, float]) -> list[str]:
+    """What the factorised network and the split ones lose, and how fast the former is."""
+    model, original = results["models"][TUNED], results["models"]["original"]
+    lines = [
+        f"Factorised to {100 * model['parameters'] / original['parameters']:.1f} % of its parameters, "
+        f"the network loses {points(results, TUNED):.2f} points, and is {faster[1]:.2f} times as fast "
+        f"at batch 1, {faster[256]:.2f} times at batch 256."
+    ]
+    for name, model in results["models"].items():
+        if name.startswith("split"):
+            share = 100 * np.mean(model["test"]["device_flops"])
+            lines.append(
+                f"{name}: {model['bytes_sent']} bytes a digit, {share:.1f} % of the FLOPs on the "
+                f"device, {points(results, name):.2f} points below the original."
+            )
+    return lines
+
+
+def compare(dataset: data.Dataset, trained: Mapping[str, Trained]) -> list[str]:
+    """The last lines: what the original and the compressed networks predict on test examples."""
+    shown = ["original", TUNED, *[name for name in trained if name.startswith("split")][-1:]]
+    lines = ["Test examples, predicted class and its probability:"]
+    for i in range(5):
+        parts = [f"true {dataset.class_names[dataset.test.label[i]]}"]
+        for name in shown:
+            p = np.asarray(jax.nn.softmax(trained[name].test_logits[i]))
+            parts.append(f"{name}: {dataset.class_names[p.argmax()]} ({p.max():.3f})")
+        lines.append("  " + "; ".join(parts))
+    return lines
+
+
+def draw(
+    config: Config,
+    out: Path,
+    dataset: data.Dataset,
+    trained: Sequence[Mapping[str, Trained]],
+    facts: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+) -> dict[str, str]:
+    """Draws the pictures: caption → file name."""
+    wrong = {n: 100 * (1 - np.array(m["test"]["accuracy"])) for n, m in results["models"].items()}
+    level = {"original": float(wrong["original"].mean())}
+    drawn = {}
+    tuned = {name: [seed[name].history for seed in trained]
+             for name in ("SVD, distilled", TUNED)}  # fmt: skip
+    pictures.learning_curves(
+        out / "learning_curves.png", tuned, validation_size=len(dataset.validation.id)
+    )
+    drawn["Fine-tuning of the factors, after plain and after whitened SVD"] = "learning_curves.png"
+    if config.codes:
+        names = sorted(
+            (n for n in facts[0] if n.startswith("split")), key=lambda n: facts[0][n]["bytes_sent"]
+        )
+        pictures.code_widths(
+            out / "bytes.png",
+            [facts[0][name]["bytes_sent"] for name in names],
+            {"split": [wrong[name] for name in names]},
+            ylabel="test error, %",
+            xlabel="bytes sent an example",
+            levels=level,
+        )
+        drawn["Test error against the bytes that are sent"] = "bytes.png"
+    if config.images:
+        names = [n for n in facts[0] if n.startswith("autoencoder")]
+        inputs = [results["models"][name]["test"]["inputs_error"] for name in names]
+        pictures.code_widths(
+            out / "images.png", config.images, {"autoencoder": inputs},
+            ylabel="squared error of a pixel",
+        )  # fmt: skip
+        truth = prepare(dataset.test.image[:12])
+        rows = {f"width {w}": facts[0][n]["images"].reshape(truth.shape)
+                for w, n in zip(config.images, names, strict=True)}  # fmt: skip
+        pictures.reconstructions(out / "reconstructions.png", {"test images": truth, **rows})
+        drawn["Error of the images against the width of the autoencoder's code"] = "images.png"
+        drawn["Test images, and what the autoencoder's codes keep"] = "reconstructions.png"
+    return drawn
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    config, dataset = parse()
+    return linear(config) if dataset is None else network(config, dataset)
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

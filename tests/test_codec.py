@@ -1,0 +1,156 @@
+"""Codes of linear maps against their optimum, and codes as bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill_jax import codec, objectives, stages
+
+STATE = {"encoder": {}, "decoder": {}}
+
+
+def problem(inputs, outputs, n=2000, condition=100.0, seed=0):
+    """A random linear original, and correlated inputs."""
+    rng = np.random.default_rng(seed)
+    params = {"kernel": rng.normal(size=(inputs, outputs)), "bias": rng.normal(size=outputs)}
+    mixing = rng.normal(size=(inputs, inputs)) * np.geomspace(1, 1 / condition, inputs)
+    x = rng.normal(size=(2, n, inputs)) @ mixing.T + rng.normal(size=inputs)
+    return params, x
+
+
+def train(params, x, rank, **options):
+    """An encoder and a decoder by gradient descent, in three stages."""
+    y = x @ params["kernel"] + params["bias"]
+    frame = codec.coordinates(x[0], y[0])
+    fields = []
+    for part in zip(x, y, strict=True):
+        z, t = codec.transform(frame, *part)
+        fields.append({"image": z.astype("f4"), "teacher": t.astype("f4")})
+    # Adam swings about its goal for some dozens of epochs: patience must outlast that
+    options = {"epochs": 1500, "tolerance": 1e-4, "patience": 100} | options
+    done = stages.train_stages(
+        jax.random.key(0),
+        codec.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, y.shape[-1]),
+        STATE,
+        functools.partial(objectives.encoder_decoder, codec.affine, codec.affine),
+        *fields,
+        tx=lambda steps: optax.adam(1e-2),
+        batch_size=x.shape[1],
+        seed=0,
+        **options,
+    )
+    return codec.fold(done.params, frame), done
+
+
+def test_a_root_is_one_of_the_second_moments_and_keeps_small_directions():
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    scales = np.geomspace(1, 1e-9, 5)
+    orthonormal, _ = np.linalg.qr(rng.normal(size=(400, 5)))
+    x = np.sqrt(400) * orthonormal * scales @ basis
+    values = np.linalg.svd(codec.root(x), compute_uv=False)
+    np.testing.assert_allclose(values, scales, rtol=1e-6)  # from xᵀx the last would be noise
+    centred = codec.root(x + 3, centre=True)
+    np.testing.assert_allclose(centred.T @ centred, np.cov(x.T, bias=True), atol=1e-12)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(64, 32, 500), (5, 9, 50), (12, 6, 4)])
+def test_the_closed_form_has_no_excess_at_any_width(inputs, outputs, rows):
+    """By Eckart and Young the error is that of the singular values left out; nothing is below it."""
+    params, x = problem(inputs, outputs, n=rows)
+    root, kernel = codec.root(x[0], centre=True), params["kernel"]
+    best = codec.optimum(kernel, root)
+    centred = x[0] - x[0].mean(0)
+    np.testing.assert_allclose(best[0], np.mean(np.sum((centred @ kernel) ** 2, 1)), rtol=1e-10)
+    rng = np.random.default_rng(1)
+    for rank in range(1, min(inputs, outputs) + 1):
+        factors = codec.reduced_rank(kernel, root, rank)
+        assert factors.encoder.shape == (inputs, rank)
+        assert abs(codec.error(kernel, root, factors) - best[rank]) <= 1e-10 * best[0]
+        other = codec.Linear(
+            factors.encoder + 1e-3 * rng.normal(size=factors.encoder.shape), factors.decoder
+        )
+        assert codec.error(kernel, root, other) >= best[rank] - 1e-12 * best[0]
+        plain = codec.reduced_rank(kernel, np.eye(inputs), rank)
+        assert codec.error(kernel, root, plain) >= best[rank] - 1e-12 * best[0]
+        code = centred @ factors.encoder
+        sizes = np.diag(code.T @ code) / rows
+        here = sizes > 1e-6  # a direction that no input has keeps a code of size 0
+        np.testing.assert_allclose(sizes[here], 1, rtol=1e-6)
+
+
+def test_gradient_descent_in_three_stages_reaches_the_optimum():
+    params, x = problem(10, 5)
+    root = codec.root(x[0], centre=True)
+    best = codec.optimum(params["kernel"], root)
+    for rank in (1, 3, 5):
+        pair, done = train(params, x, rank)
+        learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
+        excess = codec.error(params["kernel"], root, learned) - best[rank]
+        assert -1e-9 <= excess / best[0] <= 1e-3
+        losses = [done.stages[0].before, *(stage.after for stage in done.stages)]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_tutorials_line_is_found():
+    params, x = problem(1, 1, seed=3)
+    pair, _ = train(params, x, 1)
+    w = pair["encoder"]["kernel"] @ pair["decoder"]["kernel"]
+    np.testing.assert_allclose(w, params["kernel"], atol=1e-5)
+    np.testing.assert_allclose(pair["decoder"]["bias"], params["bias"], atol=1e-5)
+
+
+def test_folding_gives_the_same_function_in_the_datas_coordinates():
+    params, x = problem(6, 4)
+    y = x[0] @ params["kernel"] + params["bias"]
+    frame = codec.coordinates(x[0], y)
+    np.testing.assert_allclose(np.cov((x[0] - frame.mean) @ frame.whiten, rowvar=False, bias=True),
+                               np.eye(6), atol=1e-9)  # fmt: skip
+    pair = codec.init_linear(jax.random.key(0), 6, 2, 4)
+    pair["decoder"]["bias"] += 0.3
+    both = codec.compose(codec.affine, codec.affine)
+    z, _ = codec.transform(frame, x[0], y)
+    inside = np.asarray(both(pair, STATE, jnp.asarray(z))[0], float)
+    outside, _ = both(codec.fold(pair, frame), STATE, x[0])
+    np.testing.assert_allclose(outside, frame.offset + frame.scale * inside, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "bits"), [(4, 2), (3, 5), (16, 8), (1, 16), (5, 1)])
+def test_codes_are_sent_in_as_many_bits_as_they_have(width, bits):
+    values = 2 * jax.random.normal(jax.random.key(0), (50, width))
+    code = codec.quantise(values, bits=bits)
+    assert len(np.unique(code)) <= 2**bits
+    assert np.abs(code - np.tanh(values)).max() <= 1 / (2**bits - 1) + 1e-6
+    sent = codec.pack(code, bits=bits)
+    assert sent.dtype == np.uint8
+    assert sent.shape == (50, -(-width * bits // 8))
+    np.testing.assert_allclose(codec.unpack(sent, (width,), bits=bits), code, atol=2e-7)
+    gradient = jax.grad(lambda v: codec.quantise(v, bits=bits).sum())(values)
+    np.testing.assert_allclose(gradient, 1 - np.tanh(values) ** 2, rtol=1e-4, atol=1e-6)
+
+
+def test_errors():
+    params, x = problem(6, 4)
+    root = codec.root(x[0])
+    for rank in (0, 5):
+        with pytest.raises(ValueError, match=f"rank must be 1 to .* 4, got {rank}"):
+            codec.reduced_rank(params["kernel"], root, rank)
+    with pytest.raises(ValueError, match="rank must be 1 to the smaller of 6 inputs and 4"):
+        codec.init_linear(jax.random.key(0), 6, 7, 4)
+    with pytest.raises(ValueError, match="root must be"):
+        codec.optimum(params["kernel"], root[:, 1:])
+    with pytest.raises(ValueError, match="x must be finite, but 1 values are not"):
+        codec.root(np.where(x[0] == x[0].max(), np.nan, x[0]))
+    with pytest.raises(ValueError, match="as many rows, got 2000 and 5"):
+        codec.coordinates(x[0], x[0][:5])
+    with pytest.raises(ValueError, match="nothing to encode"):
+        codec.coordinates(x[0], np.ones((2000, 2)))
+    with pytest.raises(ValueError, match="bits must be 1 to 16, got 0"):
+        codec.quantise(jnp.zeros(3), bits=0)
+    with pytest.raises(ValueError, match=r"3 bytes an example, got an array of shape \(2, 4\)"):
+        codec.unpack(np.zeros((2, 4), np.uint8), (6,), bits=4)

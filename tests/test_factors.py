@@ -1,0 +1,216 @@
+"""Thin factors for kernels: the same function at full rank, the best one below it, and really less."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+from distill_jax import codec, factors, metrics
+from distill_jax.checkpoint import Checkpoints
+from distill_jax.models import Model, build, from_linen
+
+SHAPE = (8, 8, 1)
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Conv(6, (3, 3), strides=2)(x))
+        x = linen.relu(linen.Conv(6, (3, 3), feature_group_count=2)(x))  # grouped: stays whole
+        return linen.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+def transposed(params, model_state, x, *, key=None):
+    """Kernels ``[outputs, inputs]``, one of them on the left, one in half precision."""
+    x = jax.nn.tanh(jax.jit(lambda w, x: x @ w.T)(params["a"], x.reshape(x.shape[0], -1)))
+    x = jax.vmap(lambda row: params["b"] @ row)(x)
+    return x @ params["c"].astype(jnp.bfloat16).astype(jnp.float32), model_state
+
+
+def plain_model():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (20, 64), "b": (12, 20), "c": (12, 5)}
+    params = {name: rng.normal(size=s).astype("f4") / 4 for name, s in shapes.items()}
+    return Model(transposed, params, {})
+
+
+def images(n=80, seed=0):
+    """Smooth images, so that their pixels are correlated."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, *SHAPE))
+    for axis in (1, 2):
+        x = x + np.roll(x, 1, axis) + np.roll(x, 2, axis)
+    return x.astype("f4")
+
+
+MODELS = {
+    "mlp": lambda: build("mlp:24,16", SHAPE, 10, jax.random.key(0), dropout=0.3),
+    "convnet": lambda: build("convnet:4,8", SHAPE, 10, jax.random.key(0)),
+    "linen": lambda: from_linen(Linen(), jax.random.key(0), jnp.zeros((1, *SHAPE))),
+    "plain": plain_model,
+}
+EXPECTED = {
+    "mlp": [(64, 24), (24, 16), (16, 10)],
+    "convnet": [(9, 4), (36, 8), (32, 128), (128, 10)],
+    "linen": [(9, 6), (96, 3)],
+    "plain": [(64, 20), (20, 12), (12, 5)],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_full_rank_the_function_is_the_originals(name):
+    """Which holds only if axes, paddings and strides are understood, of the factors and the rows."""
+    model, x = MODELS[name](), images()
+    kernels = factors.kernels(*model, x)
+    assert [(k.inputs, k.outputs) for k in kernels.values()] == EXPECTED[name]
+    expected, _ = jax.jit(model.apply_fn)(*model[1:], x)
+    full = {path: min(k.inputs, k.outputs) for path, k in kernels.items()}
+    roots = factors.layer_roots(*model, x, batch=48)
+    thin_fn = jax.jit(factors.factored(model.apply_fn))
+    for root in (None, roots):
+        thin = factors.factorise(model.params, kernels, full, roots=root)
+        assert factors.ranks_of(thin) == full
+        outputs, _ = thin_fn(thin, model.model_state, x)
+        tolerance = 0.02 if name == "plain" else 1e-4  # bfloat16
+        np.testing.assert_allclose(outputs, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_rows_times_kernel_are_the_layers_outputs():
+    """Of a convolution, in the middle of a network and with its biases zero, and of a dense layer."""
+    model, x = MODELS["convnet"](), images(20)
+    kernels, roots = factors.kernels(*model, x), factors.layer_roots(*model, x)
+    first = np.asarray(model.params["convolution"][0]["kernel"], float)
+    values = jax.lax.conv_general_dilated(
+        x, first, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    path = "convolution.0.kernel"
+    energy = codec.optimum(kernels[path].matrix(first), roots[path])[0]
+    np.testing.assert_allclose(energy, np.mean(np.sum(np.square(values), -1)), rtol=1e-5)
+    assert kernels[path].positions == 64
+    assert kernels["hidden.kernel"].positions == 1
+    assert roots["convolution.1.kernel"].shape == (36, 36)
+
+
+def test_whitened_factors_lose_less_on_the_data():
+    model, x = MODELS["mlp"](), images(300)
+    kernels = factors.kernels(*model, x)
+    roots = factors.layer_roots(*model, x)
+    expected = model.apply_fn(*model[1:], x)[0]
+    thin_fn = jax.jit(factors.factored(model.apply_fn))
+    for rank in (2, 5, 8):
+        lost = []
+        for root in (None, roots):
+            thin = factors.factorise(model.params, kernels, {"dense.0.kernel": rank}, roots=root)
+            first = [thin["dense"][0]["kernel"].encoder, thin["dense"][0]["kernel"].decoder]
+            flat = x.reshape(300, -1)
+            exact = flat @ model.params["dense"][0]["kernel"]
+            lost.append(float(np.square(flat @ first[0] @ first[1] - exact).sum(1).mean()))
+            assert thin_fn(thin, {}, x)[0].shape == expected.shape
+        best = codec.optimum(kernels["dense.0.kernel"].matrix(model.params["dense"][0]["kernel"]),
+                             roots["dense.0.kernel"])  # fmt: skip
+        np.testing.assert_allclose(lost[1], best[rank], rtol=1e-3)
+        assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("of", ["parameters", "flops"])
+@pytest.mark.parametrize("budget", [0.15, 0.4, 1.0])
+def test_ranks_keep_the_budget_and_use_it(of, budget):
+    model = build("convnet:8,16", SHAPE, 10, jax.random.key(0))
+    x = images(200)
+    kernels, roots = factors.kernels(*model, x), factors.layer_roots(*model, x)
+    ranks = factors.allocate(model.params, kernels, budget, of=of, roots=roots)
+    thin = factors.factorise(model.params, kernels, ranks, roots=roots)
+
+    def size(params):
+        if of == "parameters":
+            return sum(leaf.size for leaf in jax.tree.leaves(params))
+        thins = factors.ranks_of(params)
+        return sum(
+            k.positions * min(k.inputs * k.outputs, thins.get(p, 10**9) * (k.inputs + k.outputs))
+            for p, k in kernels.items()
+        )
+
+    share = size(thin) / size(model.params)
+    assert share <= budget
+    dearest = max(k.positions * (k.inputs + k.outputs) for k in kernels.values())
+    unit = dearest if of == "flops" else max(k.inputs + k.outputs for k in kernels.values())
+    # What is left is less than a direction costs, unless a kernel would have to become whole
+    assert share == 1 if budget == 1 else share >= budget - 8 * unit / size(model.params)
+    assert all(1 <= rank < min(kernels[p].inputs, kernels[p].outputs) for p, rank in ranks.items())
+
+
+def test_flops_fall_and_gradients_reach_every_factor():
+    model, x = MODELS["mlp"](), images()
+    kernels = factors.kernels(*model, x)
+    thin = factors.factorise(model.params, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
+    thin_fn = factors.factored(model.apply_fn)
+    before = metrics.cost(*model, x[0], repeats=1)
+    after = metrics.cost(thin_fn, thin, model.model_state, x[0], repeats=1)
+    assert after["parameters"] == before["parameters"] - 64 * 24 - 24 * 16 + 4 * 88 + 3 * 40
+    saved = 2 * (before["parameters"] - after["parameters"])
+    assert abs(before["flops"] - after["flops"] - saved) < 0.1 * saved
+
+    def loss(params, key):
+        return jnp.square(thin_fn(params, model.model_state, x, key=key)[0]).mean()
+
+    key = jax.random.key(0)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(thin, key)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
+    assert value != jax.jit(loss)(thin, jax.random.key(1))  # dropout
+
+
+def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
+    model, x = MODELS["convnet"](), images(4)
+    kernels = factors.kernels(*model, x)
+    ranks = {"convolution.1.kernel": 3, "hidden.kernel": 5}
+    thin = factors.factorise(model.params, kernels, ranks)
+    with Checkpoints(tmp_path / "thin") as checkpoints:
+        checkpoints.save(1, {"params": thin}, {"ranks": factors.ranks_of(thin)})
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", factors.factored(model.apply_fn)(thin, {}, x)[0])
+    program = """
+import sys, jax, numpy as np
+from pathlib import Path
+from distill_jax import factors, models
+from distill_jax.checkpoint import Checkpoints
+folder = Path(sys.argv[1])
+x = np.load(folder / "x.npy")
+model = models.build("convnet:4,8", (8, 8, 1), 10, jax.random.key(7))
+kernels = factors.kernels(*model, x)
+like = factors.factorise(model.params, kernels, {"convolution.1.kernel": 3, "hidden.kernel": 5})
+with Checkpoints(folder / "thin") as checkpoints:
+    tree, info = checkpoints.restore({"params": like})
+assert info["ranks"] == factors.ranks_of(tree["params"])
+y, _ = factors.factored(model.apply_fn)(tree["params"], {}, x)
+np.testing.assert_allclose(y, np.load(folder / "y.npy"), atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
+
+
+def test_errors():
+    model, x = MODELS["mlp"](), images(8)
+    kernels = factors.kernels(*model, x)
+    with pytest.raises(ValueError, match=r"no kernel is named 'dense'"):
+        factors.factorise(model.params, kernels, {"dense": 1})
+    with pytest.raises(ValueError, match=r"dense.0.kernel: rank must be 1 to .* 24, got 25"):
+        factors.factorise(model.params, kernels, {"dense.0.kernel": 25})
+    with pytest.raises(ValueError, match="budget: ranks of 1 already exceed"):
+        factors.allocate(model.params, kernels, 0.05)
+    with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
+        factors.allocate(model.params, kernels, 0)
+    broken = jax.tree.map(lambda p: p * jnp.nan, model.params)
+    with pytest.raises(ValueError, match=r"the inputs of dense.1.kernel are not finite"):
+        factors.layer_roots(model.apply_fn, broken, {}, x)
+
+    def tied(params, model_state, x, *, key=None):
+        return x @ params["w"] + params["w"].sum(), model_state
+
+    params = {"w": jnp.ones((4, 3))}
+    assert factors.kernels(tied, params, {}, jnp.ones((2, 4))) == {}
+    thin = {"w": factors.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)), 1)}
+    with pytest.raises(ValueError, match="w is used by 'reduce_sum'"):
+        factors.factored(tied)(thin, {}, jnp.ones((2, 4)))
