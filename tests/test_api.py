@@ -30,7 +30,7 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"objectives", "targets", "runs"},
+    {"objectives", "targets", "runs", "units"},
     {"fit", "schemes", "teachers"},
     {"study"},
     {"lab"},

@@ -95,8 +95,3 @@ def _places(group: Group, most: int = 3) -> str:
     places = [f"{s.path}:{s.axis}" for s in group.slices]
     rest = len(places) - most
     return ", ".join(places[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def trace(fn: Any, params: Any, *inputs: Any) -> UnitGraph:
-    """Finds the units of a network."""
-    raise NotImplementedError

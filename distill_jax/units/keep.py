@@ -89,16 +89,27 @@ def position_masks(graph: UnitGraph, kept: Kept) -> dict[str, dict[int, np.ndarr
       path → axis → mask ``[positions]``; only for axes that lose something.
     """
     masks: dict[str, dict[int, np.ndarray]] = {}
-    for name, indices in kept.items():
-        stays = _stays(graph, name, indices)
-        if stays.all():
-            continue
+    for name, stays in check(graph, kept).items():
         for path, axis, index in graph.groups[name].slices:
             axes = masks.setdefault(path, {})
             # Position −1 reads the last element, which np.where then ignores
             mask = np.where(index < 0, True, stays[index])
             axes[axis] = axes[axis] & mask if axis in axes else mask
     return masks
+
+
+def check(graph: UnitGraph, kept: Kept) -> dict[str, np.ndarray]:
+    """Says which units stay in the groups that lose some: group → mask ``[size]``.
+
+    Args:
+      graph: as in :func:`keep`.
+      kept: as in :func:`keep`.
+
+    Raises:
+      ValueError: as :func:`keep` does for ``kept``.
+    """
+    stays = {name: _stays(graph, name, indices) for name, indices in kept.items()}
+    return {name: mask for name, mask in stays.items() if not mask.all()}
 
 
 def _stays(graph: UnitGraph, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:

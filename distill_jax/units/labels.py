@@ -92,8 +92,8 @@ class Labels:
             common_b = (b[:, None] == a[None]).any(1)
             a, b = np.where(common_a, NONE, a), np.where(common_b, NONE, b)
             in_a, in_b = (a >= 0).sum(0), (b >= 0).sum(0)
-            self.freeze(a[:, in_b == 0], reason)
-            self.freeze(b[:, in_a == 0], reason)
+            self.freeze(a[:, in_b == 0], f"tied to the outside by {reason}")
+            self.freeze(b[:, in_a == 0], f"tied to the outside by {reason}")
             open_ = (in_a > 0) & (in_b > 0)
             if not open_.any():
                 return
@@ -171,7 +171,7 @@ class Labels:
                     full[d] = factor
                 self.unify(layer[None], merge(full), reason)
             else:
-                d = varies[0] if varies else 0
+                d = varies[0] if varies else int(np.argmax(np.array(sizes) > 1))
                 parts[d].append(grid[tuple(slice(None) if i == d else 0 for i in range(grid.ndim))])
         return [
             np.stack(part) if part else np.zeros((0, n), np.int64)

@@ -1,6 +1,7 @@
 """Rules of the primitives that move values about, and of loops and choices."""
 
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
             axes += [fixed(n) for n in sizes]
             continue
         units = merge([units for units, _ in wide])
-        zero = np.logical_and.reduce(np.ix_(*(zero for _, zero in wide))).ravel()
+        zero = reduce(np.logical_and.outer, [zero for _, zero in wide]).ravel()
         if sum(n > 1 for n in sizes) == 1:
             axes += [fixed(1) if n == 1 else (units, zero) for n in sizes]
             continue
@@ -100,16 +101,6 @@ def _squeeze(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             _single(tracer, operand.axis(a), step.name)
         else:
             axes.append(operand.axis(a))
-    return [value(axes, nil=operand.nil, total=operand.total)]
-
-
-@rule("expand_dims")
-def _expand_dims(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    (operand,) = operands
-    rank = len(operand.shape) + len(step.params["dimensions"])
-    new = [a % rank for a in step.params["dimensions"]]
-    old = iter(range(len(operand.shape)))
-    axes = [fixed(1) if a in new else operand.axis(next(old)) for a in range(rank)]
     return [value(axes, nil=operand.nil, total=operand.total)]
 
 
@@ -255,28 +246,18 @@ def _iota(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     return [value(axes)]
 
 
-WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min reduce_window"
-
-
-@rule(*WINDOWS.split())
-def _reduce_window(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
-    p = step.params
-    operand = operands[0]
-    if step.name == "reduce_window":
-        return None
-    rank = len(operand.shape)
-    base = p.get("base_dilation") or (1,) * rank
-    window = p.get("window_dilation") or (1,) * rank
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def _reduce_window(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+    (operand,) = operands
+    options = [step.params[name] for name in ("window_dimensions", "window_strides", "padding")]
+    dilation = step.params["base_dilation"]
     axes: list[Axis] = []
-    for a, n in enumerate(operand.shape):
-        low, high = p["padding"][a]
-        width, stride = p["window_dimensions"][a], p["window_strides"][a]
-        if (width, stride, low, high, base[a]) == (1, 1, 0, 0, 1):
+    for a, n in enumerate(tracer.avals[step.outputs[0]].shape):
+        if [option[a] for option in options] == [1, 1, (0, 0)] and dilation[a] == 1:
             axes.append(operand.axis(a))
-            continue
-        tracer.settle(operand.axis(a), f"window of {step.name}")
-        span = (n - 1) * base[a] + 1 + low + high - ((width - 1) * window[a] + 1)
-        axes.append(fixed(max(0, span // stride + 1)))
+        else:
+            tracer.settle(operand.axis(a), f"window of {step.name}")
+            axes.append(fixed(n))
     return [value(axes, nil=operand.nil)]
 
 

@@ -1,10 +1,9 @@
 """A jaxpr as one list of steps: calls entered, every value with a number of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.extend import core
 
@@ -103,18 +102,24 @@ def _is_relu(eqn: Any) -> bool:
     return x in jaxpr.invars and isinstance(zero, core.Literal) and np.all(zero.val == 0)
 
 
-def evaluate(program: Program, run: Callable[..., Any], *values: Any) -> list[Any]:
-    """Runs a program, ``run(step, read)`` giving each step's results.
+def evaluate(
+    program: Program,
+    run: Callable[[Step, list[Any]], Sequence[Any]],
+    constant: Callable[[int], Any],
+    values: Sequence[Any],
+) -> list[Any]:
+    """Runs a program.
 
     Args:
       program: the steps.
       run: ``(step, operands) -> results``.
+      constant: the value of a constant, by number.
       values: the program's inputs.
     """
     known = dict(zip(program.inputs, values, strict=True))
 
     def read(number: int) -> Any:
-        return known[number] if number in known else program.constants[number]
+        return known[number] if number in known else constant(number)
 
     for step in program.steps:
         results = run(step, [read(number) for number in step.inputs])
@@ -122,13 +127,14 @@ def evaluate(program: Program, run: Callable[..., Any], *values: Any) -> list[An
     return [read(number) for number in program.outputs]
 
 
-def bind(primitive: Any, params: dict[str, Any], *operands: Any) -> list[Any]:
-    """Applies a primitive to values: its results, always as a list."""
-    functions, options = primitive.get_bind_params(params)
-    results = primitive.bind(*functions, *operands, **options)
-    return list(results) if primitive.multiple_results else [results]
+def bind(step: Step, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Applies a step's primitive to values: its results, always as a list.
 
-
-def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    Args:
+      step: the operation.
+      operands: the values.
+      changed: parameters of the primitive that differ.
+    """
+    options = step.primitive.get_bind_params({**step.params, **changed})
+    results = step.primitive.bind(*operands, **options)
+    return list(results) if step.primitive.multiple_results else [results]
