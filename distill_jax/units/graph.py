@@ -33,7 +33,7 @@ class Group(NamedTuple):
     """Units of one kind: any of them can be removed, together with all its slices.
 
     Args:
-      name: the path of the parameter that has them last among its axes first in the program, such as
+      name: the path of the first parameter in the program that has these units, such as
         ``layers.0.kernel``; ``#1`` and so on tell groups of one parameter apart.
       size: the number of units.
       slices: where they lie.

@@ -107,11 +107,8 @@ def _groups(
     for node in np.flatnonzero(labels.birth[: labels.count] >= 0):
         for root in labels.resolve(np.array([[node]])).ravel():
             births.setdefault(int(root), set()).add(int(labels.birth[node]))
-    first: dict[int, int] = {}
-    for i, step in enumerate(program.steps):
-        for number in step.inputs:
-            first.setdefault(number, i)
-    order = sorted(range(len(paths)), key=lambda i: first.get(program.inputs[i], 1 << 60))
+    first = _first_uses(program)
+    order = sorted(range(len(paths)), key=lambda i: first.get(program.inputs[i], len(program.avals)))
     places: list[tuple[str, int, np.ndarray]] = []
     of_node: dict[int, list[tuple[int, int]]] = {}
     for i in order:
@@ -150,6 +147,22 @@ def _groups(
         names[name] += 1
     groups = {named[i]: g._replace(name=named[i]) for i, (g, _) in enumerate(found_groups)}
     return groups, {named[i]: members for i, (_, members) in enumerate(found_groups)}
+
+
+def _first_uses(program: Program) -> dict[int, int]:
+    """When each value is first an operand, also within loops: in the order of the results."""
+    first: dict[int, int] = {}
+    for step in program.steps:
+        time = step.outputs[0] if step.outputs else 0
+        for body in step.bodies:
+            inner = _first_uses(body)
+            # A loop's bodies take the last of the operands, but for its condition's
+            for number, within in zip(step.inputs[::-1], body.inputs[::-1], strict=False):
+                if within in inner:
+                    first.setdefault(number, inner[within])
+        for number in step.inputs:
+            first.setdefault(number, time)
+    return first
 
 
 def _reasons(tracer: Tracer, marks: list[tuple[np.ndarray, str]]) -> dict[int, str]:
