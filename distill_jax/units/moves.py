@@ -1,6 +1,5 @@
 """Rules of the primitives that move values about, and of loops and choices."""
 
-
 from functools import reduce
 from typing import Any
 
@@ -339,5 +338,3 @@ def _cond(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             else [v._replace(total=None) for v in outputs]
         )
     return results
-
-

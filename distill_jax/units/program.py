@@ -79,7 +79,9 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
                     bodies = tuple(_read(each, avals, constants) for each in inner)
                 name = "relu" if _is_relu(eqn) else name
-                step = Step(name, eqn.primitive, eqn.params, tuple(operands), tuple(outputs), bodies)
+                step = Step(
+                    name, eqn.primitive, eqn.params, tuple(operands), tuple(outputs), bodies
+                )
                 program.steps.append(step)
             values.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

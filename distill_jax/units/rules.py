@@ -199,9 +199,7 @@ def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -
             elif operand.shape:
                 tracer.settle(operand.axis(a), f"repeated by {step.name}")
         units = tracer.join(full, step.name)
-        zeros = [
-            o.zero[a] if o.shape and o.shape[a] == n else np.full(n, o.nil) for o in operands
-        ]
+        zeros = [o.zero[a] if o.shape and o.shape[a] == n else np.full(n, o.nil) for o in operands]
         axes.append((units, zero(zeros)))
     nil = bool(zero([np.array([o.nil]) for o in operands])[0])
     return [value(axes, nil=nil)]
@@ -298,9 +296,7 @@ def _select(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
 def _clamp(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     low, high = (tracer.number(step.inputs[i]) for i in (0, 2))
     through = low is not None and high is not None and low <= 0 <= high
-    return _elementwise(
-        tracer, step, operands, (lambda zeros: zeros[1]) if through else _never
-    )
+    return _elementwise(tracer, step, operands, (lambda zeros: zeros[1]) if through else _never)
 
 
 @rule("optimization_barrier")

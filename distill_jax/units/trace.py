@@ -108,7 +108,9 @@ def _groups(
         for root in labels.resolve(np.array([[node]])).ravel():
             births.setdefault(int(root), set()).add(int(labels.birth[node]))
     first = _first_uses(program)
-    order = sorted(range(len(paths)), key=lambda i: first.get(program.inputs[i], len(program.avals)))
+    order = sorted(
+        range(len(paths)), key=lambda i: first.get(program.inputs[i], len(program.avals))
+    )
     places: list[tuple[str, int, np.ndarray]] = []
     of_node: dict[int, list[tuple[int, int]]] = {}
     for i in order:
