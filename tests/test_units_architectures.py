@@ -256,7 +256,7 @@ def test_inexact_groups_still_run_and_means_count_what_is_left():
 
 
 def test_vision_transformer_with_scanned_layers():
-    each = {k: v for k, v in block_shapes(6, 3, 3, 2, 5).items()}
+    each = block_shapes(6, 3, 3, 2, 5)
     p = shapes(
         patch=(48, 6),
         token=(1, 1, 6),
@@ -374,7 +374,9 @@ def random_network(parts):
             elif part == "pad":
                 x = jnp.pad(x, ((0, 0), (1, 1))) + q["b"]
             else:
-                x = jax.lax.scan(lambda h, _: (jnp.tanh(h @ q["w"]) @ q["k"], None), x, None, 2)[0]
+                x = jax.lax.scan(
+                    lambda h, _, q=q: (jnp.tanh(h @ q["w"]) @ q["k"], None), x, None, 2
+                )[0]
         return x @ p["last"]
 
     return fn, shapes(**given)

@@ -21,7 +21,7 @@ class Value(NamedTuple):
 
     Args:
       units: for each axis, its label array ``[layers, positions]``.
-      zero: for each axis, ``[positions]``: with any unit of the position silenced, the value is 0 there.
+      zero: for each axis, ``[positions]``: the value is 0 there with any unit of the position silenced.
       nil: whether all of it is 0.
       total: if it is a sum over units, or a function of one in shape only: the number of its terms,
         and their labels. (The sum over n divided by n is a mean, and then n counts the units.)
@@ -177,14 +177,14 @@ ZERO_IF_ALL = (
     "add add_any sub neg abs sign floor ceil round real imag conj sin tan tanh sinh asin atan "
     "asinh atanh erf expm1 log1p sqrt cbrt square max min or xor relu copy stop_gradient "
     "convert_element_type reduce_precision name nextafter atan2 bessel_i1e"
-).split()
-ZERO_IF_ANY = "mul and".split()
+)
+ZERO_IF_ANY = "mul and"
 ZERO_NEVER = (
     "exp exp2 cos cosh acos acosh logistic erfc erf_inv eq ne lt le gt ge not is_finite "
     "shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
-).split()
+)
 # Not finite where an operand (the last) is 0: what is silenced there is no number, and spoils sums
-POLE = "log rsqrt lgamma digamma".split()
+POLE = "log rsqrt lgamma digamma"
 
 
 def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -> list[Value]:
@@ -217,7 +217,7 @@ def _never(zeros: list[np.ndarray]) -> np.ndarray:
     return np.zeros_like(zeros[0])
 
 
-@rule(*ZERO_IF_ALL)
+@rule(*ZERO_IF_ALL.split())
 def _zero_if_all(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     zero = _all
     if step.name in ("max", "min"):
@@ -236,7 +236,7 @@ def _zero_if_all(tracer: Tracer, step: Step, operands: list[Value]) -> list[Valu
     return results
 
 
-@rule(*ZERO_IF_ANY)
+@rule(*ZERO_IF_ANY.split())
 def _zero_if_any(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     if step.name == "mul":
         for i in (0, 1):
@@ -244,12 +244,12 @@ def _zero_if_any(tracer: Tracer, step: Step, operands: list[Value]) -> list[Valu
     return _elementwise(tracer, step, operands, _any)
 
 
-@rule(*ZERO_NEVER)
+@rule(*ZERO_NEVER.split())
 def _zero_never(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     return _elementwise(tracer, step, operands, _never)
 
 
-@rule(*POLE)
+@rule(*POLE.split())
 def _pole(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     for units, zero in zip(operands[0].units, operands[0].zero, strict=True):
         tracer.labels.mark(units[:, zero], f"{step.name} of 0")

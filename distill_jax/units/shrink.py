@@ -18,8 +18,8 @@ def shrink(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
 
     Needed where ``fn`` itself has widths written into it (Linen's features, a BatchNorm's, the number
     of heads); otherwise ``fn`` can be called with the smaller parameters. It is differentiable and can
-    be compiled. Other numbers that ``fn`` computed from sizes, as 1/√(head size), stay as they were, but
-    for a mean's. Of custom derivatives only ReLU's stays. Inputs have the traced shapes: for any
+    be compiled. Numbers that ``fn`` computed from sizes, as 1/√(head size), stay as they were, but for a
+    mean's. Of custom derivatives only ReLU's stays. Inputs have the traced shapes: for any
     batch, trace with one example and ``vmap``.
 
     Args:

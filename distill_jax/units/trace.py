@@ -11,6 +11,7 @@ from distill_jax.units import moves  # noqa: F401  (registers rules)
 from distill_jax.units.graph import Group, Slice, UnitGraph
 from distill_jax.units.program import Program, flatten
 from distill_jax.units.rules import Tracer, fixed, value
+from distill_jax.units.sizes import groups_in_numbers
 
 Key = tuple[Any, ...]
 
@@ -45,7 +46,9 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
     A group is *exact* if the network without some of its units (:func:`~distill_jax.units.keep`)
     computes what the network with these units silenced computes
     (:func:`~distill_jax.units.silence`), wherever that is finite. It is not if what is silenced still
-    counts, as in a mean, a softmax or a normalisation over the units.
+    counts, as in a mean, a softmax or a normalisation over the units; nor if ``fn`` computes a number
+    from how many there are, as 1/√(head size): then only :func:`~distill_jax.units.shrink`, where that
+    number stays, gives the same.
 
     Args:
       fn: ``(params, *inputs) -> results``, arrays or pytrees of them, in evaluation mode (random
@@ -94,7 +97,11 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
         program, tracer, units, jax.tree.structure(results), jax.tree.structure((params, inputs))
     )
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
-    return UnitGraph(groups, shapes, tuple(notes), traced)
+    graph = UnitGraph(groups, shapes, tuple(notes), traced)
+    for name in groups_in_numbers(fn, params, inputs, graph, program):
+        reason = "fn computes a number from its size"
+        groups[name] = groups[name]._replace(exact=False, reason=reason)
+    return graph
 
 
 def _groups(
