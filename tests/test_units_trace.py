@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import enable_x64
 from test_units_architectures import (
     block_shapes,
     language_model,
     numbers,
     pruned_equals_silenced,
-    random_units,
     shapes,
 )
 
@@ -83,7 +81,7 @@ def test_what_still_counts_when_silenced_is_not_exact():
 
     assert reason(lambda h, p: jax.nn.softmax(h)) == "reduce_max over it"
     assert "mean" in reason(lambda h, p: h / h.mean(-1, keepdims=True))
-    assert "mean" in reason(lambda h, p: h * (h**2).sum(-1, keepdims=True) * 0.2)
+    assert "mean" in reason(lambda h, p: h * ((h**2).sum(-1, keepdims=True) * 0.2))
     assert "reduce_sum" in reason(lambda h, p: h * jnp.exp(h).sum(-1, keepdims=True))
     assert "dot_general" in reason(lambda h, p: h * (jnp.cos(h) @ jnp.exp(h).T).sum())
     assert "cumsum" in reason(lambda h, p: jnp.cumsum(jnp.exp(h), -1))
@@ -96,10 +94,11 @@ def test_what_still_counts_when_silenced_is_not_exact():
 def test_what_depends_on_the_place_is_frozen():
     def frozen(fn, **more):
         _, graph = traced(lambda p, x: fn(x @ p["a"], p) @ p["b"], a=(3, 4), b=(4, 2), **more)
-        (group,) = [
-            g for g in graph.groups.values() if any(s == "b" and a == 0 for s, a, _ in g.slices)
-        ]
-        assert not group.free
+        for path, axis in [("b", 0), ("a", 1)]:
+            (group,) = [
+                g for g in graph.groups.values() if (path, axis) in {s[:2] for s in g.slices}
+            ]
+            assert not group.free
         return group.reason
 
     assert "mul" in frozen(lambda h, p: h * np.arange(4.0))
@@ -126,16 +125,21 @@ def test_partly_used_units_are_groups_of_their_own():
     assert group.slices[0].index.tolist() == [-1, -1, 0, 1, 2, 3]
 
 
-def test_axes_split_in_ways_that_do_not_agree_are_frozen():
+def test_an_axis_split_in_two_ways_has_the_factors_that_suit_both():
     def fn(p, x):
         h = x @ p["a"]
-        u = h.reshape(2, 2, 6).swapaxes(1, 2) * p["u"][:, None]
-        v = h.reshape(2, 4, 3).swapaxes(1, 2) * p["v"][:, None]
+        u = h.reshape(2, 2, 6) * p["u"]
+        v = h.reshape(2, *p["v"].shape) * p["v"]
         return u.sum((1, 2)) + v.sum((1, 2))
 
-    params, graph = traced(fn, a=(3, 12), u=(6,), v=(3,))
-    pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
-    assert not [g for g in graph.groups.values() if g.free and g.size in (12, 4, 6)]
+    with jax.enable_x64(True):
+        params = shapes(a=(3, 12), u=(6,), v=(4, 3))
+        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2)
+        assert sorted(sizes(graph).values()) == [2, 2, 3]
+        # 2 × 6 and 3 × 4 have 2 × … in common only in another order: no unit is left alone
+        params = shapes(a=(3, 12), u=(6,), v=(3, 4))
+        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
+        assert sum(sizes(graph).values()) < 7
 
 
 def test_loops_choices_and_calls():
@@ -154,7 +158,7 @@ def test_loops_choices_and_calls():
         return h @ p["b"]
 
     params = shapes(a=(3, 5), w=(5, 5), s=(5,), b=(5, 2))
-    with enable_x64():
+    with jax.enable_x64(True):
         graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2, rerun=True)
     assert sizes(graph) == {"a": 5}
 
@@ -176,7 +180,7 @@ def test_numbers_that_fn_computes_from_sizes_are_noticed():
         logits = jnp.einsum("bhd,chd->hbc", q, k) / q.shape[-1] ** 0.5
         return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), q).reshape(len(x), -1) @ p["o"]
 
-    params, graph = traced(fn, q=(3, 10), k=(3, 10), o=(10, 2))
+    _, graph = traced(fn, q=(3, 10), k=(3, 10), o=(10, 2))
     assert sizes(graph, exact=False) == {"q#1": 5}
     assert "number from its size" in graph.groups["q#1"].reason
     assert sizes(graph, exact=True) == {"q": 2}
@@ -230,46 +234,52 @@ def names_in(prog):
             yield from names_in(body)
 
 
+def but_the_first(graph):
+    """All units but one in each group: sizes, and so compiled operations, are the same each time."""
+    return {name: range(1, group.size) for name, group in graph.groups.items()
+            if group.free and group.exact}  # fmt: skip
+
+
 def test_without_any_one_rule_there_are_frozen_axes_or_an_error_never_other_numbers(monkeypatch):
     params = {k: np.abs(v) for k, v in shapes(**EVERYTHING).items()}
-    with enable_x64():
+    with jax.enable_x64(True):
         x = numbers(np.zeros((2, 3)))
-        graph = pruned_equals_silenced(everything, params, x, runs=2)
+        silenced = jax.jit(everything)
+        graph = units.trace(everything, params, x)
+        assert not graph.notes
+
+        def check(graph):
+            kept = but_the_first(graph)
+            small = units.shrink(graph, kept)(units.keep(graph, params, kept), x)
+            expected = silenced(units.silence(graph, params, kept), x)
+            np.testing.assert_allclose(small, expected, rtol=1e-9)
+
+        check(graph)
         full = sum(sizes(graph).values())
-        kept = random_units(graph, np.random.default_rng(1))
-        used = set(names_in(graph.program.program))
+        used = sorted({"jit", *names_in(graph.program.program)})
         assert len(used) > 25
-        fewer = 0
-        for name in sorted(used | (set(program.CALLS) & {"jit", "custom_jvp_call"})):
+        counts = []
+        for name in used:
             with monkeypatch.context() as patch:
                 patch.delitem(rules.RULES, name, raising=False)
                 patch.delitem(program.CALLS, name, raising=False)
                 maimed = units.trace(everything, params, x)
-            count = sum(sizes(maimed).values())
-            assert maimed.notes
-            assert name in " ".join(maimed.notes)
-            assert count <= full
-            fewer += count < full
-            kept_now = random_units(maimed, np.random.default_rng(1))
-            if not kept_now:
-                continue
-            small = units.shrink(maimed, kept_now)(units.keep(maimed, params, kept_now), x)
-            expected = everything(units.silence(maimed, params, kept_now), x)
-            np.testing.assert_allclose(small, expected, rtol=1e-9)
-        assert fewer > 15
-        # And of the program with smaller arrays: the right numbers or an error
+            assert any(name in note for note in maimed.notes)
+            counts.append(sum(sizes(maimed).values()))
+            check(maimed)
+        assert max(counts) <= full
+        assert sum(count < full for count in counts) > 15
+        # And what the smaller program does without an adaptation: the same numbers, or an error
         errors = 0
-        small = units.keep(graph, params, kept)
-        expected = everything(units.silence(graph, params, kept), x)
         for name in ADAPTED:
             with monkeypatch.context() as patch:
                 patch.delitem(ADAPTED, name)
                 try:
-                    result = units.shrink(graph, kept)(small, x)
-                except (ValueError, TypeError):
+                    check(graph)
+                except AssertionError:
+                    raise
+                except Exception:
                     errors += 1
-                else:
-                    np.testing.assert_allclose(result, expected, rtol=1e-9)
         assert errors > 4
 
 
@@ -278,7 +288,7 @@ def test_a_step_after_pruning_is_the_silenced_networks_on_what_is_left(tx):
     def fn(p, x):
         return jax.nn.gelu(x @ p["a"] + p["b"]) @ p["c"]
 
-    with enable_x64():
+    with jax.enable_x64(True):
         params = shapes(a=(3, 6), b=(6,), c=(6, 2))
         x, y = numbers(np.zeros((8, 3)), 1), numbers(np.zeros((8, 2)), 2)
         graph = units.trace(fn, params, x)
@@ -311,7 +321,8 @@ def test_the_shrunk_program_is_differentiable_and_keeps_the_derivative_of_relu()
     x = numbers(np.zeros((2, 3)))
     given = jax.grad(lambda p: fn(p, x).sum())(small)
     expected = jax.grad(lambda p: (jax.nn.relu(x @ p["a"]) @ p["b"]).sum())(small)
-    jax.tree.map(np.testing.assert_allclose, given, expected)
+    for name in small:
+        np.testing.assert_allclose(given[name], expected[name], rtol=1e-5)
     assert not np.any(given["a"][:, 0])
 
 

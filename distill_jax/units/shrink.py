@@ -18,8 +18,8 @@ def shrink(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
 
     Needed where ``fn`` itself has widths written into it (Linen's features, a BatchNorm's, the number
     of heads); otherwise ``fn`` can be called with the smaller parameters. It is differentiable and can
-    be compiled. Numbers that ``fn`` computed from sizes, as 1/√(head size), stay as they were, but for a
-    mean's. Of custom derivatives only ReLU's stays. Inputs have the traced shapes: for any
+    be compiled. Numbers that ``fn`` computed from sizes, as 1/√(head size), stay as they were, but for
+    a mean's. Of custom derivatives only ReLU's stays. Inputs have the traced shapes: for any
     batch, trace with one example and ``vmap``.
 
     Args:
@@ -53,6 +53,7 @@ def shrink(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
                     f"params or inputs have an array of shape {np.shape(leaf)} where the kept units "
                     f"make it {smaller.shape(number)}: give keep(graph, params, kept)"
                 )
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
         return jax.tree.unflatten(traced.structure, smaller.run(traced.program, leaves))
 
     return fn
@@ -90,11 +91,20 @@ class _Smaller:
                 array = jnp.take(array, np.flatnonzero(mask), axis=a)
         return array
 
+    def changes(self, step: Step) -> bool:
+        """Whether any size in it is another, or the number of terms of a mean."""
+        touched = (*step.inputs, *step.outputs)
+        return step.outputs[0] in self.tracer.means or not all(
+            mask.all() for number in touched for mask in self.stays(number)
+        )
+
     def run(self, program: Program, values: Sequence[Any]) -> list[Any]:
         return evaluate(program, self.step, self.constant, values)
 
     def step(self, step: Step, operands: list[Any]) -> Sequence[Any]:
         function = ADAPTED.get(step.name)
+        if not self.changes(step):
+            function = None
         results = function(self, step, operands) if function else bind(step, operands)
         for number, result in zip(step.outputs, results, strict=True):
             if np.shape(result) != self.shape(number):
@@ -169,14 +179,12 @@ def _scaled(small: _Smaller, step: Step, operands: list[Any]) -> Sequence[Any]:
     axes = small.tracer.means.get(step.outputs[0])
     if axes is not None:
         masks = [~small.removed[small.tracer.labels.resolve(units)].any(0) for units in axes]
-        left = np.prod([mask.mean() for mask in masks])
-        if left < 1:
-            is_number = [small.tracer.number(number) is not None for number in step.inputs]
-            factor = left if step.name == "div" else 1 / left
-            operands = [
-                x * np.asarray(factor, x.dtype) if number else x
-                for x, number in zip(map(jnp.asarray, operands), is_number, strict=True)
-            ]
+        left = float(np.prod([mask.mean() for mask in masks]))
+        factor = left if step.name == "div" else 1 / left
+        for i, number in enumerate(step.inputs):
+            count = small.tracer.number(number)
+            if count is not None:
+                operands[i] = np.asarray(count * factor, small.program.avals[number].dtype)
     return bind(step, operands)
 
 
