@@ -219,16 +219,15 @@ def _never(zeros: list[np.ndarray]) -> np.ndarray:
 
 @rule(*ZERO_IF_ALL.split())
 def _zero_if_all(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    zero = _all
+    counts = [True] * len(operands)
     if step.name in ("max", "min"):
-        # max(0, c) is 0 for any c ≤ 0
-        known = [tracer.number(number) for number in step.inputs]
+        # max(0, c) is 0 for any c ≤ 0: then only the other operand counts
         sign = 1 if step.name == "max" else -1
-        harmless = [c is not None and sign * c <= 0 for c in known]
-        if sum(harmless) == 1:
+        known = [tracer.number(number) for number in step.inputs]
+        counts = [c is None or sign * c > 0 for c in known]
 
-            def zero(zeros: list[np.ndarray]) -> np.ndarray:
-                return _all([z for z, skip in zip(zeros, harmless, strict=True) if not skip])
+    def zero(zeros: list[np.ndarray]) -> np.ndarray:
+        return _all([z for z, count in zip(zeros, counts, strict=True) if count or not any(counts)])
 
     results = _elementwise(tracer, step, operands, zero)
     if step.name in ("convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"):
