@@ -73,12 +73,12 @@ class Labels:
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
         """These nodes must stay."""
-        if labels.size:
+        if (labels >= 0).any():
             self.frozen.append((np.unique(labels), reason))
 
     def mark(self, labels: np.ndarray, reason: str) -> None:
         """Without these nodes the network is another than with them silenced."""
-        if labels.size:
+        if (labels >= 0).any():
             self.inexact.append((np.unique(labels), reason))
 
     def unify(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:

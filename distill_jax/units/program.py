@@ -93,9 +93,11 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
 
 def _is_relu(eqn: Any) -> bool:
     """Says whether a call is ``jax.nn.relu``, whose derivative at 0 is not that of a maximum."""
-    if eqn.primitive.name != "custom_jvp_call" or eqn.params.get("name") != "relu":
+    if eqn.primitive.name != "custom_jvp_call":
         return False
     jaxpr = eqn.params["call_jaxpr"].jaxpr
+    if jaxpr.debug_info.func_name != "relu":
+        return False
     while len(jaxpr.eqns) == 1 and jaxpr.eqns[0].primitive.name in ("jit", "pjit"):
         jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
     if [eqn.primitive.name for eqn in jaxpr.eqns] != ["max"]:
