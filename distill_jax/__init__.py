@@ -37,6 +37,7 @@ __all__ = [
     "targets",
     "teachers",
     "train",
+    "units",
 ]
 
 

@@ -31,9 +31,9 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"objectives", "targets", "runs"},
-    {"fit", "schemes", "teachers", "bottleneck"},
-    {"study", "stages"},
+    {"objectives", "runs", "targets", "units"},
+    {"bottleneck", "fit", "schemes", "teachers"},
+    {"stages", "study"},
     {"lab"},
 ]
 MODULES = sorted(
