@@ -32,6 +32,7 @@ __all__ = [
     "targets",
     "teachers",
     "train",
+    "trees",
 ]
 
 

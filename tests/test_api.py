@@ -22,7 +22,7 @@ LAYERS = [
     {
         "learned",
         "train",
-        "sparsity",
+        "trees",
         "data",
         "models",
         "metrics",
@@ -30,7 +30,7 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"objectives", "targets", "runs"},
+    {"objectives", "targets", "runs", "sparsity"},
     {"fit", "schemes", "teachers"},
     {"study"},
     {"lab"},
