@@ -30,8 +30,8 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"objectives", "targets", "runs", "sparsity"},
-    {"fit", "schemes", "teachers"},
+    {"objectives", "targets", "runs", "sparsity", "connectivity"},
+    {"fit", "schemes", "teachers", "interpolation"},
     {"study"},
     {"lab"},
 ]

@@ -131,13 +131,15 @@ def _shares(trees: Sequence[PyTree], weights: Any) -> jax.Array:
     if not len(trees):
         raise ValueError("trees must have at least one entry, got none")
     check(*trees, names=[f"trees[{i}]" for i in range(len(trees))])
-    weights = jnp.ones(len(trees)) if weights is None else to_float(weights)
-    if weights.shape != (len(trees),):
-        raise ValueError(f"weights must be one a tree, {len(trees)}, got shape {weights.shape}")
-    if not isinstance(weights, jax.core.Tracer):
-        values = np.asarray(weights)
+    if weights is None:
+        weights = np.ones(len(trees))
+    if np.shape(weights) != (len(trees),):
+        raise ValueError(f"weights must be one a tree, {len(trees)}, got shape {np.shape(weights)}")
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(weights)):
+        values = np.asarray(weights, np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
             raise ValueError(f"weights must be finite, ≥ 0 and not all 0, got {values}")
+    weights = to_float(jnp.asarray(weights))
     return weights / jnp.sum(weights)
 
 

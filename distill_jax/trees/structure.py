@@ -72,7 +72,7 @@ def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: 
             if dtypes and _dtype(a) != _dtype(b):
                 lines.append(f"{path}: dtype {_dtype(a)} in {names[0]}, {_dtype(b)} in {name}")
     if not lines:
-        structures = [jax.tree.structure(tree) for tree in trees]
+        structures: list[Any] = [jax.tree.structure(tree) for tree in trees]
         lines += [
             f"containers: {structures[0]} in {names[0]}, {structure} in {name}"
             for name, structure in zip(names[1:], structures[1:], strict=True)
@@ -81,7 +81,8 @@ def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: 
     for name, tree in zip(names, leaves, strict=True):
         for path, leaf in tree.items():
             if not isinstance(leaf, jax.core.Tracer) and is_float(leaf):
-                bad = np.size(leaf) - int(jnp.sum(jnp.isfinite(leaf)))
+                with jax.ensure_compile_time_eval():  # a constant is known inside jit, too
+                    bad = np.size(leaf) - int(jnp.sum(jnp.isfinite(leaf)))
                 if bad:
                     lines.append(f"{path}: {bad} of {np.size(leaf)} values not finite in {name}")
     return "\n".join(lines)
