@@ -64,7 +64,9 @@ def recalibrate(
     wrong = [path for path, x in trees.by_path(spread).items() if not x < 1e-3]
     if wrong:
         raise ValueError(f"model_state: no running means, so they cannot be recalibrated: {wrong}")
-    return jax.tree.map(lambda x, like: x.astype(jnp.asarray(like).dtype), values, model_state)
+    return jax.tree.map(
+        lambda s, x: x.astype(jnp.asarray(s).dtype) if trees.is_float(s) else s, model_state, values
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,26 +88,19 @@ def _statistics(apply_fn, params, model_state, x, key):
 
     def solve(s, a, b, c):
         if not trees.is_float(s):
-            return s
+            return jnp.float32(0), jnp.float32(0)
         momentum = (b - a) / c
         m = jnp.mean(momentum)
-        # A constant of the network: each start stays what it was
+        # What the network does not change: each start stayed what it was
         constant = jnp.all((a == 0) & (b == c))
-        return jnp.where(constant, s, a / jnp.where(constant, 1, 1 - m))
+        value = jnp.where(constant, s, a / jnp.where(constant, 1, 1 - m))
+        possible = constant | ((m > -1e-3) & (m < 1 - 1e-6))
+        spread = jnp.where(possible, jnp.max(jnp.abs(momentum - m)), jnp.nan)
+        return value.astype(jnp.float32), spread.astype(jnp.float32)
 
-    def spread(s, a, b, c):
-        if not trees.is_float(s):
-            return jnp.float32(0)
-        momentum = (b - a) / c
-        m = jnp.mean(momentum)
-        possible = jnp.all((a == 0) & (b == c)) | ((m > -1e-3) & (m < 1 - 1e-6))
-        # A statistic whose network is constant in it has NaN here, which is no mean either
-        return jnp.where(possible, jnp.max(jnp.abs(momentum - m)), jnp.nan).astype(jnp.float32)
-
-    return (
-        jax.tree.map(solve, model_state, low, high, scales),
-        jax.tree.map(spread, model_state, low, high, scales),
-    )
+    solved = jax.tree.map(solve, model_state, low, high, scales)
+    outer, inner = jax.tree.structure(model_state), jax.tree.structure((0, 0))
+    return jax.tree.transpose(outer, inner, solved)
 
 
 def along(
