@@ -363,8 +363,8 @@ def sweep(make: Callable[[Any], Callable[..., Any]], rates: Any) -> Callable[...
       rates: ``[n]`` of λ.
 
     Returns:
-      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; each metric is ``[n]``.
-      A batch serves all.
+      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; a batch serves all, and
+      each metric is ``[n]``.
     """
     rates = jnp.asarray(rates, jnp.float32)
 
@@ -399,6 +399,7 @@ def lane(states: Any, index: Any) -> Any:
 
 
 def _map_students(function: Callable[..., Any], states: Any) -> Any:
+    structure: Any
     axes, structure = jax.tree.flatten(_axes(states), is_leaf=lambda axis: axis is None)
     leaves = structure.flatten_up_to(states)
     return structure.unflatten(
@@ -419,8 +420,8 @@ def _axes(states: Any) -> Any:
 
     if isinstance(states, Pair):
         return Pair(shared(states.teacher), _axes(states.student))
-    step, *parts, key = states
-    return TrainState(shared(step), *map(split, parts), shared(key))
+    params, opt_state, model_state = map(split, states[1:4])
+    return TrainState(shared(states.step), params, opt_state, model_state, shared(states.key))
 
 
 def _share(params: Mapping[str, PyTree], rate: Any) -> Any:

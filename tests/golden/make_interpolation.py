@@ -10,6 +10,7 @@ one by one under ``no_grad``, and what comes out is evaluated. ::
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def drawn():
 def start(seed):
     """Parameters before the first step: He normal kernels ``[inputs, outputs]``, zero biases."""
     rng = np.random.default_rng([SEED, seed])
-    sizes = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
-    kernels = [rng.normal(size=(a, b)) * np.sqrt(2 / a) for a, b in sizes]
+    kernels = [rng.normal(size=(a, b)) * np.sqrt(2 / a) for a, b in itertools.pairwise(WIDTHS)]
     return [
         (kernel.astype(np.float32), np.zeros(kernel.shape[1], np.float32)) for kernel in kernels
     ]
