@@ -363,8 +363,8 @@ def sweep(make: Callable[[Any], Callable[..., Any]], rates: Any) -> Callable[...
       rates: ``[n]`` of λ.
 
     Returns:
-      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; a batch serves all, and
-      each metric is ``[n]``.
+      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; a batch serves all,
+      and each metric is ``[n]``.
     """
     rates = jnp.asarray(rates, jnp.float32)
 

@@ -316,7 +316,7 @@ def test_a_wider_teacher_is_projected():
     for path in ("a.kernel", "a.bias", "b.kernel"):
         assert path in str(error.value)
     params, _ = interpolation.join((make_mlp(2), {}), (make_mlp(1, 9), {}))
-    with pytest.raises(ValueError, match="in the student, .* in the teacher"):
+    with pytest.raises(ValueError, match=r"in the student, .* in the teacher"):
         interpolation.mix(params, 0.5)
     mixed = interpolation.mix(params, 1.0, project=first)
     chex.assert_trees_all_equal(mixed, first(make_mlp(1, 9)))
