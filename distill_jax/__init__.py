@@ -14,10 +14,12 @@ __all__ = [
     "capture",
     "checkpoint",
     "codec",
+    "connectivity",
     "data",
     "factors",
     "files",
     "fit",
+    "interpolation",
     "lab",
     "learned",
     "losses",
@@ -38,6 +40,7 @@ __all__ = [
     "teachers",
     "train",
     "units",
+    "trees",
 ]
 
 

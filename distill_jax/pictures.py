@@ -446,3 +446,43 @@ def units(path: str | Path, groups: Iterable[Any]) -> None:
     axes.set_xlabel("units")
     axes.legend(loc="upper right", fontsize=6, frameon=True)
     _save(path, picture)
+
+
+@_style
+def curves(
+    path: str | Path,
+    x: Sequence[float] | np.ndarray,
+    series: Mapping[str, np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draws curves over one variable: means over seeds; the band is one standard deviation.
+
+    Args:
+      path: of the PNG.
+      x: ``[points]``.
+      series: name → values ``[seeds, points]``.
+      xlabel: of the axis.
+      ylabel: likewise; the axis is logarithmic where values > 0 span more than a factor of 20.
+
+    Raises:
+      ValueError: if a series has other points.
+    """
+    picture = Figure((3.4, 2.7), layout="constrained")
+    axes = picture.subplots()
+    looks = _looks(series)
+    for name, values in series.items():
+        values = np.asarray(values, np.float64)
+        _check(name, values.shape, "[seeds, points]", (len(values), len(x)))
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        axes.plot(x, mean, label=name, **looks[name])
+        low, high = np.maximum(mean - sd, values.min(0)), mean + sd
+        axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.2, linewidth=0)
+    lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
+    if lowest > 0 and highest > 20 * lowest:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y")
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    _save(path, picture)
