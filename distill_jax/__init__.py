@@ -39,8 +39,8 @@ __all__ = [
     "targets",
     "teachers",
     "train",
-    "units",
     "trees",
+    "units",
 ]
 
 

@@ -206,7 +206,8 @@ def train_stages(
     measure = make_measure(objective(frozen=None), validation, prepare=prepare)
     current: tuple[Any, Any] = (dict(params), dict(model_state))
     level = measure(*current)["validation_loss"]
-    done, history, seconds = [], {}, 0.0
+    history: dict[str, Any] = {}
+    done, seconds = [], 0.0
     for number, (name, frozen) in enumerate(stages.items()):
         optimizer = only(tx(max(1, len(data["image"]) // batch_size)), frozen)
         result = fit(
@@ -244,7 +245,8 @@ def check_original(outputs: Any, where: str) -> None:
       outputs: what the original returned.
       where: for which examples, for the message.
     """
-    wrong = ~np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1).all(-1)
+    finite = np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1)
+    wrong = np.asarray(~np.all(finite, -1))
     if wrong.any():
         raise ValueError(
             f"the original's outputs for {where} are not finite for {int(wrong.sum())} of {len(wrong)} "

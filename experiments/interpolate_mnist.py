@@ -317,8 +317,8 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
         step = interpolation.pull(hard if together else None, hard, config.rate)
         pair = interpolation.Pair(starts(theirs, tx), start)
         units = 2.0 if together else 1.0
-        done = run(f"pull{suffix}", step, pair, units)
-        results[f"pull{suffix}"] = (apply_fn, done.student.params)
+        pulled = run(f"pull{suffix}", step, pair, units)
+        results[f"pull{suffix}"] = (apply_fn, pulled.student.params)
         loss_fn = interpolation.through(
             supervised, config.rate, teacher_loss=supervised if together else None
         )
@@ -463,7 +463,8 @@ def main() -> int:
         return Lanes(config, dataset, out, part, orders[:, :rows], epochs, name)  # type: ignore[arg-type]
 
     table: dict[str, dict[str, Any]] = {}
-    ways, barriers = {}, {}
+    ways: dict[str, Any] = {}
+    barriers: dict[str, Any] = {}
     ts = np.linspace(0, 1, 21)
     main_setting = f"{EQUAL}, {ALL}"
     for width in widths:

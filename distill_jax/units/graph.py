@@ -26,7 +26,7 @@ class Slice(NamedTuple):
 
     path: str
     axis: int
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # tuple's own index() is not used
 
 
 class Group(NamedTuple):

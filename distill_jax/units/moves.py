@@ -55,7 +55,7 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
         grid = zero.reshape(sizes)
         for d, part in enumerate(parts):
             others = tuple(i for i in range(len(sizes)) if i != d)
-            axes.append((part, grid.all(others)))
+            axes.append((part, np.asarray(np.all(grid, others))))
     return [value(axes, nil=operand.nil, total=operand.total)]
 
 
@@ -72,7 +72,8 @@ def segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int]
     runs: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        ins, outs = [], []
+        ins: list[int] = []
+        outs: list[int] = []
         a = b = 1
         while True:
             if a <= b and i < len(old) and (a < b or not ins):

@@ -103,7 +103,7 @@ def _is_relu(eqn: Any) -> bool:
     if [eqn.primitive.name for eqn in jaxpr.eqns] != ["max"]:
         return False
     x, zero = jaxpr.eqns[0].invars
-    return x in jaxpr.invars and isinstance(zero, core.Literal) and np.all(zero.val == 0)
+    return x in jaxpr.invars and isinstance(zero, core.Literal) and bool(np.all(zero.val == 0))
 
 
 def evaluate(

@@ -266,8 +266,9 @@ def _division(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
         tracer.labels.mark(units[:, zero], f"{step.name} by 0")
     if step.name == "div":
         _mean(tracer, step, operands[0], tracer.number(step.inputs[1]), 1)
-    zero = _never if step.name == "pow" else lambda zeros: zeros[0]
-    return _elementwise(tracer, step, operands, zero)
+    if step.name == "pow":
+        return _elementwise(tracer, step, operands, _never)
+    return _elementwise(tracer, step, operands, lambda zeros: zeros[0])
 
 
 @rule("integer_pow")
@@ -339,7 +340,7 @@ def _conv(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | No
         group, within = tracer.labels.split(units, sizes, step.name)
         rows = zero.reshape(sizes)
         # A group's channels all go together, so within a group what is silent adds nothing
-        tracer.contract((within, rows.all(0)), rhs.axis(inputs), step.name)
+        tracer.contract((within, np.all(rows, 0)), rhs.axis(inputs), step.name)
         sizes = (groups, out[0].shape[1] // groups)
         group_out, within_out = tracer.labels.split(out[0], sizes, step.name)
         tracer.labels.unify(group, group_out, step.name)

@@ -88,13 +88,13 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
     for number in program.outputs:
         for units in tracer.read(number, program).units:
             tracer.labels.freeze(units, "a result of the network")
-    groups, units = _groups(tracer, program, paths)
+    groups, members = _groups(tracer, program, paths)
     shapes = {
         path: jax.ShapeDtypeStruct(program.avals[n].shape, program.avals[n].dtype)
         for path, n in zip(paths, program.inputs, strict=False)
     }
     traced = Traced(
-        program, tracer, units, jax.tree.structure(results), jax.tree.structure((params, inputs))
+        program, tracer, members, jax.tree.structure(results), jax.tree.structure((params, inputs))
     )
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
     graph = UnitGraph(groups, shapes, tuple(notes), traced)
@@ -112,8 +112,8 @@ def _groups(
     frozen, inexact = _reasons(tracer, labels.frozen), _reasons(tracer, labels.inexact)
     births: dict[int, set[int]] = {}
     for node in np.flatnonzero(labels.birth[: labels.count] >= 0):
-        for root in labels.resolve(np.array([[node]])).ravel():
-            births.setdefault(int(root), set()).add(int(labels.birth[node]))
+        for root in labels.resolve(np.array([[node]])).ravel().tolist():
+            births.setdefault(root, set()).add(int(labels.birth[node]))
     first = _first_uses(program)
     order = sorted(
         range(len(paths)), key=lambda i: first.get(program.inputs[i], len(program.avals))
@@ -131,21 +131,21 @@ def _groups(
                     of_node.setdefault(int(found[j]), []).append((len(places), int(counts[j])))
             places.append((paths[i], a, nodes))
     kinds: dict[Key, list[int]] = {}
-    for node, lies in of_node.items():
+    for root, lies in of_node.items():
         kind = (
-            tuple(lies), tuple(sorted(births.get(node, ()))), node in frozen, node in inexact,
+            tuple(lies), tuple(sorted(births.get(root, ()))), root in frozen, root in inexact,
         )  # fmt: skip
-        kinds.setdefault(kind, []).append(node)
+        kinds.setdefault(kind, []).append(root)
     found_groups: list[tuple[Group, np.ndarray]] = []
-    for (lies, _, is_frozen, is_inexact), nodes in kinds.items():
-        members = np.array(nodes)
-        reason = frozen.get(nodes[0]) or inexact.get(nodes[0]) or ""
-        if not reason and len(nodes) == 1:
+    for (shared, _, is_frozen, is_inexact), roots in kinds.items():
+        members = np.array(roots)
+        reason = frozen.get(roots[0]) or inexact.get(roots[0]) or ""
+        if not reason and len(roots) == 1:
             reason = "one unit alone"
-        free = not is_frozen and len(nodes) > 1
-        slices = [s for place, _ in lies for s in _slices(*places[place], members)]
+        free = not is_frozen and len(roots) > 1
+        slices = [s for place, _ in shared for s in _slices(*places[place], members)]
         name = slices[0].path
-        group = Group(name, len(nodes), tuple(slices), free, not is_inexact, reason)
+        group = Group(name, len(roots), tuple(slices), free, not is_inexact, reason)
         found_groups.append((group, members))
     names: Counter[str] = Counter()
     named: dict[int, str] = {}
