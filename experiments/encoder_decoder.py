@@ -199,7 +199,9 @@ def check(config: Config, dataset: data.Dataset | None) -> None:
         parse_code(code)
     original = build(config, dataset, config.model, 0)
     build(config, dataset, config.encoder, 0)
-    names = layer_shapes(*original, prepare(dataset.train.image[:1]))
+    names = layer_shapes(
+        original.apply_fn, original.params, original.model_state, prepare(dataset.train.image[:1])
+    )
     need("feature", config.feature in names, f"be one of {', '.join(names)}")
 
 
@@ -229,9 +231,9 @@ def draw_linear(config: Config) -> tuple[dict[str, np.ndarray], data.Dataset]:
         y = codec.affine(params, {}, x)[0]
         return data.Split(np.arange(start, start + config.examples), x, y)
 
-    splits = [split(i * config.examples) for i in range(3)]
+    train, validation, test = (split(i * config.examples) for i in range(3))
     name = f"linear-{size}-{outputs}"
-    return params, data.Dataset(name, "drawn with seed 0", *splits, outputs, ())
+    return params, data.Dataset(name, "drawn with seed 0", train, validation, test, outputs, ())
 
 
 def linear(config: Config) -> int:
@@ -558,8 +560,8 @@ def network(config: Config, dataset: data.Dataset) -> int:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
     results["models"][TUNED]["ranks"] = factors.ranks_of(trained[0][TUNED].variables[0])
     example = prepare(dataset.test.image[:1])[0]
-    sides = [(m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"])]
-    faster = {b: metrics.speed_ratio(*sides, example, batch=b) for b in (1, 256)}
+    small, large = ((m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"]))
+    faster = {b: metrics.speed_ratio(small, large, example, batch=b) for b in (1, 256)}
     results["models"][TUNED]["times_as_fast"] = {str(b): ratio for b, ratio in faster.items()}
     files.write_json(out / "results.json", results)
 

@@ -2,8 +2,8 @@
 
 Two networks of the same shape learn batch by batch: the teacher by its own step, the student after it
 has moved towards the teacher by λ ("pull"), or through the interpolation of both ("through"). Beside
-them: the student alone, and the student of stored soft labels, at equal epochs. All seeds of a model, and
-all λ of a sweep, run as one compiled program.
+them: the student alone, and the student of stored soft labels, at equal epochs. All seeds of a
+model, and all λ of a sweep, run as one compiled program.
 
     python experiments/interpolate_mnist.py                   # the tutorial's example: minutes
     python experiments/interpolate_mnist.py --preset study    # few labels, other widths, λ from 0 to 1
@@ -28,8 +28,8 @@ import scipy.optimize
 import tyro
 
 from distill_jax import (  # isort: skip
-    connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures, report,
-    runs, train, trees,
+    connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures,
+    report, runs, train, trees,
 )  # fmt: skip
 from distill_jax.lab import begin, prepare, recorded
 
@@ -247,9 +247,9 @@ def joined(student: Any, teacher: Any, tx: optax.GradientTransformation) -> trai
 def narrow(teacher: Any, student: Any) -> Any:
     """Selects and orders a teacher's hidden units so that they fit the student's best.
 
-    The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as large
-    as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth, Hayase,
-    Srinivasa, `Git Re-Basin`, 2023, §3.2), and where the teacher has more units it selects as well.
+    The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as
+    large as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth,
+    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2), and where the teacher has more units it selects as well.
     """
     ours, theirs = ([tree["dense"][i] for i in (0, 1)] for tree in (student, teacher))
     gain = (
@@ -314,11 +314,11 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
 
     def both(suffix, theirs, together):
         """The two readings, from a teacher's parameters in the student's shape."""
-        step = interpolation.pull(hard if together else None, hard, config.rate)
+        pulled = interpolation.pull(hard if together else None, hard, config.rate)
         pair = interpolation.Pair(starts(theirs, tx), start)
         units = 2.0 if together else 1.0
-        pulled = run(f"pull{suffix}", step, pair, units)
-        results[f"pull{suffix}"] = (apply_fn, pulled.student.params)
+        done = run(f"pull{suffix}", pulled, pair, units)
+        results[f"pull{suffix}"] = (apply_fn, done.student.params)
         loss_fn = interpolation.through(
             supervised, config.rate, teacher_loss=supervised if together else None
         )
@@ -377,17 +377,14 @@ def sweep(config: Config, lanes: Lanes) -> dict[str, np.ndarray]:
             f"{name} at all λ", interpolation.sweep(make, rates), states, config.points + 1.0
         )
 
-        def models_of(states, model=model):
-            return jax.vmap(lambda i: model(interpolation.lane(states, i).params, rates[i]))(
-                jnp.arange(config.points)
-            )
-
-        params = jax.jit(jax.vmap(models_of))(done)
-        test = lanes.dataset.test
-        errors[name] = np.stack([
-            np.sum(np.argmax(lanes.logits(apply_fn, p, test), -1) != test.label, -1)
-            for p in (jax.tree.map(lambda x, i=i: x[:, i], params) for i in range(config.points))
-        ], 1)  # fmt: skip
+        test, counts = lanes.dataset.test, []
+        for i, rate in enumerate(rates):
+            params = jax.vmap(
+                lambda s, i=i, rate=rate, model=model: model(interpolation.lane(s, i).params, rate)
+            )(done)
+            wrong = np.argmax(lanes.logits(apply_fn, params, test), -1) != test.label
+            counts.append(wrong.sum(-1))
+        errors[name] = np.stack(counts, 1)
     return errors
 
 
@@ -431,8 +428,8 @@ def verdict(results: Mapping[str, Any]) -> str:
         for rival, settings in wins.items()
     ]
     return (
-        f"At λ = {results['config']['rate']:g} the better reading of the interpolation made clearly fewer "
-        f"test errors (paired |t| > 2) {', and '.join(texts)}."
+        f"At λ = {results['config']['rate']:g} the better reading of the interpolation made clearly "
+        f"fewer test errors (paired |t| > 2) {', and '.join(texts)}."
     ).replace("-", "−")
 
 
@@ -463,8 +460,8 @@ def main() -> int:
         return Lanes(config, dataset, out, part, orders[:, :rows], epochs, name)  # type: ignore[arg-type]
 
     table: dict[str, dict[str, Any]] = {}
-    ways: dict[str, Any] = {}
-    barriers: dict[str, Any] = {}
+    ways: dict[str, np.ndarray] = {}
+    barriers: dict[str, list[float]] = {}
     ts = np.linspace(0, 1, 21)
     main_setting = f"{EQUAL}, {ALL}"
     for width in widths:

@@ -161,7 +161,7 @@ def test_a_frozen_part_stays_whatever_the_optimizer():
 def test_the_interpolated_network_is_the_model():
     params, state = interpolation.join((make_mlp(1), {}), (make_mlp(2), {}))
     x = make_batch()["image"]
-    for rate in (0.3, {"a": 1.0, "b": 0.0}):
+    for rate in (0.3, {"^a": 1.0, "^b": 0.0}):
         mixed = interpolation.mix(params, rate)
         outputs, _ = interpolation.interpolated(mlp, rate)(params, state, x)
         np.testing.assert_array_equal(outputs, mlp(mixed, {}, x)[0])
@@ -213,12 +213,12 @@ SCHEDULES = {
 def test_schedules_of_the_rate(kind):
     tx, batches = optax.sgd(0.1), make_batches(4)
     rates = {name: SCHEDULES[name] for name in SCHEDULES}
-    step = reading(kind, tx, {"a.kernel": rates["linear"], "a.bias": 0.25, "b": rates["cosine"]})
+    step = reading(kind, tx, {"a.kernel": rates["linear"], "a.bias": 0.25, "^b": rates["cosine"]})
     _, metrics = jax.jit(lambda s: jax.lax.scan(step, s, batches))(start_of(kind, tx))
     np.testing.assert_allclose(metrics["rate a.kernel"], [1, 0.75, 0.5, 0.25], rtol=1e-6)
     np.testing.assert_allclose(metrics["rate a.bias"], [0.25] * 4)
     cosine = 0.4 * (1 + np.cos(np.pi * np.arange(4) / 4))
-    np.testing.assert_allclose(metrics["rate b"], cosine, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rate ^b"], cosine, rtol=1e-5)
     step = reading(kind, tx, rates["exponential"])
     _, metrics = jax.jit(lambda s: jax.lax.scan(step, s, batches))(start_of(kind, tx))
     np.testing.assert_allclose(metrics["rate"], 0.5 ** np.arange(1, 5), rtol=1e-6)

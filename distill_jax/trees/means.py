@@ -84,11 +84,13 @@ def _slerp(a: Any, b: Any, t: Scalar) -> jax.Array:
     if not is_float(a):
         return straight
     x, y, t = to_float(a), to_float(b), jnp.asarray(t)
-    u, v = x / _norm(x), y / _norm(y)
+    lengths = _norm(x), _norm(y)
+    u, v = (
+        z / jnp.where(length > 0, length, 1.0) for z, length in zip((x, y), lengths, strict=True)
+    )
     # Of arccos, small angles have no digits (Kahan, `How Futile are Mindless Assessments`, 2006, §12)
     angle = 2 * jnp.arctan2(_norm(u - v), _norm(u + v))
-    defined = jnp.sin(angle) >= 1e-4
-    defined &= jnp.any(x != 0) & jnp.any(y != 0)
+    defined = (jnp.sin(angle) >= 1e-4) & (lengths[0] > 0) & (lengths[1] > 0)
     angle = jnp.where(defined, angle, 1.0)
     round_ = (jnp.sin((1 - t) * angle) * x + jnp.sin(t * angle) * y) / jnp.sin(angle)
     # Multiplied and divided by sin Ω, an end comes back up to a rounding only
@@ -97,9 +99,9 @@ def _slerp(a: Any, b: Any, t: Scalar) -> jax.Array:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """The L2 norm; 1, with gradient 0, of zeros."""
+    """The L2 norm, with gradient 0 at zero."""
     square = jnp.sum(jnp.square(jnp.abs(x)))
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 1.0)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def mean(trees: Sequence[PyTree], weights: Any = None) -> PyTree:

@@ -151,7 +151,11 @@ def _map(graph: UnitGraph, one: Any, tree: Any, masks: Mapping[str, Any]) -> Any
 
     def visit(key: Any, leaf: Any) -> Any:
         path = find(jax.tree_util.keystr(key, simple=True, separator="."))
-        if path is None or path not in masks or np.size(leaf) <= 1 < np.prod(graph.shapes[path].shape):
+        if (
+            path is None
+            or path not in masks
+            or np.size(leaf) <= 1 < np.prod(graph.shapes[path].shape)
+        ):
             return leaf
         if np.shape(leaf) != graph.shapes[path].shape:
             raise ValueError(

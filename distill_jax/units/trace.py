@@ -143,7 +143,8 @@ def _groups(
         if not reason and len(roots) == 1:
             reason = "one unit alone"
         free = not is_frozen and len(roots) > 1
-        slices = [s for place, _ in shared for s in _slices(*places[place], members)]
+        lies_in = [places[place] for place, _ in shared]
+        slices = [s for path, a, nodes in lies_in for s in _slices(path, a, nodes, members)]
         name = slices[0].path
         group = Group(name, len(roots), tuple(slices), free, not is_inexact, reason)
         found_groups.append((group, members))
