@@ -254,6 +254,10 @@ def linear(config: Config) -> int:
     progress = runs.Progress(3 * len(ranks))
     rows, predictions = [], {}
     for rank in ranks:
+
+        def on_stage(name, rank=rank):
+            return progress.stage(f"width {rank}, {name}", 1 / config.stage_epochs)
+
         done = stages.train_stages(
             jax.random.key(rank),
             codec.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, config.outputs),
@@ -269,9 +273,7 @@ def linear(config: Config) -> int:
             patience=config.patience,
             directory=out / f"width{rank}",
             save_seconds=config.save_seconds,
-            on_stage=lambda name, rank=rank: progress.stage(
-                f"width {rank}, {name}", 1 / config.stage_epochs
-            ),
+            on_stage=on_stage,
         )
         pair = codec.fold(done.params, frame)
         learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])

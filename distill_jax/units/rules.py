@@ -7,7 +7,7 @@ not say is frozen: a primitive without a rule freezes all it touches.
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -159,13 +159,14 @@ class Tracer:
 
 
 Rule = Callable[[Tracer, Step, list[Value]], list[Value] | None]
+R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[R], R]:
     """Registers a rule for primitives of these names."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         RULES.update(dict.fromkeys(names, function))
         return function
 
