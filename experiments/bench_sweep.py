@@ -1,7 +1,7 @@
 """What a sweep of λ costs as one program, against the same runs one after another.
 
-Drawn images of MNIST's size, two networks 784-128-10, SGD. The two ways alternate (A B A B), so that what
-else the machine does falls on both.
+Drawn images of MNIST's size, two networks 784-128-10, SGD. The two ways alternate (A B A B), so that
+what else the machine does falls on both.
 
     python experiments/bench_sweep.py
 """
