@@ -249,7 +249,7 @@ def narrow(teacher: Any, student: Any) -> Any:
 
     The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as
     large as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth,
-    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2), and where the teacher has more units it selects as well.
+    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2); where the teacher has more units it selects as well.
     """
     ours, theirs = ([tree["dense"][i] for i in (0, 1)] for tree in (student, teacher))
     gain = (
