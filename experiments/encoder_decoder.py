@@ -320,9 +320,9 @@ def linear(config: Config) -> int:
     for y, guess in zip(test.label[:5], predictions[largest], strict=False):
         lines.append(f"  {y[0]: .6f}  {guess[0]: .6f}  difference {guess[0] - y[0]: .1e}")
     if config.inputs == config.outputs == 1:
-        w, b = float(pair["encoder"]["kernel"] @ pair["decoder"]["kernel"]), pair["decoder"]["bias"]
+        w, b = pair["encoder"]["kernel"] @ pair["decoder"]["kernel"], pair["decoder"]["bias"]
         lines.append(
-            f"  y = wx + b: w {params['kernel'].item():.6f} learned as {w:.6f}, "
+            f"  y = wx + b: w {params['kernel'].item():.6f} learned as {w.item():.6f}, "
             f"b {params['bias'].item():.6f} as {b.item():.6f}"
         )
     results = {

@@ -87,7 +87,7 @@ def test_gradient_descent_in_three_stages_reaches_the_optimum():
     params, x = problem(10, 5)
     root = codec.root(x[0], centre=True)
     best = codec.optimum(params["kernel"], root)
-    for rank in (1, 3, 5):
+    for rank in (2, 5):
         pair, done = train(params, x, rank)
         learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
         excess = codec.error(params["kernel"], root, learned) - best[rank]
