@@ -14,6 +14,8 @@ import jax  # noqa: E402
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
 
+collect_ignore = ["golden"]  # these scripts need PyTorch and the reference programs
+
 
 def pytest_configure(config):
     """The workers, and the programs they start again and again, compile what they share once."""
