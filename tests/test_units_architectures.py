@@ -54,7 +54,7 @@ def pruned_equals_silenced(fn, params, *inputs, runs=1, least=1, rerun=False):
     """Returns the graph; ``rerun``: ``fn`` itself runs with the smaller arrays, and agrees."""
     graph = units.trace(fn, params, *inputs)
     assert sum(group.free and group.exact for group in graph.groups.values()) >= least, str(graph)
-    assert not graph.notes
+    assert all(note.endswith("0 axes") for note in graph.notes)  # Linen's cells seed their carry
     rng = np.random.default_rng(0)
     for _ in range(runs):
         kept = random_units(graph, rng)
@@ -114,8 +114,8 @@ def test_flatten_grouped_dilated_and_transposed_convolutions():
 
 
 NETWORKS = {
-    "vgg8:0.05": 8, "resnet8:0.3": 8, "wrn10-1:0.3": 8, "mobilenetv2:0.12": 8, "shufflenetv1:0.05": 8,
-    "shufflenetv2:0.05": 8, "convnet:3,4": 8,
+    "vgg8:0.05": 8, "resnet8:0.3": 8, "wrn10-1:0.3": 8, "mobilenetv2:0.12": 8, "shufflenetv2:0.05": 8,
+    "convnet:3,4": 8,
 }  # fmt: skip
 
 
@@ -286,9 +286,9 @@ class LinenNet(nn.Module):
         x = nn.Conv(6, (3, 3))(x)
         x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
         x = nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1, 6)
-        x = x + nn.SelfAttention(num_heads=2)(nn.LayerNorm()(x))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
         x = x + nn.Dense(6)(nn.gelu(nn.Dense(9)(nn.RMSNorm()(x))))
-        return nn.Dense(3)(nn.RNN(nn.LSTMCell(5))(x)[:, -1])
+        return nn.Dense(3)(nn.RNN(nn.LSTMCell(5, param_dtype=x.dtype))(x)[:, -1])
 
 
 def test_linen():
