@@ -244,12 +244,12 @@ def joined(student: Any, teacher: Any, tx: optax.GradientTransformation) -> trai
     return jax.vmap(one)(params, keys)
 
 
-def narrow(teacher: Any, student: Any) -> Any:
-    """Selects and orders a teacher's hidden units so that they fit the student's best.
+def align(teacher: Any, student: Any) -> Any:
+    """Orders a teacher's hidden units so that they fit the student's best.
 
     The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as
     large as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth,
-    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2); where the teacher has more units it selects as well.
+    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2).
     """
     ours, theirs = ([tree["dense"][i] for i in (0, 1)] for tree in (student, teacher))
     gain = (
@@ -329,10 +329,8 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
         results[f"through{suffix}"] = (apply_fn, mixed)
 
     if wide:
-        fitting = {
-            "": each_seed(strongest, taught, student.params),
-            ", aligned": each_seed(narrow, taught, student.params),
-        }
+        selected = each_seed(strongest, taught, student.params)
+        fitting = {"": selected, ", aligned": each_seed(align, selected, student.params)}
         for suffix, theirs in fitting.items():
             both(suffix, theirs, together=False)
     else:
@@ -405,7 +403,7 @@ def lines(
         return jax.lax.map(at, jnp.asarray(ts, jnp.float32))
 
     selected = each_seed(strongest, teacher, student)
-    aligned = each_seed(narrow, teacher, student)
+    aligned = each_seed(align, selected, student)
     return {
         "as trained": np.asarray(way(selected, student)),
         "aligned": np.asarray(way(aligned, student)),
