@@ -100,7 +100,7 @@ def teacher_features(name):
 @functools.cache
 def student_program(name):
     """``(params, cotangents) -> (features, gradient)``, in training mode; and cotangents of zero."""
-    model, shapes = network(name)
+    model, _ = network(name)
     apply_fn = captured(name, 0)
 
     @compiled
@@ -111,8 +111,8 @@ def student_program(name):
         values, pull = jax.vjp(features, params)
         return values, pull(cotangents)[0]
 
-    names = jax.eval_shape(apply_fn, *model, images())[0][1]
-    zeros = {name: np.zeros(shapes[name].shape, np.float32) for name in names}
+    values = jax.eval_shape(apply_fn, model.params, model.model_state, images())[0][1]
+    zeros = {name: np.zeros(value.shape, value.dtype) for name, value in values.items()}
     return functools.partial(run, model_state=model.model_state), zeros
 
 
@@ -174,9 +174,8 @@ def train(student, teacher, methods=METHODS):
         for method, ((loss, state), gradients) in evaluate(params, states, ours).items():
             losses[method].append(float(loss))
             states[method] = state
-            _, gradient = run(
-                students[method], {**zeros, **dict(zip(names, gradients[1], strict=True))}
-            )
+            cotangents = zeros | dict(zip(names, gradients[1], strict=True))
+            _, gradient = run(students[method], cotangents)
             students[method] = against(students[method], gradient)
             if step:
                 params[method] = against(params[method], gradients[0])
