@@ -484,5 +484,6 @@ def curves(
         axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(axis="y")
-    picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    handles, columns = axes.get_legend_handles_labels(), 1 if max(map(len, series)) > 18 else 2
+    picture.legend(*handles, loc="outside upper center", ncols=columns)
     _save(path, picture)

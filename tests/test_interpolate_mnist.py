@@ -64,11 +64,7 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     line = results["line"]
     for width in ("equal widths", "unequal widths"):
         before, after = (np.asarray(line[f"{width}, {name}"]) for name in ("as trained", "aligned"))
-        np.testing.assert_allclose(before[:, -1], after[:, -1], rtol=1e-5)
-    before, after = (
-        np.asarray(line[f"equal widths, {name}"]) for name in ("as trained", "aligned")
-    )
-    np.testing.assert_allclose(before[:, 0], after[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(before[:, [0, -1]], after[:, [0, -1]], rtol=1e-4)
     text = (out / "report.md").read_text()
     assert "At λ = 0.5 the better reading" in printed
     assert "At λ = 0.5 the better reading" in text
@@ -96,7 +92,7 @@ def test_selection_and_alignment_by_hand():
     student = network(6)
     order = rng.permutation(6)
     shuffled = interpolate_mnist.take(student, order)
-    found = interpolate_mnist.narrow(shuffled, student)
+    found = interpolate_mnist.align(shuffled, student)
     for i in (0, 1):
         for part in ("kernel", "bias"):
             np.testing.assert_array_equal(found["dense"][i][part], student["dense"][i][part])
