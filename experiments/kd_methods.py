@@ -11,6 +11,7 @@ the end, and times a step of each method against a step of plain training.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import sys
 import time
@@ -67,15 +68,14 @@ class Method(NamedTuple):
     layers: Literal["maps", "map", "vector", "logits"]
 
 
-# Weights of the papers or of RepDistiller, whose losses some of ours are multiples of; --weight
-# changes one.
+# Weights of the papers or of RepDistiller, whose losses some of ours are multiples of.
 METHODS: dict[str, Method] = {
     "kd": Method(0.1, 0.9, on_logits(kl), "logits"),
     "lskd": Method(0.1, 9.0, on_logits(standardized_kl), "logits"),
     "dkd": Method(1.0, 1.0, on_logits(losses.dkd, labelled=True), "logits"),
     "nkd": Method(1.0, 1.0, on_logits(losses.nkd, labelled=True), "logits"),
     "wsld": Method(1.0, 2.5, on_logits(losses.wsld, labelled=True), "logits"),
-    "dist": Method(1.0, 2.0, on_logits(losses.dist), "logits"),
+    "dist": Method(1.0, 32.0, on_logits(functools.partial(losses.dist, temperature=4.0)), "logits"),
     "ranking": Method(1.0, 1.0, on_logits(losses.ranking_logistic), "logits"),
     "jensen_shannon": Method(0.1, 4.0, on_logits(losses.jensen_shannon), "logits"),
     "total_variation": Method(0.1, 0.9, on_logits(losses.total_variation), "logits"),
@@ -93,6 +93,9 @@ METHODS: dict[str, Method] = {
     "ickd": Method(1.0, 1.0, learned.ickd, "map"),
     "crd": Method(1.0, 0.8, learned.info_nce, "vector"),
 }
+
+# Of the preset quick, chosen on validation data
+QUICK_WEIGHTS = {"dist": 8.0, "fitnet": 10.0, "at": 100.0}
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,9 @@ class Config:
     """students of each method"""
     examples: int | None = 2000
     """training examples, the first of the set (0: all); the teacher is trained on all of it"""
-    teacher: str = "resnet20:0.5"
+    teacher: str = "vgg8:0.5"
     """such as resnet32x4, wrn40-2, vgg13:0.5 or convnet:16,32"""
-    student: str = "resnet8:0.25"
+    student: str = "vgg8:0.25"
     """likewise"""
     epochs: int = 20
     """the students'"""
@@ -211,8 +214,8 @@ def check(config: Config, dataset: data.Dataset) -> None:
 
 
 def weights(config: Config) -> dict[str, float]:
-    """Reads --weight."""
-    result = {}
+    """Reads --weight, beside the preset's."""
+    result = dict(QUICK_WEIGHTS) if config.preset == "quick" else {}
     for entry in config.weight:
         name, _, value = entry.partition("=")
         try:
