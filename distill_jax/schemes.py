@@ -44,7 +44,7 @@ def mutual(
       ValueError: if there are fewer than two students, or ``weight`` is negative.
 
     References:
-      Zhang, Xiang, Hospedales, Lu, `Deep Mutual Learning`, 2018, Eq. 8 and 9.
+      Zhang, Xiang, Hospedales, Lu, `Deep Mutual Learning`, 2018 (the loss of K networks).
     """
     count = len(apply_fns)
     if count < 2:

@@ -167,7 +167,7 @@ def rkd_distance(
       clamped at 1e-12, and lose their digits between close examples; here they come from differences.
 
     References:
-      Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2.1, Eqs. 5 to 8.
+      Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2 (distance-wise loss).
 
     >>> x = jnp.array([[0.0], [1.0], [2.0]])
     >>> print(rkd_distance(x, x**2))  # d = ¾, 3/2, ¾ and ⅜, 3/2, 9/8
@@ -216,7 +216,7 @@ def rkd_angle(
       The paper writes the sum over triplets of different examples, of which this is the mean.
 
     References:
-      Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2.2, Eqs. 9 and 10.
+      Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2 (angle-wise loss).
 
     >>> student = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> f'{rkd_angle(student, jnp.array([[0.0], [1.0], [2.0]]))[1]:.4f}'  # cosines √½ and −1
