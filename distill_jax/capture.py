@@ -163,7 +163,7 @@ def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..
         if any(_is_var(out) and out in outside for out in outputs[:count]):
             raise ValueError(
                 f"the outputs do not follow from {name!r} alone: cut the model where no connection "
-                "passes by"
+                "passes by, and not within jax.jit (give the function, not the jitted one)"
             )
         states = given[len(given) - len(jax.tree.leaves(model_state)) :]
         outputs[count:] = [

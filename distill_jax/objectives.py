@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from distill_jax import codec, losses
 from distill_jax.learned import Learned
-from distill_jax.losses.numerics import check_fraction, check_positive
+from distill_jax.losses.numerics import check_fraction, check_positive, takes
 from distill_jax.train import LossFn, weighted_mean
 
 Schedule = float | Callable[[jax.Array], jax.Array]
@@ -50,6 +50,27 @@ def teacher_of(batch: Any) -> Any:
         )
     teacher = batch["teacher"]
     return teacher if isinstance(teacher, Mapping) else {"logits": teacher}
+
+
+def soft_mean(
+    soft: Callable[..., jax.Array], student: jax.Array, teacher: Any, batch: Any, **options: Any
+) -> jax.Array:
+    """The weighted mean of a loss between outputs.
+
+    Examples of weight 0 are hidden from a loss that takes ``where``: one that compares examples with
+    each other would otherwise see them.
+
+    Args:
+      soft: ``(student, teacher, **options) -> [batch]``.
+      student: outputs ``[batch, ...]``.
+      teacher: likewise.
+      batch: with ``"weight"``, or without.
+      options: given to ``soft``.
+    """
+    if "weight" in batch and takes(soft, "where"):
+        counts = batch["weight"] > 0
+        options["where"] = counts.reshape(counts.shape + (1,) * (student.ndim - counts.ndim))
+    return weighted_mean(soft(student, teacher, **options), batch)
 
 
 def supervised(apply_fn: Callable[..., Any], *, label_smoothing: Schedule = 0.0) -> LossFn:
@@ -107,7 +128,7 @@ def distill(
         teacher = teacher_of(batch)
         logits, model_state = apply_fn(params, model_state, batch["image"], key=key)
         options = {} if temperature is None else {"temperature": at(temperature, step)}
-        metrics = {"soft": weighted_mean(soft(logits, teacher["logits"], **options), batch)}
+        metrics = {"soft": soft_mean(soft, logits, teacher["logits"], batch, **options)}
         share = at(alpha, step)
         loss = metrics["soft"]
         if not is_zero(alpha):
@@ -201,7 +222,7 @@ def encoder_decoder(
         teacher = teacher_of(batch)["logits"]
         outputs, model_state = apply_fn(params, model_state, batch["image"], key=key)
         outputs, inputs = outputs if isinstance(outputs, tuple) else (outputs, None)
-        metrics = {"soft": weighted_mean(soft(outputs, teacher), batch)}
+        metrics = {"soft": soft_mean(soft, outputs, teacher, batch)}
         share = at(alpha, step)
         loss = metrics["soft"]
         if not is_zero(alpha):
@@ -305,7 +326,7 @@ def distill_features(
             loss += at(hard_weight, step) * metrics["hard"]
         if not is_zero(soft_weight):
             options = {} if temperature is None else {"temperature": at(temperature, step)}
-            metrics["soft"] = weighted_mean(soft(logits, teacher["logits"], **options), batch)
+            metrics["soft"] = soft_mean(soft, logits, teacher["logits"], batch, **options)
             loss += at(soft_weight, step) * metrics["soft"]
         if "label" in batch:
             metrics["errors"] = errors(logits, batch)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from distill_jax import losses, trees
 from distill_jax.losses.numerics import check_fraction, to_float
-from distill_jax.objectives import Schedule, at, check_options, errors
+from distill_jax.objectives import Schedule, at, check_options, errors, soft_mean
 from distill_jax.train import LossFn, weighted_mean
 
 
@@ -67,8 +67,8 @@ def mutual(
             hard += weighted_mean(losses.cross_entropy(ours, batch["label"]), batch)
             for other, theirs in enumerate(logits):
                 if other != number:
-                    values = soft(ours, jax.lax.stop_gradient(theirs), **options)
-                    peers += weighted_mean(values, batch) / (count - 1)
+                    theirs = jax.lax.stop_gradient(theirs)
+                    peers += soft_mean(soft, ours, theirs, batch, **options) / (count - 1)
         wrong = [errors(z, batch) for z in logits]
         metrics = {
             "hard": hard / count,
@@ -123,8 +123,7 @@ def self_distillation(
         deepest, options = exits[-1], {"temperature": at(temperature, step)}
         hards = [weighted_mean(losses.cross_entropy(z, batch["label"]), batch) for z in exits]
         softs = [
-            weighted_mean(soft(z, jax.lax.stop_gradient(deepest), **options), batch)
-            for z in exits[:-1]
+            soft_mean(soft, z, jax.lax.stop_gradient(deepest), batch, **options) for z in exits[:-1]
         ]
         share = at(alpha, step)
         loss = share * sum(hards[:-1]) + (1 - share) * sum(softs) + hards[-1]
@@ -206,7 +205,7 @@ def mean_teacher(
         ours, student_state = apply_fn(params, student_state, batch["image"], key=key)
         metrics = {
             "hard": weighted_mean(losses.cross_entropy(ours, batch["label"]), batch),
-            "soft": weighted_mean((soft or _squared_difference)(ours, theirs), batch),
+            "soft": soft_mean(soft or _squared_difference, ours, theirs, batch),
             "errors": errors(ours, batch),
         }
         loss = metrics["hard"] + at(weight, step) * metrics["soft"]

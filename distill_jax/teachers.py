@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from distill_jax import losses
 from distill_jax.losses.numerics import to_float
-from distill_jax.objectives import Schedule, at, check_options, errors, teacher_of
+from distill_jax.objectives import Schedule, at, check_options, errors, soft_mean, teacher_of
 from distill_jax.train import LossFn, weighted_mean
 
 
@@ -82,7 +82,7 @@ def distill_each(
             )
         logits, model_state = apply_fn(params, model_state, batch["image"], key=key)
         options = {"temperature": at(temperature, step)}
-        softs = [weighted_mean(soft(logits, teacher, **options), batch) for teacher in teachers]
+        softs = [soft_mean(soft, logits, teacher, batch, **options) for teacher in teachers]
         metrics = {
             "hard": weighted_mean(losses.cross_entropy(logits, batch["label"]), batch),
             "soft": sum(share * value for share, value in zip(shares, softs, strict=True)),

@@ -38,21 +38,19 @@ def on_logits(loss: Callable[..., jax.Array], *, labelled: bool = False) -> Call
     """Gives a loss between logits the form of one between layers, so that one objective serves all."""
 
     def apply(params, student, teacher, *, labels=None, where=None, key=None):
-        return loss(student[0], teacher[0], *([labels] if labelled else []))
+        where = None if where is None else where[:, None]
+        return loss(student[0], teacher[0], *([labels] if labelled else []), where=where)
 
     return lambda: Learned(lambda key, student_shapes, teacher_shapes: {}, apply)
 
 
-def standardized_kl(student: jax.Array, teacher: jax.Array, temperature: float = 2.0) -> jax.Array:
+def standardized_kl(student: jax.Array, teacher: jax.Array, where: Any) -> jax.Array:
     """KL after logit standardisation."""
-    return losses.kl(
-        losses.standardize(student), losses.standardize(teacher), temperature=temperature
-    )
+    student, teacher = (losses.standardize(x, where=where) for x in (student, teacher))
+    return losses.kl(student, teacher, temperature=2.0, where=where)
 
 
-def kl(student: jax.Array, teacher: jax.Array, temperature: float = 4.0) -> jax.Array:
-    """Hinton's loss, as RepDistiller has it."""
-    return losses.kl(student, teacher, temperature=temperature)
+kl = functools.partial(losses.kl, temperature=4.0)  # as RepDistiller has it
 
 
 class Method(NamedTuple):
@@ -68,7 +66,7 @@ class Method(NamedTuple):
     layers: Literal["maps", "map", "vector", "logits"]
 
 
-# Weights of the papers or of RepDistiller, whose losses some of ours are multiples of.
+# Weights of the papers or of RepDistiller. Its PKT is ours by the size of the batch, 64.
 METHODS: dict[str, Method] = {
     "kd": Method(0.1, 0.9, on_logits(kl), "logits"),
     "lskd": Method(0.1, 9.0, on_logits(standardized_kl), "logits"),
@@ -82,20 +80,20 @@ METHODS: dict[str, Method] = {
     "fitnet": Method(1.0, 100.0, learned.hint, "map"),
     "at": Method(1.0, 1000.0, lambda: learned.attention_transfer(mean=True), "maps"),
     "nst": Method(1.0, 50.0, learned.nst, "maps"),
-    "vid": Method(1.0, 1.0, learned.vid, "maps"),
-    "ft": Method(1.0, 200.0, learned.factor_transfer, "map"),
+    "vid": Method(1.0, 1.0, lambda: learned.vid(mean=True), "maps"),
+    "ft": Method(1.0, 200.0, lambda: learned.factor_transfer(mean=True), "map"),
     "review": Method(1.0, 1.0, learned.review_kd, "maps"),
     "cka": Method(1.0, 1.0, learned.cka, "vector"),
     "sp": Method(1.0, 3000.0, learned.similarity_preserving, "map"),
     "rkd": Method(1.0, 1.0, lambda: learned.rkd(distance=25.0, angle=50.0), "vector"),
-    "pkt": Method(1.0, 30000.0, learned.pkt, "vector"),
-    "cc": Method(1.0, 0.02, learned.correlation_congruence, "vector"),
+    "pkt": Method(1.0, 30000.0 / 64, learned.pkt, "vector"),
+    "cc": Method(1.0, 1.0, learned.correlation_congruence, "vector"),
     "ickd": Method(1.0, 1.0, learned.ickd, "map"),
-    "crd": Method(1.0, 0.8, learned.info_nce, "vector"),
+    "info_nce": Method(1.0, 0.8, learned.info_nce, "vector"),
 }
 
 # Of the preset quick, chosen on validation data
-QUICK_WEIGHTS = {"dist": 8.0, "fitnet": 10.0, "at": 100.0}
+QUICK_WEIGHTS = {"dist": 8.0, "fitnet": 10.0, "at": 100.0, "pkt": 30000.0}
 
 
 @dataclass(frozen=True)

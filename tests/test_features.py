@@ -416,6 +416,9 @@ def test_margins():
     assert np.isfinite(edges).all()
     assert (np.asarray(edges) <= 0).all()
     np.testing.assert_allclose(edges[0], -0.10856, rtol=1e-2)
+    far = np.array([1.9, 2.1, 5.0, 13.0, 30.0, 1e4])  # by quadrature of E[x | x < 0]
+    expected = [-0.3849469, -0.3620780, -0.1865040, -0.07603856, -0.03325967, -1e-4]
+    np.testing.assert_allclose(losses.margin_from_batchnorm(np.ones(6), far), expected, rtol=1e-6)
     rare = losses.margin_from_batchnorm(np.array([2.0]), np.array([9.0]), rare=0.001)
     np.testing.assert_allclose(rare, -6)
     teacher = draw(MAP)[0]

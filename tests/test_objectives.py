@@ -108,6 +108,19 @@ def test_several_losses_with_weights_and_layers_of_their_own():
     assert "hard" not in metrics and "soft" not in metrics  # noqa: PT018
 
 
+def test_losses_between_examples_do_not_see_those_of_weight_zero():
+    student, batch, *_ = setup()
+    counts = np.asarray(batch["weight"]) > 0
+    assert 0 < counts.sum() < len(counts)
+    batch = {**batch, "weight": counts.astype(np.float32)}
+    small = jax.tree.map(lambda x: x[counts], {k: v for k, v in batch.items() if k != "weight"})
+    loss_fn = objectives.distill(student.apply_fn, soft=losses.dist, alpha=0.0)
+    values = [
+        loss_fn(student.params, student.model_state, b, key=None, step=0)[0] for b in (batch, small)
+    ]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
 def test_training_lowers_the_loss_and_leaves_the_student_its_pytree():
     student, batch, params, loss_fn = setup(soft_weight=1.0)
     tx = optax.adam(1e-2)

@@ -525,6 +525,27 @@ def test_crd_forgets_what_is_masked():
     jax.tree.map(np.testing.assert_array_equal, after, state)  # Z is still to be set
 
 
+def test_crd_of_a_divided_batch_remembers_the_whole():
+    student, teacher, state, ids, negatives = golden_crd()
+    where = np.array([True, True, False, True, True, False])
+
+    def run(*inputs, axis_name=None):
+        *embeddings, ids, negatives, where = inputs
+        return losses.crd(*embeddings, state, ids, negatives, where=where, axis_name=axis_name)
+
+    inputs = (student, teacher, np.asarray(ids), negatives, where)
+    values, after = jax.jit(run)(*inputs)
+    parts = [np.reshape(x, (3, 2, *np.shape(x)[1:])) for x in inputs]
+    divided = jax.vmap(functools.partial(run, axis_name="parts"), axis_name="parts")
+    part_values, part_after = jax.jit(divided)(*parts)
+    np.testing.assert_allclose(part_values.ravel(), values, rtol=1e-6)
+    jax.tree.map(
+        lambda x, whole: np.testing.assert_allclose(x, np.stack([whole] * 3), rtol=1e-6),
+        part_after,
+        after,
+    )
+
+
 def test_crd_never_makes_up_a_number():
     student, teacher, state, ids, negatives = golden_crd()
     far, none = ids.copy(), negatives.copy()

@@ -176,6 +176,45 @@ def test_a_sequence_of_padding_alone_is_zero():
     )
 
 
+@pytest.mark.parametrize("loss", [losses.dist, losses.mlkd], ids=["dist", "mlkd"])
+def test_a_loss_between_tokens_does_not_see_padding(loss):
+    student, teacher = draw()
+    counts = np.ones(student.shape[:-1], bool)
+    longer = [np.concatenate([x, 9 * x[:, ::-1]], 1) for x in (student, teacher, counts)]
+    longer[2] = np.concatenate([counts, ~counts], 1)
+    expected = tokens.sequence(loss)(student, teacher)
+    padded = tokens.sequence(loss)(longer[0], longer[1], tokens=longer[2])
+    np.testing.assert_allclose(padded, expected, rtol=1e-5)
+    some = np.array([True] * 3 + [False] * (student.shape[-1] - 3))
+    np.testing.assert_allclose(
+        tokens.sequence(loss)(longer[0], longer[1], tokens=longer[2], where=some),
+        tokens.sequence(loss)(student, teacher, where=some),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("name", ["kl", "dkd", "nkd", "wsld"])
+def test_bucketed_with_the_whole_vocabulary_is_the_loss(name):
+    student, teacher = draw()
+    labels = [np.arange(10).reshape(2, 5) % student.shape[-1]] * (name in ("dkd", "nkd", "wsld"))
+    loss = getattr(losses, name)
+    top = tokens.top_k(teacher, teacher.shape[-1])
+    expected = loss(student, teacher, *labels, temperature=1.0)
+    np.testing.assert_allclose(
+        tokens.bucketed(loss)(student, top, *labels), expected, rtol=2e-5, atol=1e-6
+    )
+
+
+def test_bucketed_makes_up_no_label():
+    student, teacher = draw()
+    labels = np.zeros((2, 5), int)
+    labels[0, :2] = -100, student.shape[-1]
+    values = tokens.bucketed(losses.nkd)(student, tokens.top_k(teacher, 2), labels)
+    np.testing.assert_array_equal(np.isnan(values), labels != 0)
+    with pytest.raises(ValueError, match="temperatures of its own"):
+        tokens.bucketed(losses.mlkd)(student, tokens.top_k(teacher, 2))
+
+
 def test_a_batch_and_a_single_sequence():
     student, teacher = draw()
     loss = tokens.sequence(losses.kl)

@@ -23,6 +23,7 @@ from distill_jax.learned.projectors import (
     sum_layers,
 )
 from distill_jax.losses.numerics import to_float
+from distill_jax.losses.space import pool_mean
 
 Params = Any
 
@@ -56,7 +57,7 @@ def rkd(
 
     def loss(student, teacher, *, where):
         if pool:
-            student, teacher = mean_over_positions(student), mean_over_positions(teacher)
+            student, teacher = pool_mean(to_float(student), ()), pool_mean(to_float(teacher), ())
         options = {"include_self": include_self, "where": where}
         return distance * losses.rkd_distance(student, teacher, **options) + (
             angle * losses.rkd_angle(student, teacher, **options)
@@ -78,7 +79,7 @@ def pkt(*, pool: bool = True, include_self: bool = False) -> Learned:
 
     def loss(student, teacher, *, where):
         if pool:
-            student, teacher = mean_over_positions(student), mean_over_positions(teacher)
+            student, teacher = pool_mean(to_float(student), ()), pool_mean(to_float(teacher), ())
         return losses.pkt(student, teacher, include_self=include_self, where=where)
 
     return _without_params(loss)
@@ -196,6 +197,7 @@ def crd(
     negatives: int = 16384,
     temperature: float = 0.07,
     momentum: float = 0.5,
+    axis_name: str | None = None,
 ) -> LearnedWithState:
     """Contrastive representation distillation, of linear embeddings of pooled features of one layer.
 
@@ -209,6 +211,7 @@ def crd(
       negatives: how many an example.
       temperature: as in :func:`distill_jax.losses.crd`.
       momentum: as there.
+      axis_name: as there; without it the parts' memories would be averaged, and belong to none.
 
     Returns:
       A :class:`LearnedWithState`. ``apply``'s ``key`` draws the negatives; its ``labels``, if given,
@@ -242,15 +245,10 @@ def crd(
             temperature=temperature,
             momentum=momentum,
             where=where,
+            axis_name=axis_name,
         )
 
     return LearnedWithState(init, init_state, apply)
-
-
-def mean_over_positions(x: Any) -> jax.Array:
-    """Features ``[batch, *spatial, channels]`` as ``[batch, channels]``, float32 at least."""
-    x = to_float(x)
-    return jnp.mean(x, tuple(range(1, x.ndim - 1))) if x.ndim > 2 else x
 
 
 def _check_one(student: Sequence[Any], teacher: Sequence[Any]) -> None:
@@ -304,7 +302,7 @@ def _embeddings(
 
     def embed(part, x):
         counted = clear(x, example_mask(where, jnp.shape(x)[0]))
-        return dense(part, mean_over_positions(counted))
+        return dense(part, pool_mean(to_float(counted), ()))
 
     return [
         (embed(params[f"layer{i}"]["student"], s), embed(params[f"layer{i}"]["teacher"], t))

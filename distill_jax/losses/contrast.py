@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.losses.numerics import check_fraction, check_positive, to_float
-from distill_jax.losses.relations import direction, flatten, product
+from distill_jax.losses.relations import flatten, product
+from distill_jax.losses.space import direction
 
 Array = jax.Array
 
@@ -70,7 +71,7 @@ def info_nce(
                 f"labels must be integers {valid.shape}, got {labels.dtype} {labels.shape}"
             )
         negative &= labels[:, None] != labels
-    logits = product(direction(student), direction(teacher)) / to_float(temperature)
+    logits = product(direction(student, -1), direction(teacher, -1)) / to_float(temperature)
     own = jnp.diagonal(logits)
 
     def view(logits):
@@ -187,6 +188,7 @@ def crd(
     temperature: Any = 0.07,
     momentum: Any = 0.5,
     where: Any = None,
+    axis_name: str | None = None,
 ) -> tuple[Array, CRDState]:
     """Contrastive representation distillation (CRD) against a memory of the data set.
 
@@ -207,6 +209,8 @@ def crd(
       temperature: τ > 0.
       momentum: in [0, 1], the share of the old embedding in the memory's update.
       where: ``bool [batch]``, which examples count; others are not remembered either.
+      axis_name: the axis over which the batch is divided, under ``pmap``, ``shard_map`` or ``vmap``:
+        all parts then remember the whole batch. (A sharded batch under ``jit`` needs none.)
 
     Returns:
       ``(values, state)``: values ``[batch]``, nats, float32 (float64 for float64 input), NaN where
@@ -248,7 +252,7 @@ def crd(
             f"ids must be [batch] = ({batch},) and negatives ({batch}, m), got {ids.shape} and "
             f"{negatives.shape}"
         )
-    student, teacher = direction(student), direction(teacher)
+    student, teacher = direction(student, -1), direction(teacher, -1)
     chosen = jnp.concatenate([ids[:, None], negatives], 1)
     known = jnp.all((chosen >= 0) & (chosen < examples), 1)
     chosen = jnp.clip(chosen, 0, examples - 1)
@@ -261,18 +265,21 @@ def crd(
         (teacher, state.student, state.log_z_teacher),
     ):
         scores = _scores(anchor, jax.lax.stop_gradient(bank), chosen) / temperature
-        estimate = _log_mean(jax.lax.stop_gradient(scores), counted) + math.log(examples)
+        estimate = _log_mean(jax.lax.stop_gradient(scores), counted, axis_name) + math.log(examples)
         log_constant = jnp.where(log_constant > -jnp.inf, log_constant, estimate)
         log_z.append(log_constant.astype(state.log_z_student.dtype))
         usable = jnp.where(log_constant > -jnp.inf, log_constant, 0.0)
         odds = scores - jax.lax.stop_gradient(usable) - log_noise  # log of P : m/n
         values += jax.nn.softplus(-odds[:, 0]) + jnp.sum(jax.nn.softplus(odds[:, 1:]), 1)
     values = jnp.where(valid, jnp.where(known, values, jnp.nan), 0.0)
-    places = jnp.where(counted, ids, examples)  # out of range: dropped
+    seen = (jnp.where(counted, ids, examples), student, teacher)  # out of range: dropped
+    if axis_name is not None:
+        seen = jax.lax.all_gather(seen, axis_name, tiled=True)
+    places, student, teacher = seen
 
     def remember(bank, new):
-        mixed = momentum * bank[chosen[:, 0]] + (1 - momentum) * new
-        return bank.at[places].set(direction(mixed).astype(bank.dtype), mode="drop")
+        mixed = momentum * bank.at[places].get(mode="clip") + (1 - momentum) * new
+        return bank.at[places].set(direction(mixed, -1).astype(bank.dtype), mode="drop")
 
     state = CRDState(remember(state.student, student), remember(state.teacher, teacher), *log_z)
     return values, jax.lax.stop_gradient(state)
@@ -295,9 +302,11 @@ def _scores(anchor: Array, bank: Array, chosen: Array) -> Array:
     return product(bank[chosen], anchor[:, None])[..., 0]
 
 
-def _log_mean(scores: Array, counted: Array) -> Array:
+def _log_mean(scores: Array, counted: Array, axis_name: str | None) -> Array:
     """Computes log of the mean of e^scores over the counted rows; −inf where there is none."""
     rows = jnp.broadcast_to(counted[:, None], scores.shape)
-    return jax.nn.logsumexp(scores, where=rows) - jnp.log(
-        jnp.maximum(jnp.sum(rows), 1).astype(scores.dtype)
-    )
+    log_sum, count = jax.nn.logsumexp(scores, where=rows), jnp.sum(rows)
+    if axis_name is not None:
+        log_sum = jax.nn.logsumexp(jax.lax.all_gather(log_sum, axis_name))
+        count = jax.lax.psum(count, axis_name)
+    return log_sum - jnp.log(jnp.maximum(count, 1).astype(scores.dtype))

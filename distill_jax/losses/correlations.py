@@ -22,6 +22,7 @@ from distill_jax.losses.numerics import (
     to_float,
     valid_classes,
 )
+from distill_jax.losses.space import matmul
 
 Array = jax.Array
 
@@ -214,8 +215,8 @@ def mlkd(
             x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1
         )
         # PPᵀ − QQᵀ = (P − Q)Pᵀ + Q(P − Q)ᵀ loses nothing where the two almost agree
-        examples = _dot(gap, p.T) + _dot(q, gap.T)
-        classes = _dot(gap.T, p) + _dot(q.T, gap)
+        examples = matmul(gap, p.T) + matmul(q, gap.T)
+        classes = matmul(gap.T, p) + matmul(q.T, gap)
         value = (
             instance_weight * instance
             + batch_weight * jnp.sum(jnp.square(examples), 1)
@@ -246,10 +247,6 @@ def _per_row(temperature: Any, axis: int, shape: tuple[int, ...]) -> Array:
         shape = (*shape[:axis], 1, *shape[axis + 1 :])
         temperature = _rows(jnp.broadcast_to(temperature, shape), axis)
     return temperature
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _relative(logs: Array, has: Array, axis: int) -> Array:

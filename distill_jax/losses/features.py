@@ -7,6 +7,7 @@ average, which is the sum divided by the number of positions that count times th
 channels.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from distill_jax.losses.space import (
     direction,
     feature_pair,
     features_of,
+    matmul,
     pool_mean,
     positions,
     total,
@@ -137,7 +139,7 @@ def ofd(
     return total(jnp.where(kept, jnp.square(target - x.student), 0.0), x.valid, mean)
 
 
-def margin_from_batchnorm(scale: Any, bias: Any, *, rare: Any = 0.0) -> Array:
+def margin_from_batchnorm(scale: Any, bias: Any, *, rare: float = 0.0) -> Array:
     """OFD's margin of a channel that follows BatchNorm: E[x | x < 0] for x normal.
 
     β − σ·φ(β/σ)/Φ(−β/σ) with σ = |γ|: φ is the normal density, Φ its distribution function. It
@@ -167,10 +169,15 @@ def margin_from_batchnorm(scale: Any, bias: Any, *, rare: Any = 0.0) -> Array:
     flat = sigma == 0
     safe = jnp.where(flat, 1.0, sigma)
     z = bias / safe
-    log_cdf = log_ndtr(-z)
-    hazard = jnp.exp(-0.5 * jnp.square(z) - 0.5 * jnp.log(2 * jnp.pi) - log_cdf)
-    margin = jnp.minimum(bias - safe * hazard, 0.0)
-    margin = jnp.where(jnp.exp(log_cdf) <= rare, -3 * safe, margin)
+    far = z > 2  # where β − σ·φ/Φ cancels: Laplace's continued fraction
+    near = jnp.where(far, 0.0, z)
+    hazard = jnp.exp(-0.5 * jnp.square(near) - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-near))
+    fraction = z = jnp.where(far, z, 2.0)
+    for n in range(30, 1, -1):
+        fraction = z + n / fraction
+    margin = safe * jnp.minimum(jnp.where(far, -1 / fraction, near - hazard), 0.0)
+    if rare > 0:
+        margin = jnp.where(log_ndtr(-bias / safe) <= math.log(rare), -3 * safe, margin)
     return jnp.where(flat, jnp.minimum(bias, 0.0), margin)
 
 
@@ -316,7 +323,7 @@ def class_activation_maps(features: Any, kernel: Any) -> Array:
         raise ValueError(
             f"kernel must be [{x.shape[-1]}, classes] for features {x.shape}, got {kernel.shape}"
         )
-    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+    return matmul(x, kernel)
 
 
 def cat_kd(

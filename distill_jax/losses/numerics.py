@@ -8,6 +8,8 @@ gradients keep float32's relative accuracy even where student and teacher almost
 temperature.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,11 @@ def check_fraction(name: str, value: Any) -> None:
     array = np.asarray(value, np.float64)
     if not ((array >= 0).all() and (array <= 1).all()):
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Says whether a function names such an argument: which options a loss can be given."""
+    return name in inspect.signature(function).parameters
 
 
 def valid_classes(logits: Array, where: Any) -> Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.losses.numerics import check_positive, kl_of, to_float
+from distill_jax.losses.space import direction, matmul, norm
 
 Array = jax.Array
 
@@ -57,26 +58,9 @@ def _divide(x: Array, scale: Array) -> Array:
     return x / jnp.where(scale > 0, scale, 1.0)
 
 
-def length(x: Array) -> Array:
-    """Euclidean length over the last axis, kept; its gradient at zero is zero."""
-    square = jnp.sum(jnp.square(x), -1, keepdims=True)
-    zero = square == 0
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
-
-
-def direction(x: Array) -> Array:
-    """Divides x by its length over the last axis; zero, with zero gradient, where x is zero."""
-    # A direction does not change with the length, so the division by a constant is exact in
-    # gradient too; it keeps the squares within range.
-    x = _divide(x, jnp.max(jnp.abs(x), -1, keepdims=True, initial=0.0))
-    norm = length(x)
-    zero = norm == 0
-    return jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, norm))
-
-
 def product(a: Array, b: Array) -> Array:
     """a·bᵀ over the last two axes, in full precision also where the default is lower."""
-    return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
+    return matmul(a, jnp.swapaxes(b, -1, -2))
 
 
 def _huber(x: Array) -> Array:
@@ -130,7 +114,7 @@ def similarity_preserving(student: Any, teacher: Any, *, where: Any = None) -> A
         # Row i does not change with the scale of its left factor, nor with that of all right ones
         left = _divide(x, jnp.max(jnp.abs(x), -1, keepdims=True, initial=0.0))
         right = _divide(x, jnp.max(jnp.abs(x), initial=0.0))
-        return direction(product(left, right))
+        return direction(product(left, right), -1)
 
     squares = jnp.sum(jnp.square(rows(teacher) - rows(student)), -1)
     return jnp.where(valid, squares, 0.0) / jnp.maximum(_count(valid, squares.dtype), 1)
@@ -144,6 +128,8 @@ def rkd_distance(
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
     d_ij = ‖x_i − x_j‖₂/μ, μ the mean distance of two different examples, and h Huber's loss: x²/2 up
     to 1, |x| − 1/2 beyond.
+
+    All differences are held at once: batch²·features numbers, so pool large maps first.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened. The paper takes the last
@@ -181,7 +167,7 @@ def rkd_distance(
         masked = jnp.where(valid[:, None], x, -jnp.inf), jnp.where(valid[:, None], x, jnp.inf)
         spread = jnp.max(jnp.max(masked[0], 0) - jnp.min(masked[1], 0), initial=0.0)
         differences = _divide(x[:, None] - x, spread)  # d does not depend on the scale
-        distance = jnp.where(pairs, length(differences)[..., 0], 0.0)
+        distance = jnp.where(pairs, norm(differences, -1), 0.0)
         mean = jnp.sum(distance) / jnp.maximum(count * (count - 1), 1)
         return distance / jnp.where(mean > 0, mean, 1.0)
 
@@ -229,7 +215,7 @@ def rkd_angle(
     count = _count(valid, student.dtype)
 
     def cosines(x):
-        edges = direction(jnp.where(pairs[..., None], x - x[:, None], 0.0))  # [j, i]: x_i − x_j
+        edges = direction(jnp.where(pairs[..., None], x - x[:, None], 0.0), -1)  # [j, i]: x_i − x_j
         return jnp.where(triplets, product(edges, edges), 0.0)
 
     total = jnp.sum(_huber(cosines(student) - cosines(teacher)), (-1, -2))
@@ -276,7 +262,7 @@ def pkt(student: Any, teacher: Any, *, include_self: bool = False, where: Any = 
     pairs = valid[:, None] & valid if include_self else _others(valid)
 
     def kernel(x):
-        cosine = direction(x)
+        cosine = direction(x, -1)
         return 0.5 * (1 + product(cosine, cosine))
 
     k_q, k_p = kernel(student), kernel(teacher)
@@ -354,7 +340,7 @@ def correlation_congruence(
     student, teacher, valid = flatten(student, teacher, where)
     gamma = to_float(gamma)
     if normalize:
-        student, teacher = direction(student), direction(teacher)
+        student, teacher = direction(student, -1), direction(teacher, -1)
     s, t = product(student, student), product(teacher, teacher)
     difference = t - s
     if kernel == "gaussian":
@@ -418,7 +404,7 @@ def ickd(student: Any, teacher: Any, *, normalize: bool = True, where: Any = Non
             return product(channel_rows, channel_rows)
         left = _divide(channel_rows, jnp.max(jnp.abs(channel_rows), -1, keepdims=True, initial=0.0))
         biggest = jnp.max(jnp.abs(channel_rows), (-1, -2), keepdims=True, initial=0.0)
-        return direction(product(left, _divide(channel_rows, biggest)))
+        return direction(product(left, _divide(channel_rows, biggest)), -1)
 
     squares = jnp.square(correlations(flat_teacher) - correlations(flat_student))
     values = jnp.sum(squares, (-1, -2)) / (channels if normalize else channels**2)

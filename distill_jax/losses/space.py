@@ -6,6 +6,7 @@ set to zero before anything is computed, so that nothing there, NaN included, re
 gradient.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from distill_jax.losses.numerics import to_float
 
 Array = jax.Array
 _HIGHEST = jax.lax.Precision.HIGHEST  # or a GPU multiplies float32 in 10 bits
+matmul = functools.partial(jnp.matmul, precision=_HIGHEST)
 
 
 class FeaturePair(NamedTuple):
@@ -107,7 +109,7 @@ def total(values: Array, valid: Array, mean: bool) -> Array:
 
 def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
     """x/‖x‖₂; zero, with zero gradient, where x is exactly zero. Neither over- nor underflows."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
     zero = peak == 0
     x = jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, peak))  # no change to the direction
     squares = jnp.sum(jnp.square(x), axis, keepdims=True)
@@ -116,7 +118,7 @@ def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 def norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     """‖x‖₂, with zero gradient where x is exactly zero."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
     zero = peak == 0
     peak = jnp.where(zero, 1.0, peak)
     squares = jnp.sum(jnp.square(jnp.where(zero, 0.0, x / peak)), axis, keepdims=True)

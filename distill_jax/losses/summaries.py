@@ -20,6 +20,7 @@ from distill_jax.losses.space import (
     feature_pair,
     features_of,
     gram,
+    matmul,
     norm,
     per_example,
     pool_max,
@@ -352,7 +353,7 @@ def _kernel(x: Array, valid: Array, debiased: bool) -> Array:
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
     x = x / jnp.where(peak == 0, 1.0, peak)
     x = jnp.where(rows, x - jnp.sum(x, 0) / jnp.maximum(n, 1), 0.0)
-    k = jnp.matmul(x, x.T, precision=_HIGHEST)
+    k = matmul(x, x.T)
     varies = peak > 0
     if debiased:
         pairs = rows & valid & ~jnp.eye(x.shape[0], dtype=bool)

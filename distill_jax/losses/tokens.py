@@ -29,6 +29,7 @@ from distill_jax.losses.numerics import (
     check_positive,
     log_softmax,
     scale,
+    takes,
     to_float,
     valid_classes,
 )
@@ -186,6 +187,9 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
             mask = counts.reshape(shape + (1,) * (x.ndim - len(shape)))
             return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
+        if takes(loss, "where"):  # one that compares tokens with each other must not see padding
+            where = options.get("where")
+            options["where"] = counts[..., None] & (True if where is None else where)
         values = loss(*jax.tree.map(blank, (student, *others)), **options)
         return per_sequence(values, where=counts, weights=full, reduce=reduce)
 
@@ -334,10 +338,11 @@ def bucketed(loss: Loss) -> Loss:
       logits ``[..., vocabulary]``, teacher a :class:`TopK` made *at the same temperature*, then
       integer labels where the loss takes any (they become :func:`bucket_labels`). ``where`` says
       which tokens of the student's vocabulary exist. The student is softened before it is bucketed
-      (the loss is called without a temperature), and values get the usual factor T².
+      (the loss is called with temperature 1), and values get the usual factor T².
 
     Raises:
-      ValueError: when called, if the shapes do not fit or the temperature is not positive.
+      ValueError: when called, if the shapes do not fit, the temperature is not positive, or the loss
+        is MLKD, which has temperatures of its own.
 
     References:
       Cover, Thomas, `Elements of Information Theory`, 2006, Theorem 2.7.1 (log sum inequality).
@@ -357,8 +362,16 @@ def bucketed(loss: Loss) -> Loss:
                 f"log_probs must be {(*indices.shape[:-1], indices.shape[-1] + 1)} for indices "
                 f"{indices.shape}, with OTHER last (see append_other), got {log_probs.shape}"
             )
+        if takes(loss, "temperatures"):
+            raise ValueError("loss softens at temperatures of its own, but the labels have one")
+        if takes(loss, "temperature"):  # the student is softened already
+            options["temperature"] = 1.0
         student = bucket(student_logits, indices, temperature=temperature, where=where)
-        bucketed_labels = [bucket_labels(label, indices) for label in labels]
+        bucketed_labels = []
+        for label in map(jnp.asarray, labels):
+            # What is no token must not become OTHER: a loss says NaN to −1
+            known = (label >= 0) & (label < jnp.shape(student_logits)[-1])
+            bucketed_labels.append(jnp.where(known, bucket_labels(label, indices), -1))
         return scale(temperature, loss(student, log_probs, *bucketed_labels, **options), -1)
 
     return bucketed_loss
