@@ -241,7 +241,7 @@ def edit(
     if operator == "merge":
         alike = None
         if config.likeness == "activations":
-            values = units.scores.activations(graph, tree, prepare(batch["image"]))
+            values = units.activations(graph, tree, prepare(batch["image"]))
             alike = {name: values[name].T for name in names}
         sizes = dict(zip(names, widths, strict=True))
         tree, kept = units.merge(graph, tree, sizes, likeness=alike, scores=scores)

@@ -8,8 +8,9 @@ from distill_jax.units.inject import Injected, inject
 from distill_jax.units.keep import keep, position_masks, silence
 from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import trace
+from distill_jax.units.values import activations
 
 __all__ = [
-    "Group", "Injected", "Slice", "UnitGraph", "architecture", "costs", "inject", "keep", "merge",
-    "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
+    "Group", "Injected", "Slice", "UnitGraph", "activations", "architecture", "costs", "inject", "keep",
+    "merge", "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
 ]  # fmt: skip
