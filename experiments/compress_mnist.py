@@ -34,7 +34,7 @@ from distill_jax.study import Trained
 
 OPERATORS = ("prune", "merge", "select", "prune+merge", "fresh")
 SCORES = ("l1", "l2", "taylor", "fisher", "apoz", "mean_activation", "fpgm", "lamp", "random")
-FIGURES = ("accuracy", "precision", "recall", "f1")
+FIGURES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "F1": "f1"}
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Config:
     """of prune, merge, select, prune+merge and fresh"""
     iterative: tuple[str, ...] = ("prune", "merge")
     """those that are also applied step by step"""
-    shares: tuple[float, ...] = (0.5, 0.35, 0.25, 0.18, 0.125, 0.09)
+    shares: tuple[float, ...] = (0.5, 0.3, 0.18, 0.11, 0.065)
     """of the units that stay, falling"""
     refinements: int = 2
     """further shares, between the smallest network within the budget and the next smaller one"""
     budget: float = 0.01
     """nats by which the validation loss may exceed the original's, on the mean over seeds"""
-    score: str = "fisher"
+    score: str = "l1"
     """by which units are pruned, and weighted when merged: l1, l2, taylor, fisher, apoz,
     mean_activation, fpgm, lamp or random"""
     likeness: Literal["activations", "weights"] = "activations"
@@ -432,7 +432,9 @@ def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) 
     entries = results["models"]
     series: dict[str, list[str]] = {}
     for name, (operator, iterative, _) in search.tried.items():
-        series.setdefault(operator + (", iterative" if iterative else ""), []).append(name)
+        # The first step of an iterative series is one-shot
+        first = [f"{operator} {config.shares[0]:.3g}"] if iterative else []
+        series.setdefault(operator + (", iterative" if iterative else ""), first).append(name)
     costs: dict[str, Callable[[Any], float]] = {
         "parameters": lambda m: m["parameters"],
         "FLOPs": lambda m: m["flops"],
@@ -443,10 +445,10 @@ def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) 
         out / "tradeoffs.png",
         {
             figure: {
-                line: 100 * np.array([entries[name]["test"][figure] for name in names])
+                line: 100 * np.array([entries[name]["test"][key] for name in names])
                 for line, names in series.items()
             }
-            for figure in FIGURES
+            for figure, key in FIGURES.items()
         },
         {
             cost: {line: np.array([of(entries[name]) for name in names])
@@ -454,7 +456,7 @@ def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) 
             for cost, of in costs.items()
         },
         (
-            {f: 100 * float(np.mean(entries["original"]["test"][f])) for f in FIGURES},
+            {f: 100 * float(np.mean(entries["original"]["test"][k])) for f, k in FIGURES.items()},
             {cost: of(entries["original"]) for cost, of in costs.items()},
         ),
     )  # fmt: skip
