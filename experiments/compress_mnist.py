@@ -54,11 +54,11 @@ class Config:
     """such as mlp:128, mlp:1200,1200 or convnet:16,32"""
     epochs: int = 15
     """the original's"""
-    tuning_epochs: int = 10
+    tuning_epochs: int = 20
     """of fine-tuning after each edit"""
     dropout: float = 0.2
     """of the original's hidden units"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Adam's, at its highest: a rise over one epoch, then a cosine to 0"""
     batch_size: int = 128
     """examples a step"""
@@ -70,7 +70,7 @@ class Config:
     """of the units that stay, falling"""
     refinements: int = 2
     """further shares, between the smallest network within the budget and the next smaller one"""
-    budget: float = 0.01
+    budget: float = 0.02
     """nats by which the validation loss may exceed the original's, on the mean over seeds"""
     score: str = "l1"
     """by which units are pruned, and weighted when merged: l1, l2, taylor, fisher, apoz,
