@@ -527,7 +527,15 @@ def tradeoffs(
                 reference[1][cost], reference[0][figure], "x", color="black", label="original"
             )
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=5))
+            low, high = axes.get_xlim()
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+            marks = [d * 10.0**p for p in powers for d in (1, 2, 5)]
+            marks = [mark for mark in marks if low <= mark <= high]
+            # Of a narrow range its ends, to two digits
+            axes.set_xticks(
+                marks if len(marks) > 1 else [float(f"{end:.2g}") for end in (low, high)]
+            )
+            axes.set_xlim(low, high)
             axes.xaxis.set_major_formatter(
                 ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
             )

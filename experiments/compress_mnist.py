@@ -371,7 +371,10 @@ class Search:
                 break
             start = best if iterative else "original"
             self.attempt(operator, (share * max(smaller)) ** 0.5, start)
-        return self.chosen()
+        best = self.chosen()
+        if best != "original" and "fresh" in config.operators:
+            self.attempt("fresh", self.tried[best][2])  # what the chosen one is held against
+        return best
 
 
 def claims(config: Config, search: Search, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -485,7 +488,7 @@ def main() -> int:
     # In epochs of the original: the smaller networks' take less time, nearly by their share
     shares = sum(config.shares)
     edits = shares * (len(config.operators) + len(config.iterative))
-    edits += config.refinements * min(config.shares)
+    edits += (config.refinements + 1) * min(config.shares)
     progress = runs.Progress(config.seeds * unit * (config.epochs + config.tuning_epochs * edits))
     lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     search = Search(config, lab, unit)
@@ -514,9 +517,12 @@ def main() -> int:
             "Test accuracy in per cent before any fine-tuning, by the share of the units left:",
             untuned_table(config, results["before_tuning"]),
         ]
+    twin = f"fresh {search.tried[best][2]:.3g}" if best != "original" else "original"
+    twin = twin if twin in results["models"] else "original"
+    method = "Compression" if twin == "original" else "Starting from units of the original"
     report.write_report(
         out, results, drawn, notes, command=shlex.join(["python", *sys.argv]),
-        baseline="original", model=best, method="Compression",
+        baseline=twin, model=best, method=method,
     )  # fmt: skip
     columns = {"validation NLL": validation_loss, **report.COLUMNS, **report.FURTHER_COLUMNS}
     shown = ("parameters", "FLOPs", "ms at 1 / 256", "validation NLL", "accuracy %", "precision %",
