@@ -1,8 +1,16 @@
 """Units of any network, found in its jaxpr: what belongs together when one of them is removed."""
 
+from distill_jax.units import costs, scores
+from distill_jax.units.costs import architecture, report
+from distill_jax.units.edit import merge, prune, select
 from distill_jax.units.graph import Group, Slice, UnitGraph
+from distill_jax.units.inject import Injected, inject
 from distill_jax.units.keep import keep, position_masks, silence
 from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import trace
+from distill_jax.units.values import activations
 
-__all__ = ["Group", "Slice", "UnitGraph", "keep", "position_masks", "shrink", "silence", "trace"]
+__all__ = [
+    "Group", "Injected", "Slice", "UnitGraph", "activations", "architecture", "costs", "inject", "keep",
+    "merge", "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
+]  # fmt: skip
