@@ -131,7 +131,7 @@ def layer_roots(
             total = counts[path] = count + len(values)
             before = [np.sqrt(count) * roots[path]] if count else []
             stacked = np.concatenate([*before, values]) / np.sqrt(total)
-            roots[path] = np.linalg.qr(stacked, mode="r")
+            roots[path] = np.asarray(np.linalg.qr(stacked, mode="r"))
     return roots
 
 

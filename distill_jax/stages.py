@@ -125,7 +125,8 @@ def make_measure(
     @jax.jit
     def sums(params, model_state, batch):
         batch = {**batch, "image": prepare(batch["image"])}
-        loss, (_, metrics) = loss_fn(params, model_state, batch, key=None, step=jnp.int32(0))
+        key: Any = None
+        loss, (_, metrics) = loss_fn(params, model_state, batch, key=key, step=jnp.int32(0))
         weight = batch_weight(batch)
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss})
 
@@ -206,7 +207,9 @@ def train_stages(
     measure = make_measure(objective(frozen=None), validation, prepare=prepare)
     current: tuple[Any, Any] = (dict(params), dict(model_state))
     level = measure(*current)["validation_loss"]
-    done, history, seconds = [], {}, 0.0
+    done: list[Stage] = []
+    history: History = {}
+    seconds = 0.0
     for number, (name, frozen) in enumerate(stages.items()):
         optimizer = only(tx(max(1, len(data["image"]) // batch_size)), frozen)
         result = fit(
@@ -244,9 +247,9 @@ def check_original(outputs: Any, where: str) -> None:
       outputs: what the original returned.
       where: for which examples, for the message.
     """
-    wrong = ~np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1).all(-1)
-    if wrong.any():
+    finite = np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1).all(-1)
+    if wrong := int(np.sum(~finite)):
         raise ValueError(
-            f"the original's outputs for {where} are not finite for {int(wrong.sum())} of {len(wrong)} "
+            f"the original's outputs for {where} are not finite for {wrong} of {len(outputs)} "
             "examples: nothing can be learned from them; check its parameters and its inputs"
         )
