@@ -14,10 +14,12 @@ __all__ = [
     "capture",
     "checkpoint",
     "codec",
+    "connectivity",
     "data",
     "factors",
     "files",
     "fit",
+    "interpolation",
     "lab",
     "learned",
     "losses",
@@ -37,6 +39,8 @@ __all__ = [
     "targets",
     "teachers",
     "train",
+    "trees",
+    "units",
 ]
 
 

@@ -1,6 +1,8 @@
 """Which layer of the student learns from which layer of the teacher."""
 
+import itertools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,8 +51,9 @@ def match_layers(
     FitNets, attention transfer and most that followed. Of all pairings that keep the order of both
     networks, that with the smallest differences in resolution (octaves) is chosen, and among equals
     that with the smallest differences in relative depth. Maps are paired with maps of the same number
-    of axes, vectors with vectors. Where both networks end in vectors of one width, these are taken to
-    be the logits and left out.
+    of axes, vectors with vectors; only where that gives no pairs (or not ``count``), also with one
+    another, as few as can be, a vector being a map of one position. Where both networks end in vectors
+    of one width, these are taken to be the logits and left out.
 
     Args:
       student_shapes: name → anything with ``shape`` ``(batch, *spatial, channels)`` and ``dtype``, in
@@ -65,7 +68,7 @@ def match_layers(
       and depths.
 
     Raises:
-      ValueError: if no two layers fit together, or not ``count`` of them.
+      ValueError: if a network has no layer, or not ``count`` of them.
 
     >>> import jax
     >>> def net(*sizes):
@@ -85,17 +88,16 @@ def match_layers(
         student, teacher = student[:-1], teacher[:-1]
     stages = _stages(student), _stages(teacher)
     longest = max((len(stage) for side in stages for stage in side), default=0)
-    for per_stage in range(1, longest + 1):
+    per_stages = [1] if count is None else range(1, longest + 1)
+    for across, per_stage in itertools.product((False, True), per_stages):
         sides = [[x for stage in side for x in _spaced(stage, per_stage)] for side in stages]
         most = min(map(len, sides))
         for wanted in range(most, 0, -1) if count is None else [count]:
-            if wanted <= most and (pairs := _align(sides[0], sides[1], wanted)):
+            if wanted <= most and (pairs := _align(sides[0], sides[1], wanted, across)):
                 return Pairing(pairs)
-        if count is None:
-            break
     raise ValueError(
-        f"no {count or 1} layers of the student can be paired in order with layers of the teacher that "
-        f"have as many axes: the student has {_list(student)}; the teacher has {_list(teacher)}"
+        f"no {count or 1} layers of the student can be paired with layers of the teacher: the student "
+        f"has {_list(student)}; the teacher has {_list(teacher)}"
     )
 
 
@@ -124,38 +126,38 @@ def _spaced(stage: list[Layer], most: int) -> list[Layer]:
     return [stage[(i + 1) * len(stage) // count - 1] for i in range(count)]
 
 
-def _cost(student: Layer, teacher: Layer) -> tuple[float, float]:
+def _cost(student: Layer, teacher: Layer) -> tuple[float, ...]:
+    """Whether the axes differ in number; the distance in octaves; that in depth."""
     spatial = student.shape[1:-1], teacher.shape[1:-1]
-    if len(spatial[0]) != len(spatial[1]):
-        return math.inf, math.inf
+    across = len(spatial[0]) != len(spatial[1])
+    if across:
+        spatial = (math.prod(spatial[0]),), (math.prod(spatial[1]),)
     octaves = [abs(math.log2(a / b)) for a, b in zip(*spatial, strict=True)]
     # Rounded, so that sums of equal resolutions compare as equal
-    return round(sum(octaves), 6), abs(student.depth - teacher.depth)
+    return across, round(sum(octaves), 6), abs(student.depth - teacher.depth)
 
 
-def _align(student: list[Layer], teacher: list[Layer], count: int) -> list[tuple[Layer, Layer]]:
+def _align(
+    student: list[Layer], teacher: list[Layer], count: int, across: bool
+) -> list[tuple[Layer, Layer]]:
     """The cheapest ``count`` pairs that keep both orders, by dynamic programming; [] if none."""
-    Best = tuple[tuple[float, float], list[tuple[Layer, Layer]]]
-    none: Best = ((math.inf, math.inf), [])
+    Best = tuple[tuple[float, ...], list[tuple[Layer, Layer]]]
+    none: Best = ((math.inf,) * 3, [])
     # best[j]: the cheapest way to make `made` pairs of the first i student and j teacher layers
-    rows: list[list[Best]] = [[((0.0, 0.0), [])] * (len(teacher) + 1)] * (len(student) + 1)
+    rows: list[list[Best]] = [[((0.0,) * 3, [])] * (len(teacher) + 1)] * (len(student) + 1)
     for _ in range(count):
         new: list[list[Best]] = [[none] * (len(teacher) + 1)]
         for i, s in enumerate(student):
             row = [none]
             for j, t in enumerate(teacher):
                 before, pairs = rows[i][j]
-                cost = _cost(s, t)
-                options = [
-                    new[i][j + 1],
-                    row[j],
-                    ((before[0] + cost[0], before[1] + cost[1]), [*pairs, (s, t)]),
-                ]
+                cost = tuple(map(operator.add, before, _cost(s, t)))
+                options = [new[i][j + 1], row[j], (cost, [*pairs, (s, t)])]
                 row.append(min(options, key=lambda option: option[0]))
             new.append(row)
         rows = new
     total, pairs = rows[-1][-1]
-    return pairs if math.isfinite(total[0]) else []
+    return pairs if across or total[0] == 0 else []
 
 
 def _columns(layer: Layer) -> tuple[str, str, str]:

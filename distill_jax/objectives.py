@@ -288,7 +288,12 @@ def distill_features(
             ours = [_layer(features, name, "student") for name, _ in layers]
             theirs = [_layer(teacher["features"], name, "teacher") for _, name in layers]
             values = part.apply(
-                params["learned"][number], ours, theirs, labels=batch.get("label"), where=where
+                params["learned"][number],
+                ours,
+                theirs,
+                labels=batch.get("label"),
+                where=where,
+                key=None if key is None else jax.random.fold_in(key, number),
             )
             metrics[f"feature_{number}"] = weighted_mean(values, batch)
             metrics["feature"] += at(weight, step) * metrics[f"feature_{number}"]

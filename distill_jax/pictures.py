@@ -413,3 +413,77 @@ def reconstructions(path: str | Path, rows: Mapping[str, np.ndarray]) -> None:
             axes.spines[:].set(visible=True, color="0.8", linewidth=0.4)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", size=7)
     _save(path, picture)
+
+
+@_style
+def units(path: str | Path, groups: Iterable[Any]) -> None:
+    """Draws how many units each group has, in the order of the program, and which can go.
+
+    Args:
+      path: of the PNG.
+      groups: with ``name``, ``size``, ``free`` and ``exact``, as :class:`distill_jax.units.Group`.
+    """
+    rows = list(groups)
+    if not rows:
+        raise ValueError("groups is empty: a network without parameters has no units to draw")
+    kinds = {
+        "removable exactly": ("#0072B2", lambda group: group.free and group.exact),
+        "removable inexactly": ("#E69F00", lambda group: group.free and not group.exact),
+        "not removable": ("#BBBBBB", lambda group: not group.free),
+    }
+    picture = Figure(figsize=(7, 0.6 + 0.14 * len(rows)), layout="constrained")
+    axes = picture.subplots()
+    for label, (colour, belongs) in kinds.items():
+        chosen = [i for i, group in enumerate(rows) if belongs(group)]
+        sizes = [rows[i].size for i in chosen]
+        axes.barh(chosen, sizes, color=colour, label=label)
+        for i, size in zip(chosen, sizes, strict=True):
+            axes.annotate(f" {size}", (size, i), va="center", fontsize=6)
+    axes.set_yticks(range(len(rows)), [group.name for group in rows], fontsize=6)
+    axes.set_xscale("log")
+    axes.set_xlim(left=0.8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("units")
+    axes.legend(loc="upper right", fontsize=6, frameon=True)
+    _save(path, picture)
+
+
+@_style
+def curves(
+    path: str | Path,
+    x: Sequence[float] | np.ndarray,
+    series: Mapping[str, np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draws curves over one variable: means over seeds; the band is one standard deviation.
+
+    Args:
+      path: of the PNG.
+      x: ``[points]``.
+      series: name → values ``[seeds, points]``.
+      xlabel: of the axis.
+      ylabel: likewise; the axis is logarithmic where values > 0 span more than a factor of 20.
+
+    Raises:
+      ValueError: if a series has other points.
+    """
+    picture = Figure((3.4, 2.7), layout="constrained")
+    axes = picture.subplots()
+    looks = _looks(series)
+    for name, values in series.items():
+        values = np.asarray(values, np.float64)
+        _check(name, values.shape, "[seeds, points]", (len(values), len(x)))
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        axes.plot(x, mean, label=name, **looks[name])
+        low, high = np.maximum(mean - sd, values.min(0)), mean + sd
+        axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.2, linewidth=0)
+    lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
+    if lowest > 0 and highest > 20 * lowest:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y")
+    handles, columns = axes.get_legend_handles_labels(), 1 if max(map(len, series)) > 18 else 2
+    picture.legend(*handles, loc="outside upper center", ncols=columns)
+    _save(path, picture)

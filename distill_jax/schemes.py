@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax import losses
+from distill_jax import losses, trees
 from distill_jax.losses.numerics import check_fraction, to_float
 from distill_jax.objectives import Schedule, at, check_options, errors
 from distill_jax.train import LossFn, weighted_mean
@@ -198,14 +198,9 @@ def mean_teacher(
         student_state, now = model_state["student"], jnp.asarray(step, jnp.int32)
         new = now != model_state["step"]  # false for the later parts of an accumulated batch
 
-        def average(mean, value):
-            if not jnp.issubdtype(mean.dtype, jnp.floating):
-                return jnp.where(new, value, mean)
-            moved = mean + (1 - at(decay, step)) * (value.astype(mean.dtype) - mean)
-            return jnp.where(new, moved, mean).astype(mean.dtype)
-
         current = jax.lax.stop_gradient((params, student_state))
-        teacher = jax.tree.map(average, model_state["teacher"], current)
+        keep = jnp.where(new, at(decay, step), 1.0)
+        teacher = trees.ema(model_state["teacher"], current, keep)
         as_model = jax.tree.map(lambda x, like: x.astype(like.dtype), teacher, current)
         theirs = jax.lax.stop_gradient(apply_fn(*as_model, batch[teacher_input])[0])
         ours, student_state = apply_fn(params, student_state, batch["image"], key=key)

@@ -125,8 +125,7 @@ def make_measure(
     @jax.jit
     def sums(params, model_state, batch):
         batch = {**batch, "image": prepare(batch["image"])}
-        key: Any = None
-        loss, (_, metrics) = loss_fn(params, model_state, batch, key=key, step=jnp.int32(0))
+        loss, (_, metrics) = loss_fn(params, model_state, batch, key=None, step=jnp.int32(0))
         weight = batch_weight(batch)
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss})
 
@@ -207,9 +206,8 @@ def train_stages(
     measure = make_measure(objective(frozen=None), validation, prepare=prepare)
     current: tuple[Any, Any] = (dict(params), dict(model_state))
     level = measure(*current)["validation_loss"]
-    done: list[Stage] = []
-    history: History = {}
-    seconds = 0.0
+    history: dict[str, Any] = {}
+    done, seconds = [], 0.0
     for number, (name, frozen) in enumerate(stages.items()):
         optimizer = only(tx(max(1, len(data["image"]) // batch_size)), frozen)
         result = fit(
@@ -247,9 +245,10 @@ def check_original(outputs: Any, where: str) -> None:
       outputs: what the original returned.
       where: for which examples, for the message.
     """
-    finite = np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1).all(-1)
-    if wrong := int(np.sum(~finite)):
+    finite = np.isfinite(np.asarray(outputs, np.float32)).reshape(len(outputs), -1)
+    wrong = np.asarray(~np.all(finite, -1))
+    if wrong.any():
         raise ValueError(
-            f"the original's outputs for {where} are not finite for {wrong} of {len(outputs)} "
+            f"the original's outputs for {where} are not finite for {int(wrong.sum())} of {len(wrong)} "
             "examples: nothing can be learned from them; check its parameters and its inputs"
         )

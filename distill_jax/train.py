@@ -45,7 +45,13 @@ class LossFn(Protocol):
     """
 
     def __call__(  # noqa: D102
-        self, params: PyTree, model_state: PyTree, batch: Batch, *, key: jax.Array, step: jax.Array
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        batch: Batch,
+        *,
+        key: jax.Array | None,
+        step: jax.Array,
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]: ...
 
 

@@ -197,13 +197,10 @@ def check(config: Config, dataset: data.Dataset | None) -> None:
     need("images", all(w >= 1 for w in config.images), "be widths of at least 1")
     for code in config.codes:
         parse_code(code)
-    original: models.Model = build(config, dataset, config.model, 0)
+    original = build(config, dataset, config.model, 0)
     build(config, dataset, config.encoder, 0)
     names = layer_shapes(
-        original.apply_fn,
-        original.params,
-        original.model_state,
-        prepare(dataset.train.image[:1]),
+        original.apply_fn, original.params, original.model_state, prepare(dataset.train.image[:1])
     )
     need("feature", config.feature in names, f"be one of {', '.join(names)}")
 
@@ -236,8 +233,7 @@ def draw_linear(config: Config) -> tuple[dict[str, np.ndarray], data.Dataset]:
 
     train, validation, test = (split(i * config.examples) for i in range(3))
     name = f"linear-{size}-{outputs}"
-    drawn = data.Dataset(name, "drawn with seed 0", train, validation, test, outputs, ())
-    return params, drawn
+    return params, data.Dataset(name, "drawn with seed 0", train, validation, test, outputs, ())
 
 
 def linear(config: Config) -> int:
@@ -256,16 +252,19 @@ def linear(config: Config) -> int:
     best = {s: codec.optimum(params["kernel"], root) for s, root in roots.items()}
     ranks = config.ranks or range(1, min(config.inputs, config.outputs) + 1)
     progress = runs.Progress(3 * len(ranks))
-    fitted, checked = fields(train), fields(validation)
+    rows, predictions = [], {}
+    for rank in ranks:
 
-    def train_pair(rank):
-        return stages.train_stages(
+        def on_stage(name, rank=rank):
+            return progress.stage(f"width {rank}, {name}", 1 / config.stage_epochs)
+
+        done = stages.train_stages(
             jax.random.key(rank),
             codec.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, config.outputs),
             {"encoder": {}, "decoder": {}},
             functools.partial(objectives.encoder_decoder, codec.affine, codec.affine),
-            fitted,
-            checked,
+            fields(train),
+            fields(validation),
             tx=lambda steps: optax.adam(config.stage_learning_rate),
             epochs=config.stage_epochs,
             batch_size=len(train.id),
@@ -274,12 +273,8 @@ def linear(config: Config) -> int:
             patience=config.patience,
             directory=out / f"width{rank}",
             save_seconds=config.save_seconds,
-            on_stage=lambda name: progress.stage(f"width {rank}, {name}", 1 / config.stage_epochs),
+            on_stage=on_stage,
         )
-
-    rows, predictions = [], {}
-    for rank in ranks:
-        done = train_pair(rank)
         pair = codec.fold(done.params, frame)
         learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
         closed = codec.reduced_rank(params["kernel"], roots["train"], rank)
@@ -567,8 +562,8 @@ def network(config: Config, dataset: data.Dataset) -> int:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
     results["models"][TUNED]["ranks"] = factors.ranks_of(trained[0][TUNED].variables[0])
     example = prepare(dataset.test.image[:1])[0]
-    thin, whole = ((m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"]))
-    faster = {b: metrics.speed_ratio(thin, whole, example, batch=b) for b in (1, 256)}
+    small, large = ((m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"]))
+    faster = {b: metrics.speed_ratio(small, large, example, batch=b) for b in (1, 256)}
     results["models"][TUNED]["times_as_fast"] = {str(b): ratio for b, ratio in faster.items()}
     files.write_json(out / "results.json", results)
 

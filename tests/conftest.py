@@ -1,4 +1,28 @@
-import jax
+import os
+import tempfile
+from importlib.metadata import version
+
+# Most of the suite's time is compilation: XLA does it fast rather than well, unless told otherwise
+# (XLA_FLAGS= pytest compiles as users' programs are compiled).
+FLAGS = ["--xla_backend_optimization_level=0"]
+if version("jax").startswith("0.10."):  # later versions stop at flags they do not know, as this one
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+import jax  # noqa: E402
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
+
+collect_ignore = ["golden"]  # these scripts need PyTorch and the reference programs
+
+
+def pytest_configure(config):
+    """The workers, and the programs they start again and again, compile what they share once."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = tempfile.TemporaryDirectory(prefix="jax-cache-", ignore_cleanup_errors=True)
+        config.add_cleanup(directory.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory.name  # the workers inherit it
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

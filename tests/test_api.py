@@ -23,7 +23,7 @@ LAYERS = [
         "learned",
         "factors",
         "train",
-        "sparsity",
+        "trees",
         "data",
         "models",
         "metrics",
@@ -31,9 +31,9 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"objectives", "targets", "runs"},
-    {"fit", "schemes", "teachers", "bottleneck"},
-    {"study", "stages"},
+    {"connectivity", "objectives", "runs", "sparsity", "targets", "units"},
+    {"bottleneck", "fit", "interpolation", "schemes", "teachers"},
+    {"stages", "study"},
     {"lab"},
 ]
 MODULES = sorted(

@@ -421,11 +421,23 @@ def test_more_pairs_than_stages_spread_over_the_stages():
 
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"student has a \(·4\); the teacher has b \(8×8 ·4\)"):
-        match_layers(shapes(a=(2, 4)), shapes(b=(2, 8, 8, 4)))
+        match_layers(shapes(a=(2, 4)), shapes(b=(2, 8, 8, 4)), count=2)
     with pytest.raises(ValueError, match="the student has none"):
         match_layers({}, shapes(b=(2, 8, 8, 4)))
     mixed = shapes(a=(2, 8, 8, 4), n=()) | {"i": jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.int32)}
     assert match_layers(mixed, shapes(b=(2, 8, 8, 9))) == [("a", "b")]
+
+
+def test_maps_and_vectors_meet_where_nothing_else_does():
+    vectors = shapes(a=(2, 9), b=(2, 7))
+    maps = shapes(**{f"t{i}": (2, n, n, 4) for i, n in enumerate((8, 4, 1))})
+    assert match_layers(vectors, maps) == [("b", "t2")]
+    assert match_layers(vectors, maps, count=2) == [("a", "t1"), ("b", "t2")]
+    one_vector = maps | shapes(v=(2, 5))
+    assert match_layers(vectors, one_vector) == [("b", "v")]
+    assert match_layers(one_vector, vectors, count=2) == [("t2", "a"), ("v", "b")]
+    sequence = shapes(c=(2, 16, 4))
+    assert match_layers(sequence, maps) == [("c", "t1")]
 
 
 def test_real_networks_are_matched():

@@ -238,8 +238,8 @@ def test_cka(name):
     np.testing.assert_allclose(loss(student, moved), values, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(loss(student[::-1], teacher[::-1]), values[::-1], rtol=1e-4)
     values, gradient = at_the_teacher(loss, student)
-    np.testing.assert_array_equal(values, 0)
-    np.testing.assert_array_equal(gradient, 0)
+    np.testing.assert_allclose(values, 0, atol=1e-12)
+    np.testing.assert_allclose(gradient, 0, atol=2e-7)
     # examples that do not count
     where = np.arange(9) < 7
     padding = np.full((2, 1), np.nan, np.float32)
@@ -287,10 +287,12 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     loss, _, _, shape = CASES[name]
     (teacher,) = draw(shape)
     values, gradient = at_the_teacher(loss, teacher)
-    # The kernels' means cancel to rounding; elsewhere zero is exact
-    atol = 2e-7 if name in ("nst", "nst, gaussian") else 0
+    if name == "factor_transfer":  # |a − b|: a rounding shows, and there is no derivative
+        np.testing.assert_allclose(values, 0, atol=1e-5)
+        return
+    atol = 2e-7 if name.startswith("nst") else 1e-12  # NST's kernels' means cancel
     np.testing.assert_allclose(values, 0, atol=atol)
-    np.testing.assert_allclose(gradient, 0, atol=atol)
+    np.testing.assert_allclose(gradient, 0, atol=2e-7)
 
 
 def test_fsp_and_cat_kd_are_zero_at_the_teacher():

@@ -6,8 +6,10 @@ import resource
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from kill_and_resume import torture
 
 from distill_jax import runs
@@ -82,7 +84,9 @@ def test_students_differ_only_in_what_they_learn_from(tmp_path, capsys, monkeypa
     status, _, _ = run(capsys, monkeypatch, "--alpha", 1, "--out", tmp_path / "run", "--check")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     a, b = (results["models"][name]["test"] for name in ("scratch", "distilled"))
-    assert a == b
+    assert a["errors"] == b["errors"]
+    for figure in a:
+        np.testing.assert_allclose(a[figure], b[figure], rtol=1e-5, err_msg=figure)
     assert status == 1  # and is no better
 
 
@@ -199,11 +203,15 @@ def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
 def test_a_full_disk(tmp_path, capsys, monkeypatch):
     """No file may grow beyond a few kilobytes: what the system then reports is a full disk's kin."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update("jax_enable_compilation_cache", False)  # its files are larger than that
+    compilation_cache.reset_cache()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         status, _, error = run(capsys, monkeypatch, "--out", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
     assert status == 2
     assert len(error.strip().splitlines()) == 1
     assert "space" in error

@@ -25,7 +25,7 @@ def init_projector(key, student_shapes, teacher_shapes):
     ]
 
 
-def apply_projector(params, ours, theirs, *, labels=None, where=None):
+def apply_projector(params, ours, theirs, *, labels=None, where=None, key=None):
     values = [
         jnp.square(s @ w - t).mean(range(1, t.ndim))
         for w, s, t in zip(params, ours, theirs, strict=True)
@@ -170,7 +170,7 @@ def test_nothing_of_the_teacher_is_differentiated_and_its_mode_is_evaluation():
 def test_feature_losses_are_told_labels_and_which_examples_count():
     seen = {}
 
-    def apply(params, ours, theirs, *, labels=None, where=None):
+    def apply(params, ours, theirs, *, labels=None, where=None, key=None):
         seen.update(labels=labels, where=where)
         return jnp.where(where, ours[0].mean((1, 2, 3)), jnp.nan)
 

@@ -5,7 +5,6 @@ Each builder returns a pair for matched layers, whose losses are *summed* over t
 parameters, whatever the widths.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,15 @@ import jax.numpy as jnp
 
 from distill_jax import losses
 from distill_jax.learned.pair import Learned, Shape
+from distill_jax.learned.projectors import (
+    check_layers,
+    clear,
+    dense,
+    dense_init,
+    example_mask,
+    map_init,
+    sum_layers,
+)
 from distill_jax.losses.numerics import to_float
 
 Params = Any
@@ -117,21 +125,17 @@ def ickd(*, normalize: bool = True) -> Learned:
     """
 
     def init(key, student_shapes, teacher_shapes):
-        _check_layers(student_shapes, teacher_shapes)
-        shapes = list(zip(student_shapes, teacher_shapes, strict=True))
-        keys = jax.random.split(key, max(len(shapes), 1))
-        return [
-            {} if s[-1] == t[-1] else {"kernel": _kernel(k, s[-1], t[-1])}
-            for k, (s, t) in zip(keys, shapes, strict=False)
-        ]
+        return map_init(key, student_shapes, teacher_shapes, always=False)
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None):
-        _check_layers(student_features, teacher_features)
-        total: Any = 0.0
-        for p, s, t in zip(params, student_features, teacher_features, strict=True):
-            mapped = _matmul(_kept(to_float(s), where), p["kernel"]) if p else s
-            total += losses.ickd(mapped, t, normalize=normalize, where=where)
-        return total
+    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
+        del labels, key
+        check_layers(student_features, teacher_features)
+        values = []
+        for i, (s, t) in enumerate(zip(student_features, teacher_features, strict=True)):
+            if f"layer{i}" in params:
+                s = dense(params[f"layer{i}"], clear(s, example_mask(where, jnp.shape(s)[0])))
+            values.append(losses.ickd(s, t, normalize=normalize, where=where))
+        return sum_layers(values)
 
     return Learned(init, apply)
 
@@ -249,29 +253,6 @@ def mean_over_positions(x: Any) -> jax.Array:
     return jnp.mean(x, tuple(range(1, x.ndim - 1))) if x.ndim > 2 else x
 
 
-def _kernel(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    return jax.random.normal(key, (inputs, outputs)) / math.sqrt(inputs)
-
-
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-def _kept(x: jax.Array, where: Any) -> jax.Array:
-    """Sets excluded examples to zero, so that nothing in them reaches the gradient of a kernel."""
-    if where is None:
-        return x
-    return jnp.where(jnp.reshape(where, (-1,) + (1,) * (x.ndim - 1)), x, 0.0)
-
-
-def _check_layers(student: Sequence[Any], teacher: Sequence[Any]) -> None:
-    if len(student) != len(teacher):
-        raise ValueError(
-            "student and teacher must have equally many matched layers, got "
-            f"{len(student)} and {len(teacher)}"
-        )
-
-
 def _check_one(student: Sequence[Any], teacher: Sequence[Any]) -> None:
     if len(student) != 1 or len(teacher) != 1:
         raise ValueError(
@@ -282,15 +263,14 @@ def _check_one(student: Sequence[Any], teacher: Sequence[Any]) -> None:
 
 def _without_params(loss: Callable[..., jax.Array]) -> Learned:
     def init(key, student_shapes, teacher_shapes):
-        _check_layers(student_shapes, teacher_shapes)
+        check_layers(student_shapes, teacher_shapes)
         return {}
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None):
-        _check_layers(student_features, teacher_features)
-        total: Any = 0.0
-        for s, t in zip(student_features, teacher_features, strict=True):
-            total += loss(s, t, where=where)
-        return total
+    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
+        del params, labels, key
+        check_layers(student_features, teacher_features)
+        pairs = zip(student_features, teacher_features, strict=True)
+        return sum_layers(loss(s, t, where=where) for s, t in pairs)
 
     return Learned(init, apply)
 
@@ -299,23 +279,20 @@ def _embedded(features: int, loss: Callable[..., Any]) -> Learned:
     """A loss of linear embeddings of pooled features: one for the student, one for the teacher."""
 
     def init(key, student_shapes, teacher_shapes):
-        _check_layers(student_shapes, teacher_shapes)
-        params = []
-        for i, shapes in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
+        check_layers(student_shapes, teacher_shapes)
+        params = {}
+        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
             keys = jax.random.split(jax.random.fold_in(key, i))
-            params.append(
-                {
-                    name: {"kernel": _kernel(k, shape[-1], features), "bias": jnp.zeros(features)}
-                    for name, k, shape in zip(("student", "teacher"), keys, shapes, strict=True)
-                }
-            )
+            params[f"layer{i}"] = {
+                "student": dense_init(keys[0], s[-1], features),
+                "teacher": dense_init(keys[1], t[-1], features),
+            }
         return params
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None):
-        total: Any = 0.0
-        for s, t in _embeddings(params, student_features, teacher_features, where):
-            total += loss(s, t, labels=labels, where=where)
-        return total
+    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
+        del key
+        pairs = _embeddings(params, student_features, teacher_features, where)
+        return sum_layers(loss(s, t, labels=labels, where=where) for s, t in pairs)
 
     return Learned(init, apply)
 
@@ -323,12 +300,13 @@ def _embedded(features: int, loss: Callable[..., Any]) -> Learned:
 def _embeddings(
     params: Params, student_features: Any, teacher_features: Any, where: Any
 ) -> list[tuple[jax.Array, jax.Array]]:
-    _check_layers(student_features, teacher_features)
+    check_layers(student_features, teacher_features)
 
-    def embed(p, x):
-        return _matmul(_kept(mean_over_positions(x), where), p["kernel"]) + p["bias"]
+    def embed(part, x):
+        counted = clear(x, example_mask(where, jnp.shape(x)[0]))
+        return dense(part, mean_over_positions(counted))
 
     return [
-        (embed(p["student"], s), embed(p["teacher"], t))
-        for p, s, t in zip(params, student_features, teacher_features, strict=True)
+        (embed(params[f"layer{i}"]["student"], s), embed(params[f"layer{i}"]["teacher"], t))
+        for i, (s, t) in enumerate(zip(student_features, teacher_features, strict=True))
     ]

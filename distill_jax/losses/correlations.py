@@ -84,11 +84,11 @@ def dist(
     """DIST: β·(1 − ρ over the classes of each example) + γ·(1 − ρ over the examples of each class).
 
     ρ is Pearson's correlation of p and q. With a and b the centred vectors at length 1,
-    1 − ρ = ½·Σ (a − b)²: it is summed in this form, which is exact at student = teacher, and gives
-    each example its share of the second term, so that the mean over the examples is the paper's
-    loss. A vector without variation has no correlation: where one of the two is constant, 1 − ρ is
-    1, where both are, 0, and the gradient is 0 in both cases (so a batch of one example has no
-    second term).
+    1 − ρ = ½·Σ (a − b)²: it is summed in this form, which keeps its digits where student and teacher
+    almost agree, and gives each example its share of the second term, so that the mean over the
+    examples is the paper's loss. A vector without variation has no correlation: where one of the two
+    is constant, 1 − ρ is 1, where both are, 0, and the gradient is 0 in both cases (so a batch of one
+    example has no second term).
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
@@ -119,8 +119,7 @@ def dist(
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     shape = jnp.moveaxis(x.has_q, axis, -1).shape
-    # Student and teacher as one array: what is equal in both is then computed by the same operations,
-    # and a − b is exactly 0.
+    # Student and teacher as one array: what is equal in both is rounded alike.
     has = jnp.stack([_rows(x.has_q, axis), _rows(x.has_p, axis)])
     exists = has[0] | has[1]
     logits = jnp.stack([_rows(to_float(z), axis) for z in (student_logits, teacher_logits)])
@@ -200,26 +199,34 @@ def mlkd(
     """
     if not len(temperatures):
         raise ValueError("temperatures must hold at least one, got none")
-    value: Any = 0.0
     for temperature in temperatures:
+        check_positive("temperature", temperature)
+
+    def at_one(temperature):
         x = pair(student_logits, teacher_logits, temperature, axis, where)
-        shape = jnp.moveaxis(x.has_q, axis, -1).shape
         x = Pair(*(_rows(a, axis) for a in x))
         q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
         p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
         gap = probability_difference(x)
         exists = x.has_q | x.has_p
         used = jnp.maximum(jnp.sum(jnp.any(exists, 0)), 1)
-        instance = jnp.square(to_float(temperature)) * kl_of(
+        instance = jnp.square(temperature) * kl_of(
             x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1
         )
         # PPᵀ − QQᵀ = (P − Q)Pᵀ + Q(P − Q)ᵀ loses nothing where the two almost agree
         examples = _dot(gap, p.T) + _dot(q, gap.T)
         classes = _dot(gap.T, p) + _dot(q.T, gap)
-        value += instance_weight * instance
-        value += batch_weight * jnp.sum(jnp.square(examples), 1)
-        value += class_weight * jnp.sum(jnp.square(classes)) / used
-    return jnp.where(jnp.any(exists, 1), value, 0.0).reshape(shape[:-1])
+        value = (
+            instance_weight * instance
+            + batch_weight * jnp.sum(jnp.square(examples), 1)
+            + class_weight * jnp.sum(jnp.square(classes)) / used
+        )
+        return jnp.where(jnp.any(exists, 1), value, 0.0)
+
+    dtype = jnp.result_type(to_float(student_logits), to_float(teacher_logits))
+    values = jnp.sum(jax.vmap(at_one)(jnp.asarray(temperatures, dtype)), 0)
+    shape = jnp.moveaxis(jnp.asarray(student_logits), axis, -1).shape
+    return values.reshape(shape[:-1])
 
 
 # --- parts -----------------------------------------------------------------------------------

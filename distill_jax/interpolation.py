@@ -1,0 +1,450 @@
+"""ŷ = g(x; λθₜ + (1 − λ)θ_g): a student that shares its teacher's parameters (system S3).
+
+Two readings of the formula:
+
+- :func:`pull` moves the student's parameters towards the teacher's before each of its steps. The
+  student is the model.
+- :func:`through` takes the loss at the interpolated parameters, and its gradient goes through the
+  interpolation to the student's. The interpolated network is the model: :func:`interpolated`.
+
+λ, the transfer coefficient, is a constant or an optax schedule (``optax.linear_schedule``,
+``cosine_decay_schedule``, ``exponential_decay``); one for each path pattern
+(:func:`distill_jax.trees.scalars`); found on validation data (:class:`Search`); or learned. The teacher
+is trained together with the student, or beforehand and frozen.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distill_jax import trees
+from distill_jax.losses.numerics import check_fraction
+from distill_jax.objectives import Schedule, at
+from distill_jax.train import LossFn, Metrics, Step, TrainState
+
+PyTree = Any
+Rate = Schedule | Mapping[str, Schedule]
+
+
+class Pair(NamedTuple):
+    """Teacher and student of :func:`pull`, in the place of a ``TrainState`` in epochs and loops.
+
+    Attributes:
+      teacher: never changes where the teacher is frozen.
+      student: its step and its key are the pair's.
+    """
+
+    teacher: TrainState
+    student: TrainState
+
+    @property
+    def step(self) -> jax.Array:
+        """The student's."""
+        return self.student.step
+
+    @property
+    def key(self) -> jax.Array:
+        """The student's."""
+        return self.student.key
+
+    @property
+    def params(self) -> dict[str, PyTree]:
+        """As in :func:`through`: ``{"student", "teacher"}``."""
+        return {"student": self.student.params, "teacher": self.teacher.params}
+
+    @property
+    def model_state(self) -> dict[str, PyTree]:
+        """Likewise."""
+        return {"student": self.student.model_state, "teacher": self.teacher.model_state}
+
+
+class Search(NamedTuple):
+    """A λ for :func:`pull` that is found anew at each step, by :func:`line_search`.
+
+    Attributes:
+      loss: ``(params, model_state, validation) -> scalar``, of the student.
+      points: of the grid.
+      rounds: of refinement.
+    """
+
+    loss: Callable[[PyTree, PyTree, Any], jax.Array]
+    points: int = 11
+    rounds: int = 2
+
+
+def line_search(
+    loss: Callable[[PyTree], jax.Array],
+    tree_a: PyTree,
+    tree_b: PyTree,
+    *,
+    points: int = 11,
+    rounds: int = 2,
+) -> tuple[jax.Array, jax.Array]:
+    """Finds the t in [0, 1] with the lowest loss at (1 − t)·a + t·b: on a grid, then on finer ones.
+
+    Between unaligned networks the loss has several valleys, so the first grid covers the whole way;
+    each further one the two intervals around the best point. The result is never worse than either end.
+
+    Args:
+      loss: params → scalar; not NaN. All points of a grid are computed at once, by ``vmap``.
+      tree_a: as in :func:`distill_jax.trees.lerp`.
+      tree_b: likewise.
+      points: of each grid, odd, ≥ 3.
+      rounds: how many grids, ≥ 1; t is found up to (2/(points − 1))^rounds/2.
+
+    Returns:
+      ``(t, loss)``, float32 scalars; the lowest t of equals.
+
+    Raises:
+      ValueError: if ``points`` or ``rounds`` are not such.
+
+    >>> t, value = line_search(lambda w: (w - 0.3) ** 2, 0.0, 1.0, points=5, rounds=6)
+    >>> round(float(t), 2)
+    0.3
+    """
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be odd and at least 3, got {points}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    # Odd, so that the best point so far is the middle of the next grid, or its end
+    low, high = jnp.float32(0), jnp.float32(1)
+    for _ in range(rounds):
+        ts = jnp.linspace(low, high, points)
+        values = jax.vmap(lambda t: loss(trees.lerp(tree_a, tree_b, t)))(ts)
+        best = jnp.argmin(values)
+        low, high = ts[jnp.maximum(best - 1, 0)], ts[jnp.minimum(best + 1, points - 1)]
+    return ts[best], values[best]
+
+
+def pull(
+    teacher_step: Step | None,
+    student_step: Step,
+    rate: Rate | Search,
+    *,
+    label: Callable[..., Any] | None = None,
+    project: Callable[[PyTree], PyTree] = lambda params: params,
+) -> Callable[[Pair, Any], tuple[Pair, Metrics]]:
+    """Makes a step of both: the teacher's, then θ_g ← λθₜ + (1 − λ)θ_g, then the student's.
+
+    Args:
+      teacher_step: of :func:`distill_jax.train.make_train_step`; None for a frozen teacher.
+      student_step: likewise, with any loss.
+      rate: λ in [0, 1], its schedule, one of these for each path pattern, or a :class:`Search`. The
+        step that counts is the student's. A search takes ``batch["validation"]``, which the student's
+        step does not see.
+      label: ``((params, model_state), batch) -> batch``, such as
+        :func:`distill_jax.targets.make_label` gives, to distil from the teacher of the moment as well.
+      project: brings the teacher's parameters to the shape, and the basin, of the student's.
+
+    Returns:
+      ``(pair, batch) -> (pair, metrics)``: under ``jit``, ``scan`` and ``vmap`` like any step. The
+      metrics are the student's, the teacher's as ``"teacher_loss"`` and so on, and ``"rate"``.
+
+    Raises:
+      ValueError: for a constant λ outside [0, 1]; when traced, if the parameters do not fit, or a
+        search finds no validation data.
+
+    >>> import optax
+    >>> from distill_jax import objectives, train
+    >>> tx, apply_fn = optax.sgd(0.1), lambda p, s, x, *, key=None: (x @ p, s)
+    >>> step = train.make_train_step(objectives.supervised(apply_fn), tx)
+    >>> states = [train.init_state(jnp.full((3, 2), w), tx, jax.random.key(0)) for w in (1.0, 0.0)]
+    >>> batch = {"image": jnp.zeros((4, 3)), "label": jnp.zeros(4, int)}
+    >>> pair, metrics = pull(step, step, 0.5)(Pair(*states), batch)
+    >>> float(pair.student.params[0, 0])
+    0.5
+    """
+    if not isinstance(rate, Search):
+        _check(rate)
+
+    def step(pair, batch):
+        batch = dict(batch)
+        validation = batch.pop("validation", None)
+        teacher: TrainState = pair.teacher
+        figures: Metrics = {}
+        if teacher_step is not None:
+            teacher, figures = teacher_step(teacher, batch)
+        if label is not None:
+            batch = label((teacher.params, teacher.model_state), batch)
+        student, towards = pair.student, project(teacher.params)
+        trees.check(student.params, towards, names=("the student", "the teacher"))
+        if isinstance(rate, Search):
+            if validation is None:
+                raise ValueError("the batch has no 'validation', which a Search for λ needs")
+            share, _ = line_search(
+                lambda params: rate.loss(params, student.model_state, validation),
+                student.params,
+                towards,
+                points=rate.points,
+                rounds=rate.rounds,
+            )
+        else:
+            share = _at(rate, student.step)
+        student = student._replace(params=trees.lerp(student.params, towards, share))
+        student, metrics = student_step(student, batch)
+        figures = {f"teacher_{name}": value for name, value in figures.items()}
+        return Pair(teacher, student), {**metrics, **figures, **_shown(share)}
+
+    return step
+
+
+def through(
+    loss_fn: LossFn,
+    rate: Rate | None,
+    *,
+    teacher_loss: LossFn | None = None,
+    flow: bool = False,
+    label: Callable[..., Any] | None = None,
+    project: Callable[[PyTree], PyTree] = lambda params: params,
+) -> LossFn:
+    """Takes a student's loss at λθₜ + (1 − λ)θ_g; its gradient flows to θ_g, scaled by 1 − λ.
+
+    Args:
+      loss_fn: the student's, of any kind.
+      rate: λ as in :func:`pull`, but no search; None to learn it, as the logistic function of
+        ``params["rate"]``.
+      teacher_loss: the teacher's own, added to the student's; None for a teacher that is frozen, or
+        learns by ``flow`` alone.
+      flow: whether the gradient flows to θₜ as well, scaled by λ.
+      label: as in :func:`pull`.
+      project: likewise.
+
+    Returns:
+      A ``loss_fn`` over ``params`` and ``model_state`` of :func:`join`, for
+      :func:`distill_jax.train.make_train_step` with the ``tx`` of :func:`split_tx`. The student's
+      ``model_state`` is the interpolated network's. The metrics are the student's,
+      ``"teacher_errors"`` and so on, and ``"rate"``.
+
+    Raises:
+      ValueError: for a constant λ outside [0, 1].
+
+    >>> from distill_jax import objectives
+    >>> apply_fn = lambda p, s, x, *, key=None: (x @ p, s)
+    >>> loss_fn = through(objectives.supervised(apply_fn), 0.25)
+    >>> params, state = join((jnp.eye(2), {}), (jnp.zeros((2, 2)), {}))
+    >>> batch = {"image": jnp.eye(2), "label": jnp.arange(2)}
+    >>> loss, _ = loss_fn(params, state, batch, key=None, step=0)
+    >>> round(float(loss - jnp.log1p(jnp.exp(-0.75))), 6)
+    0.0
+    """
+    if rate is not None:
+        _check(rate)
+
+    def joint_loss(params, model_state, batch, *, key, step):
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        teacher = params["teacher"]
+        if label is not None:
+            batch = label((teacher, model_state["teacher"]), batch)
+        share = None if rate is None else _at(rate, step)
+        source = teacher if flow else jax.lax.stop_gradient(teacher)
+        mixed = mix({**params, "teacher": source}, share, project=project)
+        loss, (student_state, metrics) = loss_fn(
+            mixed, model_state["student"], batch, key=keys[0], step=step
+        )
+        model_state = {**model_state, "student": student_state}
+        metrics = {**metrics, **_shown(_share(params, share))}
+        if teacher_loss is not None:
+            own, (teacher_state, figures) = teacher_loss(
+                teacher, model_state["teacher"], batch, key=keys[1], step=step
+            )
+            loss += own
+            model_state["teacher"] = teacher_state
+            metrics |= {f"teacher_{name}": value for name, value in figures.items()}
+            metrics["teacher_loss"] = own
+        return loss, (model_state, metrics)
+
+    return joint_loss
+
+
+def join(
+    student: tuple[PyTree, PyTree], teacher: tuple[PyTree, PyTree], *, rate: Any = None
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Puts student and teacher into the ``params`` and ``model_state`` of :func:`through`.
+
+    Args:
+      student: ``(params, model_state)``.
+      teacher: likewise.
+      rate: where λ is to be learned, from where: in (0, 1), or a value for each path pattern.
+
+    Returns:
+      ``{"student", "teacher"}`` of each; with ``rate``, ``params["rate"]`` is its logit, log λ/(1 − λ).
+
+    Raises:
+      ValueError: for a rate outside (0, 1).
+    """
+    params, model_state = (
+        {"student": ours, "teacher": theirs} for ours, theirs in zip(student, teacher, strict=True)
+    )
+    if rate is not None:
+        if not all(0 < value < 1 for value in jax.tree.leaves(rate)):
+            raise ValueError(f"rate must lie in (0, 1), so that it can be learned, got {rate}")
+        params["rate"] = jax.tree.map(lambda t: jnp.float32(jnp.log(t) - jnp.log1p(-t)), rate)
+    return params, model_state
+
+
+def split_tx(
+    student: optax.GradientTransformation,
+    teacher: optax.GradientTransformation | None = None,
+    rate: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """Makes an optimizer for each part of :func:`join`'s ``params``.
+
+    Args:
+      student: the student's.
+      teacher: the teacher's; None freezes it.
+      rate: the one of λ where it is learned; None freezes that.
+
+    Returns:
+      One transformation for all. What is clipped by norm, or decays, does so within its part.
+    """
+    frozen = optax.set_to_zero()
+    return optax.multi_transform(
+        {"student": student, "teacher": teacher or frozen, "rate": rate or frozen},
+        lambda params: {name: name for name in params},
+    )
+
+
+def mix(
+    params: Mapping[str, PyTree],
+    rate: Any = None,
+    *,
+    project: Callable[[PyTree], PyTree] = lambda params: params,
+) -> PyTree:
+    """λθₜ + (1 − λ)θ_g: the parameters of the interpolated network.
+
+    Args:
+      params: ``{"student", "teacher"}``, of :func:`join` or a :class:`Pair`.
+      rate: λ in [0, 1], or one for each path pattern; None for the one learned.
+      project: as in :func:`pull`.
+
+    Raises:
+      ValueError: if the two do not fit (every path is listed), or λ lies outside [0, 1].
+
+    >>> float(mix({"student": jnp.zeros(()), "teacher": jnp.ones(())}, 0.25))
+    0.25
+    """
+    towards = project(params["teacher"])
+    trees.check(params["student"], towards, names=("the student", "the teacher"))
+    return trees.lerp(params["student"], towards, _share(params, rate))
+
+
+def interpolated(
+    apply_fn: Callable[..., Any],
+    rate: Any = None,
+    *,
+    project: Callable[[PyTree], PyTree] = lambda params: params,
+) -> Callable[..., Any]:
+    """Makes the ``apply_fn`` of the interpolated network, over the ``params`` of :func:`join`.
+
+    Args:
+      apply_fn: the student's.
+      rate: as in :func:`mix`.
+      project: as in :func:`pull`.
+    """
+
+    def mixed_fn(params, model_state, x, *, key=None):
+        return apply_fn(mix(params, rate, project=project), model_state["student"], x, key=key)
+
+    return mixed_fn
+
+
+def sweep(make: Callable[[Any], Callable[..., Any]], rates: Any) -> Callable[..., Any]:
+    """Makes one step of many: the same reading at each of several λ, in one program.
+
+    Students are mapped by ``vmap``. The teacher does not depend on λ, so it is trained once for all of
+    them (not with ``flow``, where it does).
+
+    Args:
+      make: λ → step, as :func:`pull` makes it, or :func:`distill_jax.train.make_train_step` of
+        :func:`through`.
+      rates: ``[n]`` of λ.
+
+    Returns:
+      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; a batch serves all,
+      and each metric is ``[n]``.
+    """
+    rates = jnp.asarray(rates, jnp.float32)
+
+    def step(states, batch):
+        axes = _axes(states)
+        mapped = jax.vmap(
+            lambda rate, state: make(rate)(state, batch), in_axes=(0, axes), out_axes=(axes, 0)
+        )
+        return mapped(rates, states)
+
+    return step
+
+
+def repeat(state: Any, count: int) -> Any:
+    """Makes the states of :func:`sweep`: ``count`` students of one, and one teacher.
+
+    Args:
+      state: a :class:`Pair`, or the ``TrainState`` of :func:`through`.
+      count: how many.
+    """
+    return _map_students(lambda x: jnp.stack([x] * count), state)
+
+
+def lane(states: Any, index: Any) -> Any:
+    """Takes one of the states of :func:`sweep` out, with the teacher that all share.
+
+    Args:
+      states: of :func:`repeat`, or what a sweep made of it.
+      index: which.
+    """
+    return _map_students(lambda x: x[index], states)
+
+
+def _map_students(function: Callable[..., Any], states: Any) -> Any:
+    structure: Any
+    axes, structure = jax.tree.flatten(_axes(states), is_leaf=lambda axis: axis is None)
+    leaves = structure.flatten_up_to(states)
+    return structure.unflatten(
+        [x if axis is None else function(x) for x, axis in zip(leaves, axes, strict=True)]
+    )
+
+
+def _axes(states: Any) -> Any:
+    """For each leaf 0 if there is one for each student, None if all share it."""
+
+    def shared(tree):
+        return jax.tree.map(lambda x: None, tree)
+
+    def split(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: None if "teacher" in trees.path_name(path).split(".") else 0, tree
+        )
+
+    if isinstance(states, Pair):
+        return Pair(shared(states.teacher), _axes(states.student))
+    params, opt_state, model_state = map(split, states[1:4])
+    return TrainState(shared(states.step), params, opt_state, model_state, shared(states.key))
+
+
+def _share(params: Mapping[str, PyTree], rate: Any) -> Any:
+    if rate is not None:
+        return rate
+    if "rate" not in params:
+        raise ValueError("rate is None, to be learned, and params has no 'rate': give join one")
+    return jax.tree.map(jax.nn.sigmoid, params["rate"])
+
+
+def _check(rate: Any) -> None:
+    for name, value in rate.items() if isinstance(rate, Mapping) else [("", rate)]:
+        if not callable(value):
+            check_fraction(f"rate[{name!r}]" if name else "rate", value)
+
+
+def _at(rate: Rate, step: jax.Array) -> Any:
+    if isinstance(rate, Mapping):
+        return {pattern: at(value, step) for pattern, value in rate.items()}
+    return at(rate, step)
+
+
+def _shown(share: Any) -> Metrics:
+    if isinstance(share, Mapping):
+        return {f"rate {pattern}": jnp.float32(value) for pattern, value in share.items()}
+    return {"rate": jnp.float32(share)}

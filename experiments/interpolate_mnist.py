@@ -1,0 +1,570 @@
+"""λθₜ + (1 − λ)θ_g: a student that shares its teacher's parameters (system S3), on MNIST or digits.
+
+Two networks of the same shape learn batch by batch: the teacher by its own step, the student after it
+has moved towards the teacher by λ ("pull"), or through the interpolation of both ("through"). Beside
+them: the student alone, and the student of stored soft labels, at equal epochs. All seeds of a
+model, and all λ of a sweep, run as one compiled program.
+
+    python experiments/interpolate_mnist.py                   # the tutorial's example: minutes
+    python experiments/interpolate_mnist.py --preset study    # few labels, other widths, λ from 0 to 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+import tyro
+
+from distill_jax import (  # isort: skip
+    connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures,
+    report, runs, train, trees,
+)  # fmt: skip
+from distill_jax.lab import begin, prepare, recorded
+
+ALL, EQUAL, UNEQUAL = "all labels", "equal widths", "unequal widths"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. The defaults shown are those of the preset tutorial on MNIST."""
+
+    dataset: str = "auto"
+    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
+    image-classification data set of TFDS"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    preset: Literal["tutorial", "study"] = "tutorial"
+    """tutorial: the example of S3; study: also few labels, a wider teacher, and the sweep of λ"""
+    seeds: int = 3
+    """how many repetitions, each with its own networks and order of examples"""
+    hidden: int = 128
+    """hidden units of the student, and of the teacher of equal width"""
+    wide: int = 0
+    """hidden units of a further, wider teacher; 0: none"""
+    rate: float = 0.5
+    """λ, the transfer coefficient"""
+    learning_rate: float = 0.01
+    """of all networks (SGD)"""
+    batch_size: int = 100
+    """examples a step"""
+    epochs: int = 10
+    """of all networks"""
+    few: int = 0
+    """a further setting: so many labelled examples, another choice for each seed; 0: none"""
+    few_epochs: int = 200
+    """in that setting"""
+    temperature: float = 4.0
+    """T of the soft labels"""
+    alpha: float = 0.1
+    """the labels' share of the loss with soft labels"""
+    points: int = 0
+    """values of λ from 0 to 1 in a sweep of both readings, with few labels if there are; 0: none"""
+    validation: int | None = None
+    """examples held out of the training set (default: the data set's own)"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+
+
+# How the other presets differ
+STUDY: dict[str, Any] = {"wide": 1200, "few": 1000, "points": 21}
+SMALL_IMAGES: dict[str, Any] = {"learning_rate": 0.1, "batch_size": 20, "epochs": 40}
+SMALL_STUDY: dict[str, Any] = {"wide": 512, "few": 200, "points": 21}
+
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds")
+
+
+def parse() -> tuple[Config, data.Dataset]:
+    """Reads the command line; what it leaves out depends on the preset and on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    small = max(dataset.train.image.shape[1:3]) < 16
+    changes = SMALL_IMAGES if small else {}
+    if config.preset == "study":
+        changes = changes | (SMALL_STUDY if small else STUDY)
+    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
+    check(config, len(dataset.train.id))
+    return config, dataset
+
+
+def check(config: Config, examples: int) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+
+    def option(name: str) -> str:
+        return f"--{name.replace('_', '-')} must be"
+
+    for name in ("seeds", "hidden", "epochs", "few_epochs"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{option(name)} at least 1, got {getattr(config, name)}")
+    for name in ("learning_rate", "temperature"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{option(name)} positive, got {getattr(config, name)}")
+    for name in ("rate", "alpha"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{option(name)} in [0, 1], got {getattr(config, name)}")
+    if config.wide and config.wide <= config.hidden:
+        raise ValueError(
+            f"{option('wide')} more than --hidden, {config.hidden}, or 0, got {config.wide}: a teacher "
+            "narrower than the student has no units for it to select from"
+        )
+    if config.few and not config.batch_size <= config.few <= examples:
+        raise ValueError(f"{option('few')} from --batch-size to {examples}, or 0, got {config.few}")
+    if not 1 <= config.batch_size <= examples:
+        raise ValueError(f"{option('batch_size')} 1 to {examples}, got {config.batch_size}")
+    if config.points == 1 or config.points < 0:
+        raise ValueError(f"{option('points')} at least 2, or 0, got {config.points}")
+    if not config.save_seconds >= 0:
+        raise ValueError(f"{option('save_seconds')} at least 0, got {config.save_seconds}")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Trains and judges the same model of all seeds at once.
+
+    Attributes:
+      config: the options.
+      dataset: the data.
+      out: where checkpoints go.
+      progress: the bar.
+      rows: int32 ``[seeds, examples]``, the training examples of each seed in an order of its own.
+      epochs: how many.
+      name: of the setting, which the checkpoints' directories begin with.
+    """
+
+    config: Config
+    dataset: data.Dataset
+    out: Path
+    progress: runs.Progress
+    rows: np.ndarray
+    epochs: int
+    name: str
+
+    def train(
+        self,
+        name: str,
+        step: Callable[..., Any],
+        states: Any,
+        unit: float,
+        soft: jax.Array | None = None,
+    ) -> Any:
+        """Trains, or takes from a checkpoint.
+
+        Args:
+          name: of the model.
+          step: ``(state, batch) -> (state, metrics)`` of one seed.
+          states: ``[seeds, ...]``.
+          unit: the work of an epoch, for the bar.
+          soft: logits of a teacher, ``[seeds, training examples of the data set, classes]``.
+        """
+        images, labels = (
+            jnp.asarray(x) for x in (self.dataset.train.image, self.dataset.train.label)
+        )
+
+        def one(state, rows, soft, order, images, labels):
+            def body(state, places):
+                chosen = rows[places]
+                batch = {"image": prepare(images[chosen]), "label": labels[chosen]}
+                if soft is not None:
+                    batch["teacher"] = soft[chosen]
+                return step(state, batch)
+
+            return jax.lax.scan(body, state, order)
+
+        mapped = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None, None)), donate_argnums=0)
+
+        def epoch(states, places, order, context):
+            return mapped(states, *context, order, images, labels)
+
+        done = fit.fit(
+            states,
+            epoch,
+            {"place": np.arange(self.rows.shape[1])},
+            epochs=self.epochs,
+            batch_size=self.config.batch_size,
+            seed=0,
+            context=(jnp.asarray(self.rows), soft),
+            directory=self.out / f"{self.name}, {name}".replace(", ", "-").replace(" ", "-"),
+            save_seconds=self.config.save_seconds,
+            on_epoch=self.progress.stage(f"{self.name}, {name}", unit),
+        )
+        return done.state
+
+    def logits(self, apply_fn: Callable[..., Any], params: Any, split: data.Split) -> jax.Array:
+        """What models say: ``[seeds, n, classes]``, of ``params`` with leaves ``[seeds, ...]``."""
+        run = jax.jit(jax.vmap(lambda p, x: apply_fn(p, {}, prepare(x))[0], in_axes=(0, None)))
+        parts = [
+            run(params, split.image[start : start + 5000])
+            for start in range(0, len(split.label), 5000)
+        ]
+        return jnp.concatenate(parts, 1)
+
+
+def build(config: Config, dataset: data.Dataset, hidden: int, teacher: bool) -> models.Model:
+    """Builds the networks of all seeds: params with leaves ``[seeds, ...]``."""
+    shape: Any = dataset.train.image.shape[1:]
+    made = [
+        models.build(f"mlp:{hidden}", shape, dataset.classes, jax.random.key(2 * seed + teacher))
+        for seed in range(config.seeds)
+    ]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[model.params for model in made])
+    return models.Model(made[0].apply_fn, stacked, {})
+
+
+def starts(params: Any, tx: optax.GradientTransformation) -> train.TrainState:
+    """The states of all seeds before the first step."""
+    return jax.vmap(lambda p, key: train.init_state(p, tx, key))(
+        params, jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)[0]))
+    )
+
+
+def joined(student: Any, teacher: Any, tx: optax.GradientTransformation) -> train.TrainState:
+    """The states of "through" before the first step."""
+    params, _ = interpolation.join((student, {}), (teacher, {}))
+
+    def one(params, key):
+        return train.init_state(params, tx, key, {"student": {}, "teacher": {}})
+
+    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(student)[0]))
+    return jax.vmap(one)(params, keys)
+
+
+def align(teacher: Any, student: Any) -> Any:
+    """Orders a teacher's hidden units so that they fit the student's best.
+
+    The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as
+    large as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth,
+    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2).
+    """
+    ours, theirs = ([tree["dense"][i] for i in (0, 1)] for tree in (student, teacher))
+    gain = (
+        theirs[0]["kernel"].T @ ours[0]["kernel"]
+        + np.outer(theirs[0]["bias"], ours[0]["bias"])
+        + theirs[1]["kernel"] @ ours[1]["kernel"].T
+    )
+    rows, columns = scipy.optimize.linear_sum_assignment(np.asarray(gain), maximize=True)
+    return take(teacher, rows[np.argsort(columns)])
+
+
+def strongest(teacher: Any, student: Any) -> Any:
+    """Selects the teacher's hidden units of the largest ‖incoming‖·‖outgoing‖, in their order."""
+    first, second = (np.asarray(teacher["dense"][i]["kernel"]) for i in (0, 1))
+    score = np.linalg.norm(first, axis=0) * np.linalg.norm(second, axis=1)
+    return take(teacher, np.sort(np.argsort(-score)[: student["dense"][0]["bias"].size]))
+
+
+def take(params: Any, units: np.ndarray) -> Any:
+    """The network of some hidden units, in the order given."""
+    first, second = (params["dense"][i] for i in (0, 1))
+    return {
+        "dense": {
+            0: {"kernel": first["kernel"][:, units], "bias": first["bias"][units]},
+            1: {**second, "kernel": second["kernel"][units]},
+        }
+    }
+
+
+def each_seed(function: Callable[..., Any], *stacked: Any) -> Any:
+    """Applies a function of NumPy trees to each seed's."""
+    seeds = len(jax.tree.leaves(stacked[0])[0])
+    results = [
+        function(*[jax.tree.map(lambda x, i=i: np.asarray(x[i]), tree) for tree in stacked])
+        for i in range(seeds)
+    ]
+    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *results)
+
+
+def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[Any, Any]]:
+    """Trains all models of one setting: name → ``(apply_fn, params)``, the teacher first."""
+    tx = optax.sgd(config.learning_rate)
+    student = build(config, lanes.dataset, config.hidden, teacher=False)
+    teacher = build(config, lanes.dataset, config.wide if wide else config.hidden, teacher=True)
+    apply_fn = student.apply_fn
+    supervised = objectives.supervised(apply_fn)
+    hard = train.make_train_step(supervised, tx)
+    distil = objectives.distill(apply_fn, temperature=config.temperature, alpha=config.alpha)
+    soft = train.make_train_step(distil, tx)
+    teacher_hard = train.make_train_step(objectives.supervised(teacher.apply_fn), tx)
+    breadth = config.wide / config.hidden if wide else 1.0
+
+    taught = lanes.train("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
+    labels = lanes.logits(teacher.apply_fn, taught, lanes.dataset.train)
+    results = {"teacher": (teacher.apply_fn, taught)}
+    start = starts(student.params, tx)
+
+    def run(name, step, states, unit, soft=None):
+        return lanes.train(name, step, jax.tree.map(jnp.copy, states), unit, soft)
+
+    results["scratch"] = (apply_fn, run("scratch", hard, start, 1.0).params)
+
+    def both(suffix, theirs, together):
+        """The two readings, from a teacher's parameters in the student's shape."""
+        pulled = interpolation.pull(hard if together else None, hard, config.rate)
+        pair = interpolation.Pair(starts(theirs, tx), start)
+        units = 2.0 if together else 1.0
+        done = run(f"pull{suffix}", pulled, pair, units)
+        results[f"pull{suffix}"] = (apply_fn, done.student.params)
+        loss_fn = interpolation.through(
+            supervised, config.rate, teacher_loss=supervised if together else None
+        )
+        split = interpolation.split_tx(tx, tx if together else None)
+        step = train.make_train_step(loss_fn, split)
+        done = run(f"through{suffix}", step, joined(student.params, theirs, split), units)
+        mixed = jax.vmap(lambda params: interpolation.mix(params, config.rate))(done.params)
+        results[f"through{suffix}"] = (apply_fn, mixed)
+
+    if wide:
+        selected = each_seed(strongest, taught, student.params)
+        fitting = {"": selected, ", aligned": each_seed(align, selected, student.params)}
+        for suffix, theirs in fitting.items():
+            both(suffix, theirs, together=False)
+    else:
+        fitting = {"": taught}
+        both("", teacher.params, together=True)
+    results["soft labels"] = (apply_fn, run("soft labels", soft, start, 1.0, labels).params)
+    for suffix, theirs in fitting.items():
+        step = interpolation.pull(None, soft, config.rate)
+        pair = interpolation.Pair(starts(theirs, tx), start)
+        name = f"soft labels + pull{suffix}"
+        results[name] = (apply_fn, run(name, step, pair, 1.0, labels).student.params)
+    return results
+
+
+def sweep(config: Config, lanes: Lanes) -> dict[str, np.ndarray]:
+    """Both readings at many λ, each as one program: reading → test errors ``[seeds, λ]``."""
+    tx = optax.sgd(config.learning_rate)
+    split = interpolation.split_tx(tx, tx)
+    student, teacher = (
+        build(config, lanes.dataset, config.hidden, teacher=t) for t in (False, True)
+    )
+    apply_fn, rates = student.apply_fn, jnp.linspace(0, 1, config.points)
+    supervised = objectives.supervised(apply_fn)
+    hard = train.make_train_step(supervised, tx)
+
+    def through(rate):
+        loss_fn = interpolation.through(supervised, rate, teacher_loss=supervised)
+        return train.make_train_step(loss_fn, split)
+
+    readings: dict[str, tuple[Any, Any, Any]] = {
+        "pull": (
+            lambda rate: interpolation.pull(hard, hard, rate),
+            interpolation.Pair(starts(teacher.params, tx), starts(student.params, tx)),
+            lambda params, rate: params["student"],
+        ),
+        "through": (through, joined(student.params, teacher.params, split), interpolation.mix),
+    }
+    errors = {}
+    for name, (make, states, model) in readings.items():
+        states = jax.vmap(lambda state: interpolation.repeat(state, config.points))(states)
+        done = lanes.train(
+            f"{name} at all λ", interpolation.sweep(make, rates), states, config.points + 1.0
+        )
+
+        test, counts = lanes.dataset.test, []
+        for i, rate in enumerate(rates):
+            params = jax.vmap(
+                lambda s, i=i, rate=rate, model=model: model(interpolation.lane(s, i).params, rate)
+            )(done)
+            wrong = np.argmax(lanes.logits(apply_fn, params, test), -1) != test.label
+            counts.append(wrong.sum(-1))
+        errors[name] = np.stack(counts, 1)
+    return errors
+
+
+def lines(
+    dataset: data.Dataset, trained: Mapping[str, tuple[Any, Any]], ts: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Validation loss on the straight line from teacher to student: name → nats ``[seeds, points]``."""
+    (_, teacher), (apply_fn, student) = trained["teacher"], trained["scratch"]
+    image, label = prepare(dataset.validation.image), jnp.asarray(dataset.validation.label)
+
+    @jax.jit
+    @jax.vmap
+    def way(a, b):
+        def at(t):
+            logits, _ = apply_fn(trees.lerp(a, b, t), {}, image)
+            return jnp.mean(losses.cross_entropy(logits, label))
+
+        return jax.lax.map(at, jnp.asarray(ts, jnp.float32))
+
+    selected = each_seed(strongest, teacher, student)
+    aligned = each_seed(align, selected, student)
+    return {
+        "as trained": np.asarray(way(selected, student)),
+        "aligned": np.asarray(way(aligned, student)),
+    }
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """One sentence: in which settings a reading makes clearly fewer errors than each rival."""
+    readings = [name for name in results["models"] if name.startswith(("pull", "through"))]
+    wins: dict[str, list[str]] = {"scratch": [], "soft labels": []}
+    for setting in results["settings"]:
+        found = {name: model["test"].get(setting) for name, model in results["models"].items()}
+        best = min((n for n in readings if found[n]), key=lambda n: np.mean(found[n]))
+        for rival, settings in wins.items():
+            difference = report.paired(found[rival], found[best])
+            if difference.mean < 0 and abs(difference.t) > 2:
+                settings.append(f"{setting} ({best}, {difference.mean:+.1f} errors)")
+    texts = [
+        f"{'than ' + rival} in {'; '.join(settings) if settings else 'no setting'}"
+        for rival, settings in wins.items()
+    ]
+    return (
+        f"At λ = {results['config']['rate']:g} the better reading of the interpolation made clearly "
+        f"fewer test errors (paired |t| > 2) {', and '.join(texts)}."
+    ).replace("-", "−")
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    started = time.monotonic()
+    config, dataset = parse()
+    out = begin("interpolate_mnist", config, dataset, PRACTICAL)
+    examples = len(dataset.train.id)
+    orders = np.stack([
+        np.random.default_rng([1, seed]).permutation(examples) for seed in range(config.seeds)
+    ]).astype(np.int32)  # fmt: skip
+    few = f"{config.few:,} labels"
+    counts = {ALL: (examples, config.epochs)}
+    if config.few:
+        counts = {few: (config.few, config.few_epochs), **counts}
+    widths = (EQUAL, UNEQUAL) if config.wide else (EQUAL,)
+    # The unit of work is one pass of one student over all examples
+    total = sum(n / examples * e for n, e in counts.values())
+    work = total * (9.0 + (6.0 + config.wide / config.hidden if config.wide else 0.0))
+    size, epochs = counts[few] if config.few else counts[ALL]
+    work += bool(config.points) * size / examples * epochs * 2 * (config.points + 1)
+    progress = runs.Progress(work)
+
+    def lanes(count: str, name: str) -> Lanes:
+        rows, epochs = counts[count]
+        part = Scaled(progress, rows / examples)
+        return Lanes(config, dataset, out, part, orders[:, :rows], epochs, name)  # type: ignore[arg-type]
+
+    table: dict[str, dict[str, Any]] = {}
+    ways: dict[str, np.ndarray] = {}
+    barriers: dict[str, list[float]] = {}
+    ts = np.linspace(0, 1, 21)
+    main_setting = f"{EQUAL}, {ALL}"
+    for width in widths:
+        for count in counts:
+            setting = f"{width}, {count}"
+            trained = train_setting(config, lanes(count, setting), width == UNEQUAL)
+            for name, (apply_fn, params) in trained.items():
+                logits = np.asarray(lanes(count, setting).logits(apply_fn, params, dataset.test))
+                entry = table.setdefault(name, {"test": {}})
+                figures = [metrics.evaluate(x, dataset.test.label) for x in logits]
+                entry["test"][setting] = [f["errors"] for f in figures]
+                if setting == main_setting:
+                    entry["test"] |= {key: [f[key] for f in figures] for key in figures[0]}
+                    entry["parameters"] = sum(x[0].size for x in jax.tree.leaves(params))
+            if count == ALL:
+                ways |= {
+                    f"{width}, {name}": values
+                    for name, values in lines(dataset, trained, ts).items()
+                }
+    for name, values in ways.items():
+        barriers[name] = [connectivity.barrier(ts, row) for row in values]
+    swept = sweep(config, lanes(few if config.few else ALL, "sweep")) if config.points else {}
+    progress.close()
+
+    settings = [f"{width}, {count}" for width in widths for count in counts]
+    results = {
+        "experiment": "interpolate_mnist",
+        "dataset": {
+            "name": dataset.name, "source": dataset.source,
+            **{s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")},
+        },
+        "config": recorded(config, PRACTICAL),
+        "environment": runs.environment(),
+        "seconds": {"total": time.monotonic() - started},
+        "settings": settings,
+        "models": table,
+        "barriers": barriers,
+        "line": {"t": ts, **ways},
+        "sweep": {"rate": np.linspace(0, 1, config.points), **swept},
+    }  # fmt: skip
+    files.write_json(out / "results.json", files.plain(results, "results"))
+    drawn = draw(config, out, ways, ts, swept)
+    columns = {setting: report.score(setting) for setting in settings}
+    heights = [f"{name} {report.mean_sd(values)}" for name, values in barriers.items()]
+    notes = [
+        verdict(results),
+        f"Barrier of the validation loss between teacher and scratch, nats: {', '.join(heights)}.",
+        f"Test errors of {len(dataset.test.label):,} in each setting:\n\n"
+        + report.table(results, columns),
+    ]
+    shown = {name: model for name, model in table.items() if "errors" in model["test"]}
+    report.write_report(
+        out, {**results, "models": shown}, drawn, notes, command=shlex.join(["python", *sys.argv]),
+        model="pull", method="Pulling the student towards its teacher",
+    )  # fmt: skip
+    print()
+    print("\n\n".join([notes[2], *notes[:2]]))
+    print(f"Report with pictures: {out / 'report.md'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A progress bar whose epochs are shorter than the unit.
+
+    Attributes:
+      progress: the bar.
+      scale: the length of an epoch.
+    """
+
+    progress: runs.Progress
+    scale: float
+
+    def stage(self, name: str, unit: float) -> Callable[[int, Mapping[str, float]], None]:
+        """As :meth:`distill_jax.runs.Progress.stage`."""
+        return self.progress.stage(name, unit * self.scale)
+
+
+def draw(
+    config: Config,
+    out: Path,
+    ways: Mapping[str, np.ndarray],
+    ts: np.ndarray,
+    swept: Mapping[str, np.ndarray],
+) -> dict[str, str]:
+    """Draws the pictures: title → file name."""
+    drawn = {}
+    if swept:
+        pictures.curves(
+            out / "sweep.png",
+            np.linspace(0, 1, config.points),
+            swept,
+            xlabel="λ",
+            ylabel="test errors",
+        )
+        drawn["Test errors against λ; band: one standard deviation over seeds"] = "sweep.png"
+    pictures.curves(
+        out / "line.png", ts, ways, xlabel="teacher → student", ylabel="validation loss, nats"
+    )
+    drawn[
+        "Validation loss on the straight line from the teacher to the student from scratch, before and "
+        "after the teacher's units were aligned with the student's"
+    ] = "line.png"
+    return drawn
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,35 @@
+"""The page of methods names all there are, and its program runs."""
+
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from distill_jax import learned, losses, schemes, sparsity, teachers
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_every_method_is_named():
+    names = {*losses.__all__, *losses.tokens.__all__, *(f"learned.{n}" for n in learned.__all__)}
+    for module in (schemes, teachers, sparsity):
+        functions = inspect.getmembers(module, inspect.isfunction)
+        names |= {n for n, f in functions if f.__module__ == module.__name__ and n[0] != "_"}
+    named = re.findall(r"`(?:(?:losses|schemes|teachers|sparsity)\.)?([\w.]+)[`(]", PAGE)
+    assert names <= set(named), sorted(names - set(named))
+
+
+def test_the_program_runs():
+    program = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    space = {}
+    exec(compile(program, "docs/methods.md", "exec"), space)
+    assert np.isfinite(space["metrics"]["loss"])
+    before, after = space["student"].params, space["params"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+
+
+def test_readme_leads_there():
+    assert "docs/methods.md" in (ROOT / "README.md").read_text()

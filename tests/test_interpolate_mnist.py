@@ -1,0 +1,123 @@
+"""System S3 whole: a small run with everything in it, its resume, and what it says to bad input."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_jax import runs
+
+PATH = Path(__file__).parents[1] / "experiments" / "interpolate_mnist.py"
+spec = importlib.util.spec_from_file_location("interpolate_mnist", PATH)
+interpolate_mnist = importlib.util.module_from_spec(spec)
+sys.modules["interpolate_mnist"] = interpolate_mnist  # dataclasses look their module up
+spec.loader.exec_module(interpolate_mnist)
+
+SMALL = [
+    *("--dataset", "digits", "--preset", "study", "--seeds", "2", "--hidden", "8", "--wide", "12"),
+    *("--epochs", "2", "--few", "100", "--few-epochs", "2", "--points", "3", "--save-seconds", "0"),
+    *("--batch-size", "50"),
+]
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Runs the experiment in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_main(interpolate_mnist.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    status, printed, error = run(capsys, monkeypatch, "--out", out)
+    assert status == 0, error
+    results = json.loads((out / "results.json").read_text())
+    settings = results["settings"]
+    assert settings == [
+        "equal widths, 100 labels", "equal widths, all labels",
+        "unequal widths, 100 labels", "unequal widths, all labels",
+    ]  # fmt: skip
+    models = results["models"]
+    for name in ("teacher", "scratch", "pull", "through", "soft labels", "soft labels + pull"):
+        for setting in settings:
+            assert len(models[name]["test"][setting]) == 2
+    assert "pull, aligned" in models
+    # The student from scratch never sees a teacher
+    for count in ("100 labels", "all labels"):
+        a, b = (
+            models["scratch"]["test"][f"{width}, {count}"]
+            for width in ("equal widths", "unequal widths")
+        )
+        assert a == b
+    # At λ = 0 both readings are the student alone
+    sweep = results["sweep"]
+    assert sweep["rate"] == [0, 0.5, 1]
+    first = [np.asarray(sweep[name])[:, 0].tolist() for name in ("pull", "through")]
+    assert first[0] == first[1] == models["scratch"]["test"]["equal widths, 100 labels"]
+    # The line ends where it must, and alignment moves no end
+    line = results["line"]
+    for width in ("equal widths", "unequal widths"):
+        before, after = (np.asarray(line[f"{width}, {name}"]) for name in ("as trained", "aligned"))
+        np.testing.assert_allclose(before[:, [0, -1]], after[:, [0, -1]], rtol=1e-4)
+    text = (out / "report.md").read_text()
+    assert "At λ = 0.5 the better reading" in printed
+    assert "At λ = 0.5 the better reading" in text
+
+    # As if killed in the middle
+    for name in ("unequal widths-all labels-soft labels", "sweep-through at all λ"):
+        shutil.rmtree(out / name.replace(" ", "-"))
+    assert run(capsys, monkeypatch, "--out", out)[0] == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again["models"] == models
+    assert again["sweep"] == sweep
+
+
+def test_selection_and_alignment_by_hand():
+    rng = np.random.default_rng(0)
+
+    def network(hidden):
+        return {
+            "dense": {
+                0: {"kernel": rng.normal(size=(5, hidden)), "bias": rng.normal(size=hidden)},
+                1: {"kernel": rng.normal(size=(hidden, 3)), "bias": rng.normal(size=3)},
+            }
+        }
+
+    student = network(6)
+    order = rng.permutation(6)
+    shuffled = interpolate_mnist.take(student, order)
+    found = interpolate_mnist.align(shuffled, student)
+    for i in (0, 1):
+        for part in ("kernel", "bias"):
+            np.testing.assert_array_equal(found["dense"][i][part], student["dense"][i][part])
+    wide = network(9)
+    wide["dense"][0]["kernel"][:, [1, 4, 7]] *= 1e-3
+    chosen = interpolate_mnist.strongest(wide, student)
+    expected = interpolate_mnist.take(wide, np.array([0, 2, 3, 5, 6, 8]))
+    np.testing.assert_array_equal(chosen["dense"][0]["kernel"], expected["dense"][0]["kernel"])
+
+
+OPTIONS = {
+    "rate above one": ("--rate 1.5", "--rate must be in [0, 1], got 1.5"),
+    "a teacher narrower than the student": ("--wide 4", "--wide must be more than --hidden, 8"),
+    "fewer labels than a batch": ("--few 20", "--few must be from --batch-size"),
+    "one point": ("--points 1", "--points must be at least 2, or 0"),
+    "no learning rate": ("--learning-rate 0", "--learning-rate must be positive"),
+    "batch larger than the data": ("--batch-size 9999 --few 0", "--batch-size must be 1 to"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options(name, tmp_path, capsys, monkeypatch):
+    arguments, message = OPTIONS[name]
+    out = tmp_path / "run"
+    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    assert status == 2
+    assert message in error
+    assert not out.exists()

@@ -1,0 +1,411 @@
+"""What trace says of small programs; keep and silence; what happens without rules."""
+
+import importlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_units_architectures import (
+    block_shapes,
+    language_model,
+    numbers,
+    pruned_equals_silenced,
+    shapes,
+)
+
+from distill_jax import models, units
+from distill_jax.units import labels, program, rules
+
+# By name, for `units.shrink` is the function
+ADAPTED = importlib.import_module("distill_jax.units.shrink").ADAPTED
+
+
+def traced(fn, x=(2, 3), **params):
+    params = shapes(**params)
+    return params, units.trace(fn, params, numbers(np.zeros(x)))
+
+
+def sizes(graph, *, exact=None):
+    return {
+        name: group.size for name, group in graph.groups.items()
+        if group.free and exact in (None, group.exact)
+    }  # fmt: skip
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+def test_a_group_says_where_its_units_lie():
+    _, graph = traced(mlp, a=(3, 4), b=(4, 2))
+    group = graph.groups["a"]
+    assert (group.size, group.free, group.exact, group.reason) == (4, True, True, "")
+    assert [(s.path, s.axis, s.index.tolist()) for s in group.slices] == [
+        ("a", 1, [0, 1, 2, 3]), ("b", 0, [0, 1, 2, 3]),
+    ]  # fmt: skip
+    outside = graph.groups["a#1"], graph.groups["b"]
+    assert [g.free for g in outside] == [False, False]
+    assert "tied to the outside by dot_general" in outside[0].reason
+    assert "result" in outside[1].reason
+    assert graph.shapes["b"] == jax.ShapeDtypeStruct((4, 2), np.float32)
+
+
+def test_heads_and_head_size_are_two_slices_of_one_axis():
+    def fn(p, x):
+        return (x @ p["q"]).reshape(len(x), 2, 3) * p["s"][:, None] * p["d"]
+
+    def whole(p, x):
+        return jnp.tanh(fn(p, x).reshape(len(x), 6)) @ p["o"]
+
+    params, graph = traced(whole, q=(3, 6), s=(2,), d=(3,), o=(6, 1))
+    index = {(n, s.path): s.index.tolist() for n in ("q", "q#1") for s in graph.groups[n].slices}
+    assert index["q", "q"] == index["q", "o"] == [0, 0, 0, 1, 1, 1]
+    assert index["q#1", "q"] == index["q#1", "o"] == [0, 1, 2, 0, 1, 2]
+    small = units.keep(graph, params, {"q": [1], "q#1": [0, 2]})
+    np.testing.assert_array_equal(small["q"], params["q"][:, [3, 5]])
+    silent = units.silence(graph, params, {"q": [1], "q#1": [0, 2]})["o"]
+    np.testing.assert_array_equal(silent[[0, 1, 2, 4]], 0)
+    np.testing.assert_array_equal(silent[[3, 5]], params["o"][[3, 5]])
+
+
+def test_what_still_counts_when_silenced_is_not_exact():
+    def reason(fn, **more):
+        _, graph = traced(lambda p, x: fn(x @ p["a"], p) @ p["b"], a=(3, 5), b=(5, 2), **more)
+        group = graph.groups["a"]
+        assert group.free
+        assert group.exact == (not group.reason)
+        return group.reason
+
+    assert reason(lambda h, p: jax.nn.softmax(h)) == "reduce_max over it"
+    assert "mean" in reason(lambda h, p: h / h.mean(-1, keepdims=True))
+    assert "mean" in reason(lambda h, p: h * ((h**2).sum(-1, keepdims=True) * 0.2))
+    assert "reduce_sum" in reason(lambda h, p: h * jnp.exp(h).sum(-1, keepdims=True))
+    assert "dot_general" in reason(lambda h, p: h * (jnp.cos(h) @ jnp.exp(h).T).sum())
+    assert "cumsum" in reason(lambda h, p: jnp.cumsum(jnp.exp(h), -1))
+    assert "0" in reason(lambda h, p: h / p["s"], s=(5,))
+    assert reason(lambda h, p: h / (p["s"] ** 2 + 1), s=(5,)) == ""
+    assert reason(lambda h, p: h * (h**2).sum(-1, keepdims=True) ** -0.5) == ""
+    assert reason(lambda h, p: jnp.minimum(jax.nn.relu(h), 6) * (h @ h.T).sum()) == ""
+
+
+def test_what_depends_on_the_place_is_frozen():
+    def frozen(fn, **more):
+        _, graph = traced(lambda p, x: fn(x @ p["a"], p) @ p["b"], a=(3, 4), b=(4, 2), **more)
+        for path, axis in [("b", 0), ("a", 1)]:
+            (group,) = [
+                g for g in graph.groups.values() if (path, axis) in {s[:2] for s in g.slices}
+            ]
+            assert not group.free
+        return group.reason
+
+    assert "mul" in frozen(lambda h, p: h * np.arange(4.0))
+    assert "mul" in frozen(lambda h, p: h * jnp.arange(4))
+    assert "sort" in frozen(lambda h, p: jnp.sort(h))
+    assert "argmax" in frozen(lambda h, p: h * jnp.argmax(h, -1)[:, None])
+    assert "gather" in frozen(lambda h, p: h[:, jnp.array([1, 0, 2, 3])])
+    assert "reduce_window" in frozen(
+        lambda h, p: jax.lax.reduce_window(h, 0.0, jax.lax.add, (1, 3), (1, 1), "SAME")
+    )
+    assert "scan" in frozen(lambda h, p: jax.lax.scan(lambda c, y: (c, y), 0, h.T)[1].T)
+    # A constant that does not vary is cut to measure
+    _, graph = traced(lambda p, x: (x @ p["a"] + np.ones((2, 4))) @ p["b"], a=(3, 4), b=(4, 2))
+    assert sizes(graph, exact=True) == {"a": 4}
+
+
+def test_partly_used_units_are_groups_of_their_own():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return h[:, :2], h[:, 2:] @ p["b"]
+
+    _, graph = traced(fn, a=(3, 6), b=(4, 2))
+    (group,) = [g for g in graph.groups.values() if g.free]
+    assert group.slices[0].index.tolist() == [-1, -1, 0, 1, 2, 3]
+
+
+def test_an_axis_split_in_two_ways_has_the_factors_that_suit_both():
+    def fn(p, x):
+        h = x @ p["a"]
+        u = h.reshape(2, 2, 6) * p["u"]
+        v = h.reshape(2, *p["v"].shape) * p["v"]
+        return u.sum((1, 2)) + v.sum((1, 2))
+
+    with jax.enable_x64(True):
+        params = shapes(a=(3, 12), u=(6,), v=(4, 3))
+        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2)
+        assert sorted(sizes(graph).values()) == [2, 2, 3]
+        # Of 2 × 6 and 3 × 4 only even and odd places are left
+        params = shapes(a=(3, 12), u=(6,), v=(3, 4))
+        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
+        assert list(sizes(graph).values()) == [2]
+
+
+def test_loops_choices_and_calls():
+    @jax.custom_vjp
+    def double(h):
+        return 2 * h
+
+    double.defvjp(lambda h: (2 * h, None), lambda _, g: (g,))
+
+    def fn(p, x):
+        h = jax.jit(jnp.tanh)(x @ p["a"])
+        h = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"]) + h, h)
+        h = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] * p["s"]), (0, h))[1]
+        h = jax.lax.cond(x[0, 0] > 0, jax.nn.relu, lambda h: h * 2, h)
+        h = jax.checkpoint(jax.vmap(lambda row: double(row)))(h)
+        return h @ p["b"]
+
+    params = shapes(a=(3, 5), w=(5, 5), s=(5,), b=(5, 2))
+    with jax.enable_x64(True):
+        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2, rerun=True)
+    assert sizes(graph) == {"a": 5}
+
+
+def test_zeros_that_a_loop_loses_are_not_believed():
+    def fn(p, x):
+        h = jax.lax.fori_loop(0, 2, lambda i, h: jnp.cos(h) + p["s"], jnp.zeros((2, 5)))
+        return jnp.exp(h @ h.T)
+
+    _, graph = traced(fn, s=(5,))
+    (group,) = graph.groups.values()
+    assert group.free
+    assert (group.exact, group.reason) == (False, "dot_general")
+
+
+def test_numbers_that_fn_computes_from_sizes_are_noticed():
+    def fn(p, x):
+        q, k = ((x @ p[name]).reshape(len(x), 2, -1) for name in "qk")
+        logits = jnp.einsum("bhd,chd->hbc", q, k) / q.shape[-1] ** 0.5
+        return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), q).reshape(len(x), -1) @ p["o"]
+
+    _, graph = traced(fn, q=(3, 10), k=(3, 10), o=(10, 2))
+    assert sizes(graph, exact=False) == {"q#1": 5}
+    assert "number from its size" in graph.groups["q#1"].reason
+    assert sizes(graph, exact=True) == {"q": 2}
+
+
+def test_a_primitive_without_a_rule_is_named(monkeypatch):
+    def fn(p, x):
+        return jax.lax.erf_inv(x @ p["a"]) @ p["b"]
+
+    monkeypatch.delitem(rules.RULES, "erf_inv")
+    _, graph = traced(fn, a=(3, 4), b=(4, 2))
+    assert not sizes(graph)
+    assert graph.groups["b"].reason == "no rule for erf_inv"
+    assert any("erf_inv" in note for note in graph.notes)
+    assert "erf_inv" in str(graph)
+
+
+def everything(p, x):
+    """A program with many primitives in it."""
+    h = jax.nn.relu(jnp.pad(x @ p["a"], ((0, 0), (1, 1))) + p["bias"])
+    g, u = jnp.split(h @ p["g"], 2, -1)
+    h = jnp.concatenate([jnp.minimum(jax.nn.silu(g) * u, 6.0), jnp.tanh(h)], -1)[:, ::-1]
+    t = (h @ p["q"]).reshape(len(x), 2, 3)
+    t = jnp.repeat(t, 2, 1) * p["r"][:, None]
+    attention = jax.nn.softmax(jnp.einsum("bhd,chd->hbc", t, t) - 1.0)
+    t = jnp.einsum("hbc,chd->bhd", attention, t)
+    h = jnp.exp(-(t.reshape(len(x), -1) ** 2)) @ p["o"]
+    h = jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), h, None, 2)[0]
+    h = jax.lax.cond(x[0, 0] > 0, lambda h: h * 2.0, lambda h: -h, h)
+    h = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] * p["s"]), (0, h))[1]
+    image = jnp.broadcast_to(h[:, None, None], (len(x), 2, 2, h.shape[-1]))
+    image = jax.lax.conv_general_dilated(
+        image, p["c"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=p["c"].shape[-1],
+    )  # fmt: skip
+    image = jax.lax.reduce_window(image, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    h = jnp.where(image > 0, image, 0.1 * image)[:, 0, 0].mean(0) / jnp.sqrt(p["v"] + 1.0)
+    return (h * jax.lax.rsqrt((h * h).sum() + 1.0)) @ p["last"]
+
+
+EVERYTHING = {
+    "a": (3, 4), "bias": (6,), "g": (6, 8), "q": (10, 6), "r": (4,), "o": (12, 4), "w": (4, 4),
+    "s": (4,), "c": (2, 2, 1, 4), "v": (4,), "last": (4, 2),
+}  # fmt: skip
+
+
+def names_in(prog):
+    for step in prog.steps:
+        yield step.name
+        for body in step.bodies:
+            yield from names_in(body)
+
+
+def but_the_first(graph):
+    """All units but one in each group: sizes, and so compiled operations, are the same each time."""
+    return {name: range(1, group.size) for name, group in graph.groups.items()
+            if group.free and group.exact}  # fmt: skip
+
+
+def test_without_any_one_rule_there_are_frozen_axes_or_an_error_never_other_numbers(monkeypatch):
+    params = {k: np.abs(v) for k, v in shapes(**EVERYTHING).items()}
+    with jax.enable_x64(True):
+        x = numbers(np.zeros((2, 3)))
+        silenced = jax.jit(everything)
+        graph = units.trace(everything, params, x)
+        assert not graph.notes
+
+        def check(graph):
+            kept = but_the_first(graph)
+            small = units.shrink(graph, kept)(units.keep(graph, params, kept), x)
+            expected = silenced(units.silence(graph, params, kept), x)
+            np.testing.assert_allclose(small, expected, rtol=1e-9)
+
+        check(graph)
+        full = sum(sizes(graph).values())
+        used = sorted({"jit", *names_in(graph.program.program)})
+        assert len(used) > 25
+        counts = []
+        for name in used:
+            with monkeypatch.context() as patch:
+                patch.delitem(rules.RULES, name, raising=False)
+                patch.delitem(program.CALLS, name, raising=False)
+                maimed = units.trace(everything, params, x)
+            assert any(name in note for note in maimed.notes)
+            counts.append(sum(sizes(maimed).values()))
+            check(maimed)
+        assert max(counts) <= full
+        assert sum(count < full for count in counts) > 15
+        # And what the smaller program does without an adaptation: the same numbers, or an error
+        errors = 0
+        for name in list(ADAPTED):
+            with monkeypatch.context() as patch:
+                patch.delitem(ADAPTED, name)
+                try:
+                    check(graph)
+                except AssertionError:
+                    raise
+                except Exception:
+                    errors += 1
+        assert errors > 4
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_a_step_after_pruning_is_the_silenced_networks_on_what_is_left(tx):
+    def fn(p, x):
+        return jax.nn.gelu(x @ p["a"] + p["b"]) @ p["c"]
+
+    with jax.enable_x64(True):
+        params = shapes(a=(3, 6), b=(6,), c=(6, 2))
+        x, y = numbers(np.zeros((8, 3)), 1), numbers(np.zeros((8, 2)), 2)
+        graph = units.trace(fn, params, x)
+        kept = {"a": [0, 2, 5]}
+
+        def step(params, state):
+            gradient = jax.grad(lambda p: ((fn(p, x) - y) ** 2).mean())(params)
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = jax.jit(step)(params, tx.init(params))
+        silenced = jax.jit(step)(
+            units.silence(graph, params, kept), units.silence(graph, state, kept)
+        )
+        pruned = jax.jit(step)(units.keep(graph, params, kept), units.keep(graph, state, kept))
+        for a, b in zip(
+            jax.tree.leaves(pruned), jax.tree.leaves(units.keep(graph, silenced, kept)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+        # The optimizer's state by itself is a pytree like any other
+        smaller = jax.tree.leaves(units.keep(graph, state, kept))
+        assert {np.shape(leaf) for leaf in smaller} <= {(), (3, 3), (3,), (3, 2)}
+
+
+def test_the_shrunk_program_is_differentiable_and_keeps_the_derivative_of_relu():
+    params, graph = traced(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], a=(3, 4), b=(4, 2))
+    fn = units.shrink(graph, {"a": [0, 1]})
+    params["a"][:, 0] = 0  # relu receives 0, where a maximum's derivative would be a half
+    small = units.keep(graph, params, {"a": [0, 1]})
+    x = numbers(np.zeros((2, 3)))
+    given = jax.grad(lambda p: fn(p, x).sum())(small)
+    expected = jax.grad(lambda p: (jax.nn.relu(x @ p["a"]) @ p["b"]).sum())(small)
+    for name in small:
+        np.testing.assert_allclose(given[name], expected[name], rtol=1e-5)
+    assert not np.any(given["a"][:, 0])
+
+
+def test_model_state_and_states_of_optimizers_follow_their_parameters():
+    def fn(p, x):
+        h = x @ p["params"]["conv"] - p["state"]["mean"]
+        return h @ p["params"]["last"]
+
+    params = {"params": shapes(conv=(3, 4), last=(4, 2)), "state": shapes(mean=(4,))}
+    graph = units.trace(fn, params, numbers(np.zeros((2, 3))))
+    kept = {"params.conv": [1, 2]}
+    whole = units.keep(graph, params, kept)
+    parts = [units.keep(graph, params[name], kept) for name in ("params", "state")]
+    jax.tree.map(np.testing.assert_array_equal, whole, dict(zip(params, parts, strict=True)))
+    momentum = units.keep(graph, optax.sgd(1.0, momentum=0.9).init(params["params"]), kept)
+    assert [np.shape(leaf) for leaf in jax.tree.leaves(momentum)] == [(3, 2), (2, 2)]
+
+
+def test_wrong_requests_are_refused():
+    params, graph = traced(mlp, a=(3, 4), b=(4, 2))
+    for kept, message in [
+        ({"c": [0]}, "no group"),
+        ({"a": []}, "at least one"),
+        ({"a": [0.5]}, "at least one"),
+        ({"a": [0, 4]}, "0 … 3"),
+        ({"a": [-1]}, "0 … 3"),
+        ({"a": [1, 0]}, "rise"),
+        ({"b": [0]}, "not free: a result"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            units.keep(graph, params, kept)
+    with pytest.raises(ValueError, match=r"a.* has shape \(3, 5\)"):
+        units.keep(graph, {"a": np.zeros((3, 5))}, {"a": [0]})
+    with pytest.raises(ValueError, match="keep"):
+        units.shrink(graph, {"a": [0]})(params, numbers(np.zeros((2, 3))))
+    assert units.keep(graph, params, {"b": [0, 1]})["b"] is params["b"]
+
+
+def test_labels_agree_whatever_the_order_in_which_things_are_learnt():
+    found = labels.Labels()
+    axis = found.fresh(6)
+    other = found.fresh(6)
+    heads, places = found.split(axis, (2, 3), "reshape")
+    found.unify(other, axis, "add")
+    rows, columns = found.split(other, (2, 3), "reshape")
+    np.testing.assert_array_equal(found.resolve(rows), found.resolve(heads))
+    np.testing.assert_array_equal(found.resolve(columns), found.resolve(places))
+    assert not found.frozen
+    # 2 × 3 and 3 × 2 do not agree
+    found.split(other, (3, 2), "reshape")
+    assert found.resolve(axis).shape[1] == 6
+
+
+def test_the_table_and_the_picture(tmp_path):
+    _, graph = traced(mlp, a=(3, 4), b=(4, 2))
+    head, _, *rows = str(graph).splitlines()
+    assert head.split()[:2] == ["group", "units"]
+    assert rows[1].split() == ["a", "4", "exactly", "a:1,", "b:0"]
+    graph.draw(tmp_path / "units.png")
+    assert (tmp_path / "units.png").stat().st_size > 1000
+
+
+def test_tracing_takes_seconds():
+    model = models.build("resnet56", (32, 32, 3), 10, jax.random.key(0))
+    resnet = {"params": model.params, "state": model.model_state}
+    norm = {"scale": (768,), "bias": (768,)}
+    block = block_shapes(768, 12, 12, 64, 3072)
+    gpt = {"embedding": (50257, 768), "positions": (128, 768), "norm": norm, "block0": block}
+    gpt["block1"] = block
+    gpt = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32), gpt,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )  # fmt: skip
+    for fn, params, x in [
+        (
+            lambda p, x: model.apply_fn(p["params"], p["state"], x)[0],
+            resnet,
+            jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
+        ),
+        (language_model, gpt, jax.ShapeDtypeStruct((2, 128), np.int32)),
+    ]:
+        start = time.process_time()
+        graph = units.trace(fn, params, x)
+        assert time.process_time() - start < 10
+        assert len(sizes(graph)) >= 9
+        assert not graph.notes
