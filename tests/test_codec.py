@@ -154,3 +154,14 @@ def test_errors():
         codec.quantise(jnp.zeros(3), bits=0)
     with pytest.raises(ValueError, match=r"3 bytes an example, got an array of shape \(2, 4\)"):
         codec.unpack(np.zeros((2, 4), np.uint8), (6,), bits=4)
+    for code in (np.full((1, 2), 1.2), np.full((1, 2), 0.1), np.full((1, 2), np.nan)):
+        with pytest.raises(ValueError, match=r"what quantise\(…, bits=3\) returned"):
+            codec.pack(code, bits=3)
+    thin = codec.reduced_rank(params["kernel"], root, 2)
+    with pytest.raises(ValueError, match=r"must make a \(6, 4\) kernel, got one of \(6, 1\)"):
+        codec.error(params["kernel"], root, thin._replace(decoder=thin.decoder[:, :1]))
+    frame = codec.coordinates(x[0], x[0] @ params["kernel"])
+    with pytest.raises(ValueError, match=r"must be \(6, 4\) wide, got \(6, 1\)"):
+        codec.transform(frame, x[0], x[0][:, :1])
+    with pytest.raises(ValueError, match=r"must be \[batch, 6\] .*, got \(2000, 5\)"):
+        codec.affine(params, {}, x[0][:, :5])
