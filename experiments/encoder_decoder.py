@@ -307,12 +307,16 @@ def linear(config: Config) -> int:
         })  # fmt: skip
     progress.close()
 
-    pictures.code_widths(
-        out / "widths.png",
-        [row["width"] for row in rows],
-        {"trained": [r["error"] for r in rows], "optimum": [r["optimum"] for r in rows]},
-        ylabel="squared error / variance of y",
-    )
+    # Where the optimum is 0, what is left are rounding errors: they would only stretch the axis
+    errors = [row["error"] * (row["optimum"] > 0) for row in rows]
+    drawn = any(errors)
+    if drawn:
+        pictures.code_widths(
+            out / "widths.png",
+            [row["width"] for row in rows],
+            {"trained": errors, "optimum": [row["optimum"] for row in rows]},
+            ylabel="squared error / variance of y",
+        )
     heads = ("width", "bytes", "parameters", "error", "optimum", "excess", "closed form's excess")
     table = [[*heads, "epochs of stages"]]
     for row in rows:
@@ -346,7 +350,7 @@ def linear(config: Config) -> int:
     body = "\n\n".join([
         "# A linear original through narrow codes", f"**{verdict}**", text,
         f"Error, optimum, excess: of the training data's outputs, relative to their variance. {EPOCHS}",
-        "![Error against the width of the code](widths.png)", "\n".join(lines[1:]),
+        "![Error against the width of the code](widths.png)" * drawn, "\n".join(lines[1:]),
         f"```sh\n{command}\n```\n",
     ])  # fmt: skip
     files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
