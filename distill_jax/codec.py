@@ -362,9 +362,8 @@ def pack(code: Any, *, bits: int) -> np.ndarray:
     numbers = np.rint(levels).clip(0, _levels(bits))
     if not np.all(np.abs(levels - numbers) < 0.1):  # 16 bits in float32 are off by 4e-3
         raise ValueError(f"code must be what quantise(…, bits={bits}) returned")
-    digits = (
-        numbers.astype(np.uint32)[..., None] >> np.arange(bits - 1, -1, -1, dtype=np.uint32) & 1
-    )
+    places = np.arange(bits - 1, -1, -1, dtype=np.uint32)
+    digits = numbers.astype(np.uint32)[..., None] >> places & 1
     return np.packbits(digits.reshape(len(values), -1).astype(bool), axis=1)
 
 

@@ -7,6 +7,8 @@ and outputs together. Every pair is trained in stages: encoder, decoder, both.
 
     python experiments/encoder_decoder.py                      # a linear map of 64 → 32, minutes
     python experiments/encoder_decoder.py --original mlp       # on MNIST where it can be had, or digits
+
+The defaults shown are those of an mlp on MNIST; a convnet and small images have their own.
 """
 
 from __future__ import annotations
@@ -38,32 +40,32 @@ from distill_jax.study import Trained
 
 @dataclass(frozen=True)
 class Config:
-    """Options. The defaults shown are those of a linear original, and of networks on MNIST."""
+    """Options. The defaults shown are those of an mlp on MNIST."""
 
     original: Literal["linear", "mlp", "convnet"] = "linear"
     """what is compressed"""
     dataset: str = "auto"
-    """of a network: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
+    """a network's: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
     data_dir: Path | None = None
     """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    seeds: int = 1
-    """how many repetitions, each with its own original"""
+    seeds: int = 5
+    """how many repetitions, each with its own network (of the linear map there is one)"""
     inputs: int = 64
     """width of the linear original's inputs"""
     outputs: int = 32
     """width of its outputs"""
     examples: int = 8192
-    """how many of them to draw for training, and as many for validation and for testing"""
+    """how many inputs to draw for training, and as many for validation and for testing"""
     ranks: tuple[int, ...] = ()
     """widths of the linear codes (default: all)"""
     condition: float = 1000.0
     """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
-    model: str = ""
-    """the network, such as mlp:1200,1200 or convnet:16,32 (default: by the size of the images)"""
-    encoder: str = ""
-    """the network on the device, whose last layer is the code, such as mlp:256 (default: likewise)"""
-    feature: str = ""
-    """where a code enters the original: a layer's name (default: its last hidden layer's)"""
+    model: str = "mlp:1200,1200"
+    """the network: a family and its widths, such as convnet:16,32"""
+    encoder: str = "mlp:256"
+    """the network on the device; the code is a further layer after it"""
+    feature: str = "dense.1"
+    """where a code enters the original: a layer's name"""
     budget: float = 0.15
     """the share of its parameters (or FLOPs) that the factorised network keeps"""
     of: Literal["parameters", "flops"] = "parameters"
@@ -79,23 +81,24 @@ class Config:
     alpha: float = 0.0
     """the labels' share of the loss; the rest is the original's"""
     original_epochs: int = 20
-    """the network's own training"""
+    """epochs of the network's own training"""
     original_learning_rate: float = 1e-3
     """its rate, at its highest (Adam)"""
     dropout: float = 0.2
     """of its hidden units, in training"""
     epochs: int = 8
-    """of the factorised network"""
-    learning_rate: float = 3e-4
+    """of the factorised network's"""
+    learning_rate: float = 1e-3
     """of it, at its highest"""
-    stage_epochs: int = 8
-    """the most that a stage of a pair may take"""
+    stage_epochs: int = 4
+    """the most epochs that a stage of a pair may take (linear: 1500)"""
     stage_learning_rate: float = 2e-3
-    """of a stage, at its highest"""
+    """of a stage, at its highest (linear: 0.01, constant)"""
     tolerance: float = 1e-3
-    """a stage has converged when the validation loss improves relatively by less than this"""
-    patience: int = 4
-    """within so many epochs"""
+    """a stage has converged when the validation loss improves relatively by less than this (linear:
+    1e-4)"""
+    patience: int = 2
+    """within so many epochs (linear: 100)"""
     batch_size: int = 128
     """examples a step; a linear original is trained on all at once"""
     jitter: int = 2
@@ -116,25 +119,23 @@ class Config:
         return self.original
 
 
-LINEAR: dict[str, Any] = {
-    "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
-}  # fmt: skip
-LARGE: dict[str, dict[str, Any]] = {
-    "mlp": {"model": "mlp:1200,1200", "encoder": "mlp:256", "feature": "dense.1"},
-    "convnet": {
+# What else than Config's defaults the command line starts from: original, whether images are small
+DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
+    ("linear", False): {
+        "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
+    },
+    ("convnet", False): {
         "model": "convnet:16,32", "encoder": "convnet:4,6", "feature": "hidden", "budget": 0.3,
-        "original_epochs": 8, "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+        "original_epochs": 8, "original_learning_rate": 2e-3,
     },
-}  # fmt: skip
-SMALL: dict[str, dict[str, Any]] = {
-    "mlp": {
-        "model": "mlp:128,128", "encoder": "mlp:16", "feature": "dense.1", "jitter": 1,
-        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
+    ("mlp", True): {
+        "model": "mlp:128,128", "encoder": "mlp:16", "jitter": 1, "original_epochs": 60,
+        "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
     },
-    "convnet": {
+    ("convnet", True): {
         "model": "convnet:16,32", "encoder": "mlp:64", "feature": "hidden", "jitter": 1, "budget": 0.3,
-        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64,
-        "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+        "original_epochs": 60, "original_learning_rate": 2e-3, "epochs": 40, "stage_epochs": 40,
+        "batch_size": 64,
     },
 }  # fmt: skip
 
@@ -162,6 +163,7 @@ COLUMNS: Mapping[str, report.Column] = {
     "accuracy %": report.score("accuracy", percent=True),
     "agreement %": report.score("agreement", percent=True),
     "KL from original": report.score("teacher_kl"),
+    "pixels' squared error": report.score("inputs_error"),
     "epochs of stages": lambda m: stage_epochs(m["stages"][0]) if "stages" in m else None,
 }
 
@@ -169,11 +171,11 @@ COLUMNS: Mapping[str, report.Column] = {
 def parse() -> tuple[Config, data.Dataset | None]:
     """Reads the command line; what it leaves out depends on the original and on the data found."""
     config = tyro.cli(Config, description=__doc__)
-    changes, dataset = LINEAR, None
+    dataset, small = None, False
     if config.original != "linear":
         dataset = data.load(config.dataset, data_dir=config.data_dir)
         small = max(dataset.train.image.shape[1:3]) < 16
-        changes = {"seeds": 5} | (SMALL if small else LARGE)[config.original]
+    changes = DEFAULTS.get((config.original, small), {})
     config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
     check(config, dataset)
     return config, dataset
@@ -401,32 +403,31 @@ def labelled(config: Config, original: Trained) -> Callable[..., Any]:
 
 
 def factorise(config: Config, lab: Lab, seed: int, original: Trained) -> dict[str, Trained]:
-    """Thin factors for the kernels, by plain and by whitened SVD, before and after distillation."""
+    """Thin factors for the kernels, by plain and by whitened SVD, and the latter distilled."""
     apply_fn, (params, model_state) = original.apply_fn, original.variables
     images = prepare(lab.dataset.train.image[:4096])
     kernels = factors.kernels(apply_fn, params, model_state, images[:1])
     thin_fn = factors.factored(apply_fn)
-    soft = objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha)
-    made: dict[str, Trained] = {}
     whitened = factors.layer_roots(apply_fn, params, model_state, images)
+    made: dict[str, Trained] = {}
     for name, roots in {"SVD": None, "whitened SVD": whitened}.items():
         ranks = factors.allocate(params, kernels, config.budget, of=config.of, roots=roots)
         thin = factors.factorise(params, kernels, ranks, roots=roots)
         made[name] = lab.judge(thin_fn, (thin, model_state), {}, 0.0)
-        made[f"{name}, distilled"] = lab.train(
-            name.replace(" ", "-"),
-            seed,
-            models.Model(thin_fn, thin, model_state),
-            soft,
-            arrays(lab.dataset.train),
-            epochs=config.epochs,
-            tx=adam(config.learning_rate, config.epochs),
-            batch_size=config.batch_size,
-            transform=labelled(config, original),
-            context=original.variables,
-            order_seed=20_000 + seed,
-            unit=1.0,
-        )
+    made[TUNED] = lab.train(
+        "factorised",
+        seed,
+        models.Model(thin_fn, thin, model_state),
+        objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha),
+        arrays(lab.dataset.train),
+        epochs=config.epochs,
+        tx=adam(config.learning_rate, config.epochs),
+        batch_size=config.batch_size,
+        transform=labelled(config, original),
+        context=original.variables,
+        order_seed=20_000 + seed,
+        unit=1.0,
+    )
     return made
 
 
@@ -536,7 +537,7 @@ def network(config: Config, dataset: data.Dataset) -> int:
     started = time.monotonic()
     out = begin("encoder_decoder", config, dataset, PRACTICAL)
     pairs = len(config.codes) + len(config.images)
-    epochs = config.original_epochs + 2 * config.epochs + 3 * config.stage_epochs * pairs
+    epochs = config.original_epochs + config.epochs + 3 * config.stage_epochs * pairs
     progress = runs.Progress(config.seeds * epochs)
     lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     trained, facts = [], []
@@ -638,12 +639,11 @@ def draw(
     wrong = {n: 100 * (1 - np.array(m["test"]["accuracy"])) for n, m in results["models"].items()}
     level = {"original": float(wrong["original"].mean())}
     drawn = {}
-    tuned = {name: [seed[name].history for seed in trained]
-             for name in ("SVD, distilled", TUNED)}  # fmt: skip
+    tuned = {name: [seed[name].history for seed in trained] for name in ("original", TUNED)}
     pictures.learning_curves(
         out / "learning_curves.png", tuned, validation_size=len(dataset.validation.id)
     )
-    drawn["Fine-tuning of the factors, after plain and after whitened SVD"] = "learning_curves.png"
+    drawn["Training of the original, and fine-tuning of its factors"] = "learning_curves.png"
     if config.codes:
         names = sorted(
             (n for n in facts[0] if n.startswith("split")), key=lambda n: facts[0][n]["bytes_sent"]
@@ -659,16 +659,10 @@ def draw(
         drawn["Test error against the bytes that are sent"] = "bytes.png"
     if config.images:
         names = [n for n in facts[0] if n.startswith("autoencoder")]
-        inputs = [results["models"][name]["test"]["inputs_error"] for name in names]
-        pictures.code_widths(
-            out / "images.png", config.images, {"autoencoder": inputs},
-            ylabel="squared error of a pixel",
-        )  # fmt: skip
         truth = prepare(dataset.test.image[:12])
         rows = {f"width {w}": facts[0][n]["images"].reshape(truth.shape)
                 for w, n in zip(config.images, names, strict=True)}  # fmt: skip
         pictures.reconstructions(out / "reconstructions.png", {"test images": truth, **rows})
-        drawn["Error of the images against the width of the autoencoder's code"] = "images.png"
         drawn["Test images, and what the autoencoder's codes keep"] = "reconstructions.png"
     return drawn
 
