@@ -408,7 +408,7 @@ def factorise(config: Config, lab: Lab, seed: int, original: Trained) -> dict[st
     images = prepare(lab.dataset.train.image[:4096])
     kernels = factors.kernels(apply_fn, params, model_state, images[:1])
     thin_fn = factors.factored(apply_fn)
-    whitened = factors.layer_roots(apply_fn, params, model_state, images)
+    whitened = factors.layer_roots(apply_fn, params, model_state, images, batch=1024)
     made: dict[str, Trained] = {}
     for name, roots in {"SVD": None, "whitened SVD": whitened}.items():
         ranks = factors.allocate(params, kernels, config.budget, of=config.of, roots=roots)
