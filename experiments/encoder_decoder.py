@@ -86,7 +86,7 @@ class Config:
     """its rate, at its highest (Adam)"""
     dropout: float = 0.2
     """of its hidden units, in training"""
-    epochs: int = 8
+    epochs: int = 6
     """of the factorised network's"""
     learning_rate: float = 1e-3
     """of it, at its highest"""
