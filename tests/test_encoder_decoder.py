@@ -58,8 +58,8 @@ def test_the_tutorials_line(tmp_path, capsys, monkeypatch):
     assert status == 0
     (line,) = [line for line in printed.splitlines() if "y = wx + b" in line]
     w, w_learned, b, b_learned = (float(x) for x in line.replace(",", "").split() if "." in x)
-    assert abs(w - w_learned) <= 1.1e-5
-    assert abs(b - b_learned) <= 1.1e-5
+    assert abs(w - w_learned) < 1e-5
+    assert abs(b - b_learned) < 1e-5
 
 
 def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
