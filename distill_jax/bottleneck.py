@@ -11,6 +11,7 @@ from distill_jax import codec
 from distill_jax.capture import capture, resume
 from distill_jax.models import Model
 from distill_jax.targets import predict
+from distill_jax.trees import by_path, path_name
 
 PyTree = Any
 
@@ -77,25 +78,22 @@ def decoder(
     def decode(params, model_state, code, *, key=None):
         lifted = code.reshape(len(code), -1) @ params["lift"]["kernel"] + params["lift"]["bias"]
         whole = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: params["rest"].get(_path(path), jnp.zeros(leaf.shape, leaf.dtype)),
+            lambda path, leaf: params["rest"].get(
+                path_name(path), jnp.zeros(leaf.shape, leaf.dtype)
+            ),
             like,
         )
         return rest_fn(whole, model_state, lifted.reshape(len(code), *shape), key=key)
 
-    leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    rest = {path: leaf for path, leaf in leaves.items() if path in kept}
+    rest = {path: leaf for path, leaf in by_path(params).items() if path in kept}
     return Model(decode, {"lift": lift, "rest": rest}, model_state)
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _used(function: Callable[[PyTree], Any], params: PyTree) -> set[str]:
     """The paths of the parameters that a function's program mentions."""
     jaxpr = jax.make_jaxpr(function)(params).jaxpr
     mentioned = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = by_path(params)
     return {p for p, var in zip(paths, jaxpr.invars, strict=True) if id(var) in mentioned}
 
 

@@ -127,9 +127,14 @@ def error(kernel: Any, root: Any, factors: Linear) -> float:
       kernel: as for :func:`reduced_rank`.
       root: likewise.
       factors: E and D.
+
+    Raises:
+      ValueError: if shapes do not fit, or a value is not finite.
     """
     kernel, root = _matrix("kernel", kernel), _matrix("root", root)
-    product = np.asarray(factors.encoder, np.float64) @ np.asarray(factors.decoder, np.float64)
+    product = _matrix("encoder", factors.encoder) @ _matrix("decoder", factors.decoder)
+    if product.shape != kernel.shape:
+        raise ValueError(f"factors must make a {kernel.shape} kernel, got one of {product.shape}")
     return float(np.sum(np.square(root @ (kernel - product))))
 
 
@@ -203,9 +208,16 @@ def transform(coordinates: Coordinates, x: Any, y: Any) -> tuple[np.ndarray, np.
       coordinates: from :func:`coordinates`.
       x: inputs ``[n, inputs]``.
       y: outputs ``[n, outputs]``.
+
+    Raises:
+      ValueError: if they are not as wide as those of the coordinates, or a value is not finite.
     """
-    z = (np.asarray(x, np.float64) - coordinates.mean) @ coordinates.whiten
-    return z, (np.asarray(y, np.float64) - coordinates.offset) / coordinates.scale
+    x, y = _matrix("x", x), _matrix("y", y)
+    widths = len(coordinates.mean), len(coordinates.offset)
+    if (x.shape[1], y.shape[1]) != widths:
+        raise ValueError(f"x and y must be {widths} wide, got {(x.shape[1], y.shape[1])}")
+    z = (x - coordinates.mean) @ coordinates.whiten
+    return z, (y - coordinates.offset) / coordinates.scale
 
 
 def init_linear(
@@ -243,7 +255,15 @@ def affine(params: Mapping[str, Any], model_state: Any, x: Any, *, key: Any = No
       model_state: returned as it is.
       x: ``[batch, inputs]``.
       key: not used.
+
+    Raises:
+      ValueError: if x is not as wide as the kernel is high.
     """
+    if x.shape[-1] != len(params["kernel"]):
+        raise ValueError(
+            f"x must be [batch, {len(params['kernel'])}] for a kernel of {params['kernel'].shape}, got "
+            f"{x.shape}"
+        )
     return x @ params["kernel"] + params.get("bias", 0.0), model_state
 
 
@@ -331,12 +351,19 @@ def pack(code: Any, *, bits: int) -> np.ndarray:
     Returns:
       uint8 ``[n, ceil(values · bits / 8)]``.
 
+    Raises:
+      ValueError: if a value is none of the 2^bits levels.
+
     >>> pack(jnp.array([[-1.0, 1.0, 1.0]]), bits=1)
     array([[96]], dtype=uint8)
     """
     values = np.asarray(code, np.float64).reshape(len(code), -1)
-    numbers = np.rint((values + 1) / 2 * _levels(bits)).astype(np.uint32)
-    digits = numbers[..., None] >> np.arange(bits - 1, -1, -1, dtype=np.uint32) & 1
+    levels = (values + 1) / 2 * _levels(bits)
+    numbers = np.rint(levels).clip(0, _levels(bits))
+    if not np.all(np.abs(levels - numbers) < 0.1):  # 16 bits in float32 are off by 4e-3
+        raise ValueError(f"code must be what quantise(…, bits={bits}) returned")
+    places = np.arange(bits - 1, -1, -1, dtype=np.uint32)
+    digits = numbers.astype(np.uint32)[..., None] >> places & 1
     return np.packbits(digits.reshape(len(values), -1).astype(bool), axis=1)
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import codec, programs
+from distill_jax.trees import by_path, path_name
 
 PyTree = Any
 
@@ -166,7 +167,7 @@ def allocate(
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must lie in (0, 1], got {budget}")
-    leaves = _by_path(params)
+    leaves = by_path(params)
     weight = {p: k.positions if of == "flops" else 1.0 for p, k in kernels.items()}
     total = sum(weight[p] * k.inputs * k.outputs for p, k in kernels.items())
     fixed = 0
@@ -235,7 +236,7 @@ def factorise(
             raise ValueError(f"ranks: no kernel is named {path!r}, only {', '.join(kernels)}")
 
     def replace(path, leaf):
-        path = _path(path)
+        path = path_name(path)
         if path not in ranks:
             return leaf
         kernel = kernels[path]
@@ -290,7 +291,7 @@ def factored(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_factors)
         arguments = [jax.tree.unflatten(structure, map(whole, leaves)), model_state, x, key]
         values = [
-            programs.View(leaf, _path(path)) if _is_factors(leaf) else leaf
+            programs.View(leaf, path_name(path)) if _is_factors(leaf) else leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
         ]
         return programs.run(apply_fn, arguments, values, _multiply)
@@ -305,19 +306,11 @@ def ranks_of(params: PyTree) -> dict[str, int]:
       params: from :func:`factorise`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
-    return {_path(path): leaf.decoder.shape[0] for path, leaf in leaves if _is_factors(leaf)}
+    return {path_name(path): leaf.decoder.shape[0] for path, leaf in leaves if _is_factors(leaf)}
 
 
 def _is_factors(x: Any) -> bool:
     return isinstance(x, Factors)
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list[Any]:
@@ -376,7 +369,7 @@ def _probe(
     def run(params, model_state, x):
         pairs = jax.tree_util.tree_leaves_with_path(params)
         values = [
-            programs.View(leaf, _path(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs
+            programs.View(leaf, path_name(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs
         ]
         programs.run(apply_fn, [params, model_state, x, None], values, note)
         return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in spoiled}

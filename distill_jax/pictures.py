@@ -59,6 +59,15 @@ def _save(path: str | Path, picture: Figure) -> None:
     files.write_atomically(path, lambda tmp: picture.savefig(tmp, format="png", dpi=200))
 
 
+def _ticks(lowest: float, highest: float) -> list[float]:
+    """Round numbers for a logarithmic axis, also for one that is short."""
+    if highest < 5 * lowest:
+        return list(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(lowest, highest))
+    powers = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    digits = (1, 2, 5) if highest / lowest < 1000 else (1,)
+    return [d * 10.0**p for p in powers for d in digits]
+
+
 def _check(name: str, given: tuple[int, ...], form: str, expected: tuple[int, ...]) -> None:
     if given != expected:
         raise ValueError(f"{name} must be {form} = {expected}, got {given}")
@@ -105,9 +114,7 @@ def learning_curves(
         axes.set_yscale("symlog", linthresh=floor, linscale=0.3)
         axes.set_ylim(0 if lowest < floor else lowest / 1.1, highest * 1.1)
         lowest = max(lowest, floor)
-        powers = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
-        digits = (1, 2, 5) if highest / lowest < 1000 else (1,)
-        ticks = [0.0, *(d * 10.0**p for p in powers for d in digits)]
+        ticks = [0.0, *_ticks(lowest, highest)]
         bottom, top = axes.get_ylim()
         axes.set_yticks([y for y in ticks if bottom <= y <= top and not 0 < y < floor])
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -357,8 +364,8 @@ def code_widths(
     Args:
       path: of the PNG.
       widths: ``[widths]``, rising.
-      curves: name → ``[widths]``, or ``[widths, seeds]``; the first with points, others as lines. What
-        is not above 0 is left out.
+      curves: name → ``[widths]``, or ``[widths, seeds]``; the first with points (joined, if it is the
+        only one), others as lines. What is not above 0 is left out.
       ylabel: the error and its unit.
       xlabel: of the widths.
       levels: name → an error that depends on no width, such as the original's.
@@ -379,12 +386,17 @@ def code_widths(
         if i:
             axes.plot(widths, mean, label=name, **look)
         else:
-            look["linestyle"] = "none"
+            look["linestyle"] = "none" if len(curves) > 1 else "-"
             axes.errorbar(widths, mean, spread, label=name, marker="o", markersize=3, **look)
     axes.set(yscale="log", xscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.set_xticks(shown := [w for w in widths if len(widths) < 9 or math.log2(w) % 1 == 0])
     axes.set_xticklabels([f"{w:g}" for w in shown])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
+    bottom, top = axes.get_ylim()
+    if top < 1000 * bottom:
+        axes.set_yticks([y for y in _ticks(bottom, top) if bottom <= y <= top])
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid()
     picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     _save(path, picture)

@@ -202,6 +202,7 @@ def write_report(
     *,
     command: str,
     columns: Mapping[str, Column] = COLUMNS,
+    headline: str = "",
     **comparison: str,
 ) -> None:
     """Writes ``report.md``: what happened, the figures, the pictures, and how to do it again.
@@ -213,7 +214,8 @@ def write_report(
       notes: paragraphs to add below the tables.
       command: runs the experiment again.
       columns: of the first table, as in :func:`table`.
-      **comparison: ``baseline``, ``model`` and ``method`` of :func:`summary`.
+      headline: what was found, in a sentence; by default what :func:`summary` says.
+      **comparison: ``baseline``, ``model`` and ``method`` of that.
 
     Raises:
       ValueError: if a picture is not in the directory.
@@ -228,7 +230,7 @@ def write_report(
     times = [f"{k} {mean_sd(np.ravel(v).tolist())}" for k, v in seconds.items()]
     sections = [
         f"# {results['experiment']} on {data['name']}",
-        f"**{summary(results, **comparison)}**",
+        f"**{headline or summary(results, **comparison)}**",
         table(results, columns),
         table(results, FURTHER_COLUMNS),
         f"Test set, {spread}. Precision, recall and F1: mean over classes. ECE: bins of equal mass. "

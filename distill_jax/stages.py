@@ -61,6 +61,9 @@ def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradient
       tx: any optax transformation; what it keeps, it keeps for the trained entries alone.
       frozen: the key of the other one, or None.
 
+    Raises:
+      ValueError: at its start, if the parameters have no such key.
+
     >>> tx = only(optax.sgd(1.0), "decoder")
     >>> params = {"encoder": jnp.ones(()), "decoder": jnp.ones(())}
     >>> updates, _ = tx.update(params, tx.init(params), params)
@@ -71,6 +74,8 @@ def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradient
         return tx
 
     def labels(params):
+        if frozen not in params:
+            raise ValueError(f"frozen must be one of {', '.join(params)}, got {frozen!r}")
         return {name: "frozen" if name == frozen else "trained" for name in params}
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)

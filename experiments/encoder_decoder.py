@@ -7,6 +7,8 @@ and outputs together. Every pair is trained in stages: encoder, decoder, both.
 
     python experiments/encoder_decoder.py                      # a linear map of 64 → 32, minutes
     python experiments/encoder_decoder.py --original mlp       # on MNIST where it can be had, or digits
+
+The defaults shown are those of an mlp on MNIST; a convnet and small images have their own.
 """
 
 from __future__ import annotations
@@ -38,39 +40,39 @@ from distill_jax.study import Trained
 
 @dataclass(frozen=True)
 class Config:
-    """Options. The defaults shown are those of a linear original, and of networks on MNIST."""
+    """Options. The defaults shown are those of an mlp on MNIST."""
 
     original: Literal["linear", "mlp", "convnet"] = "linear"
     """what is compressed"""
     dataset: str = "auto"
-    """of a network: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
+    """a network's: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
     data_dir: Path | None = None
     """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    seeds: int = 1
-    """how many repetitions, each with its own original"""
+    seeds: int = 5
+    """how many repetitions, each with its own network (of the linear map there is one)"""
     inputs: int = 64
     """width of the linear original's inputs"""
     outputs: int = 32
     """width of its outputs"""
     examples: int = 8192
-    """how many of them to draw for training, and as many for validation and for testing"""
+    """how many inputs to draw for training, and as many for validation and for testing"""
     ranks: tuple[int, ...] = ()
     """widths of the linear codes (default: all)"""
     condition: float = 1000.0
     """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
-    model: str = ""
-    """the network, such as mlp:1200,1200 or convnet:16,32 (default: by the size of the images)"""
-    encoder: str = ""
-    """the network on the device, whose last layer is the code, such as mlp:256 (default: likewise)"""
-    feature: str = ""
-    """where a code enters the original: a layer's name (default: its first hidden layer's)"""
+    model: str = "mlp:1200,1200"
+    """the network: a family and its widths, such as convnet:16,32"""
+    encoder: str = "mlp:256"
+    """the network on the device; the code is a further layer after it"""
+    feature: str = "dense.1"
+    """where a code enters the original: a layer's name"""
     budget: float = 0.15
     """the share of its parameters (or FLOPs) that the factorised network keeps"""
     of: Literal["parameters", "flops"] = "parameters"
     """what the budget counts"""
-    codes: tuple[str, ...] = ("4x2", "4x4", "8x4", "8x8", "16x8")
+    codes: tuple[str, ...] = ("4x2", "4x4", "8x4", "16x8")
     """width × bits of the codes that are sent"""
-    images: tuple[int, ...] = (2, 8, 32)
+    images: tuple[int, ...] = (2, 32)
     """widths of the autoencoders' codes, of 32-bit numbers"""
     inputs_weight: float = 10.0
     """of the images' mean squared error in the autoencoders' loss"""
@@ -79,23 +81,24 @@ class Config:
     alpha: float = 0.0
     """the labels' share of the loss; the rest is the original's"""
     original_epochs: int = 20
-    """the network's own training"""
+    """epochs of the network's own training"""
     original_learning_rate: float = 1e-3
     """its rate, at its highest (Adam)"""
     dropout: float = 0.2
     """of its hidden units, in training"""
-    epochs: int = 8
-    """of the factorised network"""
-    learning_rate: float = 3e-4
+    epochs: int = 6
+    """of the factorised network's"""
+    learning_rate: float = 1e-3
     """of it, at its highest"""
-    stage_epochs: int = 8
-    """the most that a stage of a pair may take"""
+    stage_epochs: int = 4
+    """the most epochs that a stage of a pair may take (linear: 1500)"""
     stage_learning_rate: float = 2e-3
-    """of a stage, at its highest"""
+    """of a stage, at its highest (linear: 0.01, constant)"""
     tolerance: float = 1e-3
-    """a stage has converged when the validation loss improves relatively by less than this"""
-    patience: int = 4
-    """within so many epochs"""
+    """a stage has converged when the validation loss improves relatively by less than this (linear:
+    1e-4)"""
+    patience: int = 2
+    """within so many epochs (linear: 100)"""
     batch_size: int = 128
     """examples a step; a linear original is trained on all at once"""
     jitter: int = 2
@@ -116,25 +119,23 @@ class Config:
         return self.original
 
 
-LINEAR: dict[str, Any] = {
-    "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
-}  # fmt: skip
-LARGE: dict[str, dict[str, Any]] = {
-    "mlp": {"model": "mlp:1200,1200", "encoder": "mlp:256", "feature": "dense.1"},
-    "convnet": {
+# What else than Config's defaults the command line starts from: original, whether images are small
+DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
+    ("linear", False): {
+        "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
+    },
+    ("convnet", False): {
         "model": "convnet:16,32", "encoder": "convnet:4,6", "feature": "hidden", "budget": 0.3,
-        "original_epochs": 8, "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+        "original_epochs": 8, "original_learning_rate": 2e-3,
     },
-}  # fmt: skip
-SMALL: dict[str, dict[str, Any]] = {
-    "mlp": {
-        "model": "mlp:128,128", "encoder": "mlp:16", "feature": "dense.1", "jitter": 1,
-        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
+    ("mlp", True): {
+        "model": "mlp:128,128", "encoder": "mlp:16", "jitter": 1, "original_epochs": 60,
+        "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
     },
-    "convnet": {
+    ("convnet", True): {
         "model": "convnet:16,32", "encoder": "mlp:64", "feature": "hidden", "jitter": 1, "budget": 0.3,
-        "original_epochs": 60, "epochs": 40, "stage_epochs": 40, "batch_size": 64,
-        "original_learning_rate": 2e-3, "learning_rate": 1e-3,
+        "original_epochs": 60, "original_learning_rate": 2e-3, "epochs": 40, "stage_epochs": 40,
+        "batch_size": 64,
     },
 }  # fmt: skip
 
@@ -142,26 +143,39 @@ SMALL: dict[str, dict[str, Any]] = {
 PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 EXCESS, POINTS = 1e-3, 0.15
 TUNED = "whitened SVD, distilled"
+EPOCHS = (
+    "Epochs of the encoder's, the decoder's and the joint stage; *: ended at the maximum, not "
+    "converged."
+)
+
+
+def stage_epochs(done: Sequence[Mapping[str, Any]]) -> str:
+    """Writes how long the stages of a pair took, and where one ended before it had converged."""
+    return "+".join(f"{stage['epochs']}{'' if stage['converged'] else '*'}" for stage in done)
+
+
 COLUMNS: Mapping[str, report.Column] = {
     "parameters": report.count("parameters"),
     "FLOPs": report.count("flops"),
-    "bytes sent": report.count("bytes_sent"),
-    "device FLOPs %": report.score("device_flops", percent=True),
+    "bytes of code": report.count("bytes_sent"),
+    "device FLOPs %": lambda m: f"{100 * m['device_flops']:.1f}" if "device_flops" in m else None,
     "errors": report.score("errors"),
     "accuracy %": report.score("accuracy", percent=True),
     "agreement %": report.score("agreement", percent=True),
     "KL from original": report.score("teacher_kl"),
+    "pixels' squared error": report.score("inputs_error"),
+    "epochs of stages": lambda m: stage_epochs(m["stages"][0]) if "stages" in m else None,
 }
 
 
 def parse() -> tuple[Config, data.Dataset | None]:
     """Reads the command line; what it leaves out depends on the original and on the data found."""
     config = tyro.cli(Config, description=__doc__)
-    changes, dataset = LINEAR, None
+    dataset, small = None, False
     if config.original != "linear":
         dataset = data.load(config.dataset, data_dir=config.data_dir)
         small = max(dataset.train.image.shape[1:3]) < 16
-        changes = {"seeds": 5} | (SMALL if small else LARGE)[config.original]
+    changes = DEFAULTS.get((config.original, small), {})
     config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
     check(config, dataset)
     return config, dataset
@@ -250,9 +264,9 @@ def linear(config: Config) -> int:
 
     roots = {s: codec.root(getattr(dataset, s).image, centre=True) for s in ("train", "test")}
     best = {s: codec.optimum(params["kernel"], root) for s, root in roots.items()}
-    ranks = config.ranks or range(1, min(config.inputs, config.outputs) + 1)
+    ranks = sorted(config.ranks or range(1, min(config.inputs, config.outputs) + 1))
     progress = runs.Progress(3 * len(ranks))
-    rows, predictions = [], {}
+    rows = []
     for rank in ranks:
 
         def on_stage(name, rank=rank):
@@ -281,9 +295,6 @@ def linear(config: Config) -> int:
         loss = {s: codec.error(params["kernel"], root, learned) for s, root in roots.items()}
         exact = codec.error(params["kernel"], roots["train"], closed)
         variance = best["train"][0]
-        predictions[rank], _ = codec.compose(codec.affine, codec.affine)(
-            pair, {"encoder": {}, "decoder": {}}, test.image
-        )
         rows.append({
             "width": rank,
             "bytes": 4 * rank,
@@ -298,26 +309,33 @@ def linear(config: Config) -> int:
         })  # fmt: skip
     progress.close()
 
-    pictures.code_widths(
-        out / "widths.png",
-        [row["width"] for row in rows],
-        {"trained": [r["error"] for r in rows], "optimum": [r["optimum"] for r in rows]},
-        ylabel="squared error / variance of y",
-    )
+    # Where the optimum is 0, what is left are rounding errors: they would only stretch the axis
+    errors = [row["error"] * (row["optimum"] > 0) for row in rows]
+    drawn = any(errors)
+    if drawn:
+        pictures.code_widths(
+            out / "widths.png",
+            [row["width"] for row in rows],
+            {"trained": errors, "optimum": [row["optimum"] for row in rows]},
+            ylabel="squared error / variance of y",
+        )
     heads = ("width", "bytes", "parameters", "error", "optimum", "excess", "closed form's excess")
     table = [[*heads, "epochs of stages"]]
     for row in rows:
-        epochs = "+".join(f"{s['epochs']}{'' if s['converged'] else '*'}" for s in row["stages"])
-        table.append([f"{row[h]:{',' if h in heads[:3] else '.3g'}}" for h in heads] + [epochs])
+        cells = [f"{row[h]:{',' if h in heads[:3] else '.3g'}}" for h in heads]
+        table.append([*cells, stage_epochs(row["stages"])])
     text = report.markdown(table)
     worst = max(row["excess"] for row in rows)
-    largest = rows[-1]["width"]
+    # The last pair is the widest
+    guesses, _ = codec.compose(codec.affine, codec.affine)(
+        pair, {"encoder": {}, "decoder": {}}, test.image[:5]
+    )
     verdict = (
         f"Trained in three stages, codes of {len(rows)} widths are within {100 * worst:.2g} % of the "
         "optimum (of the outputs' variance)."
     )
-    lines = [verdict, f"Test examples, first output: original and compressed (width {largest}):"]
-    for y, guess in zip(test.label[:5], predictions[largest], strict=False):
+    lines = [verdict, f"Test examples, first output: original and compressed (width {rank}):"]
+    for y, guess in zip(test.label, guesses, strict=False):
         lines.append(f"  {y[0]: .6f}  {guess[0]: .6f}  difference {guess[0] - y[0]: .1e}")
     if config.inputs == config.outputs == 1:
         w, b = pair["encoder"]["kernel"] @ pair["decoder"]["kernel"], pair["decoder"]["bias"]
@@ -333,9 +351,8 @@ def linear(config: Config) -> int:
     command = shlex.join(["python", *sys.argv])
     body = "\n\n".join([
         "# A linear original through narrow codes", f"**{verdict}**", text,
-        "Error, optimum and excess: of the training data's outputs, relative to their variance. Epochs "
-        "of the encoder's, the decoder's and the joint stage; *: ended at the maximum, not converged.",
-        "![Error against the width of the code](widths.png)", "\n".join(lines[1:]),
+        f"Error, optimum, excess: of the training data's outputs, relative to their variance. {EPOCHS}",
+        "![Error against the width of the code](widths.png)" * drawn, "\n".join(lines[1:]),
         f"```sh\n{command}\n```\n",
     ])  # fmt: skip
     files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
@@ -386,32 +403,31 @@ def labelled(config: Config, original: Trained) -> Callable[..., Any]:
 
 
 def factorise(config: Config, lab: Lab, seed: int, original: Trained) -> dict[str, Trained]:
-    """Thin factors for the kernels, by plain and by whitened SVD, before and after distillation."""
+    """Thin factors for the kernels, by plain and by whitened SVD, and the latter distilled."""
     apply_fn, (params, model_state) = original.apply_fn, original.variables
     images = prepare(lab.dataset.train.image[:4096])
     kernels = factors.kernels(apply_fn, params, model_state, images[:1])
     thin_fn = factors.factored(apply_fn)
-    soft = objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha)
+    whitened = factors.layer_roots(apply_fn, params, model_state, images, batch=1024)
     made: dict[str, Trained] = {}
-    whitened = factors.layer_roots(apply_fn, params, model_state, images)
     for name, roots in {"SVD": None, "whitened SVD": whitened}.items():
         ranks = factors.allocate(params, kernels, config.budget, of=config.of, roots=roots)
         thin = factors.factorise(params, kernels, ranks, roots=roots)
         made[name] = lab.judge(thin_fn, (thin, model_state), {}, 0.0)
-        made[f"{name}, distilled"] = lab.train(
-            name.replace(" ", "-"),
-            seed,
-            models.Model(thin_fn, thin, model_state),
-            soft,
-            arrays(lab.dataset.train),
-            epochs=config.epochs,
-            tx=adam(config.learning_rate, config.epochs),
-            batch_size=config.batch_size,
-            transform=labelled(config, original),
-            context=original.variables,
-            order_seed=20_000 + seed,
-            unit=1.0,
-        )
+    made[TUNED] = lab.train(
+        "factorised",
+        seed,
+        models.Model(thin_fn, thin, model_state),
+        objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha),
+        arrays(lab.dataset.train),
+        epochs=config.epochs,
+        tx=adam(config.learning_rate, config.epochs),
+        batch_size=config.batch_size,
+        transform=labelled(config, original),
+        context=original.variables,
+        order_seed=20_000 + seed,
+        unit=1.0,
+    )
     return made
 
 
@@ -468,7 +484,6 @@ def train_pairs(
     """The split network at every code, the autoencoder at every width; and facts about each."""
     dataset, made, facts = lab.dataset, {}, {}
     model = models.Model(original.apply_fn, *original.variables)
-    whole = flops(model, dataset)
     pixels = math.prod(dataset.train.image.shape[1:])
     for text in config.codes:
         width, bits = parse_code(text)
@@ -485,9 +500,7 @@ def train_pairs(
         params, model_state = (part["encoder"] for part in made[name].variables)
         code, _ = encoder.apply_fn(params, model_state, prepare(dataset.test.image[:1]))
         sent = codec.pack(quantise(code), bits=bits)
-        facts[name] = {
-            "stages": how, "bytes_sent": sent.shape[1], "device_flops": flops(encoder, dataset) / whole,
-        }  # fmt: skip
+        facts[name] = {"stages": how, "bytes_sent": sent.shape[1], "encoder": encoder}
     for width in config.images:
         name = f"autoencoder, {width}"
         encoder = build(config, dataset, config.encoder, 200 + seed, outputs=width)
@@ -513,18 +526,10 @@ def train_pairs(
         )
         truth = prepare(dataset.test.image).reshape(len(images), -1)
         facts[name] = {
-            "stages": how, "bytes_sent": 4 * width, "images": images[:12],
+            "stages": how, "bytes_sent": 4 * width, "encoder": encoder, "images": images[:12],
             "inputs_error": float(np.mean(np.square(images - truth))),
-            "device_flops": flops(encoder, dataset) / whole,
         }  # fmt: skip
     return made, facts
-
-
-def flops(model: models.Model, dataset: data.Dataset) -> float:
-    """Floating-point operations of one example, as XLA counts them at batch 256."""
-    images = prepare(dataset.test.image[:1]).repeat(256, 0)
-    compiled = jax.jit(model.apply_fn).lower(model.params, model.model_state, images).compile()
-    return float((compiled.cost_analysis() or {}).get("flops", math.nan)) / 256
 
 
 def network(config: Config, dataset: data.Dataset) -> int:
@@ -532,7 +537,7 @@ def network(config: Config, dataset: data.Dataset) -> int:
     started = time.monotonic()
     out = begin("encoder_decoder", config, dataset, PRACTICAL)
     pairs = len(config.codes) + len(config.images)
-    epochs = config.original_epochs + 2 * config.epochs + 3 * config.stage_epochs * pairs
+    epochs = config.original_epochs + config.epochs + 3 * config.stage_epochs * pairs
     progress = runs.Progress(config.seeds * epochs)
     lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     trained, facts = [], []
@@ -553,15 +558,16 @@ def network(config: Config, dataset: data.Dataset) -> int:
         prepare=prepare,
         reference="original",
     )
+    example = prepare(dataset.test.image[0])
     for name, first in facts[0].items():
         model = results["models"][name]
         model["bytes_sent"] = first["bytes_sent"]
         model["stages"] = [seed[name]["stages"] for seed in facts]
-        model["test"]["device_flops"] = [seed[name]["device_flops"] for seed in facts]
+        device = metrics.cost(*first["encoder"], example, repeats=1)["flops"]
+        model["device_flops"] = device / results["models"]["original"]["flops"]
         if "inputs_error" in first:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
     results["models"][TUNED]["ranks"] = factors.ranks_of(trained[0][TUNED].variables[0])
-    example = prepare(dataset.test.image[:1])[0]
     small, large = ((m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"]))
     faster = {b: metrics.speed_ratio(small, large, example, batch=b) for b in (1, 256)}
     results["models"][TUNED]["times_as_fast"] = {str(b): ratio for b, ratio in faster.items()}
@@ -570,10 +576,10 @@ def network(config: Config, dataset: data.Dataset) -> int:
     drawn = draw(config, out, dataset, trained, facts, results)
     lines = verdict(results, faster)
     lines += compare(dataset, trained[0])
-    notes = [report.table(results, COLUMNS), "\n".join(f"    {line}" for line in lines)]
+    notes = [EPOCHS, "\n".join(f"    {line}" for line in lines)]
     report.write_report(
         out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=COLUMNS,
-        baseline="original", model=TUNED, method="Factorising the kernels",
+        headline=lines[0],
     )  # fmt: skip
     print(f"\n{report.table(results, COLUMNS)}\n")
     print("\n".join(lines))
@@ -601,10 +607,9 @@ def verdict(results: Mapping[str, Any], faster: Mapping[int, float]) -> list[str
     ]
     for name, model in results["models"].items():
         if name.startswith("split"):
-            share = 100 * np.mean(model["test"]["device_flops"])
             lines.append(
-                f"{name}: {model['bytes_sent']} bytes a digit, {share:.1f} % of the FLOPs on the "
-                f"device, {points(results, name):.2f} points below the original."
+                f"{name}: {model['bytes_sent']} B an example, {100 * model['device_flops']:.1f} % of "
+                f"the FLOPs on the device, {points(results, name):.2f} points below the original."
             )
     return lines
 
@@ -634,12 +639,11 @@ def draw(
     wrong = {n: 100 * (1 - np.array(m["test"]["accuracy"])) for n, m in results["models"].items()}
     level = {"original": float(wrong["original"].mean())}
     drawn = {}
-    tuned = {name: [seed[name].history for seed in trained]
-             for name in ("SVD, distilled", TUNED)}  # fmt: skip
+    tuned = {name: [seed[name].history for seed in trained] for name in ("original", TUNED)}
     pictures.learning_curves(
         out / "learning_curves.png", tuned, validation_size=len(dataset.validation.id)
     )
-    drawn["Fine-tuning of the factors, after plain and after whitened SVD"] = "learning_curves.png"
+    drawn["Training of the original, and fine-tuning of its factors"] = "learning_curves.png"
     if config.codes:
         names = sorted(
             (n for n in facts[0] if n.startswith("split")), key=lambda n: facts[0][n]["bytes_sent"]
@@ -655,16 +659,10 @@ def draw(
         drawn["Test error against the bytes that are sent"] = "bytes.png"
     if config.images:
         names = [n for n in facts[0] if n.startswith("autoencoder")]
-        inputs = [results["models"][name]["test"]["inputs_error"] for name in names]
-        pictures.code_widths(
-            out / "images.png", config.images, {"autoencoder": inputs},
-            ylabel="squared error of a pixel",
-        )  # fmt: skip
         truth = prepare(dataset.test.image[:12])
         rows = {f"width {w}": facts[0][n]["images"].reshape(truth.shape)
                 for w, n in zip(config.images, names, strict=True)}  # fmt: skip
         pictures.reconstructions(out / "reconstructions.png", {"test images": truth, **rows})
-        drawn["Error of the images against the width of the autoencoder's code"] = "images.png"
         drawn["Test images, and what the autoencoder's codes keep"] = "reconstructions.png"
     return drawn
 

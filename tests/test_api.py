@@ -21,7 +21,6 @@ LAYERS = [
     {"files", "augment", "parallel", "losses", "capture", "matching", "codec", "programs"},
     {
         "learned",
-        "factors",
         "train",
         "trees",
         "data",
@@ -31,7 +30,7 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"connectivity", "objectives", "runs", "sparsity", "targets", "units"},
+    {"connectivity", "factors", "objectives", "runs", "sparsity", "targets", "units"},
     {"bottleneck", "fit", "interpolation", "schemes", "teachers"},
     {"stages", "study"},
     {"lab"},

@@ -58,8 +58,8 @@ def test_the_tutorials_line(tmp_path, capsys, monkeypatch):
     assert status == 0
     (line,) = [line for line in printed.splitlines() if "y = wx + b" in line]
     w, w_learned, b, b_learned = (float(x) for x in line.replace(",", "").split() if "." in x)
-    assert abs(w - w_learned) <= 1.1e-5
-    assert abs(b - b_learned) <= 1.1e-5
+    assert abs(w - w_learned) < 1e-5
+    assert abs(b - b_learned) < 1e-5
 
 
 def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
     results = json.loads((out / "results.json").read_text())
     models = results["models"]
     assert list(models) == [
-        "original", "SVD", "SVD, distilled", "whitened SVD", encoder_decoder.TUNED,
+        "original", "SVD", "whitened SVD", encoder_decoder.TUNED,
         "split, 4 × 2 bits", "autoencoder, 2",
     ]  # fmt: skip
     whole = 64 * 16 + 16 + 160 + 10
@@ -80,17 +80,17 @@ def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
     split = models["split, 4 × 2 bits"]
     assert split["bytes_sent"] == 1
     assert split["parameters"] == (64 * 4 + 4 + 16 + 4) + (4 * 16 + 16) + (160 + 10)
-    assert 0 < split["test"]["device_flops"][0] < 0.4
+    assert 0 < split["device_flops"] < 0.4
     assert models["autoencoder, 2"]["bytes_sent"] == 8
     assert models["autoencoder, 2"]["test"]["inputs_error"][0] < 0.2
     for name in ("split, 4 × 2 bits", "autoencoder, 2"):
         (stages,) = models[name]["stages"]
         levels = [stages[0]["before"], *(stage["after"] for stage in stages)]
         assert levels == sorted(levels, reverse=True)
-    for file in ("learning_curves.png", "bytes.png", "images.png", "reconstructions.png"):
+    for file in ("learning_curves.png", "bytes.png", "reconstructions.png"):
         assert (out / file).stat().st_size > 500
     assert "Test examples, predicted class" in printed
-    assert "1 bytes a digit" in (out / "report.md").read_text()
+    assert "1 B an example" in (out / "report.md").read_text()
 
     # As if killed before the last stage
     shutil.rmtree(out / "seed0" / "split-4x2" / "joint")
@@ -106,6 +106,10 @@ OPTIONS = {
     "no rank": (f"{LINEAR} --ranks 0", "--ranks must lie in 1 to 3"),
     "too few examples": (f"{LINEAR} --examples 6", "--examples must exceed --inputs, 6, got 6"),
     "diverging": (f"{LINEAR} --stage-learning-rate 1e30", "use a smaller learning rate"),
+    "diverging original": (
+        f"{NETWORK} --original-learning-rate 1e30",
+        "use a smaller learning rate",
+    ),
     "negative rate": ("--learning-rate -1", "--learning-rate must be positive, got -1"),
     "budget of zero": (f"{NETWORK} --budget 0", "--budget must lie in (0, 1], got 0"),
     "malformed code": (f"{NETWORK} --codes 8-4", "--codes must be width x bits such as 16x8"),
@@ -123,4 +127,4 @@ def test_bad_options(name, tmp_path, capsys, monkeypatch):
     assert status == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
-    assert name == "diverging" or not out.exists()
+    assert name.startswith("diverging") or not out.exists()

@@ -138,6 +138,8 @@ def test_errors():
         run(squares, data=short, validation={k: v[:50] for k, v in short.items()})
     with pytest.raises(ValueError, match="frozen must be"):
         OBJECTIVE(frozen="both")
+    with pytest.raises(ValueError, match="frozen must be one of encoder, decoder, got 'coder'"):
+        stages.only(optax.sgd(1.0), "coder").init(PARAMS)
     with pytest.raises(ValueError, match="decoder that returns"):
         run(functools.partial(OBJECTIVE, inputs_weight=1.0))
     with pytest.raises(ValueError, match="inputs_weight must not be negative"):
