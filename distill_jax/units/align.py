@@ -1,0 +1,289 @@
+"""Two networks of one shape, and the order of units in which the one is nearest to the other.
+
+Networks trained from different starts find similar units in different orders. Between them the
+straight line leads over a barrier of the loss, which becomes lower, or goes, once the units of the one
+stand where those of the other do. The groups of a :class:`~distill_jax.units.UnitGraph` are all that
+has to be known of an architecture.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from distill_jax import trees
+from distill_jax.units.graph import UnitGraph
+from distill_jax.units.keep import _map
+from distill_jax.units.orders import chosen, positions
+from distill_jax.units.program import Step, bind, evaluate
+from distill_jax.units.trace import Traced
+
+Found = dict[str, np.ndarray]
+
+
+def match_weights(
+    graph: UnitGraph,
+    tree: Any,
+    reference: Any,
+    *,
+    groups: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Found:
+    """Finds the order of a network's units in which its weights are nearest to a reference's.
+
+    Maximises Σ ⟨θ_reference, π(θ)⟩ over all float leaves, which minimises ‖θ_reference − π(θ)‖, by
+    coordinate descent: one group after another, in random order, is assigned the best permutation
+    given all others, until none rises the sum. Begins twice, once with the order as it is, and
+    once with the best assignment of each group if all others could be chosen anew for each unit;
+    the better end is the result. From the second, a permuted copy of the reference is found exactly.
+
+    Args:
+      graph: of :func:`distill_jax.units.trace`.
+      tree: parameters, or also a model's state; as in :func:`distill_jax.units.keep`.
+      reference: of the same structure and shapes.
+      groups: which to reorder; None for all that are permutable.
+      seed: of the order in which groups are visited.
+
+    Returns:
+      group → π, for :func:`distill_jax.units.permute` on ``tree``.
+
+    Raises:
+      ValueError: if the two do not fit or are not finite, or a group is not permutable.
+
+    References:
+      Ainsworth, Hayase, Srinivasa, `Git Re-Basin: Merging Models modulo Permutation Symmetries`, 2023,
+      §3.2 and Algorithm 1.
+
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> shuffled = units.permute(graph, params, {"a": [2, 0, 1]})
+    >>> match_weights(graph, shuffled, params)
+    {'a': array([1, 2, 0])}
+    """
+    trees.check(reference, tree, names=("the reference", "the tree"))
+    matching = _Matching(graph, tree, reference, chosen(graph, groups))
+    ends = [matching.descend(start, seed) for start in (matching.identity(), matching.loose())]
+    return max(ends, key=lambda end: end[1])[0]
+
+
+class _Matching:
+    """Two trees as arrays by path, and the sum of products between them."""
+
+    def __init__(self, graph: UnitGraph, tree: Any, reference: Any, names: Sequence[str]):
+        self.graph, self.names = graph, names
+        self.ours, self.theirs = _leaves(graph, reference), _leaves(graph, tree)
+        self.touched = {
+            name: {s.path for s in graph.groups[name].slices if s.path in self.ours} for name in names
+        }
+
+    def identity(self) -> Found:
+        return {name: np.arange(self.graph.groups[name].size) for name in self.names}
+
+    def loose(self) -> Found:
+        """Each group by the upper bound of a pair's gain: of what others may move, the order is free."""
+        axes = Counter(s.path for name in self.names for s in self.graph.groups[name].slices)
+        alone = {path for path, count in axes.items() if count == 1}
+        return {
+            name: _assign(
+                self.gains(name, self.theirs, lambda x, path: x if path in alone else np.sort(x))
+            )
+            for name in self.names
+        }
+
+    def gains(self, name: str, theirs: Mapping[str, np.ndarray], view: Any) -> np.ndarray:
+        """⟨our unit i, their unit j⟩, summed over all slices: ``[size, size]``."""
+        total: Any = 0.0
+        for path, axis, index in self.graph.groups[name].slices:
+            if path in self.ours:
+                a, b = (_by_unit(tree[path], axis, index) for tree in (self.ours, theirs))
+                total = total + view(a, path) @ view(b, path).T
+        return total
+
+    def permuted(self, orders: Found, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        moves = positions(self.graph, orders, paths)
+        result = {}
+        for path in paths:
+            result[path] = self.theirs[path]
+            for axis, order in moves.get(path, {}).items():
+                result[path] = result[path].take(order, axis)
+        return result
+
+    def value(self, theirs: Mapping[str, np.ndarray]) -> float:
+        return float(sum(np.vdot(self.ours[path], x) for path, x in theirs.items()))
+
+    def descend(self, orders: Found, seed: int) -> tuple[Found, float]:
+        rng = np.random.default_rng(seed)
+        now = self.permuted(orders, self.ours)
+        norms = [
+            float(np.sqrt(sum(np.vdot(x, x) for x in tree.values())))
+            for tree in (self.ours, self.theirs)
+        ]
+        least, rises = 1e-7 * norms[0] * norms[1], True  # below it, rounding could go in circles
+        while rises:
+            rises = False
+            for name in rng.permutation(self.names).tolist():
+                if not self.touched[name]:
+                    continue
+                best = _assign(self.gains(name, now, lambda x, path: x))
+                trial = {**orders, name: orders[name][best]}
+                moved = self.permuted(trial, self.touched[name])
+                # Where two axes of a leaf are of one group the assignment is only a proposal
+                if self.value(moved) > self.value({p: now[p] for p in moved}) + least:
+                    orders, rises = trial, True
+                    now.update(moved)
+        return orders, self.value(now)
+
+
+def match_activations(
+    graph: UnitGraph,
+    tree: Any,
+    reference: Any,
+    *inputs: Any,
+    groups: Iterable[str] | None = None,
+) -> Found:
+    """Finds the order of a network's units in which their activations correlate with a reference's.
+
+    Maximises the sum over units of the correlation, over examples and places, between the values that
+    :func:`activations` gives; each group by itself.
+
+    Args:
+      graph: of :func:`distill_jax.units.trace`.
+      tree: all that was traced, parameters and state.
+      reference: likewise, of the same structure and shapes.
+      inputs: of the traced shapes: trace with as many examples as shall be looked at.
+      groups: which to reorder; None for all that are permutable.
+
+    Returns:
+      group → π, for :func:`distill_jax.units.permute` on ``tree``.
+
+    Raises:
+      ValueError: if the two do not fit or are not finite, or a group is not permutable, or has no
+        activations outside of loops.
+
+    References:
+      Li, Yosinski, Clune, Lipson, Hopcroft, `Convergent Learning`, 2016, §3.1; Ainsworth, Hayase,
+      Srinivasa, 2023, §3.1.
+
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
+    >>> x = jax.random.normal(jax.random.key(0), (9, 3))
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x)
+    >>> shuffled = units.permute(graph, params, {"a": [2, 0, 1]})
+    >>> match_activations(graph, shuffled, params, x)
+    {'a': array([1, 2, 0])}
+    """
+    trees.check(reference, tree, names=("the reference", "the tree"))
+    names = chosen(graph, groups)
+    run = jax.jit(lambda tree: activations(graph, tree, *inputs))
+    ours, theirs = run(reference), run(tree)
+    missing = [name for name in names if name not in ours]
+    if missing:
+        raise ValueError(
+            f"groups: no product outside of loops reads the units of {missing}: use match_weights, "
+            "or name the other groups"
+        )
+    return {
+        name: _assign(sum(_correlation(a, b) for a, b in zip(ours[name], theirs[name], strict=True)))
+        for name in names
+    }
+
+
+def activations(graph: UnitGraph, tree: Any, *inputs: Any) -> dict[str, list[jax.Array]]:
+    """Values of the units: what the layers after them read, the operands of products.
+
+    Args:
+      graph: of :func:`distill_jax.units.trace`.
+      tree: all that was traced.
+      inputs: of the traced shapes.
+
+    Returns:
+      group → for each product outside of loops that reads its units ``[examples and places, size]``.
+      Groups without any are left out.
+
+    Raises:
+      ValueError: if the arrays have not the traced shapes.
+    """
+    traced: Traced = graph.program
+    program = traced.program
+    leaves, structure = jax.tree.flatten((tree, inputs))
+    shapes = [program.avals[number].shape for number in program.inputs]
+    if structure != traced.inputs or [np.shape(leaf) for leaf in leaves] != shapes:
+        raise ValueError(
+            f"tree and inputs must be as traced, {traced.inputs} of shapes {shapes}, got {structure} "
+            f"of shapes {[np.shape(leaf) for leaf in leaves]}"
+        )
+    count = len(graph.shapes)
+    moving = set(program.inputs[count:])  # what depends on the inputs, not on parameters alone
+    found: dict[str, list[jax.Array]] = {}
+    seen: set[int] = set()
+
+    def run(step: Step, operands: list[Any]) -> Sequence[Any]:
+        if moving.intersection(step.inputs):
+            moving.update(step.outputs)
+        if step.name in ("dot_general", "conv_general_dilated"):
+            for number, operand in zip(step.inputs, operands, strict=True):
+                if number in moving and number not in seen:
+                    seen.add(number)
+                    for name, index, axis in _units_of(traced, number):
+                        found.setdefault(name, []).append(_by_unit(operand, axis, index).T)
+        return bind(step, operands)
+
+    evaluate(program, run, lambda number: program.constants[number], map(jnp.asarray, leaves))
+    return {name: found[name] for name in graph.groups if name in found}
+
+
+def _units_of(traced: Traced, number: int) -> list[tuple[str, np.ndarray, int]]:
+    """The groups of which a value has units: name, the unit at each position, axis."""
+    found = []
+    for axis, units in enumerate(traced.tracer.read(number, traced.program).units):
+        nodes = traced.tracer.labels.resolve(units)
+        for name, members in traced.units.items():
+            order = np.argsort(members)
+            place = np.minimum(np.searchsorted(members[order], nodes), len(members) - 1)
+            index = np.where(members[order][place] == nodes, order[place], -1).max(0, initial=-1)
+            counts = np.bincount(index[index >= 0], minlength=len(members))
+            if len(members) > 1 and counts.min() == counts.max() > 0:
+                found.append((name, index, axis))
+    return found
+
+
+def _by_unit(array: Any, axis: int, index: np.ndarray) -> Any:
+    """``[size, rest]``: the entries of each unit, in the order of its positions."""
+    order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
+    size = int(index.max()) + 1
+    rows = (jnp if isinstance(array, jax.Array) else np).moveaxis(array.take(order, axis), axis, 0)
+    return rows.reshape(size, -1)
+
+
+def _leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+
+    def one(leaf: Any, path: str) -> Any:
+        if trees.is_float(leaf):
+            array = np.asarray(leaf)
+            found[path] = array.astype(np.promote_types(array.dtype, np.float32))
+        return leaf
+
+    _map(graph, one, tree, graph.shapes)
+    return found
+
+
+def _correlation(a: jax.Array, b: jax.Array) -> np.ndarray:
+    """Between all columns of two arrays; 0 for one that does not vary."""
+    first, second = (_standardized(np.asarray(x, np.float64)) for x in (a, b))
+    return first.T @ second / len(first)
+
+
+def _standardized(x: np.ndarray) -> np.ndarray:
+    spread = x.std(0)
+    return (x - x.mean(0)) / np.where(spread > 0, spread, 1.0)
+
+
+def _assign(gains: Any) -> np.ndarray:
+    """π with the largest sum of gains: our unit i is their unit π(i)."""
+    return scipy.optimize.linear_sum_assignment(gains, maximize=True)[1]
