@@ -10,17 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
 from distill_jax import trees
 from distill_jax.units.graph import UnitGraph
-from distill_jax.units.keep import _map
-from distill_jax.units.orders import chosen, positions
-from distill_jax.units.program import Step, bind, evaluate
-from distill_jax.units.trace import Traced
+from distill_jax.units.keep import map_leaves
+from distill_jax.units.orders import chosen, position_orders
+from distill_jax.units.roles import positions
+from distill_jax.units.scores import activations
 
 Found = dict[str, np.ndarray]
 
@@ -105,7 +104,7 @@ class _Matching:
         return total
 
     def permuted(self, orders: Found, paths: Iterable[str]) -> dict[str, np.ndarray]:
-        moves = positions(self.graph, orders, paths)
+        moves = position_orders(self.graph, orders, paths)
         result = {}
         for path in paths:
             result[path] = self.theirs[path]
@@ -149,7 +148,7 @@ def match_activations(
     """Finds the order of a network's units in which their activations correlate with a reference's.
 
     Maximises the sum over units of the correlation, over examples and places, between the values that
-    :func:`activations` gives; each group by itself.
+    :func:`distill_jax.units.scores.activations` gives; each group by itself.
 
     Args:
       graph: of :func:`distill_jax.units.trace`.
@@ -171,7 +170,7 @@ def match_activations(
 
     >>> from distill_jax import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
-    >>> x = jax.random.normal(jax.random.key(0), (9, 3))
+    >>> x = jnp.sin(jnp.arange(27.0) ** 2).reshape(9, 3)
     >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x)
     >>> shuffled = units.permute(graph, params, {"a": [2, 0, 1]})
     >>> match_activations(graph, shuffled, params, x)
@@ -179,8 +178,7 @@ def match_activations(
     """
     trees.check(reference, tree, names=("the reference", "the tree"))
     names = chosen(graph, groups)
-    run = jax.jit(lambda tree: activations(graph, tree, *inputs))
-    ours, theirs = run(reference), run(tree)
+    ours, theirs = (activations(graph, each, *inputs) for each in (reference, tree))
     missing = [name for name in names if name not in ours]
     if missing:
         raise ValueError(
@@ -188,76 +186,16 @@ def match_activations(
             "or name the other groups"
         )
     return {
-        name: _assign(sum(_correlation(a, b) for a, b in zip(ours[name], theirs[name], strict=True)))
-        for name in names
+        name: _assign(_standardized(ours[name]).T @ _standardized(theirs[name])) for name in names
     }
 
 
-def activations(graph: UnitGraph, tree: Any, *inputs: Any) -> dict[str, list[jax.Array]]:
-    """Values of the units: what the layers after them read, the operands of products.
-
-    Args:
-      graph: of :func:`distill_jax.units.trace`.
-      tree: all that was traced.
-      inputs: of the traced shapes.
-
-    Returns:
-      group → for each product outside of loops that reads its units ``[examples and places, size]``.
-      Groups without any are left out.
-
-    Raises:
-      ValueError: if the arrays have not the traced shapes.
-    """
-    traced: Traced = graph.program
-    program = traced.program
-    leaves, structure = jax.tree.flatten((tree, inputs))
-    shapes = [program.avals[number].shape for number in program.inputs]
-    if structure != traced.inputs or [np.shape(leaf) for leaf in leaves] != shapes:
-        raise ValueError(
-            f"tree and inputs must be as traced, {traced.inputs} of shapes {shapes}, got {structure} "
-            f"of shapes {[np.shape(leaf) for leaf in leaves]}"
-        )
-    count = len(graph.shapes)
-    moving = set(program.inputs[count:])  # what depends on the inputs, not on parameters alone
-    found: dict[str, list[jax.Array]] = {}
-    seen: set[int] = set()
-
-    def run(step: Step, operands: list[Any]) -> Sequence[Any]:
-        if moving.intersection(step.inputs):
-            moving.update(step.outputs)
-        if step.name in ("dot_general", "conv_general_dilated"):
-            for number, operand in zip(step.inputs, operands, strict=True):
-                if number in moving and number not in seen:
-                    seen.add(number)
-                    for name, index, axis in _units_of(traced, number):
-                        found.setdefault(name, []).append(_by_unit(operand, axis, index).T)
-        return bind(step, operands)
-
-    evaluate(program, run, lambda number: program.constants[number], map(jnp.asarray, leaves))
-    return {name: found[name] for name in graph.groups if name in found}
-
-
-def _units_of(traced: Traced, number: int) -> list[tuple[str, np.ndarray, int]]:
-    """The groups of which a value has units: name, the unit at each position, axis."""
-    found = []
-    for axis, units in enumerate(traced.tracer.read(number, traced.program).units):
-        nodes = traced.tracer.labels.resolve(units)
-        for name, members in traced.units.items():
-            order = np.argsort(members)
-            place = np.minimum(np.searchsorted(members[order], nodes), len(members) - 1)
-            index = np.where(members[order][place] == nodes, order[place], -1).max(0, initial=-1)
-            counts = np.bincount(index[index >= 0], minlength=len(members))
-            if len(members) > 1 and counts.min() == counts.max() > 0:
-                found.append((name, index, axis))
-    return found
-
-
-def _by_unit(array: Any, axis: int, index: np.ndarray) -> Any:
+def _by_unit(array: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
     """``[size, rest]``: the entries of each unit, in the order of its positions."""
-    order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
     size = int(index.max()) + 1
-    rows = (jnp if isinstance(array, jax.Array) else np).moveaxis(array.take(order, axis), axis, 0)
-    return rows.reshape(size, -1)
+    places = positions(index, size)
+    assert places is not None, "a group that is not permutable"
+    return np.moveaxis(array, axis, 0)[places].reshape(size, -1)
 
 
 def _leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
@@ -269,17 +207,12 @@ def _leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
             found[path] = array.astype(np.promote_types(array.dtype, np.float32))
         return leaf
 
-    _map(graph, one, tree, graph.shapes)
+    map_leaves(graph, one, tree, graph.shapes)
     return found
 
 
-def _correlation(a: jax.Array, b: jax.Array) -> np.ndarray:
-    """Between all columns of two arrays; 0 for one that does not vary."""
-    first, second = (_standardized(np.asarray(x, np.float64)) for x in (a, b))
-    return first.T @ second / len(first)
-
-
 def _standardized(x: np.ndarray) -> np.ndarray:
+    """With mean 0 and variance 1 over samples; 0 for a unit that does not vary."""
     spread = x.std(0)
     return (x - x.mean(0)) / np.where(spread > 0, spread, 1.0)
 

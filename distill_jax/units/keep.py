@@ -40,10 +40,10 @@ def keep(graph: UnitGraph, tree: Any, kept: Kept) -> Any:
 
     def one(leaf: Any, path: str) -> Any:
         for axis, mask in masks[path].items():
-            leaf = _numpy(leaf).take(leaf, np.flatnonzero(mask), axis=axis)
+            leaf = numpy_of(leaf).take(leaf, np.flatnonzero(mask), axis=axis)
         return leaf
 
-    return _map(graph, one, tree, masks)
+    return map_leaves(graph, one, tree, masks)
 
 
 def silence(graph: UnitGraph, tree: Any, kept: Kept) -> Any:
@@ -72,10 +72,10 @@ def silence(graph: UnitGraph, tree: Any, kept: Kept) -> Any:
         for axis, mask in masks[path].items():
             shape = [-1 if a == axis else 1 for a in range(leaf.ndim)]
             # Not a product: what is not finite also falls silent
-            leaf = _numpy(leaf).where(mask.reshape(shape), leaf, np.zeros((), leaf.dtype))
+            leaf = numpy_of(leaf).where(mask.reshape(shape), leaf, np.zeros((), leaf.dtype))
         return leaf
 
-    return _map(graph, one, tree, masks)
+    return map_leaves(graph, one, tree, masks)
 
 
 def position_masks(graph: UnitGraph, kept: Kept) -> dict[str, dict[int, np.ndarray]]:
@@ -130,12 +130,23 @@ def _stays(graph: UnitGraph, name: str, indices: Sequence[int] | np.ndarray) -> 
     return stays
 
 
-def _numpy(leaf: Any) -> Any:
+def numpy_of(leaf: Any) -> Any:
+    """The library of an array: NumPy's stay NumPy's."""
     return np if isinstance(leaf, np.ndarray) else jnp
 
 
-def _map(graph: UnitGraph, one: Any, tree: Any, masks: Mapping[str, Any]) -> Any:
-    """Applies ``one(leaf, path)`` to the leaves of parameters that have masks."""
+def map_leaves(graph: UnitGraph, one: Any, tree: Any, masks: Mapping[str, Any]) -> Any:
+    """Applies ``one(leaf, path)`` to the leaves of a tree that belong to certain parameters.
+
+    Args:
+      graph: as in :func:`keep`.
+      one: ``(leaf, path) -> leaf``.
+      tree: as in :func:`keep`.
+      masks: the parameters' paths, as keys.
+
+    Raises:
+      ValueError: if a leaf has another shape than its parameter.
+    """
     short: dict[str, str] = {}
     for path in graph.shapes:
         short.setdefault(path.partition(".")[2], path)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.units.graph import UnitGraph
-from distill_jax.units.keep import _map, _numpy
+from distill_jax.units.keep import map_leaves, numpy_of
 from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import Traced
 
@@ -42,14 +42,14 @@ def permute(graph: UnitGraph, tree: Any, permutations: Permutations) -> Any:
     """
     moving = {name: order for name, order in check(graph, permutations).items() if _moves(order)}
     chosen(graph, moving)
-    orders = positions(graph, moving)
+    orders = position_orders(graph, moving)
 
     def one(leaf: Any, path: str) -> Any:
         for axis, order in orders[path].items():
-            leaf = _numpy(leaf).take(leaf, order, axis=axis)
+            leaf = numpy_of(leaf).take(leaf, order, axis=axis)
         return leaf
 
-    return _map(graph, one, tree, orders)
+    return map_leaves(graph, one, tree, orders)
 
 
 def permutable(graph: UnitGraph) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def check(graph: UnitGraph, permutations: Permutations) -> dict[str, np.ndarray]
     return orders
 
 
-def positions(
+def position_orders(
     graph: UnitGraph, orders: Mapping[str, np.ndarray], paths: Iterable[str] | None = None
 ) -> dict[str, dict[int, np.ndarray]]:
     """Where the positions come from: path → axis → the old position of each new one.
@@ -183,7 +183,7 @@ def _try_all(graph: UnitGraph) -> dict[str, str]:
     def fails(names: list[str]) -> str:
         orders = {name: _without_fixed_point(rng, graph.groups[name].size) for name in names}
         try:
-            found = positions(graph, orders)
+            found = position_orders(graph, orders)
         except ValueError as error:
             return str(error)
 
@@ -192,7 +192,7 @@ def _try_all(graph: UnitGraph) -> dict[str, str]:
                 leaf = jnp.take(leaf, order, axis=axis)
             return leaf
 
-        results = jax.tree.leaves(run(_map(graph, one, params, found), *inputs))
+        results = jax.tree.leaves(run(map_leaves(graph, one, params, found), *inputs))
         same = all(_same(x, np.asarray(y)) for x, y in zip(expected, results, strict=True))
         return "" if same else "in another one the results are others"
 
