@@ -7,7 +7,6 @@ import pytest
 import scipy.optimize
 from flax import nnx
 from test_units_architectures import (
-    block,
     block_shapes,
     compiled,
     conv,
@@ -87,9 +86,7 @@ NETWORKS = {f.__name__: f for f in (mlp, convnet, resnet, transformer, scanned, 
 
 def random_orders(graph, seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.permutation(graph.groups[name].size) for name in units.permutable(graph)
-    }
+    return {name: rng.permutation(graph.groups[name].size) for name in units.permutable(graph)}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -113,3 +110,200 @@ def test_a_network_does_not_depend_on_the_order_and_a_lost_order_is_found(name):
         assert sum(changed) > len(changed) / 2
         back = units.permute(graph, shuffled, units.match_weights(graph, shuffled, params))
         jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_where_the_order_matters_is_found_out():
+    """All of these are free, and can be pruned; but not put into another order."""
+
+    def free(fn, width=6):
+        params = shapes(a=(3, width), b=(width, 2), c=(width // 2, 2))
+        graph = units.trace(
+            lambda p, x: fn(jnp.tanh(x @ p["a"]), p), params, numbers(np.ones((2, 3)))
+        )
+        (name,) = [name for name, group in graph.groups.items() if group.free]
+        return graph, name
+
+    def crossed(h, p):  # units {0, 3}, {1, 4}, {2, 5}; of the second pair the later one is the gate
+        u, v = h[:, :3], h[:, 3:]
+        gate = jnp.concatenate([u[:, :1], v[:, 1:2], u[:, 2:]], 1)
+        rest = jnp.concatenate([v[:, :1], u[:, 1:2], v[:, 2:]], 1)
+        return (jnp.exp(gate) * rest) @ p["c"]
+
+    for fn, message in [
+        (lambda h, p: jnp.cumsum(h, 1) @ p["b"], "the results are others"),
+        (crossed, "the results are others"),
+        (lambda h, p: (h[:, ::2] * h[:, 1::2][:, ::-1] ** 2) @ p["c"], "the results are others"),
+    ]:
+        graph, name = free(fn)
+        assert units.permutable(graph) == ()
+        size = graph.groups[name].size
+        tree = {path: np.zeros(s.shape) for path, s in graph.shapes.items()}
+        with pytest.raises(ValueError, match=message):
+            units.permute(graph, tree, {name: range(size)[::-1]})
+        units.permute(graph, tree, {name: range(size)})  # nothing moves
+        with pytest.raises(ValueError, match="the order of its units matters"):
+            units.match_weights(graph, tree, tree, groups=[name])
+        assert units.match_weights(graph, tree, tree) == {}
+    graph, name = free(lambda h, p: (h[:, ::2] * h[:, 1::2] ** 2) @ p["c"])
+    assert units.permutable(graph) == (name,)
+
+
+def test_a_wrong_order_is_refused():
+    fn, params, x = mlp()
+    graph = units.trace(fn, params, x)
+    name = units.permutable(graph)[0]
+    for orders, message in [
+        ({"none": [0]}, "'none' is no group"),
+        ({name: [0, 1]}, "must hold each of 0 … 7 once"),
+        ({name: [0, 0, 1, 2, 3, 4, 5, 6]}, "must hold each of 0 … 7 once"),
+        ({name: np.arange(8) + 0.5}, "must hold each of 0 … 7 once"),
+        ({"params.dense.2.bias": [1, 0, 2, 3]}, "not free: a result"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            units.permute(graph, params, orders)
+    other = jax.tree.map(lambda x: x[..., :3], params)
+    with pytest.raises(ValueError) as error:
+        units.match_weights(graph, other, params)
+    for i in range(3):
+        assert f"params.dense.{i}.kernel" in str(error.value)
+    broken = jax.tree.map(np.copy, params)
+    broken["params"]["dense"][1]["bias"][0] = np.nan
+    with pytest.raises(ValueError, match="not finite in the tree"):
+        units.match_weights(graph, broken, params)
+    with pytest.raises(ValueError, match="must be what was traced"):
+        units.match_activations(graph, params, params, x[:1])
+
+
+def test_states_follow_their_parameters():
+    fn, params, x = convnet()
+    graph = units.trace(fn, params, x)
+    orders = random_orders(graph)
+    whole = units.permute(graph, params, orders)
+    parts = {name: units.permute(graph, params[name], orders) for name in ("params", "state")}
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert not np.array_equal(whole["state"]["norm"][0]["var"], params["state"]["norm"][0]["var"])
+    # Parameters alone suffice to find the order
+    found = units.match_weights(graph, whole["params"], params["params"])
+    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, whole, found), params)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_an_order_is_found_from_activations(name):
+    fn, params, x = NETWORKS[name]()
+    x = numbers(np.zeros((32, *x.shape[1:])), 7)
+    graph = units.trace(fn, params, x)
+    shuffled = units.permute(graph, params, random_orders(graph))
+    found = units.match_activations(graph, shuffled, params, x)
+    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, shuffled, found), params)
+
+
+def test_units_read_in_loops_alone_have_no_activations():
+    fn, params, x = scanned()
+    graph = units.trace(fn, params, x)
+    with pytest.raises(ValueError, match="reads the units of .*use match_weights"):
+        units.match_activations(graph, params, params, x)
+
+
+def weight_matching(ours, theirs, seed):
+    """Git Re-Basin's algorithm for an MLP, its specification written by hand: kernels ``[in, out]``.
+
+    π_i orders the units of layer i; kernel i has π_(i−1) along its first axis and π_i along its second.
+    """
+    rng, count = np.random.default_rng(seed), len(ours) - 1
+    orders = [np.arange(b.size) for _, b in ours]
+    improves = True
+    while improves:
+        improves = False
+        for i in rng.permutation(count):
+            before = orders[i - 1] if i else slice(None)
+            gain = ours[i][0].T @ theirs[i][0][before] + np.outer(ours[i][1], theirs[i][1])
+            gain += ours[i + 1][0] @ theirs[i + 1][0][:, orders[i + 1]].T
+            _, best = scipy.optimize.linear_sum_assignment(gain, maximize=True)
+            rows = np.arange(len(best))
+            if gain[rows, best].sum() > gain[rows, orders[i]].sum() + 1e-12:
+                orders[i], improves = best, True
+    return orders[:-1]
+
+
+def test_weight_matching_is_as_good_as_with_a_specification_by_hand():
+    """Between unrelated networks, where no order is exact: ‖θ_reference − π(θ)‖² of both."""
+    model = models.build("mlp:24,20,16", (4, 4, 1), 5, jax.random.key(0))
+    graph = units.trace(
+        lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 4, 4, 1))
+    )
+    given, reference = [], []
+    for seed in range(5):
+        ours, theirs = numbers(model.params, 2 * seed), numbers(model.params, 2 * seed + 1)
+        layers = [
+            [(each["kernel"], each["bias"]) for _, each in sorted(tree["dense"].items())]
+            for tree in (ours, theirs)
+        ]
+        orders = weight_matching(*layers, seed)
+        names = [f"dense.{i}.kernel" for i in range(3)]
+        by_hand = units.permute(graph, theirs, dict(zip(names, orders, strict=True)))
+        found = units.permute(graph, theirs, units.match_weights(graph, theirs, ours, seed=seed))
+
+        def product(tree, ours=ours):
+            return sum(
+                np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (tree, ours)), strict=True)
+            )
+
+        reference.append(product(by_hand))
+        given.append(product(found))
+        assert product(found) > product(theirs)
+    assert np.mean(given) >= np.mean(reference)
+
+
+def test_a_wider_teacher_is_brought_to_the_student():
+    """Its strongest units are the student's, in another order, among weak ones."""
+    small, wide = (
+        models.build(f"convnet:{w}", (8, 8, 1), 3, jax.random.key(i))
+        for i, w in enumerate(("4,5", "6,9"))
+    )
+    x = np.zeros((1, 8, 8, 1))
+    graphs = [
+        units.trace(lambda p, x, m=m: m.apply_fn(p, m.model_state, x)[0], m.params, x)
+        for m in (small, wide)
+    ]
+    student = numbers(small.params)
+    weak = jax.tree.map(lambda x: 1e-3 * x, numbers(wide.params, 1))
+    orders = random_orders(graphs[0])
+    source = units.permute(graphs[0], student, orders)
+    rng = np.random.default_rng(3)
+    strong = {
+        name: np.sort(rng.choice(graphs[1].groups[name].size, graph.size, replace=False))
+        for name, graph in graphs[0].groups.items()
+        if graph.free
+    }
+    masks = units.position_masks(graphs[1], strong)
+
+    def write(path, leaf, values):
+        path = jax.tree_util.keystr(path, simple=True, separator=".")
+        axes = [masks.get(path, {}).get(a, np.ones(n, bool)) for a, n in enumerate(leaf.shape)]
+        leaf = leaf.copy()
+        leaf[np.ix_(*axes)] = values
+        return leaf
+
+    teacher = jax.tree_util.tree_map_with_path(write, weak, source)
+    scores = units.scores.l2(graphs[1], teacher)
+    done = units.bring(graphs[0], student, graphs[1], teacher, how=scores)
+    assert {name: list(kept) for name, kept in done.selected.items()} == {
+        name: kept.tolist() for name, kept in strong.items()
+    }
+    jax.tree.map(np.testing.assert_array_equal, done.params, student)
+    assert done.distance[0] > 1
+    assert done.distance[1] == 0
+    np.testing.assert_allclose(done.cosine[1], 1, rtol=1e-6)
+    assert not done.kept
+    text = str(done)
+    for name in strong:
+        assert name in text
+    assert "aligned 0" in text
+    selected = units.bring(graphs[0], student, graphs[1], teacher, how=scores, groups=())
+    assert selected.distance[0] == selected.distance[1] == done.distance[0]
+    with pytest.raises(ValueError, match="has 6 units where the teacher's"):
+        units.bring(graphs[1], teacher, graphs[0], student)
+    deeper = models.build("convnet:4,5,6", (8, 8, 1), 3, jax.random.key(0))
+    graph = units.trace(lambda p, x: deeper.apply_fn(p, {}, x)[0], deeper.params, x)
+    with pytest.raises(ValueError, match="no counterpart"):
+        units.bring(graph, deeper.params, graphs[1], teacher)

@@ -1,7 +1,7 @@
 """Units of any network, found in its jaxpr: what belongs together when one of them is removed."""
 
 from distill_jax.units import costs, scores
-from distill_jax.units.align import match_activations, match_weights
+from distill_jax.units.align import Brought, bring, match_activations, match_weights
 from distill_jax.units.costs import architecture, report
 from distill_jax.units.edit import merge, prune, select
 from distill_jax.units.graph import Group, Slice, UnitGraph
@@ -12,7 +12,7 @@ from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import trace
 
 __all__ = [
-    "Group", "Injected", "Slice", "UnitGraph", "architecture", "costs", "inject", "keep",
+    "Brought", "Group", "Injected", "Slice", "UnitGraph", "architecture", "bring", "costs", "inject", "keep",
     "match_activations", "match_weights", "merge", "permutable", "permute", "position_masks", "prune",
     "report", "scores", "select", "shrink", "silence", "trace",
 ]  # fmt: skip

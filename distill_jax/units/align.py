@@ -8,16 +8,17 @@ has to be known of an architecture.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
 from distill_jax import trees
+from distill_jax.units.edit import Indices, select
 from distill_jax.units.graph import UnitGraph
-from distill_jax.units.keep import map_leaves
-from distill_jax.units.orders import chosen, position_orders
+from distill_jax.units.inject import inject
+from distill_jax.units.keep import keep, map_leaves
+from distill_jax.units.orders import chosen, permute, position_orders
 from distill_jax.units.roles import positions
 from distill_jax.units.scores import activations
 
@@ -57,6 +58,7 @@ def match_weights(
       Ainsworth, Hayase, Srinivasa, `Git Re-Basin: Merging Models modulo Permutation Symmetries`, 2023,
       §3.2 and Algorithm 1.
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
     >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
@@ -77,14 +79,15 @@ class _Matching:
         self.graph, self.names = graph, names
         self.ours, self.theirs = _leaves(graph, reference), _leaves(graph, tree)
         self.touched = {
-            name: {s.path for s in graph.groups[name].slices if s.path in self.ours} for name in names
+            name: {s.path for s in graph.groups[name].slices if s.path in self.ours}
+            for name in names
         }
 
     def identity(self) -> Found:
         return {name: np.arange(self.graph.groups[name].size) for name in self.names}
 
     def loose(self) -> Found:
-        """Each group by the upper bound of a pair's gain: of what others may move, the order is free."""
+        """Each group by the upper bound of a pair's gain: what other groups may move has any order."""
         axes = Counter(s.path for name in self.names for s in self.graph.groups[name].slices)
         alone = {path for path, count in axes.items() if count == 1}
         return {
@@ -168,6 +171,7 @@ def match_activations(
       Li, Yosinski, Clune, Lipson, Hopcroft, `Convergent Learning`, 2016, §3.1; Ainsworth, Hayase,
       Srinivasa, 2023, §3.1.
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
     >>> x = jnp.sin(jnp.arange(27.0) ** 2).reshape(9, 3)
@@ -220,3 +224,104 @@ def _standardized(x: np.ndarray) -> np.ndarray:
 def _assign(gains: Any) -> np.ndarray:
     """π with the largest sum of gains: our unit i is their unit π(i)."""
     return scipy.optimize.linear_sum_assignment(gains, maximize=True)[1]
+
+
+class Brought(NamedTuple):
+    """What :func:`bring` did; ``print`` shows it.
+
+    Attributes:
+      params: the teacher's numbers, of the student's structure and shapes.
+      selected: the teacher's group → the units that stayed.
+      permutations: the student's group → π.
+      kept: the student's leaf → why it is still the student's own.
+      distance: ‖θ_student − θ‖ after the selection, and after the alignment.
+      cosine: of the angle between the two, likewise.
+    """
+
+    params: Any
+    selected: Indices
+    permutations: Found
+    kept: dict[str, str]
+    distance: tuple[float, float]
+    cosine: tuple[float, float]
+
+    def __str__(self) -> str:
+        """A line a group, then the distances."""
+        moved = {name: int((np.diff([np.arange(len(o)), o], axis=0) != 0).sum())
+                 for name, o in self.permutations.items()}  # fmt: skip
+        lines = [
+            f"{name}: {len(units)} units of the teacher stay"
+            for name, units in self.selected.items()
+        ]
+        lines += [
+            f"{name}: {n} of {len(self.permutations[name])} moved" for name, n in moved.items()
+        ]
+        lines += [f"{path}: the student's own, {why}" for path, why in self.kept.items()]
+        for name, (before, after) in {"distance": self.distance, "cosine": self.cosine}.items():
+            lines.append(f"{name} to the student: selected {before:.4g}, aligned {after:.4g}")
+        return "\n".join(lines)
+
+
+def bring(
+    student_graph: UnitGraph,
+    student: Any,
+    teacher_graph: UnitGraph,
+    teacher: Any,
+    *,
+    how: Literal["uniform", "block"] | Mapping[str, np.ndarray] = "uniform",
+    block: int = 0,
+    layers: Mapping[str, str] | None = None,
+    inputs: Sequence[Any] | None = None,
+    groups: Iterable[str] | None = None,
+    seed: int = 0,
+) -> Brought:
+    """Brings a teacher to a student's shape, and to its basin: what is then to be interpolated.
+
+    As many of the teacher's units as the student has are selected, written into the student's
+    structure, and put into the order in which they are nearest to the student's. After that
+    :func:`distill_jax.trees.lerp`, :func:`distill_jax.interpolation.pull` and
+    :func:`~distill_jax.interpolation.through` can have both.
+
+    Args:
+      student_graph: of :func:`distill_jax.units.trace`.
+      student: what was traced there (without its model state, if that shall not count).
+      teacher_graph: of the same or a wider network of the kind.
+      teacher: what was traced there, likewise.
+      how: as in :func:`distill_jax.units.select`.
+      block: likewise.
+      layers: likewise.
+      inputs: to align by the activations on these, of the shapes traced in ``student_graph``; None to
+        align by weights.
+      groups: the student's groups to align; None for all that are permutable, none of them for a
+        selection alone.
+      seed: as in :func:`match_weights`.
+
+    Returns:
+      The teacher's numbers for the student, and a report.
+
+    Raises:
+      ValueError: if the networks do not correspond, or the student is the wider one; as
+        :func:`match_weights` does.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import units
+    >>> def net(width):
+    ...     params = {"a": jnp.eye(4)[:, :width], "b": jnp.arange(2.0 * width).reshape(width, 2)}
+    ...     return units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4))), params
+    >>> (graph, student), (wide, teacher) = net(2), net(4)
+    >>> done = bring(graph, student, wide, teacher, how="block", block=1)
+    >>> done.params["b"].shape, done.selected
+    ((2, 2), {'a': [2, 3]})
+    """
+    selected = select(teacher_graph, student_graph, how=how, block=block, layers=layers)
+    written = inject(student, keep(teacher_graph, teacher, selected), layers=layers)
+    if inputs is None:
+        orders = match_weights(student_graph, written.params, student, groups=groups, seed=seed)
+    else:
+        orders = match_activations(student_graph, written.params, student, *inputs, groups=groups)
+    params = permute(student_graph, written.params, orders)
+    distance, cosine = (
+        (float(measure(student, written.params)), float(measure(student, params)))
+        for measure in (trees.distance, trees.cosine)
+    )
+    return Brought(params, selected, orders, written.kept, distance, cosine)

@@ -141,7 +141,9 @@ def position_orders(
         # Stable, so that positions of the same units keep their order
         first, second = np.lexsort(old), np.lexsort(new)
         if not np.array_equal(old[:, first], new[:, second]):
-            raise ValueError(f"{path}: units of {slices[0][0]!r} do not lie alike along axis {axis}")
+            raise ValueError(
+                f"{path}: units of {slices[0][0]!r} do not lie alike along axis {axis}"
+            )
         order = np.empty_like(first)
         order[second] = first
         found.setdefault(path, {})[axis] = order
@@ -227,4 +229,6 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
         return np.array_equal(a, b)
     tolerance = 8 * float(jnp.finfo(a.dtype).eps) ** 0.5
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return bool(np.isfinite(a).all() and np.abs(a - b).max(initial=0) <= tolerance * np.abs(a).max())
+    return bool(
+        np.isfinite(a).all() and np.abs(a - b).max(initial=0) <= tolerance * np.abs(a).max()
+    )
