@@ -12,7 +12,7 @@ from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import trace
 
 __all__ = [
-    "Brought", "Group", "Injected", "Slice", "UnitGraph", "architecture", "bring", "costs", "inject", "keep",
-    "match_activations", "match_weights", "merge", "permutable", "permute", "position_masks", "prune",
-    "report", "scores", "select", "shrink", "silence", "trace",
+    "Brought", "Group", "Injected", "Slice", "UnitGraph", "architecture", "bring", "costs", "inject",
+    "keep", "match_activations", "match_weights", "merge", "permutable", "permute", "position_masks",
+    "prune", "report", "scores", "select", "shrink", "silence", "trace",
 ]  # fmt: skip

@@ -247,15 +247,12 @@ class Brought(NamedTuple):
 
     def __str__(self) -> str:
         """A line a group, then the distances."""
-        moved = {name: int((np.diff([np.arange(len(o)), o], axis=0) != 0).sum())
-                 for name, o in self.permutations.items()}  # fmt: skip
         lines = [
-            f"{name}: {len(units)} units of the teacher stay"
-            for name, units in self.selected.items()
+            f"{name}: {len(kept)} of the teacher's units" for name, kept in self.selected.items()
         ]
-        lines += [
-            f"{name}: {n} of {len(self.permutations[name])} moved" for name, n in moved.items()
-        ]
+        for name, order in self.permutations.items():
+            moved = np.count_nonzero(order != np.arange(len(order)))
+            lines.append(f"{name}: {moved} of {len(order)} moved")
         lines += [f"{path}: the student's own, {why}" for path, why in self.kept.items()]
         for name, (before, after) in {"distance": self.distance, "cosine": self.cosine}.items():
             lines.append(f"{name} to the student: selected {before:.4g}, aligned {after:.4g}")
@@ -307,7 +304,9 @@ def bring(
     >>> from distill_jax import units
     >>> def net(width):
     ...     params = {"a": jnp.eye(4)[:, :width], "b": jnp.arange(2.0 * width).reshape(width, 2)}
-    ...     return units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 4))), params
+    ...     def fn(p, x):
+    ...         return jnp.tanh(x @ p["a"]) @ p["b"]
+    ...     return units.trace(fn, params, jnp.ones((1, 4))), params
     >>> (graph, student), (wide, teacher) = net(2), net(4)
     >>> done = bring(graph, student, wide, teacher, how="block", block=1)
     >>> done.params["b"].shape, done.selected
