@@ -235,8 +235,8 @@ def main() -> int:
         reference=config.models[0],
     )
     results |= {"barriers": barriers, "line": {"t": ts.tolist(), **lines}}
-    for description, ways in barriers.items():
-        for name, values in ways.items():
+    for description in config.models:
+        for name, values in barriers[description].items():
             results["models"][f"{description}, midpoint, {name}"]["barrier"] = values
     files.write_json(out / "results.json", files.plain(results, "results"))
     drawn = {}

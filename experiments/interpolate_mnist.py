@@ -266,7 +266,7 @@ def fitted(
     ours, theirs = (traced(model, dataset) for model in (student, teacher))
     found: dict[str, tuple[Any, list[float]]] = {}
     for suffix, groups in {"": (), ", aligned": None}.items():
-        cosines = []
+        cosines: list[float] = []
 
         def bring(small, large, groups=groups, cosines=cosines):
             scores = units.scores.l2(theirs, large)

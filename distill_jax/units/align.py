@@ -14,7 +14,7 @@ import numpy as np
 import scipy.optimize
 
 from distill_jax import trees
-from distill_jax.units.edit import Indices, select
+from distill_jax.units.edit import Indices, mapped_path, select
 from distill_jax.units.graph import UnitGraph
 from distill_jax.units.inject import inject
 from distill_jax.units.keep import keep, map_leaves
@@ -164,8 +164,8 @@ def match_activations(
       group → π, for :func:`distill_jax.units.permute` on ``tree``.
 
     Raises:
-      ValueError: if the two do not fit or are not finite, or a group is not permutable, or has no
-        activations outside of loops.
+      ValueError: if the two do not fit or are not finite; if a group is not permutable, has no
+        activations outside of loops, or lies across another one on an axis.
 
     References:
       Li, Yosinski, Clune, Lipson, Hopcroft, `Convergent Learning`, 2016, §3.1; Ainsworth, Hayase,
@@ -182,6 +182,15 @@ def match_activations(
     """
     trees.check(reference, tree, names=("the reference", "the tree"))
     names = chosen(graph, groups)
+    shared: dict[tuple[str, int], set[str]] = {}
+    for name in names:
+        for path, axis, _ in graph.groups[name].slices:
+            shared.setdefault((path, axis), set()).add(name)
+    if both := next((found for found in shared.values() if len(found) > 1), None):
+        raise ValueError(
+            f"groups: {sorted(both)} lie across each other on one axis, as heads and places in a head "
+            "do, and cannot be matched one without the other: use match_weights, or name fewer groups"
+        )
     ours, theirs = (activations(graph, each, *inputs) for each in (reference, tree))
     missing = [name for name in names if name not in ours]
     if missing:
@@ -297,8 +306,8 @@ def bring(
       The teacher's numbers for the student, and a report.
 
     Raises:
-      ValueError: if the networks do not correspond, or the student is the wider one; as
-        :func:`match_weights` does.
+      ValueError: if the networks do not correspond; if the student is the wider one, with every path
+        where it is; as :func:`match_weights` does.
 
     >>> import jax.numpy as jnp
     >>> from distill_jax import units
@@ -312,6 +321,7 @@ def bring(
     >>> done.params["b"].shape, done.selected
     ((2, 2), {'a': [2, 3]})
     """
+    _check_widths(student_graph, teacher_graph, layers)
     selected = select(teacher_graph, student_graph, how=how, block=block, layers=layers)
     written = inject(student, keep(teacher_graph, teacher, selected), layers=layers)
     if inputs is None:
@@ -324,3 +334,16 @@ def bring(
         for measure in (trees.distance, trees.cosine)
     )
     return Brought(params, selected, orders, written.kept, distance, cosine)
+
+
+def _check_widths(student: UnitGraph, teacher: UnitGraph, layers: Mapping[str, str] | None) -> None:
+    wider = []
+    for path, own in student.shapes.items():
+        theirs = teacher.shapes.get(mapped_path(path, layers))
+        if theirs is not None and any(n > m for n, m in zip(own.shape, theirs.shape, strict=False)):
+            wider.append(f"{path}: {own.shape} in the student, {theirs.shape} in the teacher")
+    if wider:
+        raise ValueError(
+            "student: it is wider than the teacher, which has no units to fill it with: exchange the "
+            "two, or give a narrower student\n" + "\n".join(wider)
+        )
