@@ -147,12 +147,14 @@ class _Reader:
         """Loops and choices: operands that stay the same go on being views."""
         fixed: dict[int, View] = {}
         options = step.params
-        for body, start, count in {
-            "scan": [(0, 0, options.get("num_consts"))],
-            "while": [(0, 0, options.get("cond_nconsts")),
-                      (1, options.get("cond_nconsts"), options.get("body_nconsts"))],
-            "cond": [(i, 1, len(step.inputs) - 1) for i in range(len(step.bodies))],
-        }[step.name]:  # fmt: skip
+        if step.name == "scan":
+            same = [(0, 0, options["num_consts"])]
+        elif step.name == "while":
+            first = options["cond_nconsts"]
+            same = [(0, 0, first), (1, first, options["body_nconsts"])]
+        else:
+            same = [(i, 1, len(step.inputs) - 1) for i in range(len(step.bodies))]
+        for body, start, count in same:
             outer = step.inputs[start : start + count]
             for number, inner in zip(outer, step.bodies[body].inputs, strict=False):
                 if number in self.views:

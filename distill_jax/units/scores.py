@@ -246,11 +246,10 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
       graph: as in :func:`l1`.
     """
     free = _free(graph)
-    keys = jax.random.split(key, max(1, len(free)))
-    return {
-        group.name: np.asarray(jax.random.uniform(keys[i], (group.size,)), np.float64)
-        for i, group in enumerate(free)
-    }
+    ends = np.cumsum([group.size for group in free])
+    drawn = np.asarray(jax.random.uniform(key, (ends[-1],)), np.float64)
+    parts = np.split(drawn, ends[:-1])
+    return {group.name: part for group, part in zip(free, parts, strict=True)}
 
 
 def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores:

@@ -1,0 +1,264 @@
+"""Scores against their definitions, element by element, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_units_architectures import conv, lstm, numbers, shapes
+
+from distill_jax import units
+from distill_jax.units import roles, scores
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def mlp(p, x):
+    return jax.nn.relu(x @ p["a"]["w"] + p["a"]["b"]) @ p["b"]["w"]
+
+
+def convnet(p, x):
+    x = jax.nn.relu(conv(p["a"], x) * p["norm"]["scale"] + p["norm"]["bias"])
+    return jnp.tanh(x.reshape(len(x), -1) @ p["w"]) @ p["v"]
+
+
+CASES = {
+    "mlp": (mlp, {"a": {"w": (3, 5), "b": (5,)}, "b": {"w": (5, 2)}}, (4, 3)),
+    "convnet": (
+        convnet,
+        {"a": (3, 3, 2, 4), "norm": {"scale": (4,), "bias": (4,)}, "w": (36, 6), "v": (6, 2)},
+        (2, 3, 3, 2),
+    ),
+    "lstm": (lstm, {"wx": (3, 20), "wh": (5, 20), "b": (20,), "out": (5, 2)}, (4, 2, 3)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    fn, given, x = CASES[request.param]
+    params, x = shapes(**given), numbers(np.zeros(x), 1)
+    return fn, params, x, units.trace(fn, params, x)
+
+
+def lost(graph, tree, name, unit):
+    """What goes with a unit: each element that `silence` makes zero, once."""
+    others = [i for i in range(graph.groups[name].size) if i != unit]
+    ones = jax.tree.map(np.ones_like, tree)
+    masks = units.silence(graph, ones, {name: others})
+    return jax.tree.map(lambda x, m: np.asarray(x)[np.asarray(m) == 0], tree, masks)
+
+
+def reference(graph, tree, function):
+    return {
+        name: np.array([
+            sum(function(x).sum() for x in jax.tree.leaves(lost(graph, tree, name, unit)))
+            for unit in range(group.size)
+        ])
+        for name, group in graph.groups.items() if group.free
+    }  # fmt: skip
+
+
+def agree(given, expected):
+    assert given.keys() == expected.keys()
+    for name in given:
+        np.testing.assert_allclose(given[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_weights_and_gradients(case):
+    fn, params, x, graph = case
+    gradients = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)
+    products = jax.tree.map(lambda g, w: np.asarray(g) * w, gradients, params)
+    squares = reference(graph, params, np.square)
+    agree(scores.l1(graph, params, normalize="none"), reference(graph, params, np.abs))
+    agree(scores.l2(graph, params, normalize="none"), {n: np.sqrt(s) for n, s in squares.items()})
+    linear = reference(graph, products, lambda x: x)
+    agree(
+        scores.taylor(graph, params, gradients, normalize="none"),
+        {n: np.abs(s) for n, s in linear.items()},
+    )
+    curvature = jax.tree.map(lambda g: np.asarray(g) ** 2, gradients)
+    agree(
+        scores.fisher(graph, params, curvature, normalize="none"),
+        {n: s / 2 for n, s in reference(graph, products, np.square).items()},
+    )
+    for name, given in scores.lamp(graph, params).items():
+        energy = squares[name]
+        agree({name: given}, {name: np.array([e / energy[energy >= e].sum() for e in energy])})
+
+
+def test_the_first_order_score_is_the_derivative_of_silencing():
+    fn, given, x = CASES["mlp"]
+    params, x = shapes(**given), numbers(np.zeros(x), 1)
+    graph = units.trace(fn, params, x)
+
+    @jax.jit
+    def loss(p):
+        return (fn(p, x) ** 2).sum()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    h = 1e-6
+    for unit in range(5):
+        silent = units.silence(graph, params, {"a.w": [i for i in range(5) if i != unit]})
+        less = jax.tree.map(lambda w, s: w + h * (s - w), params, silent)
+        change = abs(loss(less) - loss(params)) / h
+        score = scores.taylor(graph, params, gradients, normalize="none")["a.w"][unit]
+        np.testing.assert_allclose(score, change, rtol=1e-4)
+
+
+def test_squared_gradients_are_of_single_examples():
+    params, x = shapes(a=(3, 2)), numbers(np.zeros((7, 3)))
+
+    def loss(p, x):
+        return jnp.tanh(x @ p["a"]).sum()
+
+    given = scores.squared_gradients(loss, params, x, chunk=3)
+    each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+    np.testing.assert_allclose(given["a"], (each["a"] ** 2).mean(0), rtol=1e-12)
+
+
+def test_activations_are_what_is_handed_on(case):
+    fn, params, x, graph = case
+    given = scores.activations(graph, params, x)
+    if fn is mlp:
+        h = np.maximum(x @ params["a"]["w"] + params["a"]["b"], 0)
+        np.testing.assert_allclose(given["a.w"], h, rtol=1e-12)
+        agree(scores.apoz(graph, params, x), {"a.w": (h > 0).mean(0)})
+        mean = scores.mean_activation(graph, params, x)["a.w"]
+        np.testing.assert_allclose(mean, h.mean(0) / h.mean(0).mean(), rtol=1e-12)
+    elif fn is convnet:
+        h = jax.nn.relu(conv(params["a"], x) * params["norm"]["scale"] + params["norm"]["bias"])
+        flat = h.reshape(2, 9, 4).reshape(18, 4)
+        np.testing.assert_allclose(np.sort(given["a"], 0), np.sort(flat, 0), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            given["w"], np.tanh(h.reshape(2, -1) @ params["w"]), rtol=1e-6, atol=1e-9
+        )
+    else:  # after the loop the mean over time is handed on
+        assert given["wx"].shape == (2, 5)
+
+
+def test_fpgm_and_vectors(case):
+    _, params, _, graph = case
+    x = scores.vectors(graph, params)
+    for name, given in scores.fpgm(graph, params, normalize="none").items():
+        expected = np.linalg.norm(x[name][:, None] - x[name], axis=-1).sum(1)
+        np.testing.assert_allclose(given, expected, rtol=1e-6)
+        group = graph.groups[name]
+        weights = sum(np.size(leaf) for leaf in jax.tree.leaves(lost(graph, params, name, 0)))
+        slices = [(s.path, s.axis) for s in group.slices]
+        twice = sum((path, 0) in slices and (path, 1) in slices for path, _ in set(slices))
+        assert x[name].shape[1] == weights + (4 if twice else 0)  # wh's diagonal, a gate each
+
+
+def test_the_scale_of_batch_norm_counts_only_where_there_is_one():
+    _, given, x = CASES["convnet"]
+    params = shapes(**given)
+    graph = units.trace(convnet, params, numbers(np.zeros(x)))
+    agree(scores.batch_norm_scale(graph, params), {"a": np.abs(params["norm"]["scale"])})
+    with pytest.raises(ValueError, match="no vector of params that has units is called"):
+        scores.batch_norm_scale(graph, params, names=["weight"])
+
+
+def test_normalization():
+    x = {"a": np.array([1.0, 3.0]), "b": np.array([0.0, 0.0])}
+    for normalize, expected in [
+        ("mean", [0.5, 1.5]), ("max", [1 / 3, 1]), ("norm", [1 / 10**0.5, 3 / 10**0.5]),
+        ("none", [1, 3]),
+    ]:  # fmt: skip
+        found = scores.normalized(x, normalize)
+        np.testing.assert_allclose(found["a"], expected)
+        np.testing.assert_array_equal(found["b"], 0)
+    with pytest.raises(
+        ValueError, match="normalize must be one of mean, max, norm, none, got 'l2'"
+    ):
+        scores.normalized(x, "l2")
+    with pytest.raises(ValueError, match="not finite"):
+        scores.normalized({"a": np.array([np.nan, 1])}, "mean")
+
+
+def test_random_scores_depend_on_the_key_alone(case):
+    *_, graph = case
+    a, b, c = (scores.random(jax.random.key(seed), graph) for seed in (0, 0, 1))
+    agree(a, b)
+    for name in a:
+        assert a[name].shape == (graph.groups[name].size,)
+        assert (a[name] != c[name]).all()
+
+
+def test_state_counts_only_where_it_is_given():
+    def fn(p, x):
+        return jnp.tanh(x @ p["params"]["a"] / p["state"]["var"]) @ p["params"]["b"]
+
+    whole = {"params": shapes(a=(3, 4), b=(4, 2)), "state": {"var": np.ones(4)}}
+    graph = units.trace(fn, whole, np.zeros((1, 3)))
+    part = scores.l1(graph, whole["params"], normalize="none")
+    both = scores.l1(graph, whole, normalize="none")
+    np.testing.assert_allclose(both["params.a"], part["params.a"] + 1, rtol=1e-12)
+
+
+def test_what_is_missing_or_of_another_shape_is_refused(case):
+    _, params, x, graph = case
+    with pytest.raises(ValueError, match="gradients must be shaped like params, but has no"):
+        scores.taylor(graph, params, {k: params[k] for k in list(params)[:1]})
+    with pytest.raises(ValueError, match="no leaf of the tree"):
+        scores.l1(graph, {"other": np.zeros(3)})
+    with pytest.raises(ValueError, match="must be what was traced"):
+        scores.activations(graph, params, x[:1])
+
+
+# --- what slices are for -------------------------------------------------------------------------
+
+
+def role_of(fn, name, x=(2, 3), **given):
+    params = shapes(**given)
+    role = roles.roles(units.trace(fn, params, numbers(np.zeros(x))))[name]
+    return {s[:2] for s in role.incoming}, {s[:2] for s in role.outgoing}, role.reason
+
+
+def test_incoming_and_outgoing():
+    fn, given, x = CASES["lstm"]
+    into, out, reason = role_of(fn, "wx", x, **given)
+    assert (into, out, reason) == (
+        {("wx", 1), ("wh", 1), ("b", 0)}, {("wh", 0), ("out", 0)}, "",
+    )  # fmt: skip
+    fn, given, x = CASES["convnet"]
+    into, out, reason = role_of(fn, "a", x, **given)
+    assert (into, out, reason) == (
+        {("a", 3), ("norm.scale", 0), ("norm.bias", 0)}, {("w", 0)}, "",
+    )  # fmt: skip
+
+    def scanned(p, x):
+        body = lambda c, w: (c + jnp.tanh(c @ w["u"]) @ w["v"].T, None)  # noqa: E731
+        return jax.lax.scan(body, x, p)[0]
+
+    into, out, reason = role_of(scanned, "u", u=(2, 3, 4), v=(2, 3, 4))
+    assert (into, out, reason) == ({("u", 2)}, {("v", 2)}, "")
+
+
+def test_why_units_cannot_be_merged():
+    def reason(fn, name="a", **more):
+        return role_of(lambda p, x: fn(x @ p["a"], p), name, a=(3, 4), **more)[2]
+
+    b = {"b": (4, 2)}
+    assert reason(lambda h, p: jax.nn.softmax(h) @ p["b"], **b) == "reduce_max over it"
+    assert "two values" in reason(lambda h, p: (h @ h.T) @ h @ p["b"], **b)
+    assert "two parameters" in reason(
+        lambda h, p: jnp.tanh(h) @ p["b"] + (p["b"].T @ p["b"])[0], **b
+    )
+    assert "incoming and outgoing" in reason(lambda h, p: (h + p["b"][:, 0]) @ p["b"], **b)
+    assert "two values" in reason(lambda h, p: h @ (p["b"] * 2), **b)
+    # The same is done to all units, or it is not
+    halves = lambda h, p: jnp.concatenate([jnp.tanh(h[:, :2]), h[:, 2:]], 1) @ p["b"]  # noqa: E731
+    assert "cuts some of its units" in reason(halves, **b) or "same order" in reason(halves, **b)
+    turned = lambda h, p: h[:, ::-1] @ p["b"]  # noqa: E731
+    assert "same order" in reason(turned, **b)
+
+    def diagonal(h, p):
+        return jax.lax.slice(jnp.concatenate([h] * 4, 1), (0, 0), (2, 16), (1, 5)) @ p["b"]
+
+    assert "cuts some of its units" in reason(diagonal, **b)
+    assert reason(lambda h, p: jax.nn.silu(h) @ p["b"], **b) == ""
+    gated = lambda h, p: (lambda g, u: g * u)(*jnp.split(h @ p["g"], 2, 1)) @ p["b"]  # noqa: E731
+    assert reason(gated, "g", g=(4, 8), **b) == ""
