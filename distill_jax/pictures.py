@@ -487,3 +487,49 @@ def curves(
     handles, columns = axes.get_legend_handles_labels(), 1 if max(map(len, series)) > 18 else 2
     picture.legend(*handles, loc="outside upper center", ncols=columns)
     _save(path, picture)
+
+
+@_style
+def tradeoffs(
+    path: str | Path,
+    figures: Mapping[str, Mapping[str, np.ndarray]],
+    costs: Mapping[str, Mapping[str, np.ndarray]],
+    reference: tuple[Mapping[str, float], Mapping[str, float]],
+) -> None:
+    """Draws what models can do against what they cost: a row a figure, a column a cost.
+
+    Points are means over seeds, bars one standard deviation, crosses the reference.
+
+    Args:
+      path: of the PNG.
+      figures: figure → series → values ``[models, seeds]``, in per cent.
+      costs: cost → series → ``[models]``, all > 0, drawn on a logarithmic axis.
+      reference: figure → value and cost → value of the model that all are held against.
+
+    Raises:
+      ValueError: if a series has not as many figures as costs.
+    """
+    size = (7, 0.6 + 1.5 * len(figures))
+    picture = Figure(size, layout="constrained")
+    grid = picture.subplots(len(figures), len(costs), sharex="col", sharey="row", squeeze=False)
+    looks = _looks(next(iter(figures.values())))
+    for row, (figure, series) in zip(grid, figures.items(), strict=True):
+        for axes, (cost, places) in zip(row, costs.items(), strict=True):
+            for name, values in series.items():
+                x, y = np.asarray(places[name]), np.asarray(values, np.float64)
+                _check(f"{figure} of {name}", y.shape[:1], "[models, seeds]", x.shape)
+                order = np.argsort(x)
+                sd = y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
+                axes.errorbar(x[order], y.mean(1)[order], sd[order], label=name, marker=".",
+                              markersize=3, elinewidth=0.6, **looks[name])  # fmt: skip
+            axes.plot(
+                reference[1][cost], reference[0][figure], "x", color="black", label="original"
+            )
+            axes.set_xscale("log")
+            axes.grid(axis="y")
+        row[0].set_ylabel(f"{figure}, %")
+    for axes, cost in zip(grid[-1], costs, strict=True):
+        axes.set_xlabel(cost)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper center", ncols=5)
+    _save(path, picture)

@@ -7,7 +7,7 @@ import pytest
 from test_units_architectures import conv, lstm, numbers, shapes
 
 from distill_jax import units
-from distill_jax.units import roles, scores
+from distill_jax.units import roles, scores, values
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_squared_gradients_are_of_single_examples():
 
 def test_activations_are_what_is_handed_on(case):
     fn, params, x, graph = case
-    given = scores.activations(graph, params, x)
+    given = units.activations(graph, params, x)
     if fn is mlp:
         h = np.maximum(x @ params["a"]["w"] + params["a"]["b"], 0)
         np.testing.assert_allclose(given["a.w"], h, rtol=1e-12)
@@ -141,7 +141,7 @@ def test_activations_are_what_is_handed_on(case):
 
 def test_fpgm_and_vectors(case):
     _, params, _, graph = case
-    x = scores.vectors(graph, params)
+    x = values.vectors(graph, params)
     for name, given in scores.fpgm(graph, params, normalize="none").items():
         expected = np.linalg.norm(x[name][:, None] - x[name], axis=-1).sum(1)
         np.testing.assert_allclose(given, expected, rtol=1e-6)
@@ -205,7 +205,7 @@ def test_what_is_missing_or_of_another_shape_is_refused(case):
     with pytest.raises(ValueError, match="no leaf of the tree"):
         scores.l1(graph, {"other": np.zeros(3)})
     with pytest.raises(ValueError, match="must be what was traced"):
-        scores.activations(graph, params, x[:1])
+        units.activations(graph, params, x[:1])
 
 
 # --- what slices are for -------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from distill_jax.units.keep import keep, position_masks, silence
 from distill_jax.units.orders import permutable, permute
 from distill_jax.units.shrink import shrink
 from distill_jax.units.trace import trace
+from distill_jax.units.values import activations
 
 __all__ = [
-    "Brought", "Group", "Injected", "Slice", "UnitGraph", "architecture", "bring", "costs", "inject",
-    "keep", "match_activations", "match_weights", "merge", "permutable", "permute", "position_masks",
-    "prune", "report", "scores", "select", "shrink", "silence", "trace",
+    "Brought", "Group", "Injected", "Slice", "UnitGraph", "activations", "architecture", "bring",
+    "costs", "inject", "keep", "match_activations", "match_weights", "merge", "permutable", "permute",
+    "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from distill_jax.units.inject import inject
 from distill_jax.units.keep import keep, map_leaves
 from distill_jax.units.orders import chosen, permute, position_orders
 from distill_jax.units.roles import positions
-from distill_jax.units.scores import activations
+from distill_jax.units.values import activations
 
 Found = dict[str, np.ndarray]
 
@@ -151,7 +151,7 @@ def match_activations(
     """Finds the order of a network's units in which their activations correlate with a reference's.
 
     Maximises the sum over units of the correlation, over examples and places, between the values that
-    :func:`distill_jax.units.scores.activations` gives; each group by itself.
+    :func:`distill_jax.units.activations` gives; each group by itself.
 
     Args:
       graph: of :func:`distill_jax.units.trace`.

@@ -17,7 +17,7 @@ from distill_jax.units.costs import Cost, share
 from distill_jax.units.graph import Group, Slice, UnitGraph
 from distill_jax.units.keep import map_leaves, numpy_of
 from distill_jax.units.roles import positions, roles
-from distill_jax.units.scores import vectors
+from distill_jax.units.values import vectors
 
 Indices = dict[str, list[int]]
 

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.units.graph import Group, UnitGraph
-from distill_jax.units.keep import map_leaves
-from distill_jax.units.program import Step, bind, evaluate
-from distill_jax.units.roles import positions, roles
+from distill_jax.units.values import activations, free_groups, real_leaves, vectors
 
 Scores = dict[str, np.ndarray]
 Normalize = Literal["mean", "max", "norm", "none"]
@@ -43,7 +41,7 @@ def l1(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Score
     >>> units.scores.l1(graph, params, normalize="none")
     {'a': array([4., 7.])}
     """
-    return normalized(_sums(graph, _leaves(graph, params), np.abs), normalize)
+    return normalized(_sums(graph, real_leaves(graph, params), np.abs), normalize)
 
 
 def l2(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Scores:
@@ -54,7 +52,7 @@ def l2(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Score
       params: likewise.
       normalize: likewise.
     """
-    squares = _sums(graph, _leaves(graph, params), np.square)
+    squares = _sums(graph, real_leaves(graph, params), np.square)
     return normalized({name: np.sqrt(x) for name, x in squares.items()}, normalize)
 
 
@@ -80,7 +78,7 @@ def lamp(graph: UnitGraph, params: Any, *, normalize: Normalize = "none") -> Sco
         found[order] = energy[order] / np.where(rest > 0, rest, 1)
         return found
 
-    squares = _sums(graph, _leaves(graph, params), np.square)
+    squares = _sums(graph, real_leaves(graph, params), np.square)
     return normalized({name: share(x) for name, x in squares.items()}, normalize)
 
 
@@ -117,7 +115,7 @@ def fisher(
     References:
       LeCun, Denker, Solla, `Optimal Brain Damage`, 1990; Theis et al., 2018 (the Fisher).
     """
-    squared = {path: w * w for path, w in _leaves(graph, params).items()}
+    squared = {path: w * w for path, w in real_leaves(graph, params).items()}
     products = _products(graph, squared, diagonal, "diagonal")
     return normalized({n: x / 2 for n, x in _sums(graph, products).items()}, normalize)
 
@@ -172,7 +170,7 @@ def batch_norm_scale(
     References:
       Liu et al., `Learning Efficient Convolutional Networks through Network Slimming`, 2017, §3.
     """
-    leaves = _leaves(graph, params)
+    leaves = real_leaves(graph, params)
     factors = {p: w for p, w in leaves.items() if p.rpartition(".")[2] in names and w.ndim == 1}
     found = {
         name: score
@@ -245,7 +243,7 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
       key: of the draw.
       graph: as in :func:`l1`.
     """
-    free = _free(graph)
+    free = free_groups(graph)
     ends = np.cumsum([group.size for group in free])
     drawn = np.asarray(jax.random.uniform(key, (ends[-1],)), np.float64)
     parts = np.split(drawn, ends[:-1])
@@ -273,108 +271,8 @@ def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores
     return {name: x / (measures[normalize](x) or 1.0) for name, x in scores.items()}
 
 
-def activations(graph: UnitGraph, params: Any, *inputs: Any) -> dict[str, np.ndarray]:
-    """What the units of each group hand on: the values that are contracted with their outgoing slices.
-
-    Args:
-      graph: as in :func:`l1`.
-      params: all that was traced.
-      inputs: of the shapes that were traced.
-
-    Returns:
-      Group → ``[samples, size]``: a sample for each example, place and use. Groups whose values are
-      used within a loop only, or in no contraction, are missing.
-
-    Raises:
-      ValueError: if params or inputs are not what was traced.
-    """
-    traced = graph.program
-    leaves, structure = jax.tree.flatten((params, inputs))
-    expected = [traced.program.avals[number].shape for number in traced.program.inputs]
-    if structure != traced.inputs or [np.shape(leaf) for leaf in leaves] != expected:
-        raise ValueError(
-            f"params and inputs must be what was traced, {traced.inputs} of shapes {expected}; got "
-            f"{structure} of shapes {[np.shape(leaf) for leaf in leaves]}"
-        )
-    uses = {name: role.uses for name, role in roles(graph).items()}
-    wanted = {number for each in uses.values() for number, _, _ in each}
-
-    @jax.jit
-    def run(leaves: Any) -> dict[int, Any]:
-        seen: dict[int, Any] = {}
-
-        def step(step: Step, operands: list[Any]) -> Sequence[Any]:
-            results = [jax.nn.relu(operands[0])] if step.name == "relu" else bind(step, operands)
-            seen.update((n, x) for n, x in zip(step.outputs, results, strict=True) if n in wanted)
-            return results
-
-        evaluate(traced.program, step, traced.program.constants.__getitem__, leaves)
-        return seen
-
-    values = run([jnp.asarray(leaf) for leaf in leaves])
-    found = {}
-    for name, each in uses.items():
-        parts = []
-        for number, axis, index in each:
-            places = positions(index, graph.groups[name].size)
-            if number in values and places is not None:
-                x = np.moveaxis(np.asarray(values[number]), axis, -1)
-                x = np.moveaxis(x.astype(np.float64)[..., places], -1, 0)
-                parts.append(x.reshape(-1, graph.groups[name].size))
-        if parts:
-            found[name] = np.concatenate(parts)
-    return found
-
-
-def vectors(
-    graph: UnitGraph, params: Any, *, incoming: Mapping[str, Any] | None = None
-) -> dict[str, np.ndarray]:
-    """The weights of each unit, one after another.
-
-    Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      incoming: group → the slices that count; None for all slices of all free groups.
-
-    Returns:
-      Group → ``[size, weights]``. Slices of which units have different shares are left out.
-    """
-    leaves = _leaves(graph, params)
-    found = {}
-    for group in _free(graph):
-        slices = group.slices if incoming is None else incoming.get(group.name, ())
-        parts = [np.zeros((group.size, 0))]
-        for path, axis, index in slices:
-            places = positions(index, group.size)
-            if path in leaves and places is not None:
-                x = np.moveaxis(leaves[path], axis, 0)[places]
-                parts.append(x.reshape(group.size, -1))
-        if incoming is None or slices:
-            found[group.name] = np.concatenate(parts, 1)
-    return found
-
-
-def _free(graph: UnitGraph) -> list[Group]:
-    return [group for group in graph.groups.values() if group.free]
-
-
-def _leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
-    """The real arrays of a tree by the path of their parameter."""
-    found: dict[str, np.ndarray] = {}
-
-    def one(leaf: Any, path: str) -> Any:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            found[path] = np.asarray(leaf, np.float64)
-        return leaf
-
-    map_leaves(graph, one, tree, graph.shapes)
-    if not found:
-        raise ValueError("params: no leaf of the tree is one of the traced parameters")
-    return found
-
-
 def _products(graph: UnitGraph, a: Any, b: Any, name: str) -> dict[str, np.ndarray]:
-    left, right = _leaves(graph, a), _leaves(graph, b)
+    left, right = real_leaves(graph, a), real_leaves(graph, b)
     if missing := sorted(left.keys() - right.keys()):
         raise ValueError(f"{name} must be shaped like params, but has no {missing[0]}")
     return {path: x * right[path] for path, x in left.items()}
@@ -387,7 +285,7 @@ def _sums(
 ) -> Scores:
     """Σ over all elements that go with a unit, each once."""
     values = {path: function(x) for path, x in leaves.items()}
-    return {group.name: _sum(group, values) for group in _free(graph)}
+    return {group.name: _sum(group, values) for group in free_groups(graph)}
 
 
 def _sum(group: Group, values: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,0 +1,558 @@
+"""A trained network made smaller: units pruned, merged or selected, as few left as a budget allows.
+
+Trains the original, then goes round: edit → evaluate on validation data against the original → adjust →
+repeat. Every smaller network is fine-tuned by distillation from the original. At each share of units:
+one-shot (from the original at once) by each operator, iteratively (each network from the one before),
+and a network of the same size that starts at random ("fresh"). The smallest whose validation loss is
+within the budget is searched between the shares tried, and named. The test set is for the report.
+
+    python experiments/compress_mnist.py                              # 784-128-10
+    python experiments/compress_mnist.py --original mlp:1200,1200
+    python experiments/compress_mnist.py --original convnet:16,32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from distill_jax import data, files, losses, metrics, models, objectives, pictures, report, runs
+
+from distill_jax import study, units  # isort: skip
+from distill_jax.lab import Lab, adam, arrays, begin, prepare, recorded, work
+from distill_jax.study import Trained
+
+OPERATORS = ("prune", "merge", "select", "prune+merge", "fresh")
+SCORES = ("l1", "l2", "taylor", "fisher", "apoz", "mean_activation", "fpgm", "lamp", "random")
+FIGURES = ("accuracy", "precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. The defaults shown are those on MNIST."""
+
+    dataset: str = "auto"
+    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
+    image-classification data set of TFDS"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    preset: Literal["quick"] = "quick"
+    """the only one"""
+    seeds: int = 3
+    """how many repetitions, each with its own original"""
+    original: str = "mlp:128"
+    """such as mlp:128, mlp:1200,1200 or convnet:16,32"""
+    epochs: int = 15
+    """the original's"""
+    tuning_epochs: int = 10
+    """of fine-tuning after each edit"""
+    dropout: float = 0.2
+    """of the original's hidden units"""
+    learning_rate: float = 1e-3
+    """Adam's, at its highest: a rise over one epoch, then a cosine to 0"""
+    batch_size: int = 128
+    """examples a step"""
+    operators: tuple[str, ...] = OPERATORS
+    """of prune, merge, select, prune+merge and fresh"""
+    iterative: tuple[str, ...] = ("prune", "merge")
+    """those that are also applied step by step"""
+    shares: tuple[float, ...] = (0.5, 0.35, 0.25, 0.18, 0.125, 0.09)
+    """of the units that stay, falling"""
+    refinements: int = 2
+    """further shares, between the smallest network within the budget and the next smaller one"""
+    budget: float = 0.01
+    """nats by which the validation loss may exceed the original's, on the mean over seeds"""
+    score: str = "fisher"
+    """by which units are pruned, and weighted when merged: l1, l2, taylor, fisher, apoz,
+    mean_activation, fpgm, lamp or random"""
+    likeness: Literal["activations", "weights"] = "activations"
+    """by which units are merged"""
+    examples: int = 1024
+    """training examples on which units are scored and compared"""
+    temperature: float = 4.0
+    """T, of the distillation"""
+    alpha: float = 0.1
+    """the labels' share of the fine-tuning loss; the rest is the original's"""
+    validation: int | None = None
+    """examples held out of the training set (default: the data set's own)"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+    check: bool = False
+    """exit 1 unless a smaller network is within the budget, and one of half the units (of the test
+    accuracy) within 0.3 points of the original"""
+
+
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
+SMALL_IMAGES: dict[str, Any] = {
+    "epochs": 60, "tuning_epochs": 40, "batch_size": 32, "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def parse() -> tuple[Config, data.Dataset]:
+    """Reads the command line; what it leaves out depends on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    if max(dataset.train.image.shape[1:3]) < 16:
+        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
+    check(config, dataset)
+    return config, dataset
+
+
+def check(config: Config, dataset: data.Dataset) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+    for name in ("seeds", "epochs", "tuning_epochs", "batch_size", "examples"):
+        if getattr(config, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
+            )
+    for name in ("learning_rate", "temperature"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}"
+            )
+    for name in ("budget", "refinements", "save_seconds"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}"
+            )
+    if not 0 <= config.alpha <= 1:
+        raise ValueError(f"--alpha must lie in [0, 1], got {config.alpha}")
+    for name, known in (("operators", OPERATORS), ("iterative", OPERATORS[:-1])):
+        if unknown := set(getattr(config, name)) - set(known):
+            raise ValueError(f"--{name} must be of {', '.join(known)}, got {sorted(unknown)}")
+    if config.score not in SCORES:
+        raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {config.score!r}")
+    shares = config.shares
+    if not shares or not all(0 < b < a < 1 for a, b in zip((0.999, *shares), shares, strict=False)):
+        raise ValueError(f"--shares must fall and lie between 0 and 1, got {shares}")
+    if not config.operators:
+        raise ValueError("--operators must name at least one")
+    most = len(dataset.train.label)
+    for name in ("batch_size", "examples"):
+        if getattr(config, name) > most:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be 1 to the number of training examples, {most}"
+            )
+    if config.original.partition(":")[0] not in ("mlp", "convnet"):
+        raise ValueError(f"--original must be mlp:… or convnet:…, got {config.original!r}")
+    build(config, dataset, config.original, 0)
+
+
+def build(config: Config, dataset: data.Dataset, description: str, seed: int) -> models.Model:
+    """Builds a network of the original's kind; ``convnet:16,32/128`` has a dense layer of 128 units."""
+    kind, _, hidden = description.partition("/")
+    shape: Any = dataset.train.image.shape[1:]
+    options: dict[str, Any] = {"hidden": int(hidden)} if hidden else {}
+    original = description == config.original
+    return models.build(
+        kind, shape, dataset.classes, jax.random.fold_in(jax.random.key(seed), not original),
+        dropout=config.dropout if original else 0.0, **options,
+    )  # fmt: skip
+
+
+def graph_of(model: Any, variables: tuple[Any, Any], images: np.ndarray) -> units.UnitGraph:
+    """The units of a network of these parameters."""
+
+    def fn(tree: Any, x: Any) -> Any:
+        return model(tree["params"], tree["state"], x)[0]
+
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _tree(variables))
+    return units.trace(fn, like, prepare(images))
+
+
+def _tree(variables: tuple[Any, Any]) -> dict[str, Any]:
+    return {"params": variables[0], "state": variables[1]}
+
+
+def describe(config: Config, widths: Sequence[int]) -> str:
+    """What rebuilds a network of these widths: of the hidden layers, in their order."""
+    kind = config.original.partition(":")[0]
+    if kind == "convnet":
+        return f"convnet:{','.join(map(str, widths[:-1]))}/{widths[-1]}"
+    return f"{kind}:{','.join(map(str, widths))}"
+
+
+def score(
+    config: Config, graph: units.UnitGraph, apply_fn: Any, variables: Any, batch: Any, seed: int
+) -> dict[str, np.ndarray]:
+    """How much each unit matters, on some training examples."""
+    name, tree = config.score, _tree(variables)
+    images = prepare(batch["image"])
+    if name == "random":
+        return units.scores.random(jax.random.key(seed), graph)
+    if name in ("apoz", "mean_activation"):
+        return getattr(units.scores, name)(graph, tree, images)
+    if name in ("l1", "l2", "fpgm", "lamp"):
+        return getattr(units.scores, name)(graph, variables[0])
+
+    def loss(params, example):
+        logits, _ = apply_fn(params, variables[1], example["image"][None])
+        return losses.cross_entropy(logits, example["label"][None])[0]
+
+    each = {"image": images, "label": batch["label"]}
+    if name == "fisher":
+        squares = units.scores.squared_gradients(loss, variables[0], each)
+        return units.scores.fisher(graph, variables[0], squares)
+    gradients = jax.jit(
+        jax.grad(lambda p: jax.vmap(loss, (None, 0))(p, each).mean())
+    )(variables[0])  # fmt: skip
+    return units.scores.taylor(graph, variables[0], gradients)
+
+
+def edit(
+    config: Config,
+    dataset: data.Dataset,
+    operator: str,
+    share: float,
+    apply_fn: Callable[..., Any],
+    variables: tuple[Any, Any],
+    seed: int,
+) -> tuple[Any, Any]:
+    """Applies an operator: ``(params, model_state)`` with a share of the units of each layer."""
+    rows = np.random.default_rng(seed).permutation(len(dataset.train.label))[: config.examples]
+    batch = {name: values[rows] for name, values in arrays(dataset.train).items()}
+    if operator == "prune+merge":
+        half = edit(config, dataset, "prune", share**0.5, apply_fn, variables, seed)
+        return edit(config, dataset, "merge", share**0.5, apply_fn, half, seed)
+    graph = graph_of(apply_fn, variables, batch["image"])
+    tree = _tree(variables)
+    names = [name for name, group in graph.groups.items() if group.free]
+    if operator in ("prune", "merge"):
+        scores = score(config, graph, apply_fn, variables, batch, seed)
+    else:
+        scores = {name: np.zeros(graph.groups[name].size) for name in names}
+    kept = units.prune(graph, scores, share, across="group")
+    widths = [len(kept[name]) for name in names]
+    if operator == "merge":
+        alike = None
+        if config.likeness == "activations":
+            values = units.activations(graph, tree, prepare(batch["image"]))
+            alike = {name: values[name].T for name in names}
+        sizes = dict(zip(names, widths, strict=True))
+        tree, kept = units.merge(graph, tree, sizes, likeness=alike, scores=scores)
+    elif operator != "prune":
+        student = build(config, dataset, describe(config, widths), seed)
+        if operator == "fresh":
+            return student.params, student.model_state
+        small = graph_of(student.apply_fn, student[1:], batch["image"])
+        kept = units.select(graph, small)
+    edited = units.keep(graph, tree, kept)
+    return edited["params"], edited["state"]
+
+
+class Search:
+    """The loop of all seeds: edits, fine-tuning, figures of validation, what to try next.
+
+    Args:
+      config: the options.
+      lab: where networks are trained.
+      unit: the work of an epoch of the original, for the bar.
+    """
+
+    def __init__(self, config: Config, lab: Lab, unit: float):
+        self.config, self.lab, self.unit = config, lab, unit
+        # Of all smaller networks: it reads their widths from the arrays, and drops none
+        small = dataclasses.replace(config, dropout=0.0)
+        self.apply_fn = build(small, lab.dataset, config.original, 0).apply_fn
+        self.trained: list[dict[str, Trained]] = []
+        self.before: list[dict[str, dict[str, dict[str, float]]]] = []
+        self.labels: list[np.ndarray] = []
+        self.tried: dict[str, tuple[str, bool, float]] = {}  # name → operator, iterative, share
+
+    def begin(self) -> None:
+        """Trains the originals, and stores their soft labels."""
+        config, lab = self.config, self.lab
+        for seed in range(config.seeds):
+            model = build(config, lab.dataset, config.original, seed)
+            original = lab.train(
+                "original", seed, model, objectives.supervised(model.apply_fn),
+                arrays(lab.dataset.train), epochs=config.epochs,
+                tx=adam(config.learning_rate, config.epochs), batch_size=config.batch_size,
+                order_seed=10_000 + seed, unit=self.unit,
+            )  # fmt: skip
+            self.trained.append({"original": original})
+            self.before.append({})
+            self.labels.append(lab.store_labels(seed, original))
+
+    def attempt(self, operator: str, share: float, start: str = "original") -> str:
+        """Edits and fine-tunes one network a seed; returns its name.
+
+        Args:
+          operator: of OPERATORS.
+          share: of the original's units.
+          start: the network it is made from, one already tried.
+        """
+        config, lab = self.config, self.lab
+        iterative = start != "original"
+        name = f"{operator}{', iterative' if iterative else ''} {share:.3g}"
+        if name in self.tried:
+            return name
+        self.tried[name] = operator, iterative, share
+        relative = share / (self.tried[start][2] if iterative else 1.0)
+        for seed, models_ in enumerate(self.trained):
+            large = models_[start]
+            variables = edit(
+                config, lab.dataset, operator, relative, large.apply_fn, large.variables, seed
+            )
+            model = models.Model(self.apply_fn, *variables)
+            at_once = lab.judge(model.apply_fn, variables, {}, 0.0)
+            self.before[seed][name] = {
+                split: metrics.evaluate(logits, getattr(lab.dataset, split).label)
+                for split, logits in (
+                    ("validation", at_once.validation_logits), ("test", at_once.test_logits),
+                )
+            }  # fmt: skip
+            models_[name] = lab.train(
+                name.replace(", ", "-").replace(" ", "-"), seed, model,
+                objectives.distill(
+                    model.apply_fn, temperature=config.temperature, alpha=config.alpha
+                ),
+                arrays(lab.dataset.train) | {"teacher": self.labels[seed]},
+                epochs=config.tuning_epochs, tx=adam(config.learning_rate, config.tuning_epochs),
+                batch_size=config.batch_size, order_seed=20_000 + seed, unit=self.unit * share,
+            )  # fmt: skip
+        return name
+
+    def loss(self, name: str) -> float:
+        """Validation loss in nats, the mean over seeds."""
+        label = self.lab.dataset.validation.label
+        return float(
+            np.mean([
+                metrics.evaluate(models_[name].validation_logits, label)["nll"]
+                for models_ in self.trained
+            ])
+        )  # fmt: skip
+
+    def size(self, name: str) -> int:
+        """Parameters of a network, of the first seed."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trained[0][name].variables[0]))
+
+    def chosen(self) -> str:
+        """The smallest network within the budget; of equals the one with the lowest loss."""
+        limit = self.loss("original") + self.config.budget
+        names = [name for name in self.trained[0] if self.loss(name) <= limit]
+        return min(names, key=lambda name: (self.size(name), self.loss(name)))
+
+    def run(self) -> str:
+        """Tries the grid, then refines; returns the name of the network chosen."""
+        config = self.config
+        self.begin()
+        for operator in config.operators:
+            for share in config.shares:
+                self.attempt(operator, share)
+        for operator in config.iterative:
+            start = self.attempt(operator, config.shares[0])
+            for share in config.shares[1:]:
+                start = self.attempt(operator, share, start)
+        for _ in range(config.refinements):
+            best = self.chosen()
+            operator, iterative, share = self.tried.get(best, (config.operators[0], False, 1.0))
+            smaller = [
+                s
+                for o, i, s in self.tried.values()
+                if o == operator and i == iterative and s < share
+            ]
+            if not smaller:
+                break
+            start = best if iterative else "original"
+            self.attempt(operator, (share * max(smaller)) ** 0.5, start)
+        return self.chosen()
+
+
+def claims(config: Config, search: Search, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What half the units, and a tenth of the operations, cost: of the best by validation of each.
+
+    Returns:
+      claim → ``model``, ``points`` of test accuracy lost (the mean over seeds), ``flops`` and
+      ``latency_256`` as shares of the original's.
+    """
+    found = {}
+    entries = results["models"]
+    original = entries["original"]
+
+    def flops(name: str) -> float:
+        return entries[name]["flops"] / original["flops"]
+
+    for claim, names in {
+        "half of the units": [n for n, (_, _, share) in search.tried.items() if share == 0.5],
+        "a tenth of the operations": [n for n in search.tried if flops(n) <= 0.1],
+    }.items():
+        if not names:
+            continue
+        best = min(names, key=search.loss)
+        lost = np.mean(original["test"]["accuracy"]) - np.mean(entries[best]["test"]["accuracy"])
+        first = search.trained[0]
+        pair: list[Any] = [(first[n].apply_fn, *first[n].variables) for n in (best, "original")]
+        example = prepare(search.lab.dataset.test.image[:1])[0]
+        ratio = metrics.speed_ratio(pair[0], pair[1], example, batch=256)
+        found[claim] = {
+            "model": best, "points": 100 * float(lost), "flops": flops(best), "latency_256": 1 / ratio,
+        }  # fmt: skip
+    return found
+
+
+def at_once(search: Search) -> dict[str, dict[str, list[float]]]:
+    """Test and validation accuracy before any fine-tuning: name → split → a value a seed."""
+    return {
+        name: {
+            split: [seed[name][split]["accuracy"] for seed in search.before]
+            for split in ("validation", "test")
+        }
+        for name in search.tried
+    }
+
+
+def untuned_table(config: Config, before: Mapping[str, Any]) -> str:
+    """Accuracy of equal sizes before fine-tuning: a row a share, a column an operator."""
+    operators = [operator for operator in config.operators if operator != "fresh"]
+    rows = [["units left", *operators]]
+    for share in config.shares:
+        cells = [before[f"{operator} {share:.3g}"]["test"] for operator in operators]
+        rows.append([f"{share:.3g}", *(report.mean_sd(cell, percent=True) for cell in cells)])
+    return report.markdown(rows)
+
+
+def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Draws the trade-offs of all operators, and the accuracy before fine-tuning."""
+    entries = results["models"]
+    series: dict[str, list[str]] = {}
+    for name, (operator, iterative, _) in search.tried.items():
+        series.setdefault(operator + (", iterative" if iterative else ""), []).append(name)
+    costs: dict[str, Callable[[Any], float]] = {
+        "parameters": lambda m: m["parameters"],
+        "FLOPs": lambda m: m["flops"],
+        "ms at batch 1": lambda m: m["latency_ms"]["1"],
+        "ms at batch 256": lambda m: m["latency_ms"]["256"],
+    }
+    pictures.tradeoffs(
+        out / "tradeoffs.png",
+        {
+            figure: {
+                line: 100 * np.array([entries[name]["test"][figure] for name in names])
+                for line, names in series.items()
+            }
+            for figure in FIGURES
+        },
+        {
+            cost: {line: np.array([of(entries[name]) for name in names])
+                   for line, names in series.items()}
+            for cost, of in costs.items()
+        },
+        (
+            {f: 100 * float(np.mean(entries["original"]["test"][f])) for f in FIGURES},
+            {cost: of(entries["original"]) for cost, of in costs.items()},
+        ),
+    )  # fmt: skip
+    before = results["before_tuning"]
+    pictures.curves(
+        out / "untuned.png", config.shares,
+        {
+            operator: 100 * np.array([before[f"{operator} {s:.3g}"]["test"] for s in config.shares]).T
+            for operator in config.operators if operator != "fresh"
+        },
+        xlabel="share of the units left", ylabel="test accuracy before fine-tuning, %",
+    )  # fmt: skip
+    return {
+        "Test figures against costs, after fine-tuning; bars: one standard deviation over seeds; "
+        "cross: the original": "tradeoffs.png",
+        "Test accuracy before any fine-tuning; band: one standard deviation over seeds": "untuned.png",
+    }
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    started = time.monotonic()
+    config, dataset = parse()
+    out = begin("compress_mnist", config, dataset, PRACTICAL)
+    unit = work(build(config, dataset, config.original, 0), dataset)
+    # In epochs of the original: the smaller networks' take less time, nearly by their share
+    shares = sum(config.shares)
+    edits = shares * (len(config.operators) + len(config.iterative))
+    edits += config.refinements * min(config.shares)
+    progress = runs.Progress(config.seeds * unit * (config.epochs + config.tuning_epochs * edits))
+    lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
+    search = Search(config, lab, unit)
+    best = search.run()
+    progress.close()
+
+    results = study.results(
+        "compress_mnist", dataset, search.trained, config=recorded(config, PRACTICAL),
+        seconds={"total": time.monotonic() - started}, prepare=prepare, reference="original",
+    )  # fmt: skip
+    for name, model in results["models"].items():
+        model["validation"]["nll"] = search.loss(name)
+    results["before_tuning"] = at_once(search)
+    results["chosen"] = best
+    results["claims"] = claims(config, search, results)
+    files.write_json(out / "results.json", results)
+    drawn = draw(config, search, results, out)
+    sentences = [summary(config, search, results), *(
+        f"With {claim} ({c['model']}): {c['points']:+.2f} points of test accuracy lost, "
+        f"{100 * c['flops']:.0f} % of the FLOPs, {c['latency_256']:.2f} of the time at batch 256."
+        for claim, c in results["claims"].items()
+    )]  # fmt: skip
+    notes = [*sentences]
+    if set(config.operators) - {"fresh"}:
+        notes += [
+            "Test accuracy in per cent before any fine-tuning, by the share of the units left:",
+            untuned_table(config, results["before_tuning"]),
+        ]
+    report.write_report(
+        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]),
+        baseline="original", model=best, method="Compression",
+    )  # fmt: skip
+    columns = {"validation NLL": validation_loss, **report.COLUMNS, **report.FURTHER_COLUMNS}
+    shown = ("parameters", "FLOPs", "ms at 1 / 256", "validation NLL", "accuracy %", "precision %",
+             "recall %", "F1 %")  # fmt: skip
+    print("\n" + report.table(results, {name: columns[name] for name in shown}))
+    print("\n" + "\n\n".join(notes))
+    print(f"Report with pictures: {out / 'report.md'}")
+    half = results["claims"].get("half of the units")
+    if config.check and (best == "original" or half is None or half["points"] > 0.3):
+        print("check failed: no smaller network is as good as asked for", file=sys.stderr)
+        return 1
+    return 0
+
+
+def validation_loss(model: Mapping[str, Any]) -> str:
+    """The column of the mean loss by which networks are chosen."""
+    return f"{model['validation']['nll']:.4f}"
+
+
+def summary(config: Config, search: Search, results: Mapping[str, Any]) -> str:
+    """One sentence: which network was chosen, and what it costs."""
+    best, entries = results["chosen"], results["models"]
+    budget = (
+        f"{config.budget:g} nats of the original's validation loss, {search.loss('original'):.4f}"
+    )
+    if best == "original":
+        return f"No smaller network is within {budget}."
+    parameters = [entries[name]["parameters"] for name in (best, "original")]
+    accuracy = [
+        report.mean_sd(entries[name]["test"]["accuracy"], percent=True)
+        for name in (best, "original")
+    ]
+    return (
+        f"Chosen: {best}, the smallest within {budget} ({search.loss(best):.4f}): "
+        f"{parameters[0]:,} of {parameters[1]:,} parameters, test accuracy {accuracy[0]} % "
+        f"(original: {accuracy[1]} %)."
+    )
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

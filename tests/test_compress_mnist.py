@@ -1,0 +1,152 @@
+"""The compression experiment on digits: a small run, a resume, its operators, and bad input."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distill_jax import data, models, runs, units
+
+PATH = Path(__file__).parents[1] / "experiments" / "compress_mnist.py"
+spec = importlib.util.spec_from_file_location("compress_mnist", PATH)
+compress_mnist = importlib.util.module_from_spec(spec)
+sys.modules["compress_mnist"] = compress_mnist  # dataclasses look their module up
+spec.loader.exec_module(compress_mnist)
+
+SMALL = [
+    *("--dataset", "digits", "--seeds", "2", "--original", "mlp:8", "--epochs", "3"),
+    *("--tuning-epochs", "1", "--shares", "0.5", "0.25", "--operators", "prune", "merge"),
+    *("--iterative", "prune", "--refinements", "1", "--examples", "64", "--save-seconds", "0"),
+]
+
+
+def run(capsys, monkeypatch, *arguments, small=SMALL):
+    """Runs the experiment in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(PATH), *small, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_main(compress_mnist.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_a_whole_run_and_a_resume(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    options = ["--out", out, "--budget", 10]  # all are within it: the smallest is chosen
+    status, printed, _ = run(capsys, monkeypatch, *options)
+    assert status == 0
+    results = json.loads((out / "results.json").read_text())
+    names = ["prune 0.5", "prune 0.25", "merge 0.5", "merge 0.25", "prune, iterative 0.25"]
+    assert list(results["models"]) == ["original", *names]
+    widths = dict(zip(names, (4, 2, 4, 2, 2), strict=True)) | {"original": 8}
+    for name, model in results["models"].items():
+        assert model["parameters"] == 64 * widths[name] + widths[name] * 11 + 10
+        assert len(model["test"]["f1"]) == 2
+        assert f"{model['validation']['nll']:.4f}" in printed
+    assert widths[results["chosen"]] == 2
+    assert f"Chosen: {results['chosen']}, the smallest within 10 nats" in printed
+    half = results["claims"]["half of the units"]
+    assert half["model"] in ("prune 0.5", "merge 0.5")
+    accuracy = {n: np.mean(m["test"]["accuracy"]) for n, m in results["models"].items()}
+    lost = 100 * (accuracy["original"] - accuracy[half["model"]])
+    np.testing.assert_allclose(half["points"], lost, atol=1e-9)
+    assert results["before_tuning"].keys() == set(names)
+    for file in ("report.md", "tradeoffs.png", "untuned.png"):
+        assert (out / file).stat().st_size > 500
+    assert "Chosen:" in (out / "report.md").read_text()
+
+    (out / "results.json").unlink()
+    assert run(capsys, monkeypatch, *options)[0] == 0
+    repeated = json.loads((out / "results.json").read_text())
+    for name, model in results["models"].items():
+        assert repeated["models"][name]["test"] == model["test"]
+    assert repeated["before_tuning"] == results["before_tuning"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.mark.parametrize("original", ["mlp:12,8", "convnet:4,6"])
+def test_all_operators_give_networks_of_one_size(original, digits):
+    config = compress_mnist.Config(dataset="digits", original=original, examples=32, score="l2")
+    model = compress_mnist.build(config, digits, original, 0)
+    shapes = set()
+    for operator in ("merge", "select", "fresh", "prune"):
+        params, state = compress_mnist.edit(
+            config, digits, operator, 0.5, model.apply_fn, model[1:], 0
+        )
+        shapes.add(str(jax.tree.map(np.shape, params)))
+        assert jax.tree.structure(params) == jax.tree.structure(model.params)
+    assert len(shapes) == 1
+    logits, _ = model.apply_fn(params, state, compress_mnist.prepare(digits.test.image[:2]))
+    graph = compress_mnist.graph_of(model.apply_fn, model[1:], digits.test.image[:2])
+    sizes = [group.size for group in graph.groups.values() if group.free]
+    kept = units.prune(graph, units.scores.l2(graph, model.params), 0.5, across="group")
+    assert [len(i) for i in kept.values()] == [n // 2 for n in sizes]
+    silenced = units.silence(graph, {"params": model.params, "state": model.model_state}, kept)
+    expected, _ = model.apply_fn(
+        silenced["params"], silenced["state"], compress_mnist.prepare(digits.test.image[:2])
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_gives_a_doubled_network_back(digits):
+    config = compress_mnist.Config(original="mlp:8", examples=32, score="l2")
+    small = compress_mnist.build(config, digits, "mlp:4", 0)
+    dense = small.params["dense"]
+    twice = {
+        0: {k: np.repeat(v, 2, -1) for k, v in dense[0].items()},
+        1: {"kernel": np.repeat(dense[1]["kernel"], 2, 0) / 2, "bias": dense[1]["bias"]},
+    }
+    model = compress_mnist.build(config, digits, "mlp:8", 0)
+    variables = {**model.params, "dense": twice}, model.model_state
+    merged, state = compress_mnist.edit(config, digits, "merge", 0.5, model.apply_fn, variables, 0)
+    images = compress_mnist.prepare(digits.test.image[:4])
+    np.testing.assert_allclose(
+        model.apply_fn(merged, state, images)[0], small.apply_fn(*small[1:], images)[0],
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("score", compress_mnist.SCORES)
+def test_every_score(score, digits):
+    config = compress_mnist.Config(original="mlp:8", examples=32, score=score)
+    model = models.build("mlp:8", (8, 8, 1), 10, jax.random.key(0))
+    batch = compress_mnist.arrays(digits.train)
+    batch = {name: values[:32] for name, values in batch.items()}
+    graph = compress_mnist.graph_of(model.apply_fn, model[1:], batch["image"])
+    found = compress_mnist.score(config, graph, model.apply_fn, model[1:], batch, 0)
+    assert {name: x.shape for name, x in found.items()} == {"dense.0.kernel": (8,)}
+    assert np.std(found["dense.0.kernel"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"alpha": 2.0}, "--alpha must lie in"),
+        ({"budget": -1.0}, "--budget must not be negative"),
+        ({"budget": float("nan")}, "--budget must not be negative"),
+        ({"temperature": 0.0}, "--temperature must be positive"),
+        ({"operators": ("crush",)}, "--operators must be of prune"),
+        ({"operators": ()}, "--operators must name"),
+        ({"iterative": ("fresh",)}, "--iterative must be of prune"),
+        ({"shares": (0.5, 0.5)}, "--shares must fall"),
+        ({"shares": (1.5,)}, "--shares must fall"),
+        ({"shares": ()}, "--shares must fall"),
+        ({"score": "beauty"}, "--score must be one of"),
+        ({"original": "resnet8"}, "--original must be mlp"),
+        ({"original": "mlp:0"}, "sizes ≥ 1"),
+        ({"examples": 10**6}, "--examples must be 1 to the number"),
+    ],
+)
+def test_bad_input(changes, message, digits):
+    config = dataclasses.replace(compress_mnist.Config(dataset="digits"), **changes)
+    with pytest.raises(ValueError, match=message):
+        compress_mnist.check(config, digits)
