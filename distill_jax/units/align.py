@@ -17,10 +17,10 @@ from distill_jax import trees
 from distill_jax.units.edit import Indices, mapped_path, select
 from distill_jax.units.graph import UnitGraph
 from distill_jax.units.inject import inject
-from distill_jax.units.keep import keep, map_leaves
+from distill_jax.units.keep import keep
 from distill_jax.units.orders import chosen, permute, position_orders
 from distill_jax.units.roles import positions
-from distill_jax.units.values import activations
+from distill_jax.units.values import activations, real_leaves
 
 Found = dict[str, np.ndarray]
 
@@ -76,12 +76,14 @@ class _Matching:
     """Two trees as arrays by path, and the sum of products between them."""
 
     def __init__(self, graph: UnitGraph, tree: Any, reference: Any, names: Sequence[str]):
-        self.graph, self.names = graph, names
-        self.ours, self.theirs = _leaves(graph, reference), _leaves(graph, tree)
+        self.graph = graph
+        self.ours, self.theirs = real_leaves(graph, reference), real_leaves(graph, tree)
         self.touched = {
             name: {s.path for s in graph.groups[name].slices if s.path in self.ours}
             for name in names
         }
+        # Those of which the trees have something
+        self.names = [name for name in names if self.touched[name]]
 
     def identity(self) -> Found:
         return {name: np.arange(self.graph.groups[name].size) for name in self.names}
@@ -125,12 +127,10 @@ class _Matching:
             float(np.sqrt(sum(np.vdot(x, x) for x in tree.values())))
             for tree in (self.ours, self.theirs)
         ]
-        least, rises = 1e-7 * norms[0] * norms[1], True  # below it, rounding could go in circles
+        least, rises = 1e-12 * norms[0] * norms[1], True  # below it, rounding could go in circles
         while rises:
             rises = False
             for name in rng.permutation(self.names).tolist():
-                if not self.touched[name]:
-                    continue
                 best = _assign(self.gains(name, now, lambda x, path: x))
                 trial = {**orders, name: orders[name][best]}
                 moved = self.permuted(trial, self.touched[name])
@@ -209,19 +209,6 @@ def _by_unit(array: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
     places = positions(index, size)
     assert places is not None, "a group that is not permutable"
     return np.moveaxis(array, axis, 0)[places].reshape(size, -1)
-
-
-def _leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-
-    def one(leaf: Any, path: str) -> Any:
-        if trees.is_float(leaf):
-            array = np.asarray(leaf)
-            found[path] = array.astype(np.promote_types(array.dtype, np.float32))
-        return leaf
-
-    map_leaves(graph, one, tree, graph.shapes)
-    return found
 
 
 def _standardized(x: np.ndarray) -> np.ndarray:
