@@ -464,7 +464,9 @@ def misuse():
         "other structures": (mixing({"a": student["a"], "c": student["b"]}), ("b.kernel", "c.bias")),
         "other shapes": (mixing(wide), ("a.kernel", "a.bias", "b.kernel")),
         "other dtypes": (mixing(jax.tree.map(lambda x: x.astype(jnp.bfloat16), student)), every),
-        "λ outside [0, 1]": (mixing(student, {"a.bias": -0.5, "": 0.5}), ("a.bias", "-0.5")),
+        "λ outside [0, 1]": (
+            mixing(student, {"a.bias": -0.5, "b.bias": 1.5, "": 0.5}), ("a.bias", "-0.5", "b.bias"),
+        ),
         "NaN": (mixing(jax.tree.map(lambda x: x * jnp.nan, student)), every),
         "a student wider than its teacher": (
             lambda: units.bring(graphs[1], wide, graphs[0], student),
