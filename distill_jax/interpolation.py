@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from distill_jax import trees
-from distill_jax.losses.numerics import check_fraction
+from distill_jax.losses.numerics import check_fractions
 from distill_jax.objectives import Schedule, at
 from distill_jax.train import LossFn, Metrics, Step, TrainState
 
@@ -433,9 +433,12 @@ def _share(params: Mapping[str, PyTree], rate: Any) -> Any:
 
 
 def _check(rate: Any) -> None:
-    for name, value in rate.items() if isinstance(rate, Mapping) else [("", rate)]:
-        if not callable(value):
-            check_fraction(f"rate[{name!r}]" if name else "rate", value)
+    named = (
+        {f"rate[{n!r}]": v for n, v in rate.items()}
+        if isinstance(rate, Mapping)
+        else {"rate": rate}
+    )
+    check_fractions({name: value for name, value in named.items() if not callable(value)})
 
 
 def _at(rate: Rate, step: jax.Array) -> Any:

@@ -24,12 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 import tyro
 
 from distill_jax import (  # isort: skip
     connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures,
-    report, runs, train, trees,
+    report, runs, train, trees, units,
 )  # fmt: skip
 from distill_jax.lab import begin, prepare, recorded
 
@@ -244,39 +243,39 @@ def joined(student: Any, teacher: Any, tx: optax.GradientTransformation) -> trai
     return jax.vmap(one)(params, keys)
 
 
-def align(teacher: Any, student: Any) -> Any:
-    """Orders a teacher's hidden units so that they fit the student's best.
+def traced(model: models.Model, dataset: data.Dataset) -> units.UnitGraph:
+    """The units of a network of :func:`build`."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), model.params)
+    image = prepare(dataset.train.image[:1])
+    return units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], params, image)
 
-    The sum over units of ⟨teacher's weights, student's weights⟩, incoming and outgoing, is made as
-    large as can be: for one hidden layer this assignment is the whole of weight matching (Ainsworth,
-    Hayase, Srinivasa, `Git Re-Basin`, 2023, §3.2).
+
+def fitted(
+    student: models.Model, teacher: models.Model, dataset: data.Dataset
+) -> dict[str, tuple[Any, list[float]]]:
+    """Brings each seed's teacher to its student's shape, and to its basin as well.
+
+    Args:
+      student: params ``[seeds, ...]``.
+      teacher: likewise, as wide or wider; of the largest weights as many units stay as the student has.
+      dataset: for the shapes.
+
+    Returns:
+      ``""`` and ``", aligned"`` → the teachers in the student's shape, their cosines to the students.
     """
-    ours, theirs = ([tree["dense"][i] for i in (0, 1)] for tree in (student, teacher))
-    gain = (
-        theirs[0]["kernel"].T @ ours[0]["kernel"]
-        + np.outer(theirs[0]["bias"], ours[0]["bias"])
-        + theirs[1]["kernel"] @ ours[1]["kernel"].T
-    )
-    rows, columns = scipy.optimize.linear_sum_assignment(np.asarray(gain), maximize=True)
-    return take(teacher, rows[np.argsort(columns)])
+    ours, theirs = (traced(model, dataset) for model in (student, teacher))
+    found: dict[str, tuple[Any, list[float]]] = {}
+    for suffix, groups in {"": (), ", aligned": None}.items():
+        cosines: list[float] = []
 
+        def bring(small, large, groups=groups, cosines=cosines):
+            scores = units.scores.l2(theirs, large)
+            done = units.bring(ours, small, theirs, large, how=scores, groups=groups)
+            cosines.append(done.cosine[1])
+            return done.params
 
-def strongest(teacher: Any, student: Any) -> Any:
-    """Selects the teacher's hidden units of the largest ‖incoming‖·‖outgoing‖, in their order."""
-    first, second = (np.asarray(teacher["dense"][i]["kernel"]) for i in (0, 1))
-    score = np.linalg.norm(first, axis=0) * np.linalg.norm(second, axis=1)
-    return take(teacher, np.sort(np.argsort(-score)[: student["dense"][0]["bias"].size]))
-
-
-def take(params: Any, units: np.ndarray) -> Any:
-    """The network of some hidden units, in the order given."""
-    first, second = (params["dense"][i] for i in (0, 1))
-    return {
-        "dense": {
-            0: {"kernel": first["kernel"][:, units], "bias": first["bias"][units]},
-            1: {**second, "kernel": second["kernel"][units]},
-        }
-    }
+        found[suffix] = each_seed(bring, student.params, teacher.params), cosines
+    return found
 
 
 def each_seed(function: Callable[..., Any], *stacked: Any) -> Any:
@@ -316,21 +315,21 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
         """The two readings, from a teacher's parameters in the student's shape."""
         pulled = interpolation.pull(hard if together else None, hard, config.rate)
         pair = interpolation.Pair(starts(theirs, tx), start)
-        units = 2.0 if together else 1.0
-        done = run(f"pull{suffix}", pulled, pair, units)
+        unit = 2.0 if together else 1.0
+        done = run(f"pull{suffix}", pulled, pair, unit)
         results[f"pull{suffix}"] = (apply_fn, done.student.params)
         loss_fn = interpolation.through(
             supervised, config.rate, teacher_loss=supervised if together else None
         )
         split = interpolation.split_tx(tx, tx if together else None)
         step = train.make_train_step(loss_fn, split)
-        done = run(f"through{suffix}", step, joined(student.params, theirs, split), units)
+        done = run(f"through{suffix}", step, joined(student.params, theirs, split), unit)
         mixed = jax.vmap(lambda params: interpolation.mix(params, config.rate))(done.params)
         results[f"through{suffix}"] = (apply_fn, mixed)
 
     if wide:
-        selected = each_seed(strongest, taught, student.params)
-        fitting = {"": selected, ", aligned": each_seed(align, selected, student.params)}
+        found = fitted(student, teacher._replace(params=taught), lanes.dataset)
+        fitting = {suffix: theirs for suffix, (theirs, _) in found.items()}
         for suffix, theirs in fitting.items():
             both(suffix, theirs, together=False)
     else:
@@ -388,9 +387,14 @@ def sweep(config: Config, lanes: Lanes) -> dict[str, np.ndarray]:
 
 def lines(
     dataset: data.Dataset, trained: Mapping[str, tuple[Any, Any]], ts: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Validation loss on the straight line from teacher to student: name → nats ``[seeds, points]``."""
-    (_, teacher), (apply_fn, student) = trained["teacher"], trained["scratch"]
+) -> dict[str, tuple[np.ndarray, list[float]]]:
+    """The straight line from teacher to student, before and after alignment.
+
+    Returns:
+      name → the validation loss ``[seeds, points]`` in nats, and the cosines of the ends.
+    """
+    teacher, student = (models.Model(*trained[name], {}) for name in ("teacher", "scratch"))
+    apply_fn = student.apply_fn
     image, label = prepare(dataset.validation.image), jnp.asarray(dataset.validation.label)
 
     @jax.jit
@@ -402,11 +406,10 @@ def lines(
 
         return jax.lax.map(at, jnp.asarray(ts, jnp.float32))
 
-    selected = each_seed(strongest, teacher, student)
-    aligned = each_seed(align, selected, student)
+    found = fitted(student, teacher, dataset)
     return {
-        "as trained": np.asarray(way(selected, student)),
-        "aligned": np.asarray(way(aligned, student)),
+        name: (np.asarray(way(found[suffix][0], student.params)), found[suffix][1])
+        for suffix, name in {"": "as trained", ", aligned": "aligned"}.items()
     }
 
 
@@ -460,6 +463,7 @@ def main() -> int:
     table: dict[str, dict[str, Any]] = {}
     ways: dict[str, np.ndarray] = {}
     barriers: dict[str, list[float]] = {}
+    cosines: dict[str, list[float]] = {}
     ts = np.linspace(0, 1, 21)
     main_setting = f"{EQUAL}, {ALL}"
     for width in widths:
@@ -475,10 +479,8 @@ def main() -> int:
                     entry["test"] |= {key: [f[key] for f in figures] for key in figures[0]}
                     entry["parameters"] = sum(x[0].size for x in jax.tree.leaves(params))
             if count == ALL:
-                ways |= {
-                    f"{width}, {name}": values
-                    for name, values in lines(dataset, trained, ts).items()
-                }
+                for name, (values, ends) in lines(dataset, trained, ts).items():
+                    ways[f"{width}, {name}"], cosines[f"{width}, {name}"] = values, ends
     for name, values in ways.items():
         barriers[name] = [connectivity.barrier(ts, row) for row in values]
     swept = sweep(config, lanes(few if config.few else ALL, "sweep")) if config.points else {}
@@ -497,16 +499,21 @@ def main() -> int:
         "settings": settings,
         "models": table,
         "barriers": barriers,
+        "cosines": cosines,
         "line": {"t": ts, **ways},
         "sweep": {"rate": np.linspace(0, 1, config.points), **swept},
     }  # fmt: skip
     files.write_json(out / "results.json", files.plain(results, "results"))
     drawn = draw(config, out, ways, ts, swept)
     columns = {setting: report.score(setting) for setting in settings}
-    heights = [f"{name} {report.mean_sd(values)}" for name, values in barriers.items()]
+    heights = [
+        f"{name} {report.mean_sd(values)} (cosine {report.mean_sd(cosines[name])})"
+        for name, values in barriers.items()
+    ]
     notes = [
         verdict(results),
-        f"Barrier of the validation loss between teacher and scratch, nats: {', '.join(heights)}.",
+        "Barrier of the validation loss between teacher and scratch, nats, and the cosine of their "
+        f"weights: {', '.join(heights)}.",
         f"Test errors of {len(dataset.test.label):,} in each setting:\n\n"
         + report.table(results, columns),
     ]

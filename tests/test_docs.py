@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from test_units_trace import large_networks
 
-from distill_jax import learned, losses, schemes, sparsity, teachers
+from distill_jax import learned, losses, schemes, sparsity, teachers, units
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -32,4 +33,20 @@ def test_the_program_runs():
 
 
 def test_readme_leads_there():
-    assert "docs/methods.md" in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert "docs/methods.md" in text
+    assert "docs/units.md" in text
+
+
+def test_the_tables_of_units_are_what_is_printed_and_the_program_runs():
+    page = (ROOT / "docs" / "units.md").read_text()
+    program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    space = {}
+    exec(compile(program.replace("resnet56", "resnet8"), "docs/units.md", "exec"), space)
+    jax.tree.map(np.testing.assert_array_equal, space["back"], space["variables"])
+    graphs = [units.trace(*network) for network in large_networks()]
+    printed = {tuple(row.split()) for graph in graphs for row in str(graph).splitlines()}
+    tables = re.findall(r"```\n(group .*?)```", page, re.DOTALL)
+    shown = [tuple(row.split()) for table in tables for row in table.splitlines()]
+    assert len(shown) > 20
+    assert not [row for row in shown if row not in printed]

@@ -65,6 +65,8 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     for width in ("equal widths", "unequal widths"):
         before, after = (np.asarray(line[f"{width}, {name}"]) for name in ("as trained", "aligned"))
         np.testing.assert_allclose(before[:, [0, -1]], after[:, [0, -1]], rtol=1e-4)
+        far, near = (results["cosines"][f"{width}, {name}"] for name in ("as trained", "aligned"))
+        assert (np.asarray(near) > far).all()
     text = (out / "report.md").read_text()
     assert "At λ = 0.5 the better reading" in printed
     assert "At λ = 0.5 the better reading" in text
@@ -76,31 +78,6 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     again = json.loads((out / "results.json").read_text())
     assert again["models"] == models
     assert again["sweep"] == sweep
-
-
-def test_selection_and_alignment_by_hand():
-    rng = np.random.default_rng(0)
-
-    def network(hidden):
-        return {
-            "dense": {
-                0: {"kernel": rng.normal(size=(5, hidden)), "bias": rng.normal(size=hidden)},
-                1: {"kernel": rng.normal(size=(hidden, 3)), "bias": rng.normal(size=3)},
-            }
-        }
-
-    student = network(6)
-    order = rng.permutation(6)
-    shuffled = interpolate_mnist.take(student, order)
-    found = interpolate_mnist.align(shuffled, student)
-    for i in (0, 1):
-        for part in ("kernel", "bias"):
-            np.testing.assert_array_equal(found["dense"][i][part], student["dense"][i][part])
-    wide = network(9)
-    wide["dense"][0]["kernel"][:, [1, 4, 7]] *= 1e-3
-    chosen = interpolate_mnist.strongest(wide, student)
-    expected = interpolate_mnist.take(wide, np.array([0, 2, 3, 5, 6, 8]))
-    np.testing.assert_array_equal(chosen["dense"][0]["kernel"], expected["dense"][0]["kernel"])
 
 
 OPTIONS = {

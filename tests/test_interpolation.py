@@ -11,7 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import data, fit, interpolation, objectives, targets, train, trees
+from distill_jax import (
+    connectivity,
+    data,
+    fit,
+    interpolation,
+    objectives,
+    targets,
+    train,
+    trees,
+    units,
+)  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES, INPUTS, CLASSES, HIDDEN = 12, 4, 3, 5
@@ -435,3 +445,49 @@ def test_the_tutorials_loop_corrected(name, source):
 def test_bad_values(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def misuse():
+    """Kind → what a user does, and all that the answer must name."""
+    student, wide = make_mlp(1), make_mlp(2, 9)
+    graphs = [
+        units.trace(lambda p, x: mlp(p, {}, x)[0], p, jnp.ones((1, INPUTS)))
+        for p in (student, wide)
+    ]
+    every = ("a.kernel", "a.bias", "b.kernel", "b.bias")
+    statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
+
+    def mixing(teacher, rate=0.5):
+        return lambda: interpolation.mix({"student": student, "teacher": teacher}, rate)
+
+    return {
+        "other structures": (mixing({"a": student["a"], "c": student["b"]}), ("b.kernel", "c.bias")),
+        "other shapes": (mixing(wide), ("a.kernel", "a.bias", "b.kernel")),
+        "other dtypes": (mixing(jax.tree.map(lambda x: x.astype(jnp.bfloat16), student)), every),
+        "λ outside [0, 1]": (
+            mixing(student, {"a.bias": -0.5, "b.bias": 1.5, "": 0.5}), ("a.bias", "-0.5", "b.bias"),
+        ),
+        "NaN": (mixing(jax.tree.map(lambda x: x * jnp.nan, student)), every),
+        "a student wider than its teacher": (
+            lambda: units.bring(graphs[1], wide, graphs[0], student),
+            ("a.kernel", "a.bias", "b.kernel"),
+        ),
+        "an unmatched pattern": (mixing(student, {"c.*": 0.5, "bais": 0.5, "": 0.5}), ("c.*", "bais")),
+        "BatchNorm left stale": (
+            lambda: connectivity.along(
+                lambda *network: 0.0, (student, statistics), (student, statistics), [0.5]
+            ),
+            ("recalibrate", "mean", "var"),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", misuse())
+def test_misuse_is_named_with_every_path(kind):
+    call, named = misuse()[kind]
+    stale = kind == "BatchNorm left stale"
+    expected = connectivity.StaleStatisticsWarning if stale else ValueError
+    with pytest.warns(expected) if stale else pytest.raises(expected) as caught:
+        call()
+    message = str(caught[0].message if stale else caught.value)
+    assert not [name for name in named if name not in message]

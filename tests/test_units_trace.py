@@ -385,9 +385,9 @@ def test_the_table_and_the_picture(tmp_path):
     assert (tmp_path / "units.png").stat().st_size > 1000
 
 
-def test_tracing_takes_seconds():
+def large_networks():
+    """ResNet-56, and a language model of two blocks of GPT-2's size: function, parameters, input."""
     model = models.build("resnet56", (32, 32, 3), 10, jax.random.key(0))
-    resnet = {"params": model.params, "state": model.model_state}
     norm = {"scale": (768,), "bias": (768,)}
     block = block_shapes(768, 12, 12, 64, 3072)
     gpt = {"embedding": (50257, 768), "positions": (128, 768), "norm": norm, "block0": block}
@@ -396,16 +396,18 @@ def test_tracing_takes_seconds():
         lambda shape: jax.ShapeDtypeStruct(shape, np.float32), gpt,
         is_leaf=lambda node: isinstance(node, tuple),
     )  # fmt: skip
-    for fn, params, x in [
-        (
-            lambda p, x: model.apply_fn(p["params"], p["state"], x)[0],
-            resnet,
-            jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
-        ),
-        (language_model, gpt, jax.ShapeDtypeStruct((2, 128), np.int32)),
-    ]:
+    yield (
+        lambda p, x: model.apply_fn(p["params"], p["state"], x)[0],
+        {"params": model.params, "state": model.model_state},
+        jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
+    )
+    yield language_model, gpt, jax.ShapeDtypeStruct((2, 128), np.int32)
+
+
+def test_tracing_takes_seconds():
+    for network in large_networks():
         start = time.process_time()
-        graph = units.trace(fn, params, x)
+        graph = units.trace(*network)
         assert time.process_time() - start < 10
         assert len(sizes(graph)) >= 9
         assert not graph.notes

@@ -9,7 +9,7 @@ temperature.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,18 @@ def check_fraction(name: str, value: Any) -> None:
     array = np.asarray(value, np.float64)
     if not ((array >= 0).all() and (array <= 1).all()):
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_fractions(values: Mapping[str, Any]) -> None:
+    """As :func:`check_fraction` for several names and values: one error names all that are wrong."""
+    wrong = []
+    for name, value in values.items():
+        try:
+            check_fraction(name, value)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.losses.numerics import check_fraction
+from distill_jax.losses.numerics import check_fractions
 
 PyTree = Any
 Scalar = float | jax.Array
@@ -126,6 +126,7 @@ def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = T
     {'a': 0.2, 'b': 0.5}
     """
     given = value if isinstance(value, Mapping) else {"": value}
+    labelled = {}
     for pattern, scalar in given.items():
         label = f"{name}[{pattern!r}]" if isinstance(value, Mapping) else name
         if np.ndim(scalar):
@@ -133,8 +134,9 @@ def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = T
                 f"{label} must be a scalar, got shape {np.shape(scalar)}: "
                 "use jax.vmap for several values"
             )
-        if fraction:
-            check_fraction(label, scalar)
+        labelled[label] = scalar
+    if fraction:
+        check_fractions(labelled)
     patterns = [pattern for pattern in given if pattern]
     paths = list(by_path(tree))
     found = {path: [p for p in patterns if re.search(p, path)] for path in paths}

@@ -1,0 +1,276 @@
+"""The straight line between two networks trained from different starts, before and after alignment.
+
+Pairs of networks of one shape learn the same task, each from its own initial parameters and in its own
+order of examples. On the line between them the loss rises over a barrier; the units of the one are then
+put into the order in which its weights, or its activations, are nearest to the other's, and the line is
+walked again. BatchNorm's statistics are re-estimated at each point.
+
+    python experiments/barrier_mnist.py            # minutes on a laptop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from distill_jax import (  # isort: skip
+    connectivity, data, files, fit, models, objectives, pictures, report, runs, study, trees, units,
+)  # fmt: skip
+from distill_jax.lab import Lab, adam, arrays, begin, prepare, recorded, work
+from distill_jax.study import Trained
+
+WAYS = ("as trained", "aligned by weights", "aligned by activations")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options. The defaults shown are those of MNIST."""
+
+    dataset: str = "auto"
+    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
+    image-classification data set of TFDS"""
+    data_dir: Path | None = None
+    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    preset: str = "default"
+    """there is one"""
+    seeds: int = 3
+    """how many pairs of each network"""
+    models: tuple[str, ...] = ("mlp:512,512,512", "convnet:16,32")
+    """such as mlp:512 or convnet:16,32 (that with BatchNorm)"""
+    epochs: int = 8
+    """of all networks"""
+    learning_rate: float = 1e-3
+    """at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
+    batch_size: int = 128
+    """examples a step"""
+    points: int = 11
+    """on the line, its ends included"""
+    examples: int = 500
+    """training images on which activations are compared and BatchNorm's statistics estimated"""
+    validation: int | None = None
+    """examples held out of the training set (default: the data set's own)"""
+    out: Path | None = None
+    """the run's directory (default: under runs/, named after the options)"""
+    restart: bool = False
+    """delete what an earlier run left in --out instead of going on from it"""
+    save_seconds: float = 20.0
+    """the least time between two checkpoints"""
+    check: bool = False
+    """exit 1 unless alignment by weights takes at least 60 % off the first model's barrier"""
+
+
+SMALL_IMAGES: dict[str, Any] = {"epochs": 60, "batch_size": 32}
+# Options that change where and how a run works, but not its results
+PRACTICAL = ("dataset", "data_dir", "preset", "out", "restart", "save_seconds", "check")
+
+
+def parse() -> tuple[Config, data.Dataset]:
+    """Reads the command line; what it leaves out depends on the data found."""
+    config = tyro.cli(Config, description=__doc__)
+    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+    if max(dataset.train.image.shape[1:3]) < 16:
+        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
+    check(config, dataset)
+    return config, dataset
+
+
+def check(config: Config, dataset: data.Dataset) -> None:
+    """Refuses values that cannot be meant, before anything is trained or written."""
+    available = len(dataset.train.id)
+    for name in ("seeds", "epochs", "batch_size", "examples", "points"):
+        least = 3 if name == "points" else 1
+        if getattr(config, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {least}, got {getattr(config, name)}")
+    for name in ("batch_size", "examples"):
+        if getattr(config, name) > available:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} must be at most the number of training examples, {available}, got "
+                f"{getattr(config, name)}"
+            )
+    if config.points % 2 == 0:
+        raise ValueError(f"--points must be odd, to have one in the middle, got {config.points}")
+    if not 0 < config.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate must be positive, got {config.learning_rate}")
+    if not config.save_seconds >= 0:
+        raise ValueError(f"--save-seconds must not be negative, got {config.save_seconds}")
+    if not config.models or len(set(config.models)) < len(config.models):
+        raise ValueError(f"--models must be at least one, and different, got {config.models}")
+    for description in config.models:
+        build(description, dataset, 0)
+
+
+def build(description: str, dataset: data.Dataset, seed: int) -> models.Model:
+    """Builds a network."""
+    options = {"batch_norm": True} if description.startswith("convnet") else {}
+    shape: Any = dataset.train.image.shape[1:]
+    return models.build(description, shape, dataset.classes, jax.random.key(seed), **options)
+
+
+def train_pair(config: Config, lab: Lab, description: str, seed: int, unit: float) -> list[Trained]:
+    """Two networks, from starts and in orders of their own."""
+    pair = []
+    for i in (0, 1):
+        model = build(description, lab.dataset, 2 * seed + i)
+        name = re.sub(r"\W+", "-", description)
+        pair.append(
+            lab.train(
+                f"{name}-{i}",
+                seed,
+                model,
+                objectives.supervised(model.apply_fn),
+                arrays(lab.dataset.train),
+                epochs=config.epochs,
+                tx=adam(config.learning_rate, config.epochs),
+                batch_size=config.batch_size,
+                order_seed=2 * seed + i,
+                unit=unit,
+            )
+        )
+    return pair
+
+
+def aligned(config: Config, lab: Lab, pair: list[Trained]) -> dict[str, tuple[Any, Any]]:
+    """The second network as it is, and in the orders of units that suit the first."""
+    first, second = ({"params": p, "state": s} for p, s in (each.variables for each in pair))
+    image = prepare(lab.dataset.train.image[: config.examples])
+
+    def traced(x):
+        return units.trace(lambda p, x: pair[0].apply_fn(p["params"], p["state"], x)[0], first, x)
+
+    graph = traced(image[:1])
+    by_weights = units.match_weights(graph, second["params"], first["params"])
+    by_activations = units.match_activations(traced(image), second, first, image)
+    found = {}
+    for name, orders in zip(WAYS, ({}, by_weights, by_activations), strict=True):
+        tree = units.permute(graph, second, orders)
+        found[name] = tree["params"], tree["state"]
+    return found
+
+
+def walk(config: Config, lab: Lab, pair: list[Trained]) -> tuple[dict[str, list[float]], Any]:
+    """The line, each way: validation losses in nats, and the network in its middle."""
+    apply_fn, start = pair[0].apply_fn, pair[0].variables
+    validate = fit.make_validation(apply_fn, arrays(lab.dataset.validation), prepare=prepare)
+    batches = [{"image": prepare(lab.dataset.train.image[: config.examples])}]
+    refresh = functools.partial(connectivity.recalibrate, apply_fn, batches=batches)
+    if not jax.tree.leaves(start[1]):
+        refresh = None  # type: ignore[assignment]
+    losses, middles = {}, {}
+    ts = np.linspace(0, 1, config.points)
+    for name, end in aligned(config, lab, pair).items():
+        figures = connectivity.along(validate, start, end, ts, refresh=refresh)
+        losses[name] = [figure["validation_nll"] for figure in figures]
+        params, state = trees.lerp(start, end, 0.5)
+        state = refresh(params, state) if refresh else state
+        middles[name] = lab.judge(apply_fn, (params, state), {}, 0.0)
+    return losses, middles
+
+
+def verdict(barriers: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    """A sentence for each network."""
+    texts = []
+    for description, ways in barriers.items():
+        before = np.mean(ways[WAYS[0]])
+        parts = [
+            f"{report.mean_sd(ways[name])} {name} ({100 * (np.mean(ways[name]) / before - 1):+.0f} %)"
+            for name in WAYS[1:]
+        ]
+        texts.append(
+            f"{description}: the barrier of the validation loss, nats, is "
+            f"{report.mean_sd(ways[WAYS[0]])} {WAYS[0]}, {', '.join(parts)}.".replace("-", "−")
+        )
+    return texts
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    started = time.monotonic()
+    config, dataset = parse()
+    out = begin("barrier_mnist", config, dataset, PRACTICAL)
+    # The unit of work is an epoch of the first network
+    works = [work(build(name, dataset, 0), dataset) for name in config.models]
+    total = 2 * config.seeds * config.epochs * sum(works) / works[0]
+    lab = Lab(dataset, out, runs.Progress(total), config.seeds, save_seconds=config.save_seconds)
+    trained: list[dict[str, Trained]] = [{} for _ in range(config.seeds)]
+    lines: dict[str, dict[str, list[list[float]]]] = {}
+    ts = np.linspace(0, 1, config.points)
+    for description, cost in zip(config.models, works, strict=True):
+        lines[description] = {name: [] for name in WAYS}
+        for seed in range(config.seeds):
+            pair = train_pair(config, lab, description, seed, cost / works[0])
+            losses, middles = walk(config, lab, pair)
+            trained[seed][description] = pair[0]
+            for name in WAYS:
+                lines[description][name].append(losses[name])
+                trained[seed][f"{description}, midpoint, {name}"] = middles[name]
+    lab.progress.close()
+
+    barriers = {
+        description: {
+            name: [connectivity.barrier(ts, row) for row in rows] for name, rows in ways.items()
+        }
+        for description, ways in lines.items()
+    }
+    results = study.results(
+        "barrier_mnist",
+        dataset,
+        trained,
+        config=recorded(config, PRACTICAL),
+        seconds={"total": time.monotonic() - started},
+        prepare=prepare,
+        reference=config.models[0],
+    )
+    results |= {"barriers": barriers, "line": {"t": ts.tolist(), **lines}}
+    for description in config.models:
+        for name, values in barriers[description].items():
+            results["models"][f"{description}, midpoint, {name}"]["barrier"] = values
+    files.write_json(out / "results.json", files.plain(results, "results"))
+    drawn = {}
+    for description, ways in lines.items():
+        picture = f"line-{re.sub(r'[^a-z0-9]+', '-', description)}.png"
+        series = {name: np.asarray(rows) for name, rows in ways.items()}
+        pictures.curves(
+            out / picture, ts, series, xlabel="one → the other", ylabel="validation loss, nats"
+        )
+        drawn[f"Validation loss on the straight line between two networks {description}"] = picture
+    columns = {
+        "barrier, nats": lambda model: (
+            report.mean_sd(model["barrier"]) if "barrier" in model else None
+        ),
+        "errors": report.score("errors"),
+        "NLL": report.score("nll"),
+    }
+    sentences = verdict(barriers)
+    ends = [f"{config.models[0]}, midpoint, {name}" for name in WAYS]
+    report.write_report(
+        out, results, drawn, sentences, command=shlex.join(["python", *sys.argv]), columns=columns,
+        baseline=ends[0], model=ends[1], method="Alignment of units before averaging",
+    )  # fmt: skip
+    print()
+    print(report.table(results, columns))
+    print()
+    print("\n".join(sentences))
+    print(f"Report with pictures: {out / 'report.md'}")
+    before, after = (np.mean(barriers[config.models[0]][name]) for name in WAYS[:2])
+    if config.check and after > 0.4 * before:
+        print("check failed: alignment takes less than 60 % off the barrier", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

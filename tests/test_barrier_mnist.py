@@ -1,0 +1,68 @@
+"""Barriers before and after alignment: a small run, and what it says to bad input."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_jax import runs
+
+PATH = Path(__file__).parents[1] / "experiments" / "barrier_mnist.py"
+spec = importlib.util.spec_from_file_location("barrier_mnist", PATH)
+barrier_mnist = importlib.util.module_from_spec(spec)
+sys.modules["barrier_mnist"] = barrier_mnist  # dataclasses look their module up
+spec.loader.exec_module(barrier_mnist)
+
+SMALL = [
+    *("--dataset", "digits", "--seeds", "1", "--models", "mlp:32", "convnet:4", "--epochs", "20"),
+    *("--points", "3", "--save-seconds", "0", "--examples", "200", "--batch-size", "50"),
+]
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Runs the experiment in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_main(barrier_mnist.main)
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_a_whole_run(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    status, printed, error = run(capsys, monkeypatch, "--out", out, "--check")
+    assert status == 0, error
+    results = json.loads((out / "results.json").read_text())
+    for description in ("mlp:32", "convnet:4"):
+        ways = results["line"][description]
+        ends = [np.asarray(ways[name])[:, [0, -1]] for name in barrier_mnist.WAYS]
+        for other in ends[1:]:  # alignment moves no end
+            np.testing.assert_allclose(other, ends[0], rtol=1e-4)
+        before, by_weights, _ = (results["barriers"][description][n] for n in barrier_mnist.WAYS)
+        assert by_weights[0] < before[0]
+        assert (out / f"line-{description.replace(':', '-')}.png").stat().st_size > 1000
+        assert f"{description}: the barrier" in printed
+    assert "aligned by weights" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--points 4", "--points must be odd"),
+        ("--points 1", "--points must be at least 3, got 1"),
+        ("--examples 0", "--examples must be at least 1, got 0"),
+        ("--batch-size 5000", "--batch-size must be at most the number of training examples"),
+        ("--learning-rate 0", "--learning-rate must be positive, got 0.0"),
+        ("--models mlp:8 mlp:8", "--models must be at least one, and different"),
+        ("--models mlp:x", "a model is described by"),
+    ],
+)
+def test_bad_options(arguments, message, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    assert status == 2
+    assert message in error
+    assert not out.exists()
