@@ -563,7 +563,8 @@ def network(config: Config, dataset: data.Dataset) -> int:
         model = results["models"][name]
         model["bytes_sent"] = first["bytes_sent"]
         model["stages"] = [seed[name]["stages"] for seed in facts]
-        device = metrics.cost(*first["encoder"], example, repeats=1)["flops"]
+        encoder_fn, params, model_state = first["encoder"]
+        device = metrics.cost(encoder_fn, params, model_state, example, repeats=1)["flops"]
         model["device_flops"] = device / results["models"]["original"]["flops"]
         if "inputs_error" in first:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
