@@ -498,7 +498,8 @@ def tradeoffs(
 ) -> None:
     """Draws what models can do against what they cost: a row a figure, a column a cost.
 
-    Points are means over seeds, bars one standard deviation, crosses the reference.
+    Points are means over seeds, bars one standard deviation, crosses the reference; lines join models
+    in the order of the first cost.
 
     Args:
       path: of the PNG.
@@ -518,7 +519,7 @@ def tradeoffs(
             for name, values in series.items():
                 x, y = np.asarray(places[name]), np.asarray(values, np.float64)
                 _check(f"{figure} of {name}", y.shape[:1], "[models, seeds]", x.shape)
-                order = np.argsort(x)
+                order = np.argsort(next(iter(costs.values()))[name])
                 sd = y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
                 axes.errorbar(x[order], y.mean(1)[order], sd[order], label=name, marker=".",
                               markersize=3, elinewidth=0.6, **looks[name])  # fmt: skip
@@ -526,6 +527,18 @@ def tradeoffs(
                 reference[1][cost], reference[0][figure], "x", color="black", label="original"
             )
             axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+            marks = [d * 10.0**p for p in powers for d in (1, 2, 5)]
+            marks = [mark for mark in marks if low <= mark <= high]
+            if len(marks) < 2:  # a narrow range: near its ends, to two digits
+                marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.9)]
+            axes.set_xticks(marks)
+            axes.set_xlim(low, high)
+            axes.xaxis.set_major_formatter(
+                ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
+            )
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.grid(axis="y")
         row[0].set_ylabel(f"{figure}, %")
     for axes, cost in zip(grid[-1], costs, strict=True):
