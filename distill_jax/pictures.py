@@ -543,10 +543,9 @@ def tradeoffs(
             powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
             marks = [d * 10.0**p for p in powers for d in (1, 2, 5)]
             marks = [mark for mark in marks if low <= mark <= high]
-            # Of a narrow range its ends, to two digits
-            axes.set_xticks(
-                marks if len(marks) > 1 else [float(f"{end:.2g}") for end in (low, high)]
-            )
+            if len(marks) < 2:  # a narrow range: near its ends, to two digits
+                marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.9)]
+            axes.set_xticks(marks)
             axes.set_xlim(low, high)
             axes.xaxis.set_major_formatter(
                 ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
