@@ -209,14 +209,13 @@ def check(config: Config, dataset: data.Dataset | None) -> None:
         "batch_size", config.batch_size <= len(dataset.train.id), "not exceed the training examples"
     )
     need("images", all(w >= 1 for w in config.images), "be widths of at least 1")
-    for code in config.codes:
-        parse_code(code)
+    widths = [parse_code(code)[0] for code in config.codes]
     original = build(config, dataset, config.model, 0)
     build(config, dataset, config.encoder, 0)
-    names = layer_shapes(
-        original.apply_fn, original.params, original.model_state, prepare(dataset.train.image[:1])
-    )
-    need("feature", config.feature in names, f"be one of {', '.join(names)}")
+    values = layer_shapes(*original, prepare(dataset.train.image[:1]))
+    need("feature", config.feature in values, f"be one of {', '.join(values)}")
+    size = values[config.feature].size
+    need("codes", max(widths, default=1) <= size, f"be no wider than {config.feature}, {size}")
 
 
 def parse_code(text: str) -> tuple[int, int]:
@@ -370,7 +369,7 @@ def linear(config: Config) -> int:
 
 def build(
     config: Config, dataset: data.Dataset, description: str, seed: int, **options: Any
-) -> Any:
+) -> models.Model:
     """Builds a network for the data set's images."""
     shape: Any = dataset.train.image.shape[1:]
     classes = options.pop("outputs", dataset.classes)
@@ -563,8 +562,8 @@ def network(config: Config, dataset: data.Dataset) -> int:
         model = results["models"][name]
         model["bytes_sent"] = first["bytes_sent"]
         model["stages"] = [seed[name]["stages"] for seed in facts]
-        encoder_fn, params, model_state = first["encoder"]
-        device = metrics.cost(encoder_fn, params, model_state, example, repeats=1)["flops"]
+        encoder: models.Model = first["encoder"]
+        device = metrics.cost(*encoder, example, repeats=1)["flops"]
         model["device_flops"] = device / results["models"]["original"]["flops"]
         if "inputs_error" in first:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]

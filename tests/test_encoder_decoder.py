@@ -114,6 +114,7 @@ OPTIONS = {
     "budget of zero": (f"{NETWORK} --budget 0", "--budget must lie in (0, 1], got 0"),
     "malformed code": (f"{NETWORK} --codes 8-4", "--codes must be width x bits such as 16x8"),
     "too many bits": (f"{NETWORK} --codes 8x17", "of up to 16 bits, got '8x17'"),
+    "code wider than the layer": (f"{NETWORK} --codes 17x4", "be no wider than dense.0, 16, got"),
     "unknown layer": (f"{NETWORK} --feature head", "--feature must be one of dropout.0, dense.0"),
     "unknown network": (f"{NETWORK} --model nope", "a model is described by a family"),
 }
