@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.losses.numerics import to_float
+
 PyTree = Any
 
 
@@ -322,7 +324,7 @@ def quantise(code: jax.Array, *, bits: int) -> jax.Array:
       bits: b, 1 to 16.
 
     Returns:
-      The shape and dtype of ``code``.
+      The shape of ``code``, float32 (float64 for float64 input): bfloat16 has no 2^8 levels.
 
     Raises:
       ValueError: if there are no such bits.
@@ -335,10 +337,10 @@ def quantise(code: jax.Array, *, bits: int) -> jax.Array:
     [-1. -1.  1.  1.]
     """
     levels = _levels(bits)
-    smooth = jnp.tanh(code)
+    smooth = jnp.tanh(to_float(code))
     rounded = jax.lax.stop_gradient(2 * jnp.round(levels * (smooth + 1) / 2) / levels - 1)
     # In this order the value is the rounded one exactly
-    return rounded.astype(code.dtype) + (smooth - jax.lax.stop_gradient(smooth))
+    return rounded + (smooth - jax.lax.stop_gradient(smooth))
 
 
 def pack(code: Any, *, bits: int) -> np.ndarray:

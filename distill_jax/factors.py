@@ -188,7 +188,8 @@ def allocate(
         more = kernel.inputs * kernel.outputs - thin if whole else kernel.inputs + kernel.outputs
         rank = len(kept) - 1 if whole else rank
         before, after = kept[ranks[path]], kept[rank]
-        gain = math.inf if before <= 0 else math.log(after / before)
+        # Every kernel gets its first rank; one of zeros, no more before all others are whole
+        gain = math.log(after / before) if before > 0 else 0.0 if ranks[path] else math.inf
         return -gain / more, path, rank, weight[path] * more
 
     steps = [step(path) for path in kernels]

@@ -111,7 +111,7 @@ def make_measure(
 
     Args:
       loss_fn: run in evaluation mode, at step 0 of its schedules.
-      data: arrays ``[n, ...]`` by name.
+      data: arrays ``[n, ...]`` by name, ``"weight"`` among them where examples count unequally.
       prepare: applied to each batch's ``"image"`` inside the compiled program.
       batch_size: examples at a time.
 
@@ -121,24 +121,25 @@ def make_measure(
     """
     count = len(data["image"])
     size = min(batch_size, count)
+    weights = np.asarray(data.get("weight", np.ones(count)), np.float32)
     batches = []
     for start in range(0, count, size):
         rows = np.arange(start, start + size)
         batch = {name: jnp.asarray(values[rows % count]) for name, values in data.items()}
-        batches.append({**batch, "weight": jnp.asarray(rows < count, jnp.float32)})
+        batches.append({**batch, "weight": jnp.asarray(weights[rows % count] * (rows < count))})
 
     @jax.jit
     def sums(params, model_state, batch):
         batch = {**batch, "image": prepare(batch["image"])}
         loss, (_, metrics) = loss_fn(params, model_state, batch, key=None, step=jnp.int32(0))
         weight = batch_weight(batch)
-        return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss})
+        return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
 
     def measure(params, model_state):
         parts = [sums(params, model_state, batch) for batch in batches]
-        totals = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
         return {
-            f"validation_{name}": total if name == "errors" else total / count
+            f"validation_{name}": total if name == "errors" else total / weight
             for name, total in totals.items()
         }
 

@@ -115,6 +115,10 @@ def test_codes_are_sent_in_as_many_bits_as_they_have(width, bits):
     assert sent.dtype == np.uint8
     assert sent.shape == (50, -(-width * bits // 8))
     np.testing.assert_allclose(codec.unpack(sent, (width,), bits=bits), code, atol=2e-7)
+    half = codec.quantise(values.astype(jnp.bfloat16), bits=bits)
+    np.testing.assert_allclose(
+        codec.unpack(codec.pack(half, bits=bits), (width,), bits=bits), half, atol=2e-7
+    )
     gradient = jax.grad(lambda v: codec.quantise(v, bits=bits).sum())(values)
     np.testing.assert_allclose(gradient, 1 - np.tanh(values) ** 2, rtol=1e-4, atol=1e-6)
 

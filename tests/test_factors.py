@@ -143,6 +143,15 @@ def test_ranks_keep_the_budget_and_use_it(of, budget):
     assert all(1 <= rank < min(kernels[p].inputs, kernels[p].outputs) for p, rank in ranks.items())
 
 
+def test_a_kernel_of_zeros_takes_nothing_from_the_others():
+    model = plain_model()
+    kernels = factors.kernels(*model, jnp.ones((1, *SHAPE)))
+    without = {**model.params, "b": 0 * model.params["b"]}
+    ranks = factors.allocate(without, kernels, 0.5)
+    assert ranks["b"] == 1
+    assert ranks["a"] > 5
+
+
 def test_flops_fall_and_gradients_reach_every_factor():
     model, x = MODELS["mlp"](), images()
     kernels = factors.kernels(*model, x)

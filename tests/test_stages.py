@@ -87,6 +87,13 @@ def test_a_measure_is_the_mean_over_all_examples():
     figures = stages.make_measure(OBJECTIVE(), data, batch_size=16)(PARAMS, STATE)
     np.testing.assert_allclose(figures["validation_loss"], 0.3 * hard + 0.7 * soft, rtol=1e-5)
     assert figures["validation_errors"] == (outputs.argmax(-1) != data["label"]).sum()
+    some = np.arange(50) % 3 > 0
+    weighed = stages.make_measure(OBJECTIVE(), {**data, "weight": some}, batch_size=16)
+    part = jax.tree.map(lambda x: x[some], data)
+    alone = stages.make_measure(OBJECTIVE(), part)(PARAMS, STATE)
+    np.testing.assert_allclose(
+        list(weighed(PARAMS, STATE).values()), list(alone.values()), rtol=1e-5
+    )
 
 
 def test_an_interrupted_training_goes_on_to_the_same_end(tmp_path):
