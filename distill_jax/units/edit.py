@@ -52,6 +52,7 @@ def prune(
       ValueError: if scores are not those of free groups; if the budget is below what the least network
         has, which is one unit a group (or ``multiple``).
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import units
     >>> params = {"a": jnp.array([[1.0, -3.0, 2.0]]), "b": jnp.ones((3, 1))}
     >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
@@ -140,6 +141,7 @@ def merge(
         than with outgoing weights, a parameter is on both sides, or the program treats units
         differently.
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import units
     >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
     >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
@@ -221,6 +223,7 @@ def select(
     References:
       Xu et al., `Initializing Models with Larger Ones`, 2024, §3 (uniform and consecutive selection).
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import units
     >>> def net(width):
     ...     params = {"a": jnp.ones((3, width)), "b": jnp.ones((width, 2))}
