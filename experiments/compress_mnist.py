@@ -342,11 +342,15 @@ class Search:
         """Parameters of a network, of the first seed."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.trained[0][name].variables[0]))
 
+    def edited(self) -> list[str]:
+        """The networks tried that have units of the original."""
+        return [name for name, (operator, *_) in self.tried.items() if operator != "fresh"]
+
     def chosen(self) -> str:
         """The smallest network within the budget; of equals the one with the lowest loss."""
         limit = self.loss("original") + self.config.budget
-        names = [name for name in self.trained[0] if self.loss(name) <= limit]
-        return min(names, key=lambda name: (self.size(name), self.loss(name)))
+        names = [name for name in self.edited() if self.loss(name) <= limit]
+        return min(["original", *names], key=lambda name: (self.size(name), self.loss(name)))
 
     def run(self) -> str:
         """Tries the grid, then refines; returns the name of the network chosen."""
@@ -392,8 +396,8 @@ def claims(config: Config, search: Search, results: Mapping[str, Any]) -> dict[s
         return entries[name]["flops"] / original["flops"]
 
     for claim, names in {
-        "half of the units": [n for n, (_, _, share) in search.tried.items() if share == 0.5],
-        "a tenth of the operations": [n for n in search.tried if flops(n) <= 0.1],
+        "half of the units": [n for n in search.edited() if search.tried[n][2] == 0.5],
+        "a tenth of the operations": [n for n in search.edited() if flops(n) <= 0.1],
     }.items():
         if not names:
             continue
