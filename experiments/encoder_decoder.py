@@ -576,12 +576,13 @@ def network(config: Config, dataset: data.Dataset) -> int:
     drawn = draw(config, out, dataset, trained, facts, results)
     lines = verdict(results, faster)
     lines += compare(dataset, trained[0])
-    notes = [EPOCHS, "\n".join(f"    {line}" for line in lines)]
+    notes = [*([EPOCHS] if facts[0] else []), "\n".join(f"    {line}" for line in lines)]
+    columns = {h: c for h, c in COLUMNS.items() if any(map(c, results["models"].values()))}
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=COLUMNS,
+        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=columns,
         headline=lines[0],
     )  # fmt: skip
-    print(f"\n{report.table(results, COLUMNS)}\n")
+    print(f"\n{report.table(results, columns)}\n")
     print("\n".join(lines))
     print(f"Report with pictures: {out / 'report.md'}")
     lost = points(results, TUNED)
