@@ -62,7 +62,7 @@ class Config:
     """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
     model: str = "mlp:1200,1200"
     """the network: a family and its widths, such as convnet:16,32"""
-    encoder: str = "mlp:256"
+    encoder: str = "convnet:4,6"
     """the network on the device; the code is a further layer after it"""
     feature: str = "dense.1"
     """where a code enters the original: a layer's name"""
@@ -70,7 +70,7 @@ class Config:
     """the share of its parameters (or FLOPs) that the factorised network keeps"""
     of: Literal["parameters", "flops"] = "parameters"
     """what the budget counts"""
-    codes: tuple[str, ...] = ("4x2", "4x4", "8x4", "16x8")
+    codes: tuple[str, ...] = ("16x8", "8x4", "4x4", "4x2")
     """width × bits of the codes that are sent"""
     images: tuple[int, ...] = (2, 32)
     """widths of the autoencoders' codes, of 32-bit numbers"""
@@ -90,11 +90,11 @@ class Config:
     """of the factorised network's"""
     learning_rate: float = 1e-3
     """of it, at its highest"""
-    stage_epochs: int = 4
+    stage_epochs: int = 8
     """the most epochs that a stage of a pair may take (linear: 1500)"""
     stage_learning_rate: float = 2e-3
     """of a stage, at its highest (linear: 0.01, constant)"""
-    tolerance: float = 1e-3
+    tolerance: float = 0.02
     """a stage has converged when the validation loss improves relatively by less than this (linear:
     1e-4)"""
     patience: int = 2
@@ -125,7 +125,7 @@ DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
         "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
     },
     ("convnet", False): {
-        "model": "convnet:16,32", "encoder": "convnet:4,6", "feature": "hidden", "budget": 0.3,
+        "model": "convnet:16,32", "feature": "hidden", "budget": 0.3,
         "original_epochs": 8, "original_learning_rate": 2e-3,
     },
     ("mlp", True): {
