@@ -130,12 +130,12 @@ DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
     },
     ("mlp", True): {
         "model": "mlp:128,128", "encoder": "mlp:16", "jitter": 1, "original_epochs": 60,
-        "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
+        "epochs": 40, "stage_epochs": 40, "patience": 10, "batch_size": 64, "budget": 0.3,
     },
     ("convnet", True): {
         "model": "convnet:16,32", "encoder": "mlp:64", "feature": "hidden", "jitter": 1, "budget": 0.3,
         "original_epochs": 60, "original_learning_rate": 2e-3, "epochs": 40, "stage_epochs": 40,
-        "batch_size": 64,
+        "patience": 10, "batch_size": 64,
     },
 }  # fmt: skip
 
