@@ -62,7 +62,7 @@ class Config:
     """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
     model: str = "mlp:1200,1200"
     """the network: a family and its widths, such as convnet:16,32"""
-    encoder: str = "mlp:256"
+    encoder: str = "convnet:4,6"
     """the network on the device; the code is a further layer after it"""
     feature: str = "dense.1"
     """where a code enters the original: a layer's name"""
@@ -70,7 +70,7 @@ class Config:
     """the share of its parameters (or FLOPs) that the factorised network keeps"""
     of: Literal["parameters", "flops"] = "parameters"
     """what the budget counts"""
-    codes: tuple[str, ...] = ("4x2", "4x4", "8x4", "16x8")
+    codes: tuple[str, ...] = ("16x8", "8x4", "4x4", "4x2")
     """width × bits of the codes that are sent"""
     images: tuple[int, ...] = (2, 32)
     """widths of the autoencoders' codes, of 32-bit numbers"""
@@ -90,11 +90,11 @@ class Config:
     """of the factorised network's"""
     learning_rate: float = 1e-3
     """of it, at its highest"""
-    stage_epochs: int = 4
+    stage_epochs: int = 8
     """the most epochs that a stage of a pair may take (linear: 1500)"""
     stage_learning_rate: float = 2e-3
     """of a stage, at its highest (linear: 0.01, constant)"""
-    tolerance: float = 1e-3
+    tolerance: float = 0.02
     """a stage has converged when the validation loss improves relatively by less than this (linear:
     1e-4)"""
     patience: int = 2
@@ -125,17 +125,17 @@ DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
         "stage_epochs": 1500, "stage_learning_rate": 1e-2, "tolerance": 1e-4, "patience": 100,
     },
     ("convnet", False): {
-        "model": "convnet:16,32", "encoder": "convnet:4,6", "feature": "hidden", "budget": 0.3,
+        "model": "convnet:16,32", "feature": "hidden", "budget": 0.3,
         "original_epochs": 8, "original_learning_rate": 2e-3,
     },
     ("mlp", True): {
         "model": "mlp:128,128", "encoder": "mlp:16", "jitter": 1, "original_epochs": 60,
-        "epochs": 40, "stage_epochs": 40, "batch_size": 64, "budget": 0.3,
+        "epochs": 40, "stage_epochs": 40, "patience": 10, "batch_size": 64, "budget": 0.3,
     },
     ("convnet", True): {
         "model": "convnet:16,32", "encoder": "mlp:64", "feature": "hidden", "jitter": 1, "budget": 0.3,
         "original_epochs": 60, "original_learning_rate": 2e-3, "epochs": 40, "stage_epochs": 40,
-        "batch_size": 64,
+        "patience": 10, "batch_size": 64,
     },
 }  # fmt: skip
 
@@ -576,12 +576,13 @@ def network(config: Config, dataset: data.Dataset) -> int:
     drawn = draw(config, out, dataset, trained, facts, results)
     lines = verdict(results, faster)
     lines += compare(dataset, trained[0])
-    notes = [EPOCHS, "\n".join(f"    {line}" for line in lines)]
+    notes = [*([EPOCHS] if facts[0] else []), "\n".join(f"    {line}" for line in lines)]
+    columns = {h: c for h, c in COLUMNS.items() if any(map(c, results["models"].values()))}
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=COLUMNS,
+        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=columns,
         headline=lines[0],
     )  # fmt: skip
-    print(f"\n{report.table(results, COLUMNS)}\n")
+    print(f"\n{report.table(results, columns)}\n")
     print("\n".join(lines))
     print(f"Report with pictures: {out / 'report.md'}")
     lost = points(results, TUNED)
