@@ -42,6 +42,7 @@ METHODS = (
 )  # fmt: skip
 OPTIONS = {"crd": {"negatives": 64}}
 STEPS, RATE = 5, 1e-3
+LAYERS = None  # pairs of layers: as many as match_layers finds
 BATCH, SHAPE, CLASSES = 8, (16, 16, 3), 10
 IDS = np.arange(BATCH)  # of the examples, among twice as many
 KEY = jax.random.key(0)
@@ -78,7 +79,7 @@ def network(name):
 def pairing(student, teacher):
     """Which layer learns from which: two pairs at least, or FSP has no flow."""
     shapes = network(student)[1], network(teacher)[1]
-    pairs = match_layers(*shapes)
+    pairs = match_layers(*shapes, count=LAYERS)
     return pairs if len(pairs) > 1 else match_layers(*shapes, count=2)
 
 
@@ -217,7 +218,10 @@ def main():
     parser.add_argument("--students", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--teachers", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--layers", type=int, help="pairs of layers (default: all that match)")
     options = parser.parse_args()
+    global LAYERS
+    LAYERS = options.layers
     counts, failed = {}, []
     pairs = [(student, teacher) for student in options.students for teacher in options.teachers]
     with tqdm(pairs) as progress:
