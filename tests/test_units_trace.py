@@ -341,6 +341,24 @@ def test_model_state_and_states_of_optimizers_follow_their_parameters():
     assert [np.shape(leaf) for leaf in jax.tree.leaves(momentum)] == [(3, 2), (2, 2)]
 
 
+def test_no_leaf_is_taken_for_a_parameter_of_another_first_key():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["enc"]["kernel"]) @ p["dec"]["kernel"]) @ p["last"]["w"]
+
+    params = shapes(enc={"kernel": (4, 4)}, dec={"kernel": (4, 4)}, last={"w": (4, 2)})
+    graph = units.trace(fn, params, numbers(np.zeros((2, 4))))
+    kept = {"enc.kernel": [0, 1]}
+    more = {**params, "aux": {"kernel": np.ones((4, 4))}, "other": {"w": np.ones((4, 2))}}
+    small = units.keep(graph, more, kept)
+    assert [small[n]["kernel"].shape for n in ("enc", "dec", "aux")] == [(4, 2), (2, 4), (4, 4)]
+    assert small["other"]["w"] is more["other"]["w"]
+    with pytest.raises(ValueError, match=r"kernel may be any of \['dec.kernel', 'enc.kernel'\]"):
+        units.keep(graph, params["dec"], kept)
+    assert units.keep(graph, {"dec": params["dec"]}, kept)["dec"]["kernel"].shape == (2, 4)
+    both = units.keep(graph, {"student": params, "teacher": params}, kept)
+    assert [both[n]["enc"]["kernel"].shape for n in both] == [(4, 2), (4, 2)]
+
+
 def test_wrong_requests_are_refused():
     params, graph = traced(mlp, a=(3, 4), b=(4, 2))
     for kept, message in [
