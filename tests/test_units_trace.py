@@ -186,6 +186,23 @@ def test_numbers_that_fn_computes_from_sizes_are_noticed():
     assert sizes(graph, exact=True) == {"q": 2}
 
 
+def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
+    def exact(fn):
+        _, graph = traced(lambda p, x: fn(p, x @ p["a"]) @ p["b"], a=(3, 15), b=(15, 2))
+        return [group.exact for group in graph.groups.values() if group.free]
+
+    def five(h):
+        return jnp.tanh(h.reshape(-1, 5)).reshape(h.shape)
+
+    assert exact(lambda p, h: h * np.full(h.shape[-1:], h.shape[-1] ** -0.5)) == [False]
+    assert exact(lambda p, h: h * np.array([h.shape[-1] ** -0.5])) == [False]
+    assert exact(lambda p, h: h * jnp.bfloat16(h.shape[-1])) == [False]
+    assert exact(lambda p, h: jnp.sin(h) ** h.shape[-1]) == [False]
+    assert exact(lambda p, h: h * np.full(h.shape[-1:], 15**-0.5)) == [True]
+    assert exact(lambda p, h: five(h * (2.0 / h.shape[-1]))) == [False, True]
+    assert exact(lambda p, h: five(h * 0.2)) == [True, True]
+
+
 def test_a_primitive_without_a_rule_is_named(monkeypatch):
     def fn(p, x):
         return jax.lax.erf_inv(x @ p["a"]) @ p["b"]
