@@ -187,7 +187,7 @@ def cost(
             times.append(time.perf_counter() - start)
         result["latency_ms"][str(batch)] = float(np.median(times[3:]) * 1e3)
         flops = (compiled.cost_analysis() or {}).get("flops")
-        if flops and " while(" not in compiled.as_text():
+        if flops and " while(" not in (compiled.as_text() or ""):
             result["flops"] = float(flops) / batch
     return result
 

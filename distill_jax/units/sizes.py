@@ -90,5 +90,5 @@ def _values(constant: Any, most: int = 2**16) -> Any:
         return None  # a random key
     array = np.asarray(constant)
     if array.size > most:
-        return array.shape, hashlib.sha256(np.ascontiguousarray(array)).digest()
+        return array.shape, hashlib.sha256(array.tobytes()).digest()
     return np.unique(array).tobytes()
