@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from distill_jax.trees import by_path
+
 PyTree = Any
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
     """Leaves by path, random keys as their data: names do not depend on container types."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
+    flat = by_path(tree)
+    if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path when written with dots")
     return {path: jax.random.key_data(x) if _is_key(x) else x for path, x in flat.items()}
 

@@ -64,8 +64,13 @@ def run(apply_fn: Callable[..., Any], arguments: Any, values: list[Any], use: An
     return jax.tree.unflatten(jax.tree.structure(results), outputs)
 
 
-# Primitives that only enclose a program, which may as well be written out
-_ENCLOSING = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call")
+# Calls that compute what their body does, and where it is. What they say of derivatives and memory is
+# lost where the body is written out.
+CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr",
+}  # fmt: skip
 
 
 def evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> list[Any]:
@@ -81,8 +86,8 @@ def evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> l
         views = [i for i, x in enumerate(inputs) if isinstance(x, View)]
         if not views:
             outputs = alone(jaxpr, eqn, inputs)
-        elif kind in _ENCLOSING:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        elif kind in CALLS:
+            inner = eqn.params[CALLS[kind]]
             outputs = evaluate(
                 getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, use
             )

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
     {"files", "augment", "parallel", "losses", "capture", "matching", "codec", "programs"},
+    {"trees"},
     {
         "learned",
         "train",
-        "trees",
         "data",
         "models",
         "metrics",

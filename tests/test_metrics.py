@@ -100,6 +100,15 @@ def test_bad_input_is_refused(logits, labels, message):
         metrics.evaluate(logits, labels)
 
 
+def test_no_flops_where_xla_counts_a_loop_once():
+    def apply_fn(params, model_state, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0], model_state
+
+    cost = metrics.cost(apply_fn, jnp.ones((5, 8, 8)), {}, jnp.zeros(8), repeats=1)
+    assert cost["parameters"] == 320
+    assert "flops" not in cost
+
+
 def test_cost_of_a_dense_net():
     model = build("mlp:40", (8, 8, 1), 10, jax.random.key(0))
     cost = metrics.cost(model.apply_fn, model.params, model.model_state, jnp.zeros((8, 8, 1)))

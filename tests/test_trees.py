@@ -27,6 +27,10 @@ def make_tree(seed, dtype=jnp.float32):
     }
 
 
+def largest(dtype):
+    return jnp.asarray(np.array([1, -0.5, 0.3]) * float(jnp.finfo(dtype).max), dtype)
+
+
 def floats(tree):
     return [np.asarray(x, np.float64) for x in jax.tree.leaves(tree) if trees.is_float(x)]
 
@@ -44,11 +48,13 @@ def assert_floats_close(actual, expected, rtol=1e-6):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_the_ends_are_exact(function, dtype, wrap):
     a, b = make_tree(1, dtype), make_tree(2, dtype)
+    a["large"], b["large"] = largest(dtype), -largest(dtype)
     function = wrap(function)
     chex.assert_trees_all_equal(function(a, b, 0.0), a)
     chex.assert_trees_all_equal(function(a, b, 1.0), b)
     middle = function(a, b, 0.3)
     chex.assert_trees_all_equal_shapes_and_dtypes(middle, a)
+    assert jnp.isfinite(middle["large"]).all()
     assert middle["count"] == a["count"]
     np.testing.assert_array_equal(middle["mask"], a["mask"])
 
@@ -56,6 +62,7 @@ def test_the_ends_are_exact(function, dtype, wrap):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lerp_is_the_formula_under_vmap(dtype):
     a, b, ts = make_tree(1, dtype), make_tree(2, dtype), np.linspace(0, 1, 11)
+    a["large"], b["large"] = largest(dtype), -largest(dtype)[::-1]
     batched = jax.jit(jax.vmap(trees.lerp, (None, None, 0)))(a, b, jnp.asarray(ts, jnp.float32))
     for x, y, z in zip(*map(floats, (a, b, batched)), strict=True):
         expected = (1 - ts[:, None]) * x.reshape(1, -1) + ts[:, None] * y.reshape(1, -1)
@@ -71,6 +78,7 @@ def test_lerp_commutes_and_keeps_equals():
     a, b = make_tree(1), make_tree(2)
     a["count"] = b["count"]  # what is carried comes from one side
     a["mask"] = b["mask"]
+    a["large"], b["large"] = largest(jnp.float32), -largest(jnp.float32)[::-1]
     for t in (0.125, 0.25, 0.75):  # 1 − t is exact
         chex.assert_trees_all_equal(trees.lerp(a, b, t), trees.lerp(b, a, 1 - t))
     for t in (0.1, 0.5, 0.7):
@@ -287,6 +295,11 @@ def test_distance_and_cosine():
     assert trees.distance(a, a) == 0
     assert trees.cosine({"w": jnp.ones(3)}, {"w": -jnp.ones(3)}) == -1
     assert np.isnan(trees.cosine({"w": jnp.ones(3)}, {"w": jnp.zeros(3)}))
+    a, b = {"w": jnp.array([3j, 1.0])}, {"w": jnp.array([0j, -3.0])}
+    assert trees.distance(a, b) == 5
+    assert trees.distance(a, b).dtype == jnp.float32
+    assert trees.cosine(a, a) == 1
+    assert trees.cosine(a, {"w": 1j * a["w"]}) == 0
 
 
 # What does not fit

@@ -398,3 +398,18 @@ def test_a_wider_teacher_is_brought_to_the_student():
     graph = units.trace(lambda p, x: deeper.apply_fn(p, {}, x)[0], deeper.params, x)
     with pytest.raises(ValueError, match="no counterpart"):
         units.bring(graph, deeper.params, graphs[1], teacher)
+
+
+def test_a_layer_of_one_unit_is_not_filled_with_units_that_do_not_belong_together():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    x = np.zeros((1, 3))
+    student, teacher = (shapes(a=(3, n), b=(n, m), c=(m, 2)) for n, m in ((4, 1), (6, 5)))
+    graphs = [units.trace(fn, params, x) for params in (student, teacher)]
+    with pytest.raises(ValueError, match="not free there") as error:
+        units.bring(graphs[0], student, graphs[1], teacher)
+    assert str(error.value).splitlines()[1:] == [
+        "b: (4, 1) in the student, (4, 5) selected",
+        "c: (1, 2) in the student, (5, 2) selected",
+    ]

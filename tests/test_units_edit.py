@@ -12,7 +12,7 @@ import optax
 import pytest
 from test_units_architectures import compiled, conv, lstm, numbers, shapes
 
-from distill_jax import models, units
+from distill_jax import metrics, models, units
 from distill_jax.checkpoint import Checkpoints
 from distill_jax.units import costs, scores
 
@@ -89,6 +89,59 @@ def test_the_report_counts_before_and_after():
     assert 2 * (36 + 240 + 40) <= before <= 2 * (36 + 240 + 40) + 100
     assert before - after == pytest.approx(2 * (18 + 120), abs=30)
     assert min(found["latency_ms"]) > 0
+
+
+@pytest.mark.parametrize("unroll", [0, 1, 2])
+def test_a_loops_body_counts_as_often_as_it_runs(unroll):
+    def fn(p, x):
+        def cell(h, _):
+            return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), h, None, 3)[0], None
+
+        h = jax.lax.scan(cell, x @ p["a"], None, 5, unroll=unroll)[0]
+        return jax.lax.cond(x[0, 0] > 0, lambda h: cell(h, None)[0], jnp.sin, h) @ p["b"]
+
+    graph = units.trace(fn, shapes(a=(3, 8), w=(8, 8), b=(8, 2)), np.zeros((1, 3)))
+    for kept, n in [({}, 8), ({"a": range(4)}, 4)]:
+        products = 2 * n * (3 + 18 * n + 2)
+        assert products <= costs.flops(graph, kept) <= products + 150
+
+
+def test_flops_that_are_not_known_are_an_error(monkeypatch):
+    def fn(p, x):
+        h = jax.lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"])), (0, x @ p["a"])
+        )[1]
+        return h @ p["b"]
+
+    params = shapes(a=(3, 8), w=(8, 8), b=(8, 2))
+    graph = units.trace(fn, params, np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="has a while loop"):
+        costs.flops(graph, {})
+    assert "flops" not in units.report(graph, {}, repeats=1)
+    _, graph = traced()
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    with pytest.raises(ValueError, match="XLA counts no FLOPs"):
+        units.prune(graph, {"a": np.ones(12)}, 100, of=costs.flops)
+
+
+def test_model_state_is_no_parameter():
+    params, state = shapes(a=(3, 4), b=(4, 2)), shapes(mean=(4,))
+
+    def apply_fn(params, model_state, x):
+        return jnp.tanh(x @ params["a"] - model_state["mean"]) @ params["b"], model_state
+
+    graph = units.trace(
+        lambda p, x: apply_fn(p["params"], p["state"], x)[0],
+        {"params": params, "state": state},
+        np.zeros((1, 3)),
+    )
+    found = units.report(graph, {"params.a": [0, 2, 3]}, repeats=1)
+    assert found["parameters"] == (20, 15)
+    arrays = jax.tree.map(jnp.asarray, (params, state))
+    expected = metrics.cost(apply_fn, *arrays, np.zeros(3), repeats=1)
+    assert (expected["parameters"], expected["bytes"]) == (20, found["bytes"][0])
+    kept = units.prune(graph, {"params.a": np.arange(4.0)}, 15, of=costs.parameters)
+    assert kept == {"params.a": [1, 2, 3]}
 
 
 # --- merge ---------------------------------------------------------------------------------------
@@ -368,6 +421,10 @@ def test_what_cannot_be_meant_is_refused():
         (lambda: merge(params, {"a": 0}), r"must lie in 1 … 4, got 0"),
         (lambda: merge(params, {"a": 2}, incoming="sum"), "incoming must be"),
         (lambda: merge(params, {"a": 2}, likeness={"a": np.ones((3, 2))}), "likeness"),
+        (lambda: merge(params, {"a": 2}, scores={"b": np.ones(6)}), r"none of \['a'\], only of"),
+        (lambda: merge(params, {"a": 2}, scores={"a": np.ones(5)}), r"must be \[4\] and finite"),
+        (lambda: merge(params, {"a": 2}, scores={"a": np.full(4, np.nan)}), "finite, got"),
+        (lambda: merge(params, {"a": 2}, scores={"a": -np.ones(4)}), "must not be negative, got -1"),
         (lambda: units.merge(softmax, params, {"a": 2}), "cannot be merged: reduce_max over it"),
         (lambda: units.select(graph, traced(a=5, b=6)[1]), "has 5 units where the teacher's a has 4"),
         (lambda: units.select(graph, traced(a=2, b=3)[1], how="block", block=2), "block must lie in"),

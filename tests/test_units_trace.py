@@ -186,6 +186,23 @@ def test_numbers_that_fn_computes_from_sizes_are_noticed():
     assert sizes(graph, exact=True) == {"q": 2}
 
 
+def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
+    def exact(fn):
+        _, graph = traced(lambda p, x: fn(p, x @ p["a"]) @ p["b"], a=(3, 15), b=(15, 2))
+        return [group.exact for group in graph.groups.values() if group.free]
+
+    def five(h):
+        return jnp.tanh(h.reshape(-1, 5)).reshape(h.shape)
+
+    assert exact(lambda p, h: h * np.full(h.shape[-1:], h.shape[-1] ** -0.5)) == [False]
+    assert exact(lambda p, h: h * np.array([h.shape[-1] ** -0.5])) == [False]
+    assert exact(lambda p, h: h * jnp.bfloat16(h.shape[-1])) == [False]
+    assert exact(lambda p, h: jnp.sin(h) ** h.shape[-1]) == [False]
+    assert exact(lambda p, h: h * np.full(h.shape[-1:], 15**-0.5)) == [True]
+    assert exact(lambda p, h: five(h * (2.0 / h.shape[-1]))) == [False, True]
+    assert exact(lambda p, h: five(h * 0.2)) == [True, True]
+
+
 def test_a_primitive_without_a_rule_is_named(monkeypatch):
     def fn(p, x):
         return jax.lax.erf_inv(x @ p["a"]) @ p["b"]
@@ -339,6 +356,27 @@ def test_model_state_and_states_of_optimizers_follow_their_parameters():
     jax.tree.map(np.testing.assert_array_equal, whole, dict(zip(params, parts, strict=True)))
     momentum = units.keep(graph, optax.sgd(1.0, momentum=0.9).init(params["params"]), kept)
     assert [np.shape(leaf) for leaf in jax.tree.leaves(momentum)] == [(3, 2), (2, 2)]
+
+
+def test_no_leaf_is_taken_for_a_parameter_of_another_first_key():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["enc"]["kernel"]) @ p["dec"]["kernel"]) @ p["last"]["w"]
+
+    params = shapes(enc={"kernel": (4, 4)}, dec={"kernel": (4, 4)}, last={"w": (4, 2)})
+    graph = units.trace(fn, params, numbers(np.zeros((2, 4))))
+    kept = {"enc.kernel": [0, 1]}
+    more = {**params, "other": {"w": np.ones((4, 2))}}
+    small = units.keep(graph, more, kept)
+    assert [small[n]["kernel"].shape for n in ("enc", "dec")] == [(4, 2), (2, 4)]
+    assert small["other"]["w"] is more["other"]["w"]
+    for unclear in ({**params, "aux": {"kernel": np.ones((4, 4))}}, params["dec"]):
+        with pytest.raises(
+            ValueError, match=r"kernel may be dec.kernel or enc.kernel, or something"
+        ):
+            units.keep(graph, unclear, kept)
+    assert units.keep(graph, {"dec": params["dec"]}, kept)["dec"]["kernel"].shape == (2, 4)
+    both = units.keep(graph, {"student": params, "teacher": params}, kept)
+    assert [both[n]["enc"]["kernel"].shape for n in both] == [(4, 2), (4, 2)]
 
 
 def test_wrong_requests_are_refused():

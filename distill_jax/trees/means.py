@@ -50,10 +50,11 @@ def lerp(tree_a: PyTree, tree_b: PyTree, t: Scalars) -> PyTree:
 def _lerp(a: Any, b: Any, t: Scalar) -> jax.Array:
     if not is_float(a):
         return jnp.where(jnp.asarray(t) == 1, b, a)
-    # From the nearer end, so that both ends, and the way between equals, are exact
+    # From the nearer end, so that both ends, and the way between equals, are exact; by halves, which
+    # are exact too, so that the largest numbers' difference is finite
     x, y, t = to_float(a), to_float(b), jnp.asarray(t)
     near = t < 0.5
-    moved = jnp.where(near, x, y) + jnp.where(near, t, t - 1) * (y - x)
+    moved = jnp.where(near, x, y) + jnp.where(near, 2 * t, 2 * (t - 1)) * (y / 2 - x / 2)
     return moved.astype(jnp.asarray(a).dtype)
 
 

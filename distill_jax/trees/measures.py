@@ -53,4 +53,6 @@ def _floats(tree_a, tree_b):
 
 
 def _dot(a, b):
-    return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), jnp.float32(0))
+    """Re Σ x̄y: the product of complex numbers as vectors of two."""
+    products = (jnp.sum(jnp.real(jnp.conj(x) * y)) for x, y in zip(a, b, strict=True))
+    return sum(products, jnp.float32(0))

@@ -293,8 +293,9 @@ def bring(
       The teacher's numbers for the student, and a report.
 
     Raises:
-      ValueError: if the networks do not correspond; if the student is the wider one, with every path
-        where it is; as :func:`match_weights` does.
+      ValueError: if the networks do not correspond; if the student is the wider one, or smaller in
+        units that cannot be selected (they are not free), with every path where it is; as
+        :func:`match_weights` does.
 
     >>> import jax.numpy as jnp
     >>> from distill_jax import units
@@ -310,7 +311,9 @@ def bring(
     """
     _check_widths(student_graph, teacher_graph, layers)
     selected = select(teacher_graph, student_graph, how=how, block=block, layers=layers)
-    written = inject(student, keep(teacher_graph, teacher, selected), layers=layers)
+    cut = keep(teacher_graph, teacher, selected)
+    _check_shapes(student, cut, layers)
+    written = inject(student, cut, layers=layers)
     if inputs is None:
         orders = match_weights(student_graph, written.params, student, groups=groups, seed=seed)
     else:
@@ -333,4 +336,20 @@ def _check_widths(student: UnitGraph, teacher: UnitGraph, layers: Mapping[str, s
         raise ValueError(
             "student: it is wider than the teacher, which has no units to fill it with: exchange the "
             "two, or give a narrower student\n" + "\n".join(wider)
+        )
+
+
+def _check_shapes(student: Any, cut: Any, layers: Mapping[str, str] | None) -> None:
+    """Of what selection has left larger, :func:`inject` would take some indices of each axis."""
+    found = trees.by_path(cut)
+    lines = []
+    for path, leaf in trees.by_path(student).items():
+        theirs = found.get(mapped_path(path, layers))
+        if theirs is not None and np.shape(theirs) != np.shape(leaf):
+            lines.append(f"{path}: {np.shape(leaf)} in the student, {np.shape(theirs)} selected")
+    if lines:
+        raise ValueError(
+            "student: units in which it is smaller than the teacher are not free there (a layer of one "
+            "unit, or frozen: print its graph), so none were selected; give it the teacher's size\n"
+            + "\n".join(lines)
         )

@@ -1,5 +1,6 @@
 """What a network costs without some of its units, and what describes the rest."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from distill_jax.units.graph import UnitGraph
 from distill_jax.units.keep import Kept, check, position_masks
+from distill_jax.units.program import Program, flatten
 from distill_jax.units.shrink import shrink
 
 Cost = Callable[[UnitGraph, Kept], float]
@@ -43,7 +46,9 @@ def share(graph: UnitGraph, kept: Kept) -> float:
 
 
 def parameters(graph: UnitGraph, kept: Kept) -> int:
-    """The number of numbers in all that was traced.
+    """The number of parameters: as :func:`distill_jax.metrics.cost` counts them, without model state.
+
+    If what was traced has a first key ``params``, these are the numbers below it, else all.
 
     Args:
       graph: as in :func:`shapes`.
@@ -55,19 +60,53 @@ def parameters(graph: UnitGraph, kept: Kept) -> int:
     >>> parameters(graph, {}), parameters(graph, {"a": [0, 3]})
     (20, 10)
     """
-    return sum(int(np.prod(like.shape)) for like in shapes(graph, kept).values())
+    sizes = {path: int(np.prod(like.shape)) for path, like in shapes(graph, kept).items()}
+    below = [size for path, size in sizes.items() if path.startswith("params.")]
+    return sum(below or sizes.values())
 
 
 def flops(graph: UnitGraph, kept: Kept) -> float:
     """Operations of a call with the traced inputs, as XLA counts them. Trace with one example.
 
+    The body of a ``scan`` counts as often as it runs; of a ``cond``, the dearest branch.
+
     Args:
       graph: as in :func:`shapes`.
       kept: likewise.
+
+    Raises:
+      ValueError: if XLA has no count, or there is a ``while`` loop, of no known number of rounds.
     """
     params, inputs = _arguments(graph, kept, jax.ShapeDtypeStruct)
-    lowered = jax.jit(shrink(graph, kept)).lower(params, *inputs)
-    return float((lowered.cost_analysis() or {}).get("flops", 0.0))
+    return _counted(jax.make_jaxpr(shrink(graph, kept))(params, *inputs))
+
+
+def _counted(closed: Any) -> float:
+    lowered = jax.jit(core.jaxpr_as_fun(closed)).lower(*closed.in_avals)
+    count = (lowered.cost_analysis() or {}).get("flops")
+    if count is None:
+        raise ValueError("graph: XLA counts no FLOPs on this device: use another cost")
+    return float(count) + _uncounted(flatten(closed))
+
+
+def _uncounted(program: Program) -> float:
+    """The rounds of loops that XLA leaves out: it counts the body once, unrolled as it is."""
+    total = 0.0
+    for step in program.steps:
+        if step.name == "while":
+            raise ValueError(
+                "graph: the network has a while loop, and how often it runs is not known: use "
+                "another cost, or write it as a scan"
+            )
+        if step.name == "cond":
+            total += max(map(_uncounted, step.bodies))
+        if step.name == "scan":
+            length = step.params["length"]
+            unroll = step.params["unroll"] or max(length, 1)  # 0: entirely
+            if rounds := length - min(length, unroll + length % unroll):
+                total += rounds * _counted(step.params["jaxpr"])
+            total += (length - rounds) * _uncounted(step.bodies[0])
+    return total
 
 
 def latency(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> float:
@@ -90,8 +129,8 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
       repeats: timed calls of each, in turn.
 
     Returns:
-      ``units``, ``parameters``, ``bytes``, ``flops`` and ``latency_ms`` of a call with the traced
-      inputs → before, after.
+      ``units``, ``parameters``, ``bytes``, ``latency_ms`` and ``flops`` (absent where :func:`flops`
+      has no count) of a call with the traced inputs → before, after.
     """
     free = {name: range(g.size) for name, g in graph.groups.items() if g.free}
     both: tuple[Kept, Kept] = free, free | dict(kept)
@@ -100,7 +139,7 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
     def pair(of: Callable[[Kept], float]) -> tuple[float, float]:
         return of(both[0]), of(both[1])
 
-    return {
+    found = {
         "units": pair(lambda kept: sum(len(indices) for indices in kept.values())),
         "parameters": pair(lambda kept: parameters(graph, kept)),
         "bytes": pair(
@@ -109,9 +148,11 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
                 for like in shapes(graph, kept).values()
             )
         ),
-        "flops": pair(lambda kept: flops(graph, kept)),
         "latency_ms": (times[0], times[1]),
     }
+    with contextlib.suppress(ValueError):  # not known
+        found["flops"] = pair(lambda kept: flops(graph, kept))
+    return found
 
 
 def architecture(graph: UnitGraph, kept: Kept) -> dict[str, Any]:

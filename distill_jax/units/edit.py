@@ -139,7 +139,7 @@ def merge(
     Raises:
       ValueError: if a group cannot be merged, with the reason: its units are summed over in another way
         than with outgoing weights, a parameter is on both sides, or the program treats units
-        differently.
+        differently; if scores are not those of the groups, not finite or negative.
 
     >>> import jax.numpy as jnp
     >>> from distill_jax import units
@@ -158,6 +158,13 @@ def merge(
             raise ValueError(f"sizes[{name!r}] must lie in 1 … {group.size}, got {size}")
     if incoming not in ("mean", "best"):
         raise ValueError(f"incoming must be 'mean' or 'best', got {incoming!r}")
+    if scores is not None:
+        _check_scores(graph, scores)
+        if missing := [name for name in sizes if name not in scores]:
+            raise ValueError(f"scores has none of {missing}, only of {list(scores)}")
+        for name in sizes:
+            if (lowest := np.min(scores[name])) < 0:
+                raise ValueError(f"scores[{name!r}] must not be negative, got {lowest}")
     alike = vectors(graph, params, incoming={name: known[name].incoming for name in sizes})
     alike |= dict(likeness or {})
     kept: Indices = {}

@@ -18,7 +18,7 @@ class Slice(NamedTuple):
     the heads and one in that of the head size. A position stays only if all its units do.
 
     Args:
-      path: of the leaf: ``jax.tree_util.keystr(path, simple=True, separator=".")``.
+      path: of the leaf: :func:`distill_jax.trees.path_name`.
       axis: of the leaf.
       index: ``[positions]``, the unit, from 0 to the group's size, to which each position along the
         axis belongs; −1 where it belongs to none of the group.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distill_jax.trees import by_path, path_name
 from distill_jax.units.edit import mapped_path
 
 
@@ -55,11 +56,11 @@ def inject(student: Any, teacher: Any, *, layers: Mapping[str, str] | None = Non
     >>> done.params["a"], done.taken, done.kept
     (Array([0., 2.], dtype=float32), {'a': 'a'}, {'b': 'the teacher has no b'})
     """
-    found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(teacher)}
+    found = by_path(teacher)
     taken, kept = {}, {}
 
     def one(key: Any, leaf: Any) -> Any:
-        path = _name(key)
+        path = path_name(key)
         source = mapped_path(path, layers)
         if source not in found:
             kept[path] = f"the teacher has no {source}"
@@ -78,7 +79,3 @@ def inject(student: Any, teacher: Any, *, layers: Mapping[str, str] | None = Non
     if not taken:
         raise ValueError(f"teacher: nothing of it fits into the student: {kept}")
     return Injected(params, taken, kept)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

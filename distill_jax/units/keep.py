@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.trees import by_path, path_name
 from distill_jax.units.graph import UnitGraph
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
@@ -18,9 +19,10 @@ def keep(graph: UnitGraph, tree: Any, kept: Kept) -> Any:
     Args:
       graph: the network's units, of :func:`distill_jax.units.trace`.
       tree: the parameters, or any pytree with leaves shaped like them whose paths end with a
-        parameter's path, such as an optimizer's state. A first key that only the traced
-        parameters have does not count: after ``trace(fn, {"params": params, "state": state}, x)``
-        come ``params``, ``state`` and ``tx.init(params)`` each by itself. Other leaves stay.
+        parameter's path, such as an optimizer's state. A tree that has none of them may lack
+        their first key: after ``trace(fn, {"params": params, "state": state}, x)`` come ``params``,
+        ``state`` and ``tx.init(params)`` each by itself. Where a tree holds the paths twice, as
+        ``{"student": params, "teacher": params}`` does, both are edited. Other leaves stay.
       kept: the indices that stay in each group, in rising order; all units of groups not named.
 
     Returns:
@@ -28,7 +30,8 @@ def keep(graph: UnitGraph, tree: Any, kept: Kept) -> Any:
 
     Raises:
       ValueError: if ``kept`` names no group of the graph, one that is not free, or no indices at all;
-        if indices are out of range or do not rise; if a leaf has another shape than its parameter.
+        if indices are out of range or do not rise; if a leaf has another shape than its parameter; if
+        without their first key several parameters have its path.
 
     >>> from distill_jax import units
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
@@ -145,23 +148,34 @@ def map_leaves(graph: UnitGraph, one: Any, tree: Any, masks: Mapping[str, Any]) 
       masks: the parameters' paths, as keys.
 
     Raises:
-      ValueError: if a leaf has another shape than its parameter.
+      ValueError: if a leaf has another shape than its parameter, or may be several.
     """
-    short: dict[str, str] = {}
+    shorter: dict[str, list[str]] = {}
     for path in graph.shapes:
-        short.setdefault(path.partition(".")[2], path)
+        shorter.setdefault(path.partition(".")[2], []).append(path)
+
+    def ends(path: str) -> list[str]:
+        parts = path.split(".")
+        return [".".join(parts[i:]) for i in range(len(parts))]
+
+    stripped = not any(tail in graph.shapes for path in by_path(tree) for tail in ends(path))
 
     def find(path: str) -> str | None:
-        parts = path.split(".")
-        tails = [".".join(parts[i:]) for i in range(len(parts))]
-        for known in ({p: p for p in graph.shapes}, short):
-            for tail in tails:
-                if tail and tail in known:
-                    return known[tail]
+        for tail in ends(path):
+            if tail in graph.shapes:
+                return tail
+            meant = shorter.get(tail, [])
+            if (len(meant) > 1 or not stripped) and not masks.keys().isdisjoint(meant):
+                raise ValueError(
+                    f"tree: {path} may be {' or '.join(meant)}, or something else: give the tree under "
+                    "its first key, or a tree of several parts (a whole train state) part by part"
+                )
+            if meant:
+                return meant[0]
         return None
 
     def visit(key: Any, leaf: Any) -> Any:
-        path = find(jax.tree_util.keystr(key, simple=True, separator="."))
+        path = find(path_name(key))
         if (
             path is None
             or path not in masks

@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-# Calls that compute what their body does. What they say of derivatives and memory is not of units.
-CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr",
-}  # fmt: skip
+from distill_jax.programs import CALLS
+
 BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 
 

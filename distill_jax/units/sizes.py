@@ -4,6 +4,7 @@ In the program they are constants. The same function with smaller arrays has oth
 what it computes is not what the larger network with silenced units computes.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ def groups_in_numbers(
     """The exact groups from whose size ``fn`` computes a number that is no size.
 
     Traces ``fn`` again with a unit less in each group; where that shows other numbers, or fails (for
-    some widths are written into ``fn``), with a unit less in the groups of one kind at a time.
+    some widths are written into ``fn``), in half of the kinds of groups, and so on down to one. A group
+    with which alone ``fn`` does not run is none of them: it can be run by its program only.
 
     Args:
       fn: as in :func:`distill_jax.units.trace`.
@@ -46,28 +48,47 @@ def groups_in_numbers(
             return None
         return list(_numbers(after)) != before
 
-    exact = [group for group in graph.groups.values() if group.free and group.exact]
-    whole = changed(exact) if exact else False
-    if whole is False:
-        return set()
+    def search(kinds: list[list[Group]]) -> set[str]:
+        groups = [group for kind in kinds for group in kind]
+        verdict = changed(groups) if groups else False
+        if verdict is False:
+            return set()
+        if verdict is None and len(kinds) == 1:
+            kinds = [[group] for group in groups]
+        everything = {group.name for group in groups} if verdict else set()
+        if len(kinds) == 1:
+            return everything
+        middle = len(kinds) // 2
+        # If it takes several kinds at once, it may be any of them
+        return search(kinds[:middle]) | search(kinds[middle:]) or everything
+
     kinds: dict[Any, list[Group]] = {}
-    for group in exact:
-        places = tuple((s.axis, len(graph.shapes[s.path].shape)) for s in group.slices)
-        kinds.setdefault((group.size, places), []).append(group)
-    constants = {abs(number) for _, numbers in before for number in numbers}
-    found: set[str] = set()
-    for (size, _), groups in kinds.items():
-        likely = np.power(float(size), [1, -1, 0.5, -0.5])
-        if whole or any(np.isclose(number, likely).any() for number in constants):
-            found |= {group.name for group in groups if changed(groups)}
-    return found
+    for group in graph.groups.values():
+        if group.free and group.exact:
+            places = tuple((s.axis, len(graph.shapes[s.path].shape)) for s in group.slices)
+            kinds.setdefault((group.size, places), []).append(group)
+    return search(list(kinds.values()))
 
 
-def _numbers(program: Program) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """The steps and their constant scalars."""
+def _numbers(program: Program) -> Iterator[Any]:
+    """The steps, their numbers, and the values that are in their constants."""
     for step in program.steps:
         constants = [program.constants[n] for n in step.inputs if n in program.constants]
-        scalars = [c for c in map(np.asarray, constants) if c.ndim == 0 and c.dtype.kind in "biuf"]
-        yield step.name, tuple(map(float, scalars))
+        # Of a convolution, how many groups of channels there are is a size
+        options = {
+            name: option for name, option in step.params.items()
+            if isinstance(option, (int, float)) and not name.endswith("group_count")
+        }  # fmt: skip
+        yield step.name, options, [_values(c) for c in constants]
         for body in step.bodies:
             yield from _numbers(body)
+
+
+def _values(constant: Any, most: int = 2**16) -> Any:
+    """What two constants have in common that hold the same values, in arrays of whatever size."""
+    if jax.dtypes.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.extended):
+        return None  # a random key
+    array = np.asarray(constant)
+    if array.size > most:
+        return array.shape, hashlib.sha256(array.tobytes()).digest()
+    return np.unique(array).tobytes()

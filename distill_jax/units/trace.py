@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distill_jax.trees import path_name
 from distill_jax.units import moves  # noqa: F401  (registers rules)
 from distill_jax.units.graph import Group, Slice, UnitGraph
 from distill_jax.units.program import Program, flatten
@@ -74,11 +75,10 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
     closed, results = jax.make_jaxpr(fresh, return_shape=True)(params, inputs)
     program = flatten(closed)
     tracer = Tracer()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for i, number in enumerate(program.inputs):
         aval = program.avals[number]
-        if i >= len(leaves) or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        if i >= len(paths) or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
             tracer.values[number] = value(fixed(n) for n in aval.shape)
         else:
             axes = [tracer.fresh(n) for n in aval.shape]
