@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -159,6 +160,10 @@ def check(config: Config, dataset: data.Dataset) -> None:
     for name in ("teacher", "student"):
         if not getattr(config, name).startswith("mlp:"):
             raise ValueError(f"{option(name)} be mlp:…, got {getattr(config, name)!r}")
+    if config.teacher.count(",") != config.student.count(","):
+        raise ValueError(
+            f"{option('student')} be as deep as the teacher, {config.teacher!r}, got {config.student!r}"
+        )
     teacher, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
     images = dataset.train.image[:2]
     units.select(graph_of(teacher, images), graph_of(student, images))
@@ -509,12 +514,11 @@ def selected(table: Mapping[str, Any], name: str) -> str:
 def sentence(table: Mapping[str, Any], name: str) -> str:
     """What the selected start did to the test errors of a setting."""
     kind = selected(table, name)
-    models_ = {k: {"test": {"errors": table[k]["test"][name]}} for k in (RANDOM, kind)}
-    text = report.summary(
-        {"models": models_}, baseline=RANDOM, model=kind,
+    pair = {k: {"test": {"errors": table[k]["test"][name]}} for k in (RANDOM, kind)}
+    return report.summary(
+        {"models": pair}, baseline=RANDOM, model=kind,
         method=f"With {name}, starting from selected units ({kind})",
     )  # fmt: skip
-    return text
 
 
 def draw(config: Config, results: Mapping[str, Any], watched: int, out: Path) -> dict[str, str]:
@@ -587,17 +591,13 @@ def main() -> int:
     }  # fmt: skip
     files.write_json(out / "results.json", files.plain(results, "results"))
     drawn = draw(config, results, min(WATCHED, len(dataset.validation.label)), out)
-    by_kind: dict[str, report.Column] = {
-        name: lambda entry, name=name: versus(entry, table[RANDOM], name) for name in chosen
-    }
+    by_kind = {name: partial(versus, random=table[RANDOM], name=name) for name in chosen}
     students = {kind: table[kind] for kind in STARTS}
-    picks: dict[str, report.Column] = {
-        name: lambda entry, name=name: picked(entry["chosen"][name]) for name in chosen
-    }
+    picks = {name: partial(picked, name=name) for name in chosen}
     teacher = report.mean_sd(table["teacher"]["test"]["errors"])
     notes = [
-        f"Test errors of {len(dataset.test.label):,} (teacher: {teacher}), by how students start, and t of "
-        f"the paired difference from random:\n\n{report.table({'models': students}, by_kind)}",
+        f"Test errors of {len(dataset.test.label):,} (teacher: {teacher}), by how students start, and "
+        f"t of the paired difference from random:\n\n{report.table({'models': students}, by_kind)}",
         "\n\n".join(sentence(table, name) for name in chosen),
         "Score, p and learning rate, chosen on validation data:\n\n"
         + report.table({"models": students}, picks),
@@ -617,8 +617,9 @@ def main() -> int:
     return 0
 
 
-def picked(choice: Mapping[str, Any]) -> str:
+def picked(entry: Mapping[str, Any], name: str) -> str:
     """A cell: what validation data chose."""
+    choice = entry["chosen"][name]
     start = Start(choice["kind"], choice["score"], choice["scale"])
     return f"{str(start)[len(start.kind) + 2 :]}, {choice['learning_rate']:g}".removeprefix(", ")
 
