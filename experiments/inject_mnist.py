@@ -6,8 +6,8 @@ numbers in random places, which keep their sizes alone. Each learns from few lab
 of examples, all seeds and learning rates in one compiled program. Score, scale and learning rate of
 each start are chosen on validation data; of the chosen ones alone the test errors are looked at.
 
-    python experiments/inject_mnist.py                          # minutes on two cores
-    python experiments/inject_mnist.py --teacher-labels 1000    # a teacher that saw no more itself
+    python experiments/inject_mnist.py                # minutes on two cores
+    python experiments/inject_mnist.py --teacher-labels 1000 --teacher-epochs 100  # saw no more itself
 """
 
 from __future__ import annotations
