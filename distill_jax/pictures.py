@@ -468,6 +468,7 @@ def curves(
     *,
     xlabel: str,
     ylabel: str,
+    log_x: bool = False,
 ) -> None:
     """Draws curves over one variable: means over seeds; the band is one standard deviation.
 
@@ -477,6 +478,7 @@ def curves(
       series: name → values ``[seeds, points]``.
       xlabel: of the axis.
       ylabel: likewise; the axis is logarithmic where values > 0 span more than a factor of 20.
+      log_x: whether x is on a logarithmic axis; then each of its points is marked.
 
     Raises:
       ValueError: if a series has other points.
@@ -494,6 +496,10 @@ def curves(
     lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
     if lowest > 0 and highest > 20 * lowest:
         axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(axis="y")
     handles, columns = axes.get_legend_handles_labels(), 1 if max(map(len, series)) > 18 else 2
