@@ -65,9 +65,9 @@ def images():
 
 
 @functools.cache
-def network(name):
-    """The model, its values' shapes by name."""
-    key = jax.random.fold_in(KEY, list(NETWORKS).index(name))
+def network(name, side=0):
+    """The model, its values' shapes by name; as student (0) and teacher (1) of other parameters."""
+    key = jax.random.fold_in(KEY, 2 * list(NETWORKS).index(name) + side)
     if name == "linen":
         model = models.from_linen(LinenCNN(), key, images())
     else:
@@ -92,7 +92,7 @@ def captured(name, side):
 
 @functools.cache
 def teacher_features(name):
-    model, _ = network(name)
+    model, _ = network(name, 1)
     (_, features), _ = jax.jit(captured(name, 1))(model.params, model.model_state, images())
     return jax.tree.map(np.asarray, features)
 
