@@ -23,7 +23,7 @@ spec.loader.exec_module(inject_mnist)
 
 SMALL = [
     *("--dataset", "digits", "--seeds", "2", "--teacher", "mlp:12,8", "--student", "mlp:6,4"),
-    *("--labels", "20", "40", "--epochs", "2", "--batch-size", "10", "--teacher-epochs", "1"),
+    *("--labels", "20", "40", "--epochs", "2", "--batch-size", "10", "--teacher-epochs", "2"),
     *("--learning-rates", "0.01", "0.03", "--scores", "l2", "--scales", "0.5"),
     *("--examples", "64"),
 ]
