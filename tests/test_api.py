@@ -18,8 +18,8 @@ from distill_jax import losses
 ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
-    {"files", "augment", "parallel", "losses", "capture", "matching", "codec", "programs"},
-    {"trees"},
+    {"files", "augment", "parallel", "losses", "capture", "matching", "programs"},
+    {"codec", "trees"},
     {
         "learned",
         "train",

@@ -68,8 +68,8 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
         far, near = (results["cosines"][f"{width}, {name}"] for name in ("as trained", "aligned"))
         assert (np.asarray(near) > far).all()
     text = (out / "report.md").read_text()
-    assert "At λ = 0.5 the better reading" in printed
-    assert "At λ = 0.5 the better reading" in text
+    assert "At λ = 0.5 a reading" in printed
+    assert "At λ = 0.5 a reading" in text
 
     # As if killed in the middle
     for name in ("unequal widths-all labels-soft labels", "sweep-through at all λ"):
