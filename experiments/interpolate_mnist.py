@@ -432,7 +432,7 @@ def verdict(results: Mapping[str, Any]) -> str:
     ]
     return (
         f"At λ = {results['config']['rate']:g} a reading of the interpolation made clearly fewer test "
-        f"errors (paired t, two-sided 5 %) {', and '.join(texts)}."
+        f"errors (paired t, 5 % on two sides) {', and '.join(texts)}."
     ).replace("-", "−")
 
 
