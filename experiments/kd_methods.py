@@ -66,7 +66,8 @@ class Method(NamedTuple):
     layers: Literal["maps", "map", "vector", "logits"]
 
 
-# Weights of the papers or of RepDistiller. Its PKT is ours by the size of the batch, 64.
+# Weights of the papers or of RepDistiller, whose PKT is ours by the size of the batch, 64; of CC, which
+# is another loss there, and of methods it does not have, 1 or what brings them to KD's size: not tuned.
 METHODS: dict[str, Method] = {
     "kd": Method(0.1, 0.9, on_logits(kl), "logits"),
     "lskd": Method(0.1, 9.0, on_logits(standardized_kl), "logits"),

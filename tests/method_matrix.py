@@ -197,7 +197,7 @@ def failures(losses):
     return {
         method: values
         for method, values in losses.items()
-        if not (np.isfinite(values).all() and min(values) < values[0])
+        if not (np.isfinite(values).all() and min(values) < (1 - 1e-6) * values[0])
     }
 
 

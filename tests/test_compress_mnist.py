@@ -34,6 +34,23 @@ def run(capsys, monkeypatch, *arguments, small=SMALL):
     return exit_.value.code, captured.out, captured.err
 
 
+def test_a_network_of_no_units_of_the_original_is_not_chosen(monkeypatch):
+    search = object.__new__(compress_mnist.Search)
+    search.config = compress_mnist.Config(budget=0.1)
+    search.tried = {
+        "fresh 0.1": ("fresh", False, 0.1),
+        "prune 0.5": ("prune", False, 0.5),
+        "merge 0.3": ("merge", False, 0.3),
+    }
+    losses = {"original": 1.0, "fresh 0.1": 1.0, "prune 0.5": 1.05, "merge 0.3": 1.2}
+    sizes = {"original": 10, "fresh 0.1": 1, "prune 0.5": 5, "merge 0.3": 3}
+    monkeypatch.setattr(search, "loss", losses.get, raising=False)
+    monkeypatch.setattr(search, "size", sizes.get, raising=False)
+    assert search.chosen() == "prune 0.5"
+    losses["prune 0.5"] = 1.2
+    assert search.chosen() == "original"
+
+
 def test_a_whole_run_and_a_resume(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     options = ["--out", out, "--budget", 10]  # all are within it: the smallest is chosen

@@ -131,7 +131,8 @@ def test_outputs_and_features_are_the_originals(description):
         return logits, dict(zip(names, features, strict=True)), network(x)
 
     logits, features, training_logits = run(weights, jnp.asarray(images(), jnp.float32))
-    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=1e-3)
+    atol = max(1e-4, 1e-6 * np.abs(expected["logits"]).max())  # ShuffleNetV2's reach 1650 here
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-4, atol=atol)
     np.testing.assert_allclose(training_logits, expected["training_logits"], rtol=1e-3, atol=1e-3)
     for kind, names in zip(("features", "preactivations"), lists, strict=True):
         ours = np.array([fingerprint(features[name]) for name in names])
