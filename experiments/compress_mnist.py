@@ -26,10 +26,10 @@ import jax
 import numpy as np
 import tyro
 
-from distill_jax import data, files, losses, metrics, models, objectives, pictures, report, runs
-
-from distill_jax import study, units  # isort: skip
-from distill_jax.lab import Lab, adam, arrays, begin, prepare, recorded, work
+from distill_jax import (  # isort: skip
+    data, files, losses, metrics, models, objectives, pictures, report, runs, study, targets, units,
+)  # fmt: skip
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, recorded, work
 from distill_jax.study import Trained
 
 OPERATORS = ("prune", "merge", "select", "prune+merge", "fresh")
@@ -62,6 +62,8 @@ class Config:
     """Adam's, at its highest: a rise over one epoch, then a cosine to 0"""
     batch_size: int = 128
     """examples a step"""
+    jitter: int = 0
+    """pixels by which training images are shifted at random; the original labels the shifted ones"""
     operators: tuple[str, ...] = OPERATORS
     """of prune, merge, select, prune+merge and fresh"""
     iterative: tuple[str, ...] = ("prune", "merge")
@@ -125,7 +127,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}"
             )
-    for name in ("budget", "refinements", "save_seconds"):
+    for name in ("budget", "refinements", "jitter", "save_seconds"):
         if not getattr(config, name) >= 0:
             raise ValueError(
                 f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}"
@@ -255,6 +257,11 @@ def edit(
     return edited["params"], edited["state"]
 
 
+def effort(config: Config, share: float) -> float:
+    """The work of an epoch of fine-tuning, in epochs of the original, whose forward pass is a third."""
+    return share + bool(config.jitter) / 3
+
+
 class Search:
     """The loop of all seeds: edits, fine-tuning, figures of validation, what to try next.
 
@@ -271,23 +278,25 @@ class Search:
         self.apply_fn = build(small, lab.dataset, config.original, 0).apply_fn
         self.trained: list[dict[str, Trained]] = []
         self.before: list[dict[str, dict[str, dict[str, float]]]] = []
-        self.labels: list[np.ndarray] = []
+        self.training: list[dict[str, np.ndarray]] = []  # of the fine-tuning
         self.tried: dict[str, tuple[str, bool, float]] = {}  # name → operator, iterative, share
 
     def begin(self) -> None:
-        """Trains the originals, and stores their soft labels."""
+        """Trains the originals, and stores their soft labels where the images stay as they are."""
         config, lab = self.config, self.lab
+        training = arrays(lab.dataset.train)
         for seed in range(config.seeds):
             model = build(config, lab.dataset, config.original, seed)
             original = lab.train(
-                "original", seed, model, objectives.supervised(model.apply_fn),
-                arrays(lab.dataset.train), epochs=config.epochs,
-                tx=adam(config.learning_rate, config.epochs), batch_size=config.batch_size,
-                order_seed=10_000 + seed, unit=self.unit,
+                "original", seed, model, objectives.supervised(model.apply_fn), training,
+                epochs=config.epochs, tx=adam(config.learning_rate, config.epochs),
+                batch_size=config.batch_size, order_seed=10_000 + seed, unit=self.unit,
+                transform=jittered(config.jitter) if config.jitter else plain,
             )  # fmt: skip
             self.trained.append({"original": original})
             self.before.append({})
-            self.labels.append(lab.store_labels(seed, original))
+            stored = {} if config.jitter else {"teacher": lab.store_labels(seed, original)}
+            self.training.append(training | stored)
 
     def attempt(self, operator: str, share: float, start: str = "original") -> str:
         """Edits and fine-tunes one network a seed; returns its name.
@@ -322,11 +331,23 @@ class Search:
                 objectives.distill(
                     model.apply_fn, temperature=config.temperature, alpha=config.alpha
                 ),
-                arrays(lab.dataset.train) | {"teacher": self.labels[seed]},
-                epochs=config.tuning_epochs, tx=adam(config.learning_rate, config.tuning_epochs),
-                batch_size=config.batch_size, order_seed=20_000 + seed, unit=self.unit * share,
+                self.training[seed], epochs=config.tuning_epochs,
+                tx=adam(config.learning_rate, config.tuning_epochs), batch_size=config.batch_size,
+                order_seed=20_000 + seed, unit=self.unit * effort(config, share),
+                **self.labelling(seed),
             )  # fmt: skip
         return name
+
+    def labelling(self, seed: int) -> dict[str, Any]:
+        """How a batch of the fine-tuning is prepared: where it is shifted, the original labels it."""
+        if not self.config.jitter:
+            return {}
+        original = self.trained[seed]["original"]
+        label, shift = targets.make_label(original.apply_fn), jittered(self.config.jitter)
+        return {
+            "transform": lambda variables, batch, key: label(variables, shift(None, batch, key)),
+            "context": original.variables,
+        }
 
     def loss(self, name: str) -> float:
         """Validation loss in nats, the mean over seeds."""
@@ -489,10 +510,9 @@ def main() -> int:
     config, dataset = parse()
     out = begin("compress_mnist", config, dataset, PRACTICAL)
     unit = work(build(config, dataset, config.original, 0), dataset)
-    # In epochs of the original: the smaller networks' take less time, nearly by their share
-    shares = sum(config.shares)
+    shares = sum(effort(config, share) for share in config.shares)
     edits = shares * (len(config.operators) + len(config.iterative))
-    edits += (config.refinements + 1) * min(config.shares)
+    edits += (config.refinements + 1) * effort(config, min(config.shares))
     progress = runs.Progress(config.seeds * unit * (config.epochs + config.tuning_epochs * edits))
     lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     search = Search(config, lab, unit)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill_jax import data, models, runs, units
+from distill_jax import data, models, runs, study, units
 
 PATH = Path(__file__).parents[1] / "experiments" / "compress_mnist.py"
 spec = importlib.util.spec_from_file_location("compress_mnist", PATH)
@@ -129,6 +129,22 @@ def test_merging_gives_a_doubled_network_back(digits):
         model.apply_fn(merged, state, images)[0], small.apply_fn(*small[1:], images)[0],
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
+
+
+def test_shifted_images_are_labelled_as_they_are_shifted(digits):
+    config = compress_mnist.Config(original="mlp:8", jitter=1)
+    model = compress_mnist.build(config, digits, "mlp:8", 0)
+    search = object.__new__(compress_mnist.Search)
+    search.config = config
+    search.trained = [{"original": study.Trained(model.apply_fn, model[1:], {}, 0.0, None, None)}]
+    how = search.labelling(0)
+    batch = {"image": digits.train.image[:16], "label": digits.train.label[:16]}
+    made = how["transform"](how["context"], batch, jax.random.key(0))
+    assert np.abs(made["image"] - compress_mnist.prepare(batch["image"])).max() > 0.1
+    expected, _ = model.apply_fn(*model[1:], made["image"])
+    np.testing.assert_allclose(made["teacher"], expected, rtol=1e-6)
+    search.config = dataclasses.replace(config, jitter=0)
+    assert search.labelling(0) == {}
 
 
 @pytest.mark.parametrize("score", compress_mnist.SCORES)
