@@ -27,6 +27,7 @@ __all__ = [
     "metrics",
     "models",
     "objectives",
+    "options",
     "parallel",
     "pictures",
     "programs",

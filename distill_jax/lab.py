@@ -1,7 +1,6 @@
 """What the experiments share: one model trained in a run's directory, and judged."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import optax
 
 from distill_jax import augment, fit, models, parallel, runs, targets, train
 from distill_jax.data import Dataset, Split
+from distill_jax.options import Options
 from distill_jax.study import Trained
 
 
@@ -63,30 +63,25 @@ def adam(learning_rate: float, epochs: int) -> Callable[[int], optax.GradientTra
     return make
 
 
-def begin(experiment: str, config: Any, dataset: Dataset, practical: Sequence[str]) -> Path:
+def begin(experiment: str, config: Options, dataset: Dataset) -> Path:
     """Opens a run's directory, and says what it is about.
 
     Args:
       experiment: its name.
-      config: its options, a dataclass, among them ``dataset``, ``preset``, ``out`` and ``restart``.
+      config: its options; the directory is named after the preset too, where there are several.
       dataset: of :func:`distill_jax.data.load`.
-      practical: the options on which results do not depend.
     """
     print(f"Data: {dataset.name}, {dataset.source}.")
-    identity = recorded(config, practical) | {
+    identity = config.recorded() | {
         "distill_jax": runs.environment()["distill_jax"],
         "data": targets.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
     }
-    folder = f"{experiment}-{dataset.name.replace('/', '-')}-{config.preset}"
-    out = config.out or Path("runs") / f"{folder}-{runs.config_digest(identity)}"
+    names = [experiment, dataset.name.replace("/", "-"), getattr(config, "preset", "")]
+    folder = "-".join([*filter(None, names), runs.config_digest(identity)])
+    out = config.out or Path("runs") / folder
     runs.open_run(out, identity, restart=config.restart)
     print(f"Run: {out} (the same command goes on where it was stopped)")
     return out
-
-
-def recorded(config: Any, practical: Sequence[str]) -> dict[str, Any]:
-    """Lists the options on which results depend: all of a dataclass but the ``practical``."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in practical}
 
 
 @dataclass(frozen=True)

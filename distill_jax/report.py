@@ -200,7 +200,6 @@ def write_report(
     pictures: Mapping[str, str],
     notes: Sequence[str] = (),
     *,
-    command: str,
     columns: Mapping[str, Column] = COLUMNS,
     headline: str = "",
     **comparison: str,
@@ -212,7 +211,6 @@ def write_report(
       results: see the module; all numbers come from here.
       pictures: caption → file name.
       notes: paragraphs to add below the tables.
-      command: runs the experiment again.
       columns: of the first table, as in :func:`table`.
       headline: what was found, in a sentence; by default what :func:`summary` says.
       **comparison: ``baseline``, ``model`` and ``method`` of that.
@@ -245,7 +243,7 @@ def write_report(
         _properties(results["environment"]),
         f"Seconds: {', '.join(times)}.",
         "## To run it again",
-        f"```sh\n{command}\n```\n",
+        f"```sh\n{results['command']}\n```\n",
     ]
     text = "\n\n".join(sections)
     files.write_atomically(

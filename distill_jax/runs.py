@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -96,6 +97,11 @@ def _refuse_other_config(saved: Path, config: Mapping[str, Any]) -> None:
 def config_digest(config: Mapping[str, Any]) -> str:
     """Eight hex digits that tell one configuration from another."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def command() -> str:
+    """The command line of this process, to be pasted into a shell."""
+    return shlex.join(["python", *sys.argv])
 
 
 def environment() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from distill_jax import metrics, pictures, runs
 from distill_jax.data import Dataset
 from distill_jax.fit import History
+from distill_jax.options import Options
 
 
 class Trained(NamedTuple):
@@ -37,12 +38,44 @@ class Trained(NamedTuple):
 Study = Sequence[Mapping[str, Trained]]
 
 
+def record(
+    experiment: str,
+    dataset: Dataset,
+    models: Mapping[str, Any],
+    *,
+    config: Options,
+    seconds: Mapping[str, Any],
+    **further: Any,
+) -> dict[str, Any]:
+    """What results.json says of any experiment.
+
+    Args:
+      experiment: its name.
+      dataset: of :func:`distill_jax.data.load`.
+      models: name → what was found of it.
+      config: the experiment's options.
+      seconds: times, one or one a seed.
+      **further: what else was found.
+    """
+    splits = {s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")}
+    return {
+        "experiment": experiment,
+        "dataset": {"name": dataset.name, "source": dataset.source, **splits},
+        "config": config.recorded(),
+        "command": runs.command(),
+        "environment": runs.environment(),
+        "seconds": dict(seconds),
+        "models": dict(models),
+        **further,
+    }
+
+
 def results(
     experiment: str,
     dataset: Dataset,
     trained: Study,
     *,
-    config: Mapping[str, Any],
+    config: Options,
     seconds: Mapping[str, float],
     prepare: Callable[[Any], Any],
     reference: str = "teacher",
@@ -53,7 +86,7 @@ def results(
       experiment: its name.
       dataset: of :func:`distill_jax.data.load`.
       trained: for each seed its models by name; one is the reference, to which the others are held.
-      config: the experiment's options, JSON values.
+      config: the experiment's options.
       seconds: further times, beside those of the trainings.
       prepare: turns images uint8 ``[n, height, width, channels]`` into the models' input.
       reference: the name of that one.
@@ -75,16 +108,8 @@ def results(
             "validation": {"errors": [float(values.sum()) for values in wrong]},
             "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
         }
-    splits = {s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")}
-    return {
-        "experiment": experiment,
-        "dataset": {"name": dataset.name, "source": dataset.source, **splits},
-        "config": dict(config),
-        "environment": runs.environment(),
-        "seconds": {name: [seed[name].seconds for seed in trained] for name in trained[0]}
-        | dict(seconds),
-        "models": models,
-    }
+    times = {name: [seed[name].seconds for seed in trained] for name in trained[0]}
+    return record(experiment, dataset, models, config=config, seconds=times | dict(seconds))
 
 
 def draw(out: Path, dataset: Dataset, trained: Study, shown: Sequence[str]) -> dict[str, str]:

@@ -10,105 +10,59 @@ walked again. BatchNorm's statistics are re-estimated at each point.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-import shlex
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from distill_jax import (  # isort: skip
     connectivity, data, files, fit, models, objectives, pictures, report, runs, study, trees, units,
 )  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, prepare, recorded, work
+from distill_jax.lab import Lab, adam, arrays, begin, prepare, work
+from distill_jax.options import Count, Options, Positive, parse
 from distill_jax.study import Trained
 
 WAYS = ("as trained", "aligned by weights", "aligned by activations")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    preset: str = "default"
-    """there is one"""
-    seeds: int = 3
+    seeds: Count = 3
     """how many pairs of each network"""
     models: tuple[str, ...] = ("mlp:512,512,512", "convnet:16,32")
     """such as mlp:512 or convnet:16,32 (that with BatchNorm)"""
-    epochs: int = 8
+    epochs: Count = 8
     """of all networks"""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """examples a step"""
     points: int = 11
     """on the line, its ends included"""
-    examples: int = 500
+    examples: Count = 500
     """training images on which activations are compared and BatchNorm's statistics estimated"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless alignment by weights takes at least 60 % off the first model's barrier"""
 
 
 SMALL_IMAGES: dict[str, Any] = {"epochs": 60, "batch_size": 32}
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "preset", "out", "restart", "save_seconds", "check")
-
-
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
-    check(config, dataset)
-    return config, dataset
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-    available = len(dataset.train.id)
-    for name in ("seeds", "epochs", "batch_size", "examples", "points"):
-        least = 3 if name == "points" else 1
-        if getattr(config, name) < least:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least {least}, got {getattr(config, name)}")
-    for name in ("batch_size", "examples"):
-        if getattr(config, name) > available:
-            option = name.replace("_", "-")
-            raise ValueError(
-                f"--{option} must be at most the number of training examples, {available}, got "
-                f"{getattr(config, name)}"
-            )
-    if config.points % 2 == 0:
-        raise ValueError(f"--points must be odd, to have one in the middle, got {config.points}")
-    if not 0 < config.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate must be positive, got {config.learning_rate}")
-    if not config.save_seconds >= 0:
-        raise ValueError(f"--save-seconds must not be negative, got {config.save_seconds}")
-    if not config.models or len(set(config.models)) < len(config.models):
-        raise ValueError(f"--models must be at least one, and different, got {config.models}")
+    config.fit(len(dataset.train.id), "batch_size", "examples")
+    config.need("points", config.points >= 3, "be at least 3")
+    config.need("points", config.points % 2 == 1, "be odd, to have one in the middle")
+    different = len(set(config.models)) == len(config.models) > 0
+    config.need("models", different, "be at least one, and different")
     for description in config.models:
         build(description, dataset, 0)
 
@@ -199,8 +153,9 @@ def verdict(barriers: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("barrier_mnist", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    check(config, dataset)
+    out = begin("barrier_mnist", config, dataset)
     # The unit of work is an epoch of the first network
     works = [work(build(name, dataset, 0), dataset) for name in config.models]
     total = 2 * config.seeds * config.epochs * sum(works) / works[0]
@@ -229,7 +184,7 @@ def main() -> int:
         "barrier_mnist",
         dataset,
         trained,
-        config=recorded(config, PRACTICAL),
+        config=config,
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
         reference=config.models[0],
@@ -257,7 +212,7 @@ def main() -> int:
     sentences = verdict(barriers)
     ends = [f"{config.models[0]}, midpoint, {name}" for name in WAYS]
     report.write_report(
-        out, results, drawn, sentences, command=shlex.join(["python", *sys.argv]), columns=columns,
+        out, results, drawn, sentences, columns=columns,
         baseline=ends[0], model=ends[1], method="Alignment of units before averaging",
     )  # fmt: skip
     print()

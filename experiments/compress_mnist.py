@@ -14,7 +14,7 @@ within the budget is searched between the shares tried, and named. The test set 
 from __future__ import annotations
 
 import dataclasses
-import shlex
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 
 from distill_jax import (  # isort: skip
     data, files, losses, metrics, models, objectives, pictures, report, runs, study, targets, units,
 )  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, recorded, work
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, work
+from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
 OPERATORS = ("prune", "merge", "select", "prune+merge", "fresh")
@@ -38,31 +38,24 @@ FIGURES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall",
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    preset: Literal["quick"] = "quick"
-    """the only one"""
-    seeds: int = 3
+    seeds: Count = 3
     """how many repetitions, each with its own original"""
     original: str = "mlp:128"
     """such as mlp:128, mlp:1200,1200 or convnet:16,32"""
-    epochs: int = 15
+    epochs: Count = 15
     """the original's"""
-    tuning_epochs: int = 20
+    tuning_epochs: Count = 20
     """of fine-tuning after each edit"""
-    dropout: float = 0.2
+    dropout: Dropout = 0.2
     """of the original's hidden units"""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Adam's, at its highest: a rise over one epoch, then a cosine to 0"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """examples a step"""
-    jitter: int = 0
+    jitter: Whole = 0
     """pixels by which training images are shifted at random; the original labels the shifted ones"""
     operators: tuple[str, ...] = OPERATORS
     """of prune, merge, select, prune+merge and fresh"""
@@ -70,88 +63,42 @@ class Config:
     """those that are also applied step by step"""
     shares: tuple[float, ...] = (0.5, 0.3, 0.18, 0.11, 0.065)
     """of the units that stay, falling"""
-    refinements: int = 2
+    refinements: Whole = 2
     """further shares, between the smallest network within the budget and the next smaller one"""
-    budget: float = 0.02
+    budget: Amount = 0.02
     """nats by which the validation loss may exceed the original's, on the mean over seeds"""
     score: str = "l1"
     """by which units are pruned, and weighted when merged: l1, l2, taylor, fisher, apoz,
     mean_activation, fpgm, lamp or random"""
     likeness: Literal["activations", "weights"] = "activations"
     """by which units are merged"""
-    examples: int = 1024
+    examples: Count = 1024
     """training examples on which units are scored and compared"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, of the distillation"""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """the labels' share of the fine-tuning loss; the rest is the original's"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless a smaller network is within the budget, and one of half the units (of the test
     accuracy) within 0.3 points of the original"""
 
 
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 SMALL_IMAGES: dict[str, Any] = {
     "epochs": 60, "tuning_epochs": 40, "batch_size": 32, "learning_rate": 3e-3,
 }  # fmt: skip
 
 
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
-    check(config, dataset)
-    return config, dataset
-
-
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-    for name in ("seeds", "epochs", "tuning_epochs", "batch_size", "examples"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
-            )
-    for name in ("learning_rate", "temperature"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}"
-            )
-    for name in ("budget", "refinements", "jitter", "save_seconds"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}"
-            )
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"--alpha must lie in [0, 1], got {config.alpha}")
-    for name, known in (("operators", OPERATORS), ("iterative", OPERATORS[:-1])):
-        if unknown := set(getattr(config, name)) - set(known):
-            raise ValueError(f"--{name} must be of {', '.join(known)}, got {sorted(unknown)}")
-    if config.score not in SCORES:
-        raise ValueError(f"--score must be one of {', '.join(SCORES)}, got {config.score!r}")
-    shares = config.shares
-    if not shares or not all(0 < b < a < 1 for a, b in zip((0.999, *shares), shares, strict=False)):
-        raise ValueError(f"--shares must fall and lie between 0 and 1, got {shares}")
-    if not config.operators:
-        raise ValueError("--operators must name at least one")
-    most = len(dataset.train.label)
-    for name in ("batch_size", "examples"):
-        if getattr(config, name) > most:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be 1 to the number of training examples, {most}"
-            )
-    if config.original.partition(":")[0] not in ("mlp", "convnet"):
-        raise ValueError(f"--original must be mlp:… or convnet:…, got {config.original!r}")
+    config.fit(len(dataset.train.id), "batch_size", "examples")
+    config.among("operators", OPERATORS)
+    config.among("iterative", OPERATORS[:-1])
+    config.among("score", SCORES)
+    config.need("operators", bool(config.operators), "name at least one")
+    falling = all(a > b for a, b in itertools.pairwise((1.0, *config.shares, 0.0)))
+    config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
+    kind = config.original.partition(":")[0]
+    config.need("original", kind in ("mlp", "convnet"), "be mlp:… or convnet:…")
     build(config, dataset, config.original, 0)
 
 
@@ -507,8 +454,9 @@ def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("compress_mnist", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    check(config, dataset)
+    out = begin("compress_mnist", config, dataset)
     unit = work(build(config, dataset, config.original, 0), dataset)
     shares = sum(effort(config, share) for share in config.shares)
     edits = shares * (len(config.operators) + len(config.iterative))
@@ -520,7 +468,7 @@ def main() -> int:
     progress.close()
 
     results = study.results(
-        "compress_mnist", dataset, search.trained, config=recorded(config, PRACTICAL),
+        "compress_mnist", dataset, search.trained, config=config,
         seconds={"total": time.monotonic() - started}, prepare=prepare, reference="original",
     )  # fmt: skip
     for name, model in results["models"].items():
@@ -545,7 +493,7 @@ def main() -> int:
     twin = twin if twin in results["models"] else "original"
     method = "Compression" if twin == "original" else "Starting from units of the original"
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]),
+        out, results, drawn, notes,
         baseline=twin, model=best, method=method,
     )  # fmt: skip
     columns = {"validation NLL": validation_loss, **report.COLUMNS, **report.FURTHER_COLUMNS}

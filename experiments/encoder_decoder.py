@@ -13,10 +13,8 @@ The defaults shown are those of an mlp on MNIST; a convnet and small images have
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,38 +25,36 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-import tyro
 
 from distill_jax import (  # isort: skip
-    bottleneck, codec, data, factors, files, losses, metrics, models, objectives, pictures, report,
-    runs, stages, study, targets,
+    bottleneck, codec, data, factors, files, losses, metrics, models, objectives, options, pictures,
+    report, runs, stages, study, targets,
 )  # fmt: skip
 from distill_jax.capture import layer_shapes
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, recorded
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare
+from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of an mlp on MNIST."""
 
     original: Literal["linear", "mlp", "convnet"] = "linear"
     """what is compressed"""
     dataset: str = "auto"
     """a network's: auto (MNIST where it can be had, else digits), or any that kd_mnist.py takes"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    seeds: int = 5
+    seeds: Count = 5
     """how many repetitions, each with its own network (of the linear map there is one)"""
-    inputs: int = 64
+    inputs: Count = 64
     """width of the linear original's inputs"""
-    outputs: int = 32
+    outputs: Count = 32
     """width of its outputs"""
-    examples: int = 8192
+    examples: Count = 8192
     """how many inputs to draw for training, and as many for validation and for testing"""
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[Count, ...] = ()
     """widths of the linear codes (default: all)"""
-    condition: float = 1000.0
+    condition: Positive = 1000.0
     """by how much the widest direction that the linear inputs are drawn from exceeds the narrowest"""
     model: str = "mlp:1200,1200"
     """the network: a family and its widths, such as convnet:16,32"""
@@ -66,49 +62,43 @@ class Config:
     """the network on the device; the code is a further layer after it"""
     feature: str = "dense.1"
     """where a code enters the original: a layer's name"""
-    budget: float = 0.15
+    budget: Positive = 0.15
     """the share of its parameters (or FLOPs) that the factorised network keeps"""
     of: Literal["parameters", "flops"] = "parameters"
     """what the budget counts"""
     codes: tuple[str, ...] = ("16x8", "8x4", "4x4", "4x2")
     """width × bits of the codes that are sent"""
-    images: tuple[int, ...] = (2, 32)
+    images: tuple[Count, ...] = (2, 32)
     """widths of the autoencoders' codes, of 32-bit numbers"""
-    inputs_weight: float = 10.0
+    inputs_weight: Amount = 10.0
     """of the images' mean squared error in the autoencoders' loss"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, softens the predictions"""
-    alpha: float = 0.0
+    alpha: Share = 0.0
     """the labels' share of the loss; the rest is the original's"""
-    original_epochs: int = 20
+    original_epochs: Count = 20
     """epochs of the network's own training"""
-    original_learning_rate: float = 1e-3
+    original_learning_rate: Positive = 1e-3
     """its rate, at its highest (Adam)"""
-    dropout: float = 0.2
+    dropout: Dropout = 0.2
     """of its hidden units, in training"""
-    epochs: int = 6
+    epochs: Count = 6
     """of the factorised network's"""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """of it, at its highest"""
-    stage_epochs: int = 8
+    stage_epochs: Count = 8
     """the most epochs that a stage of a pair may take (linear: 1500)"""
-    stage_learning_rate: float = 2e-3
+    stage_learning_rate: Positive = 2e-3
     """of a stage, at its highest (linear: 0.01, constant)"""
-    tolerance: float = 0.02
+    tolerance: Amount = 0.02
     """a stage has converged when the validation loss improves relatively by less than this (linear:
     1e-4)"""
-    patience: int = 2
+    patience: Count = 2
     """within so many epochs (linear: 100)"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """examples a step; a linear original is trained on all at once"""
-    jitter: int = 2
+    jitter: Whole = 2
     """pixels by which training images are shifted at random; the original labels them as they are"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless linear codes are within 0.1 % of the optimum, or the factorised network within
     0.15 points of the original"""
@@ -139,8 +129,6 @@ DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 EXCESS, POINTS = 1e-3, 0.15
 TUNED = "whitened SVD, distilled"
 EPOCHS = (
@@ -168,47 +156,23 @@ COLUMNS: Mapping[str, report.Column] = {
 }
 
 
-def parse() -> tuple[Config, data.Dataset | None]:
-    """Reads the command line; what it leaves out depends on the original and on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    dataset, small = None, False
-    if config.original != "linear":
-        dataset = data.load(config.dataset, data_dir=config.data_dir)
-        small = max(dataset.train.image.shape[1:3]) < 16
-    changes = DEFAULTS.get((config.original, small), {})
-    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
-    check(config, dataset)
-    return config, dataset
+def load(config: Config) -> data.Dataset | None:
+    """Loads the data set of a network."""
+    return None if config.original == "linear" else options.load(config)
 
 
 def check(config: Config, dataset: data.Dataset | None) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-
-    def need(name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            value = getattr(config, name)
-            raise ValueError(f"--{name.replace('_', '-')} must {expected}, got {value}")
-
-    for name in ("seeds", "inputs", "outputs", "examples", "original_epochs", "epochs",
-                 "stage_epochs", "patience", "batch_size"):  # fmt: skip
-        need(name, getattr(config, name) >= 1, "be at least 1")
-    for name in ("temperature", "learning_rate", "stage_learning_rate", "original_learning_rate"):
-        need(name, 0 < getattr(config, name) < math.inf, "be positive")
-    need("tolerance", 0 <= config.tolerance < 1, "lie in [0, 1)")
-    need("alpha", 0 <= config.alpha <= 1, "lie in [0, 1]")
-    need("budget", 0 < config.budget <= 1, "lie in (0, 1]")
+    need = config.need
+    need("tolerance", config.tolerance < 1, "be below 1")
+    need("budget", config.budget <= 1, "be at most 1")
     need("condition", config.condition >= 1, "be at least 1")
-    for name in ("inputs_weight", "jitter", "save_seconds"):
-        need(name, getattr(config, name) >= 0, "not be negative")
     if dataset is None:
         widest = min(config.inputs, config.outputs)
-        need("ranks", all(1 <= r <= widest for r in config.ranks), f"lie in 1 to {widest}")
+        need("ranks", all(r <= widest for r in config.ranks), f"be at most {widest}")
         need("examples", config.examples > config.inputs, f"exceed --inputs, {config.inputs}")
         return
-    need(
-        "batch_size", config.batch_size <= len(dataset.train.id), "not exceed the training examples"
-    )
-    need("images", all(w >= 1 for w in config.images), "be widths of at least 1")
+    config.fit(len(dataset.train.id), "batch_size")
     widths = [parse_code(code)[0] for code in config.codes]
     original = build(config, dataset, config.model, 0)
     build(config, dataset, config.encoder, 0)
@@ -253,7 +217,7 @@ def linear(config: Config) -> int:
     """Holds codes of all widths to the optimum; returns the exit status."""
     started = time.monotonic()
     params, dataset = draw_linear(config)
-    out = begin("encoder_decoder", config, dataset, PRACTICAL)
+    out = begin("encoder_decoder", config, dataset)
     train, validation, test = dataset.train, dataset.validation, dataset.test
     frame = codec.coordinates(train.image, train.label)
 
@@ -343,16 +307,15 @@ def linear(config: Config) -> int:
             f"b {params['bias'].item():.6f} as {b.item():.6f}"
         )
     results = {
-        "experiment": "encoder_decoder", "config": recorded(config, PRACTICAL), "widths": rows,
+        "experiment": "encoder_decoder", "config": config.recorded(), "widths": rows,
         "environment": runs.environment(), "seconds": time.monotonic() - started,
     }  # fmt: skip
     files.write_json(out / "results.json", results)
-    command = shlex.join(["python", *sys.argv])
     body = "\n\n".join([
         "# A linear original through narrow codes", f"**{verdict}**", text,
         f"Error, optimum, excess: of the training data's outputs, relative to their variance. {EPOCHS}",
         "![Error against the width of the code](widths.png)" * drawn, "\n".join(lines[1:]),
-        f"```sh\n{command}\n```\n",
+        f"```sh\n{runs.command()}\n```\n",
     ])  # fmt: skip
     files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
     print(f"\n{text}\n")
@@ -534,7 +497,7 @@ def train_pairs(
 def network(config: Config, dataset: data.Dataset) -> int:
     """Compresses a network in three ways; returns the exit status."""
     started = time.monotonic()
-    out = begin("encoder_decoder", config, dataset, PRACTICAL)
+    out = begin("encoder_decoder", config, dataset)
     pairs = len(config.codes) + len(config.images)
     epochs = config.original_epochs + config.epochs + 3 * config.stage_epochs * pairs
     progress = runs.Progress(config.seeds * epochs)
@@ -552,7 +515,7 @@ def network(config: Config, dataset: data.Dataset) -> int:
         "encoder_decoder",
         dataset,
         trained,
-        config=recorded(config, PRACTICAL),
+        config=config,
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
         reference="original",
@@ -579,7 +542,7 @@ def network(config: Config, dataset: data.Dataset) -> int:
     notes = [*([EPOCHS] if facts[0] else []), "\n".join(f"    {line}" for line in lines)]
     columns = {h: c for h, c in COLUMNS.items() if any(map(c, results["models"].values()))}
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), columns=columns,
+        out, results, drawn, notes, columns=columns,
         headline=lines[0],
     )  # fmt: skip
     print(f"\n{report.table(results, columns)}\n")
@@ -670,7 +633,8 @@ def draw(
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    config, dataset = parse()
+    config, dataset = parse(Config, __doc__, DEFAULTS, by="original", load=load)
+    check(config, dataset)
     return linear(config) if dataset is None else network(config, dataset)
 
 

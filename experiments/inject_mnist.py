@@ -12,26 +12,24 @@ each start are chosen on validation data; of the chosen ones alone the test erro
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from distill_jax import (  # isort: skip
-    data, files, fit, metrics, models, objectives, pictures, report, runs, train, units,
+    data, files, fit, metrics, models, objectives, pictures, report, runs, study, train, units,
 )  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, prepare, recorded, work
+from distill_jax.lab import Lab, adam, arrays, begin, prepare, work
+from distill_jax.options import Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
 RANDOM, SHUFFLED, UNIFORM, SCORED, MERGED = STARTS = (
@@ -43,17 +41,10 @@ WATCHED = 1000  # validation examples on which the errors of every epoch are cou
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
-    preset: Literal["quick"] = "quick"
-    """the only one"""
-    seeds: int = 5
+    seeds: Count = 5
     """how many repetitions, each with its own teacher and its own labelled examples"""
     teacher: str = "mlp:512,512"
     """such as mlp:512,512 or mlp:1200,1200"""
@@ -61,11 +52,11 @@ class Config:
     """likewise, as deep, and nowhere wider"""
     labels: tuple[int, ...] = (100, 300, 1000)
     """numbers of labelled examples, rising; --check is about the last"""
-    epochs: int = 30
+    epochs: Count = 30
     """the students'"""
-    batch_size: int = 25
+    batch_size: Count = 25
     """examples a step of the students"""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2)
     """the students', at their highest: a rise over one epoch, then a cosine to 0 (Adam)"""
     scores: tuple[str, ...] = ("l2", "mean_activation")
     """by which units are selected: of l1, l2, fpgm, lamp, mean_activation, apoz"""
@@ -75,28 +66,20 @@ class Config:
     """training images, without labels, on which units are scored and compared"""
     soft: bool = False
     """also learn from the teacher's soft labels of the same few examples"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, of the soft labels"""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """the labels' share of the loss with soft labels"""
-    teacher_labels: int = 0
+    teacher_labels: Whole = 0
     """labelled examples of the teacher, among them the students'; 0: all"""
-    teacher_epochs: int = 5
+    teacher_epochs: Count = 5
     """the teacher's"""
-    teacher_learning_rate: float = 1e-3
+    teacher_learning_rate: Positive = 1e-3
     """the teacher's"""
-    teacher_batch_size: int = 128
+    teacher_batch_size: Count = 128
     """the teacher's"""
-    dropout: float = 0.2
+    dropout: Dropout = 0.2
     """of the teacher's hidden units"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless the selected start (uniform or by score, as validation data says) has fewer test
     errors than the random one, by more than two standard errors of the paired difference"""
@@ -107,63 +90,34 @@ SMALL_IMAGES: dict[str, Any] = {
     "teacher_epochs": 60, "teacher_batch_size": 32,
 }  # fmt: skip
 
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
-
-
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
-    check(config, dataset)
-    return config, dataset
-
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')} must"
-
     most = len(dataset.train.label)
-    for name in ("seeds", "epochs", "teacher_epochs", "batch_size", "teacher_batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} be at least 1, got {getattr(config, name)}")
-    for name in ("learning_rates", "teacher_learning_rate", "temperature"):
-        values = np.ravel(getattr(config, name))
-        if not values.size or not ((values > 0) & np.isfinite(values)).all():
-            raise ValueError(f"{option(name)} be positive, got {getattr(config, name)}")
-    if not config.scales or not np.isfinite(config.scales).all():
-        raise ValueError(f"{option('scales')} be finite numbers, got {config.scales}")
-    if not config.save_seconds >= 0:
-        raise ValueError(f"{option('save_seconds')} not be negative, got {config.save_seconds}")
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"{option('alpha')} lie in [0, 1], got {config.alpha}")
-    if not config.scores or set(config.scores) - set(SCORES):
-        raise ValueError(f"{option('scores')} be of {', '.join(SCORES)}, got {config.scores}")
+    for name in ("learning_rates", "scales", "scores"):
+        config.need(name, bool(getattr(config, name)), "name at least one")
+    config.need("scales", bool(np.isfinite(config.scales).all()), "be finite numbers")
+    config.among("scores", SCORES)
     seen = config.teacher_labels or most
     steps = np.diff((config.batch_size - 1, *config.labels, seen + 1))
-    if not config.labels or (steps < 1).any():
-        raise ValueError(
-            f"{option('labels')} rise from at least --batch-size, {config.batch_size}, to at most the "
-            f"teacher's {seen} labelled examples, got {config.labels}"
-        )
-    if not config.teacher_batch_size <= seen <= most:
-        raise ValueError(
-            f"{option('teacher_labels')} lie between --teacher-batch-size, "
-            f"{config.teacher_batch_size}, and {most}, or be 0, got {config.teacher_labels}"
-        )
-    if not 2 <= config.examples <= most:
-        raise ValueError(f"{option('examples')} lie in 2 … {most}, got {config.examples}")
+    config.need(
+        "labels", bool(config.labels and (steps >= 1).all()),
+        f"rise from at least --batch-size, {config.batch_size}, to at most the teacher's {seen} "
+        "labelled examples",
+    )  # fmt: skip
+    config.need(
+        "teacher_labels", config.teacher_batch_size <= seen <= most,
+        f"lie between --teacher-batch-size, {config.teacher_batch_size}, and {most}, or be 0",
+    )  # fmt: skip
+    config.need("examples", 2 <= config.examples <= most, f"lie in 2 … {most}")
     for name in ("teacher", "student"):
-        if not getattr(config, name).startswith("mlp:"):
-            raise ValueError(f"{option(name)} be mlp:…, got {getattr(config, name)!r}")
-    if config.teacher.count(",") != config.student.count(","):
-        raise ValueError(
-            f"{option('student')} be as deep as the teacher, {config.teacher!r}, got {config.student!r}"
-        )
+        config.need(name, getattr(config, name).startswith("mlp:"), "be mlp:…")
+    depth = config.teacher.count(",")
+    config.need(
+        "student",
+        config.student.count(",") == depth,
+        f"be as deep as the teacher, {config.teacher}",
+    )
     teacher, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
     images = dataset.train.image[:2]
     units.select(graph_of(teacher, images), graph_of(student, images))
@@ -555,8 +509,9 @@ def draw(config: Config, results: Mapping[str, Any], watched: int, out: Path) ->
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("inject_mnist", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    check(config, dataset)
+    out = begin("inject_mnist", config, dataset)
     examples, seeds = len(dataset.train.label), range(config.seeds)
     rows = np.stack([np.random.default_rng([1, seed]).permutation(examples) for seed in seeds])
     rows = rows.astype(np.int32)
@@ -576,19 +531,15 @@ def main() -> int:
 
     main_setting = setting(config.labels[-1], False)
     table = entries(config, bench, chosen, teachers, main_setting)
-    results = {
-        "experiment": "inject_mnist",
-        "dataset": {
-            "name": dataset.name, "source": dataset.source,
-            **{s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")},
-        },
-        "config": recorded(config, PRACTICAL),
-        "environment": runs.environment(),
-        "seconds": {"total": time.monotonic() - started},
-        "settings": list(chosen),
-        "models": table,
-        "tried": tried,
-    }  # fmt: skip
+    results = study.record(
+        "inject_mnist",
+        dataset,
+        table,
+        config=config,
+        seconds={"total": time.monotonic() - started},
+        settings=list(chosen),
+        tried=tried,
+    )
     files.write_json(out / "results.json", files.plain(results, "results"))
     drawn = draw(config, results, min(WATCHED, len(dataset.validation.label)), out)
     by_kind = {name: partial(versus, random=table[RANDOM], name=name) for name in chosen}
@@ -603,7 +554,7 @@ def main() -> int:
         + report.table({"models": students}, picks),
     ]
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]),
+        out, results, drawn, notes,
         headline=sentence(table, main_setting),
     )  # fmt: skip
     print()

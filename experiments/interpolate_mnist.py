@@ -11,9 +11,6 @@ model, and all λ of a sweep, run as one compiled program.
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,113 +21,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from scipy import stats
 
 from distill_jax import (  # isort: skip
     connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures,
-    report, runs, train, trees, units,
+    report, runs, study, train, trees, units,
 )  # fmt: skip
-from distill_jax.lab import begin, prepare, recorded
+from distill_jax.lab import begin, prepare
+from distill_jax.options import Count, Options, Positive, Share, Whole, parse
 
 ALL, EQUAL, UNEQUAL = "all labels", "equal widths", "unequal widths"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of the preset tutorial on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
     preset: Literal["tutorial", "study"] = "tutorial"
     """tutorial: the example of S3; study: also few labels, a wider teacher, and the sweep of λ"""
-    seeds: int = 3
+    seeds: Count = 3
     """how many repetitions, each with its own networks and order of examples"""
-    hidden: int = 128
+    hidden: Count = 128
     """hidden units of the student, and of the teacher of equal width"""
-    wide: int = 0
+    wide: Whole = 0
     """hidden units of a further, wider teacher; 0: none"""
-    rate: float = 0.5
+    rate: Share = 0.5
     """λ, the transfer coefficient"""
-    learning_rate: float = 0.01
+    learning_rate: Positive = 0.01
     """of all networks (SGD)"""
-    batch_size: int = 100
+    batch_size: Count = 100
     """examples a step"""
-    epochs: int = 10
+    epochs: Count = 10
     """of all networks"""
-    few: int = 0
+    few: Whole = 0
     """a further setting: so many labelled examples, another choice for each seed; 0: none"""
-    few_epochs: int = 200
+    few_epochs: Count = 200
     """in that setting"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T of the soft labels"""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """the labels' share of the loss with soft labels"""
-    points: int = 0
+    points: Whole = 0
     """values of λ from 0 to 1 in a sweep of both readings, with few labels if there are; 0: none"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
 
 
 # How the other presets differ
 STUDY: dict[str, Any] = {"wide": 1200, "few": 1000, "points": 21}
 SMALL_IMAGES: dict[str, Any] = {"learning_rate": 0.1, "batch_size": 20, "epochs": 40}
-SMALL_STUDY: dict[str, Any] = {"wide": 512, "few": 200, "points": 21}
-
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds")
-
-
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the preset and on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    small = max(dataset.train.image.shape[1:3]) < 16
-    changes = SMALL_IMAGES if small else {}
-    if config.preset == "study":
-        changes = changes | (SMALL_STUDY if small else STUDY)
-    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
-    check(config, len(dataset.train.id))
-    return config, dataset
+DEFAULTS = {
+    ("tutorial", True): SMALL_IMAGES, ("study", False): STUDY,
+    ("study", True): SMALL_IMAGES | {"wide": 512, "few": 200, "points": 21},
+}  # fmt: skip
 
 
-def check(config: Config, examples: int) -> None:
+def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')} must be"
-
-    for name in ("seeds", "hidden", "epochs", "few_epochs"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} at least 1, got {getattr(config, name)}")
-    for name in ("learning_rate", "temperature"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{option(name)} positive, got {getattr(config, name)}")
-    for name in ("rate", "alpha"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{option(name)} in [0, 1], got {getattr(config, name)}")
-    if config.wide and config.wide <= config.hidden:
-        raise ValueError(
-            f"{option('wide')} more than --hidden, {config.hidden}, or 0, got {config.wide}: a teacher "
-            "narrower than the student has no units for it to select from"
-        )
-    if config.few and not config.batch_size <= config.few <= examples:
-        raise ValueError(f"{option('few')} from --batch-size to {examples}, or 0, got {config.few}")
-    if not 1 <= config.batch_size <= examples:
-        raise ValueError(f"{option('batch_size')} 1 to {examples}, got {config.batch_size}")
-    if config.points == 1 or config.points < 0:
-        raise ValueError(f"{option('points')} at least 2, or 0, got {config.points}")
-    if not config.save_seconds >= 0:
-        raise ValueError(f"{option('save_seconds')} at least 0, got {config.save_seconds}")
+    examples = len(dataset.train.id)
+    config.need(
+        "wide", not config.wide or config.wide > config.hidden,
+        f"be more than --hidden, {config.hidden}, or 0: a teacher narrower than the student has no "
+        "units for it to select from",
+    )  # fmt: skip
+    config.fit(examples, "batch_size")
+    config.need(
+        "few", not config.few or config.batch_size <= config.few <= examples,
+        f"be from --batch-size, {config.batch_size}, to {examples}, or 0",
+    )  # fmt: skip
+    config.need("points", config.points != 1, "be at least 2, or 0")
 
 
 @dataclass(frozen=True)
@@ -439,8 +396,9 @@ def verdict(results: Mapping[str, Any]) -> str:
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("interpolate_mnist", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, DEFAULTS)
+    check(config, dataset)
+    out = begin("interpolate_mnist", config, dataset)
     examples = len(dataset.train.id)
     orders = np.stack([
         np.random.default_rng([1, seed]).permutation(examples) for seed in range(config.seeds)
@@ -489,22 +447,18 @@ def main() -> int:
     progress.close()
 
     settings = [f"{width}, {count}" for width in widths for count in counts]
-    results = {
-        "experiment": "interpolate_mnist",
-        "dataset": {
-            "name": dataset.name, "source": dataset.source,
-            **{s: len(getattr(dataset, s).id) for s in ("train", "validation", "test")},
-        },
-        "config": recorded(config, PRACTICAL),
-        "environment": runs.environment(),
-        "seconds": {"total": time.monotonic() - started},
-        "settings": settings,
-        "models": table,
-        "barriers": barriers,
-        "cosines": cosines,
-        "line": {"t": ts, **ways},
-        "sweep": {"rate": np.linspace(0, 1, config.points), **swept},
-    }  # fmt: skip
+    results = study.record(
+        "interpolate_mnist",
+        dataset,
+        table,
+        config=config,
+        seconds={"total": time.monotonic() - started},
+        settings=settings,
+        barriers=barriers,
+        cosines=cosines,
+        line={"t": ts, **ways},
+        sweep={"rate": np.linspace(0, 1, config.points), **swept},
+    )
     files.write_json(out / "results.json", files.plain(results, "results"))
     drawn = draw(config, out, ways, ts, swept)
     columns = {setting: report.score(setting) for setting in settings}
@@ -521,7 +475,7 @@ def main() -> int:
     ]
     shown = {name: model for name, model in table.items() if "errors" in model["test"]}
     report.write_report(
-        out, {**results, "models": shown}, drawn, notes, command=shlex.join(["python", *sys.argv]),
+        out, {**results, "models": shown}, drawn, notes,
         model="pull", method="Pulling the student towards its teacher",
     )  # fmt: skip
     print()

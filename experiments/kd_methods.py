@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from distill_jax import (  # isort: skip
     augment, capture, data, files, lab, learned, losses, matching, models, objectives, pictures,
     report, runs, study, train,
 )  # fmt: skip
 from distill_jax.learned import Learned
+from distill_jax.options import Count, Options, Positive, Whole, parse
 from distill_jax.study import Trained
 
 
@@ -98,14 +95,9 @@ QUICK_WEIGHTS = {"dist": 8.0, "fitnet": 10.0, "at": 100.0, "pkt": 30000.0}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of the preset quick on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
     preset: Literal["quick", "repdistiller"] = "quick"
     """quick: for two cores; repdistiller: 240 epochs of SGD, crops and flips, for a GPU"""
     methods: tuple[str, ...] = (
@@ -114,36 +106,28 @@ class Config:
     """which methods, in the order of the table; all: every one there is"""
     weight: tuple[str, ...] = ()
     """such as at=300: the weight of a method's loss, in the place of its own"""
-    seeds: int = 5
+    seeds: Count = 5
     """students of each method"""
-    examples: int | None = 2000
+    examples: Whole | None = 2000
     """training examples, the first of the set (0: all); the teacher is trained on all of it"""
     teacher: str = "vgg8:0.5"
     """such as resnet32x4, wrn40-2, vgg13:0.5 or convnet:16,32"""
     student: str = "vgg8:0.25"
     """likewise"""
-    epochs: int = 20
+    epochs: Count = 20
     """the students'"""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """the students', at its highest"""
-    batch_size: int = 50
+    batch_size: Count = 50
     """examples a step"""
-    teacher_epochs: int = 2
+    teacher_epochs: Count = 2
     """the teacher's"""
-    teacher_learning_rate: float = 3e-3
+    teacher_learning_rate: Positive = 3e-3
     """the teacher's"""
-    jitter: int = 0
+    jitter: Whole = 0
     """pixels by which training images are shifted at random; the teacher labels the shifted ones"""
     flip: bool = False
     """training images are mirrored at random"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
 
 
 SMALL_IMAGES: dict[str, Any] = {
@@ -155,7 +139,7 @@ REPDISTILLER: dict[str, Any] = {
     "epochs": 240, "teacher_epochs": 240, "learning_rate": 0.05, "teacher_learning_rate": 0.05,
     "batch_size": 64, "jitter": 4, "flip": True, "methods": tuple(METHODS),
 }  # fmt: skip
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds")
+DEFAULTS = {("quick", True): SMALL_IMAGES, ("repdistiller", False): REPDISTILLER}
 COLUMNS: Mapping[str, report.Column] = {
     "parameters": report.count("parameters"),
     "errors": report.score("errors"),
@@ -167,47 +151,16 @@ COLUMNS: Mapping[str, report.Column] = {
 }
 
 
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the preset and on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    changes = {"repdistiller": REPDISTILLER, "quick": {}}[config.preset]
-    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if config.preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
-    if config.methods == ("all",):
-        config = dataclasses.replace(config, methods=tuple(METHODS))
-    check(config, dataset)
-    return config, dataset
-
-
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-    unknown = [name for name in config.methods if name not in METHODS]
-    if unknown or not config.methods or len(set(config.methods)) < len(config.methods):
-        raise ValueError(
-            f"--methods must name some of {', '.join(METHODS)}, each once, or all; "
-            f"got {' '.join(config.methods) or 'none'}"
-        )
+    named = set(config.methods) <= set(METHODS) and len(set(config.methods)) == len(config.methods)
+    config.need(
+        "methods", named and bool(config.methods),
+        f"name some of {', '.join(METHODS)}, each once, or all",
+    )  # fmt: skip
     weights(config)
-    for name in ("seeds", "epochs", "teacher_epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least 1, got {getattr(config, name)}")
-    for name in ("learning_rate", "teacher_learning_rate"):
-        if not 0 < getattr(config, name) < float("inf"):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be positive, got {getattr(config, name)}")
-    if config.jitter < 0:
-        raise ValueError(f"--jitter must not be negative, got {config.jitter}")
-    most = len(dataset.train.id)
-    if not 0 <= (config.examples or 0) <= most:
-        raise ValueError(f"--examples must be 0 (all) to {most}, got {config.examples}")
-    if config.batch_size > (config.examples or most):
-        raise ValueError(
-            f"--batch-size must be 1 to the number of training examples, "
-            f"{config.examples or most}, got {config.batch_size}"
-        )
+    config.fit(len(dataset.train.id), "examples")
+    config.fit(config.examples or len(dataset.train.id), "batch_size")
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
 
@@ -386,8 +339,11 @@ def step_costs(jobs: Mapping[str, Job], model: models.Model, batch: Any) -> dict
 def main() -> None:
     """Runs the experiment."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = lab.begin("kd_methods", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, DEFAULTS)
+    if config.methods == ("all",):
+        config = dataclasses.replace(config, methods=tuple(METHODS))
+    check(config, dataset)
+    out = lab.begin("kd_methods", config, dataset)
     blank, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
     training = lab.arrays(dataset.train)
     few = {name: values[: config.examples or None] for name, values in training.items()}
@@ -444,7 +400,7 @@ def main() -> None:
         "kd_methods",
         dataset,
         trained,
-        config=lab.recorded(config, PRACTICAL),
+        config=config,
         seconds={"total": time.monotonic() - started},
         prepare=lab.prepare,
     )
@@ -475,7 +431,7 @@ def main() -> None:
         "of plain training, with the teacher's outputs at hand."
     ]
     report.write_report(
-        out, results, drawn, notes, command=shlex.join(["python", *sys.argv]), model=best,
+        out, results, drawn, notes, model=best,
         method=best, columns=COLUMNS,
     )  # fmt: skip
     print(report.table(results, COLUMNS))

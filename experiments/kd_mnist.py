@@ -10,24 +10,21 @@ parameters and in the same order of examples: on the labels ("scratch"), and on 
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
-import tyro
 
 from distill_jax import (  # isort: skip
     data, files, losses, models, objectives, parallel, report, runs, study, targets, train,
 )  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, recorded, work
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, work
+from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
@@ -39,66 +36,53 @@ SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of the preset quick on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
     preset: Literal["quick", "hinton2015"] = "quick"
     """quick: minutes; hinton2015: section 3 of the paper, an hour or two on two cores"""
-    seeds: int = 5
+    seeds: Count = 5
     """how many repetitions, each with its own teacher"""
     teacher: str = "convnet:8,16"
     """such as mlp:1200,1200 or convnet:16,32"""
     student: str = "mlp:256"
     """likewise"""
-    members: int = 1
+    members: Count = 1
     """networks in the teacher, averaged"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, softens the predictions of both"""
-    alpha: float = 0.0
+    alpha: Share = 0.0
     """the labels' share of the distilled student's loss; the rest is the teacher's"""
     loss: Literal["kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"] = "kl"
     """against the teacher's predictions"""
-    epochs: int = 25
+    epochs: Count = 25
     """the students'"""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """the students', at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """examples a step of the students"""
-    teacher_epochs: int = 8
+    teacher_epochs: Count = 8
     """the teacher's"""
-    teacher_learning_rate: float = 2e-3
+    teacher_learning_rate: Positive = 2e-3
     """the teacher's"""
-    teacher_batch_size: int = 128
+    teacher_batch_size: Count = 128
     """the teacher's"""
-    dropout: float = 0.2
+    dropout: Dropout = 0.2
     """of the teacher's hidden units"""
-    max_norm: float = 0.0
+    max_norm: Amount = 0.0
     """bound on the norm of a teacher unit's incoming weights; 0: none"""
-    jitter: int = 2
+    jitter: Whole = 2
     """pixels by which the teacher's training images are shifted at random"""
     patient: bool = False
     """also train a student whose jittered images the teacher labels online"""
     omit_classes: tuple[int, ...] = ()
     """also distil without any example of these classes, then shift their bias"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
     labels_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of the stored soft labels"""
     select: Literal["last", "best"] = "last"
     """which epoch is the model: the last, or the best on validation data"""
-    devices: int = 1
+    devices: Count = 1
     """devices to spread each batch over (on a CPU: one a core)"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless the distilled student's mean test error is below the scratch student's"""
 
@@ -113,66 +97,23 @@ HINTON_2015: dict[str, Any] = {
     "temperature": 20.0, "epochs": 30, "teacher_epochs": 120, "teacher_learning_rate": 1e-3,
     "dropout": 0.4, "max_norm": 1.5, "validation": 2000, "patient": True, "omit_classes": (3,),
 }  # fmt: skip
-
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
-
-
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the preset and on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    if config.devices > 1:
-        parallel.use_cpu_devices(config.devices)
-    changes = {"hinton2015": HINTON_2015, "quick": {}}[config.preset]
-    config = tyro.cli(Config, default=dataclasses.replace(Config(), **changes))
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if config.preset == "quick" and max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(Config(), **SMALL_IMAGES))
-    check(config, dataset)
-    return config, dataset
+DEFAULTS = {("quick", True): SMALL_IMAGES, ("hinton2015", False): HINTON_2015}
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')}"
-
-    for name in (
-        "seeds",
-        "members",
-        "epochs",
-        "teacher_epochs",
-        "batch_size",
-        "teacher_batch_size",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} must be at least 1, got {getattr(config, name)}")
-    for name in ("learning_rate", "teacher_learning_rate", "temperature"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
-    for name in ("max_norm", "jitter", "save_seconds"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"--alpha must lie in [0, 1], got {config.alpha}")
     for name in ("batch_size", "teacher_batch_size"):
-        if getattr(config, name) % config.devices:
-            raise ValueError(f"{option(name)} must be a multiple of --devices, {config.devices}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"--dropout must lie in [0, 1), got {config.dropout}")
+        whole = getattr(config, name) % config.devices == 0
+        config.need(name, whole, f"be a multiple of --devices, {config.devices}")
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
     kept = int((~np.isin(dataset.train.label, config.omit_classes)).sum())
-    for name in ("batch_size", "teacher_batch_size"):
-        if getattr(config, name) > kept:
-            raise ValueError(f"{option(name)} must be 1 to the number of training examples, {kept}")
-    bad = [c for c in config.omit_classes if not 0 <= c < dataset.classes]
-    if bad or len(set(config.omit_classes)) >= dataset.classes - 1:
-        raise ValueError(
-            f"--omit-classes must name some of 0 to {dataset.classes - 1} and leave at least two, "
-            f"got {config.omit_classes}"
-        )
+    config.fit(kept, "batch_size", "teacher_batch_size")
+    known = all(0 <= c < dataset.classes for c in config.omit_classes)
+    config.need(
+        "omit_classes", known and len(set(config.omit_classes)) < dataset.classes - 1,
+        f"name some of 0 to {dataset.classes - 1} and leave at least two",
+    )  # fmt: skip
 
 
 def bounded(
@@ -302,8 +243,11 @@ def shift_bias(config: Config, dataset: data.Dataset, student: Trained) -> Train
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("kd_mnist", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, DEFAULTS)
+    if config.devices > 1:
+        parallel.use_cpu_devices(config.devices)
+    check(config, dataset)
+    out = begin("kd_mnist", config, dataset)
 
     # The unit of work is one epoch of a student
     work_of = [work(build(config, dataset, kind, 0), dataset) for kind in ("teacher", "student")]
@@ -324,14 +268,13 @@ def main() -> int:
         "kd_mnist",
         dataset,
         trained,
-        config=recorded(config, PRACTICAL),
+        config=config,
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
     )
     files.write_json(out / "results.json", results)
     drawn = study.draw(out, dataset, trained, ("teacher", "scratch", "distilled"))
-    command = shlex.join(["python", *sys.argv])
-    report.write_report(out, results, drawn, command=command)
+    report.write_report(out, results, drawn)
     print()
     print(report.table(results))
     print()

@@ -13,53 +13,44 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
-import tyro
 
 from distill_jax import (  # isort: skip
     data, files, models, objectives, report, runs, sparsity, study,
 )  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, recorded, work
+from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, work
+from distill_jax.options import Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options. The defaults shown are those of the preset quick on MNIST."""
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
-    data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
     preset: Literal["quick", "cifar10"] = "quick"
     """quick: a narrow VGG-8 on the first images of MNIST, minutes on two cores; cifar10: VGG-13 on
     CIFAR-10, for a GPU"""
-    seeds: int = 5
+    seeds: Count = 5
     """how many repetitions, each with its own teacher"""
-    train_examples: int | None = 6000
+    train_examples: Count | None = 6000
     """how many training examples to use, the first ones (default: all that --validation leaves)"""
-    validation: int | None = None
-    """examples held out of the training set (default: the data set's own)"""
     teacher: str = "vgg8:0.25"
     """such as vgg8:0.25 or convnet:16,32"""
     student: str = "convnet:16,32"
     """likewise"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, softens the predictions of both"""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """the labels' share of the distilled students' loss; the rest is the teacher's"""
-    sparsity: float = 0.8
+    sparsity: Share = 0.8
     """the fraction of the kernels' weights that is removed"""
     score: Literal["magnitude", "saliency"] = "magnitude"
     """which weights go: the smallest, or those whose loss the gradient says matters least"""
@@ -70,40 +61,34 @@ class Config:
     """such as 2:4, where two of four neighbouring inputs stay; the sparsity must be that of it"""
     dense_leaves: tuple[str, ...] = ()
     """regular expressions for the paths of kernels that stay dense, such as head"""
-    prune_begin: float = 0.1
+    prune_begin: Share = 0.1
     """where in the distillation pruning begins, as a fraction of its steps"""
-    prune_end: float = 0.6
+    prune_end: Share = 0.6
     """and where it has reached --sparsity"""
-    prune_every: int = 20
+    prune_every: Count = 20
     """steps between removals"""
-    epochs: int = 20
+    epochs: Count = 20
     """of the distillation"""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """the students', at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
-    fine_tune_epochs: int = 8
+    fine_tune_epochs: Count = 8
     """after it, with fixed masks"""
-    fine_tune_learning_rate: float = 1e-3
+    fine_tune_learning_rate: Positive = 1e-3
     """likewise"""
-    fine_tune_alpha: float = 0.1
+    fine_tune_alpha: Share = 0.1
     """the labels' share of the loss in fine-tuning"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """examples a step of the students"""
-    teacher_epochs: int = 12
+    teacher_epochs: Count = 12
     """the teacher's"""
-    teacher_learning_rate: float = 2e-3
+    teacher_learning_rate: Positive = 2e-3
     """the teacher's"""
-    teacher_batch_size: int = 64
+    teacher_batch_size: Count = 64
     """the teacher's"""
-    dropout: float = 0.2
+    dropout: Dropout = 0.2
     """of the teacher's hidden units"""
-    jitter: int = 2
+    jitter: Whole = 2
     """pixels by which the teacher's training images are shifted at random"""
-    out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
-    restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
-    save_seconds: float = 20.0
-    """the least time between two checkpoints"""
     check: bool = False
     """exit 1 unless the sparse student loses at most 0.3 points of the dense one's test accuracy"""
 
@@ -113,18 +98,14 @@ SMALL_IMAGES: dict[str, Any] = {
     "train_examples": None, "teacher": "convnet:16,32", "student": "convnet:8,16",
     "epochs": 60, "fine_tune_epochs": 20, "teacher_epochs": 80, "jitter": 1, "learning_rate": 1e-2,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {},
-    "cifar10": {
-        "dataset": "cifar10", "train_examples": None, "teacher": "vgg13:1",
-        "student": "convnet:32,64,128", "epochs": 120, "fine_tune_epochs": 40,
-        "teacher_epochs": 160, "teacher_learning_rate": 1e-3, "teacher_batch_size": 128,
-        "batch_size": 128, "prune_every": 100, "jitter": 4,
-    },
+CIFAR10: dict[str, Any] = {
+    "dataset": "cifar10", "train_examples": None, "teacher": "vgg13:1",
+    "student": "convnet:32,64,128", "epochs": 120, "fine_tune_epochs": 40,
+    "teacher_epochs": 160, "teacher_learning_rate": 1e-3, "teacher_batch_size": 128,
+    "batch_size": 128, "prune_every": 100, "jitter": 4,
 }  # fmt: skip
+DEFAULTS = {("quick", True): SMALL_IMAGES, ("cifar10", False): CIFAR10}
 
-# Options that change where and how a run works, but not its results
-PRACTICAL = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 DENSE, SPARSE = "distilled, fine-tuned", "sparse, fine-tuned"
 POINTS = 0.3
 
@@ -138,68 +119,25 @@ COLUMNS: Mapping[str, report.Column] = {
 }
 
 
-def parse() -> tuple[Config, data.Dataset]:
-    """Reads the command line; what it leaves out depends on the preset and on the data found."""
-    config = tyro.cli(Config, description=__doc__)
-    default = dataclasses.replace(Config(), **PRESETS[config.preset])
-    config = tyro.cli(Config, default=default)
-    dataset = data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
-    if config.preset != "cifar10" and max(dataset.train.image.shape[1:3]) < 16:
-        config = tyro.cli(Config, default=dataclasses.replace(default, **SMALL_IMAGES))
-    if config.train_examples is not None:
-        available = len(dataset.train.id)
-        if not 1 <= config.train_examples <= available:
-            raise ValueError(
-                f"--train-examples must be 1 to {available}, got {config.train_examples}"
-            )
-        first = data.Split(*(field[: config.train_examples] for field in dataset.train))
-        dataset = dataset._replace(train=first)
-    check(config, dataset)
-    return config, dataset
+def limited(config: Config, dataset: data.Dataset) -> data.Dataset:
+    """The data set with the first of its training examples."""
+    config.fit(len(dataset.train.id), "train_examples")
+    first = data.Split(*(field[: config.train_examples] for field in dataset.train))
+    return dataset._replace(train=first)
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses values that cannot be meant, before anything is trained or written."""
-
-    def option(name: str) -> str:
-        return f"--{name.replace('_', '-')}"
-
-    examples = len(dataset.train.id)
-    for name in ("seeds", "epochs", "fine_tune_epochs", "teacher_epochs"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} must be at least 1, got {getattr(config, name)}")
-    for name in ("batch_size", "teacher_batch_size"):
-        if not 1 <= getattr(config, name) <= examples:
-            raise ValueError(
-                f"{option(name)} must be 1 to the number of training examples, {examples}, "
-                f"got {getattr(config, name)}"
-            )
-    for name in (
-        "learning_rate",
-        "fine_tune_learning_rate",
-        "teacher_learning_rate",
-        "temperature",
-    ):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
-    for name in ("jitter", "save_seconds"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
-    for name in ("alpha", "fine_tune_alpha"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{option(name)} must lie in [0, 1], got {getattr(config, name)}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"--dropout must lie in [0, 1), got {config.dropout}")
-    if not 0 <= config.prune_begin < config.prune_end <= 1:
-        raise ValueError(
-            "--prune-begin and --prune-end must satisfy 0 ≤ begin < end ≤ 1, got "
-            f"{config.prune_begin} and {config.prune_end}"
-        )
+    config.fit(len(dataset.train.id), "batch_size", "teacher_batch_size")
+    config.need(
+        "prune_begin", config.prune_begin < config.prune_end,
+        f"be less than --prune-end, {config.prune_end}",
+    )  # fmt: skip
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
     # What concerns the student's kernels, such as a pattern that does not fit, shows here
     student = build(config, dataset, "student", 0)
-    pruner(config, examples, optax.identity()).init(student.params)
+    pruner(config, len(dataset.train.id), optax.identity()).init(student.params)
 
 
 def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
@@ -345,8 +283,10 @@ def verdict(results: Mapping[str, Any]) -> str:
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse()
-    out = begin("kd_vgg", config, dataset, PRACTICAL)
+    config, dataset = parse(Config, __doc__, DEFAULTS)
+    dataset = limited(config, dataset)
+    check(config, dataset)
+    out = begin("kd_vgg", config, dataset)
 
     # The unit of work is one epoch of a student
     works = [work(build(config, dataset, kind, 0), dataset) for kind in ("teacher", "student")]
@@ -364,7 +304,7 @@ def main() -> int:
         "kd_vgg",
         dataset,
         trained,
-        config=recorded(config, PRACTICAL),
+        config=config,
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
     )
@@ -380,7 +320,6 @@ def main() -> int:
         results,
         drawn,
         notes,
-        command=shlex.join(["python", *sys.argv]),
         baseline=DENSE,
         model=SPARSE,
         method="Pruning during distillation",

@@ -1,4 +1,5 @@
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -10,6 +11,9 @@ if version("jax").startswith("0.10."):  # later versions stop at flags they do n
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from distill_jax import runs  # noqa: E402
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -26,3 +30,21 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture
+def run(request, capsys, monkeypatch):
+    """Runs the test module's EXPERIMENT in this process: (exit status, stdout, stderr).
+
+    The command line is the module's SMALL, or ``small``, and the arguments.
+    """
+
+    def run(*arguments, small=request.module.SMALL):
+        experiment = request.module.EXPERIMENT
+        monkeypatch.setattr(sys, "argv", [experiment.__file__, *small, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            runs.run_main(experiment.main)
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run

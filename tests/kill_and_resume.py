@@ -64,12 +64,15 @@ def kill_at(out: Path, arguments: list[str], seconds: float, appears: str | None
     return None
 
 
-def without_timings(results: dict) -> dict:
+def comparable(results: dict) -> dict:
     models = {
         name: {key: value for key, value in model.items() if key != "latency_ms"}
         for name, model in results["models"].items()
     }
-    return {**{k: v for k, v in results.items() if k != "seconds"}, "models": models}
+    return {
+        **{k: v for k, v in results.items() if k not in ("seconds", "command")},
+        "models": models,
+    }
 
 
 def final_arrays(out: Path) -> dict[str, np.ndarray]:
@@ -91,7 +94,7 @@ def final_arrays(out: Path) -> dict[str, np.ndarray]:
 def compare(calm: Path, killed: Path) -> int:
     """Raises AssertionError where two finished runs differ; returns how many arrays were compared."""
     first, second = (json.loads((out / "results.json").read_text()) for out in (calm, killed))
-    assert without_timings(first) == without_timings(second), "results.json differs"
+    assert comparable(first) == comparable(second), "results.json differs"
     a, b = final_arrays(calm), final_arrays(killed)
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     for path in a:

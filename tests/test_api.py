@@ -30,7 +30,7 @@ LAYERS = [
         "report",
         "pictures",
     },
-    {"connectivity", "factors", "objectives", "runs", "sparsity", "targets", "units"},
+    {"connectivity", "factors", "objectives", "options", "runs", "sparsity", "targets", "units"},
     {"bottleneck", "fit", "interpolation", "schemes", "teachers"},
     {"stages", "study"},
     {"lab"},

@@ -1,20 +1,12 @@
 """Barriers before and after alignment: a small run, and what it says to bad input."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import barrier_mnist
 import numpy as np
 import pytest
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "barrier_mnist.py"
-spec = importlib.util.spec_from_file_location("barrier_mnist", PATH)
-barrier_mnist = importlib.util.module_from_spec(spec)
-sys.modules["barrier_mnist"] = barrier_mnist  # dataclasses look their module up
-spec.loader.exec_module(barrier_mnist)
+EXPERIMENT = barrier_mnist
 
 SMALL = [
     *("--dataset", "digits", "--seeds", "1", "--models", "mlp:32", "convnet:4", "--epochs", "20"),
@@ -22,18 +14,9 @@ SMALL = [
 ]
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(barrier_mnist.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_whole_run(tmp_path, capsys, monkeypatch):
+def test_a_whole_run(tmp_path, run):
     out = tmp_path / "run"
-    status, printed, error = run(capsys, monkeypatch, "--out", out, "--check")
+    status, printed, error = run("--out", out, "--check")
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     for description in ("mlp:32", "convnet:4"):
@@ -60,9 +43,9 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
         ("--models mlp:x", "a model is described by"),
     ],
 )
-def test_bad_options(arguments, message, tmp_path, capsys, monkeypatch):
+def test_bad_options(arguments, message, tmp_path, run):
     out = tmp_path / "run"
-    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    status, _, error = run("--out", out, *arguments.split())
     assert status == 2
     assert message in error
     assert not out.exists()

@@ -1,20 +1,12 @@
 """System S4 whole: a small run of each kind, its figures and files, a resume, and bad input."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import encoder_decoder
 import pytest
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "encoder_decoder.py"
-spec = importlib.util.spec_from_file_location("encoder_decoder", PATH)
-encoder_decoder = importlib.util.module_from_spec(spec)
-sys.modules["encoder_decoder"] = encoder_decoder  # dataclasses look their module up
-spec.loader.exec_module(encoder_decoder)
+EXPERIMENT, SMALL = encoder_decoder, ()
 
 LINE = "--inputs 1 --outputs 1 --examples 500"
 LINEAR = "--inputs 6 --outputs 3 --examples 1000 --ranks 1 3"
@@ -25,18 +17,9 @@ NETWORK = (
 )
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *" ".join(map(str, arguments)).split()])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(encoder_decoder.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_linear_original(tmp_path, capsys, monkeypatch):
+def test_a_linear_original(tmp_path, run):
     out = tmp_path / "run"
-    status, printed, _ = run(capsys, monkeypatch, LINEAR, "--check", "--out", out)
+    status, printed, _ = run(*LINEAR.split(), "--check", "--out", out)
     assert status == 0
     rows = json.loads((out / "results.json").read_text())["widths"]
     assert [row["width"] for row in rows] == [1, 3]
@@ -53,8 +36,8 @@ def test_a_linear_original(tmp_path, capsys, monkeypatch):
     assert all(line in report for line in printed.strip().splitlines()[-7:-1])
 
 
-def test_the_tutorials_line(tmp_path, capsys, monkeypatch):
-    status, printed, _ = run(capsys, monkeypatch, LINE, "--out", tmp_path / "run")
+def test_the_tutorials_line(tmp_path, run):
+    status, printed, _ = run(*LINE.split(), "--out", tmp_path / "run")
     assert status == 0
     (line,) = [line for line in printed.splitlines() if "y = wx + b" in line]
     w, w_learned, b, b_learned = (float(x) for x in line.replace(",", "").split() if "." in x)
@@ -62,9 +45,9 @@ def test_the_tutorials_line(tmp_path, capsys, monkeypatch):
     assert abs(b - b_learned) < 1e-5
 
 
-def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
+def test_a_network_and_its_resume(tmp_path, monkeypatch, run):
     out = tmp_path / "run"
-    status, printed, _ = run(capsys, monkeypatch, NETWORK, "--out", out)
+    status, printed, _ = run(*NETWORK.split(), "--out", out)
     assert status == 0
     results = json.loads((out / "results.json").read_text())
     models = results["models"]
@@ -95,15 +78,15 @@ def test_a_network_and_its_resume(tmp_path, capsys, monkeypatch):
     # As if killed before the last stage
     shutil.rmtree(out / "seed0" / "split-4x2" / "joint")
     monkeypatch.setattr(encoder_decoder, "draw", lambda *arguments: {})
-    assert run(capsys, monkeypatch, NETWORK, "--out", out)[0] == 0
+    assert run(*NETWORK.split(), "--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     for name, model in models.items():
         assert again[name]["test"] == model["test"]
 
 
 OPTIONS = {
-    "too wide a code": (f"{LINEAR} --ranks 4", "--ranks must lie in 1 to 3, got (4,)"),
-    "no rank": (f"{LINEAR} --ranks 0", "--ranks must lie in 1 to 3"),
+    "too wide a code": (f"{LINEAR} --ranks 4", "--ranks must be at most 3, got 4"),
+    "no rank": (f"{LINEAR} --ranks 0", "--ranks must be at least 1, got 0"),
     "too few examples": (f"{LINEAR} --examples 6", "--examples must exceed --inputs, 6, got 6"),
     "diverging": (f"{LINEAR} --stage-learning-rate 1e30", "use a smaller learning rate"),
     "diverging original": (
@@ -111,7 +94,7 @@ OPTIONS = {
         "use a smaller learning rate",
     ),
     "negative rate": ("--learning-rate -1", "--learning-rate must be positive, got -1"),
-    "budget of zero": (f"{NETWORK} --budget 0", "--budget must lie in (0, 1], got 0"),
+    "budget of zero": (f"{NETWORK} --budget 0", "--budget must be positive, got 0"),
     "malformed code": (f"{NETWORK} --codes 8-4", "--codes must be width x bits such as 16x8"),
     "too many bits": (f"{NETWORK} --codes 8x17", "of up to 16 bits, got '8x17'"),
     "code wider than the layer": (f"{NETWORK} --codes 17x4", "be no wider than dense.0, 16, got"),
@@ -121,10 +104,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bad_options(name, tmp_path, capsys, monkeypatch):
+def test_bad_options(name, tmp_path, run):
     arguments, message = OPTIONS[name]
     out = tmp_path / "run"
-    status, _, error = run(capsys, monkeypatch, arguments, "--out", out)
+    status, _, error = run(*arguments.split(), "--out", out)
     assert status == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -1,12 +1,10 @@
 """Students that start from a teacher's units, on digits: a run, its resume, its starts, bad input."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import inject_mnist
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +13,7 @@ import pytest
 from distill_jax import data, models, objectives, runs, train
 from distill_jax.lab import adam, prepare
 
-PATH = Path(__file__).parents[1] / "experiments" / "inject_mnist.py"
-spec = importlib.util.spec_from_file_location("inject_mnist", PATH)
-inject_mnist = importlib.util.module_from_spec(spec)
-sys.modules["inject_mnist"] = inject_mnist  # dataclasses look their module up
-spec.loader.exec_module(inject_mnist)
+EXPERIMENT = inject_mnist
 
 SMALL = [
     *("--dataset", "digits", "--seeds", "2", "--teacher", "mlp:12,8", "--student", "mlp:6,4"),
@@ -33,18 +27,9 @@ CONFIG = inject_mnist.Config(
 )  # fmt: skip
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(inject_mnist.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_whole_run_its_resume_and_its_check(tmp_path, capsys, monkeypatch):
+def test_a_whole_run_its_resume_and_its_check(tmp_path, monkeypatch, run):
     out = tmp_path / "run"
-    status, printed, error = run(capsys, monkeypatch, "--out", out)
+    status, printed, error = run("--out", out)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     settings = ["20 labels", "40 labels"]
@@ -74,7 +59,7 @@ def test_a_whole_run_its_resume_and_its_check(tmp_path, capsys, monkeypatch):
     # As if killed in the middle
     shutil.rmtree(out / "40-labels-uniform-p-=-0.5")
     monkeypatch.setattr(inject_mnist, "selected", lambda table, name: inject_mnist.RANDOM)
-    status, _, error = run(capsys, monkeypatch, "--out", out, "--check")
+    status, _, error = run("--out", out, "--check")
     assert status == 1
     assert "check failed: With 40 labels" in error
     again = json.loads((out / "results.json").read_text())
@@ -198,7 +183,7 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
     ("changes", "message"),
     [
         ({"seeds": 0}, "--seeds must be at least 1"),
-        ({"learning_rates": ()}, "--learning-rates must be positive"),
+        ({"learning_rates": ()}, "--learning-rates must name at least one"),
         ({"learning_rates": (0.1, float("nan"))}, "--learning-rates must be positive"),
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"alpha": 2.0}, "--alpha must lie in"),
@@ -216,5 +201,10 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
 )
 def test_bad_input(changes, message, digits):
     config = dataclasses.replace(CONFIG, **changes)
-    with pytest.raises(ValueError, match=message):
+
+    def examine():
+        config.verify()
         inject_mnist.check(config, digits)
+
+    with pytest.raises(ValueError, match=message):
+        examine()

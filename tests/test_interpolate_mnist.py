@@ -1,21 +1,13 @@
 """System S3 whole: a small run with everything in it, its resume, and what it says to bad input."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import interpolate_mnist
 import numpy as np
 import pytest
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "interpolate_mnist.py"
-spec = importlib.util.spec_from_file_location("interpolate_mnist", PATH)
-interpolate_mnist = importlib.util.module_from_spec(spec)
-sys.modules["interpolate_mnist"] = interpolate_mnist  # dataclasses look their module up
-spec.loader.exec_module(interpolate_mnist)
+EXPERIMENT = interpolate_mnist
 
 SMALL = [
     *("--dataset", "digits", "--preset", "study", "--seeds", "2", "--hidden", "8", "--wide", "12"),
@@ -24,18 +16,9 @@ SMALL = [
 ]
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(interpolate_mnist.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
+def test_a_whole_run_and_its_resume(tmp_path, run):
     out = tmp_path / "run"
-    status, printed, error = run(capsys, monkeypatch, "--out", out)
+    status, printed, error = run("--out", out)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     settings = results["settings"]
@@ -74,27 +57,30 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     # As if killed in the middle
     for name in ("unequal widths-all labels-soft labels", "sweep-through at all λ"):
         shutil.rmtree(out / name.replace(" ", "-"))
-    assert run(capsys, monkeypatch, "--out", out)[0] == 0
+    assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())
     assert again["models"] == models
     assert again["sweep"] == sweep
 
 
 OPTIONS = {
-    "rate above one": ("--rate 1.5", "--rate must be in [0, 1], got 1.5"),
+    "rate above one": ("--rate 1.5", "--rate must lie in [0, 1], got 1.5"),
     "a teacher narrower than the student": ("--wide 4", "--wide must be more than --hidden, 8"),
     "fewer labels than a batch": ("--few 20", "--few must be from --batch-size"),
     "one point": ("--points 1", "--points must be at least 2, or 0"),
     "no learning rate": ("--learning-rate 0", "--learning-rate must be positive"),
-    "batch larger than the data": ("--batch-size 9999 --few 0", "--batch-size must be 1 to"),
+    "batch larger than the data": (
+        "--batch-size 9999 --few 0",
+        "--batch-size must be at most the number of training examples, 1081",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bad_options(name, tmp_path, capsys, monkeypatch):
+def test_bad_options(name, tmp_path, run):
     arguments, message = OPTIONS[name]
     out = tmp_path / "run"
-    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    status, _, error = run("--out", out, *arguments.split())
     assert status == 2
     assert message in error
     assert not out.exists()

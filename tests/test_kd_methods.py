@@ -1,20 +1,12 @@
 """Methods beside each other: a small run of every kind of method, its resume, and bad input."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import kd_methods
 import pytest
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "kd_methods.py"
-spec = importlib.util.spec_from_file_location("kd_methods", PATH)
-kd_methods = importlib.util.module_from_spec(spec)
-sys.modules["kd_methods"] = kd_methods  # dataclasses look their module up
-spec.loader.exec_module(kd_methods)
+EXPERIMENT = kd_methods
 
 SMALL = [
     *(
@@ -32,19 +24,10 @@ SMALL = [
 METHODS = ("dkd", "fitnet", "rkd")  # logits and labels, a learned part, relations
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(kd_methods.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
+def test_a_whole_run_and_its_resume(tmp_path, monkeypatch, run):
     out = tmp_path / "run"
     arguments = ("--out", out, "--methods", *METHODS)
-    status, printed, error = run(capsys, monkeypatch, *arguments)
+    status, printed, error = run(*arguments)
     assert status == 0, error
     models = json.loads((out / "results.json").read_text())["models"]
     assert list(models) == ["teacher", "scratch", *METHODS]
@@ -60,24 +43,27 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
 
     shutil.rmtree(out / "seed1" / "fitnet")
     monkeypatch.setattr(kd_methods.study, "draw", lambda *arguments: {})
-    assert run(capsys, monkeypatch, *arguments)[0] == 0
+    assert run(*arguments)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     assert all(again[name]["test"] == models[name]["test"] for name in models)
 
 
-def test_the_teacher_labels_what_the_student_sees(tmp_path, capsys, monkeypatch):
+def test_the_teacher_labels_what_the_student_sees(tmp_path, run):
     arguments = ("--out", tmp_path / "run", "--methods", "fitnet", "--jitter", "1", "--flip")
-    status, _, error = run(capsys, monkeypatch, *arguments, "--seeds", "1")
+    status, _, error = run(*arguments, "--seeds", "1")
     assert status == 0, error
 
 
 OPTIONS = {
     "unknown method": ("--methods kd nope", "--methods must name some of kd, lskd"),
-    "a method twice": ("--methods kd kd", "each once, or all; got kd kd"),
+    "a method twice": ("--methods kd kd", "each once, or all, got kd kd"),
     "malformed weight": ("--weight at:3", "--weight must be such as at=300"),
     "weight of no method": ("--weight nope=3", "of a method there is; got 'nope=3'"),
     "negative weight": ("--weight at=-1", "got 'at=-1'"),
-    "more examples than there are": ("--examples 9999", "--examples must be 0 (all) to 1081"),
+    "more examples than there are": (
+        "--examples 9999",
+        "--examples must be at most the number of training examples, 1081",
+    ),
     "batch larger than the data": ("--batch-size 400", "number of training examples, 200, got 400"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative, got -1"),
     "rate of zero": ("--learning-rate 0", "--learning-rate must be positive, got 0.0"),
@@ -86,10 +72,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bad_options(name, tmp_path, capsys, monkeypatch):
+def test_bad_options(name, tmp_path, run):
     arguments, message = OPTIONS[name]
     out = tmp_path / "run"
-    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    status, _, error = run("--out", out, *arguments.split())
     assert status == 2
     assert message in error
     assert not out.exists()

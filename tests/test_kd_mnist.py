@@ -1,24 +1,16 @@
 """The main job: a small run, its files, a resume, and what it says to bad input."""
 
-import importlib.util
 import json
 import resource
-import sys
-from pathlib import Path
 
 import jax
+import kd_mnist
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from kill_and_resume import torture
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "kd_mnist.py"
-spec = importlib.util.spec_from_file_location("kd_mnist", PATH)
-kd_mnist = importlib.util.module_from_spec(spec)
-sys.modules["kd_mnist"] = kd_mnist  # dataclasses look their module up
-spec.loader.exec_module(kd_mnist)
+EXPERIMENT = kd_mnist
 
 SMALL = [
     *("--dataset", "digits", "--seeds", "2", "--members", "1", "--teacher", "convnet:4"),
@@ -26,23 +18,14 @@ SMALL = [
 ]
 
 
-def run(capsys, monkeypatch, *arguments, small=SMALL):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *small, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(kd_mnist.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
 def files_of(directory):
     return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_a_whole_run(tmp_path, capsys, monkeypatch):
+def test_a_whole_run(tmp_path, run):
     out = tmp_path / "run"
     options = ["--out", out, "--patient", "--omit-classes", 3, 5]
-    status, printed, _ = run(capsys, monkeypatch, *options)
+    status, printed, _ = run(*options)
     assert status == 0
     assert printed.startswith("Data: digits, scikit-learn's embedded digits")
     results = json.loads((out / "results.json").read_text())
@@ -72,16 +55,16 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
     assert printed.strip().splitlines()[-2] in report  # the closing sentence
 
     before = {p: d for p, d in files_of(out).items() if "seed" in str(p)}
-    assert run(capsys, monkeypatch, *options)[0] == 0
+    assert run(*options)[0] == 0
     assert {p: d for p, d in files_of(out).items() if "seed" in str(p)} == before
     repeated = json.loads((out / "results.json").read_text())
     for name in rows:
         assert repeated["models"][name]["test"] == results["models"][name]["test"]
 
 
-def test_students_differ_only_in_what_they_learn_from(tmp_path, capsys, monkeypatch):
+def test_students_differ_only_in_what_they_learn_from(tmp_path, run):
     """With alpha = 1 the distilled student learns from labels alone: it is the scratch student."""
-    status, _, _ = run(capsys, monkeypatch, "--alpha", 1, "--out", tmp_path / "run", "--check")
+    status, _, _ = run("--alpha", 1, "--out", tmp_path / "run", "--check")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     a, b = (results["models"][name]["test"] for name in ("scratch", "distilled"))
     assert a["errors"] == b["errors"]
@@ -126,7 +109,10 @@ OPTIONS = {
     "negative learning rate": ("--learning-rate -1", "--learning-rate must be positive"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative"),
     "dropout of one": ("--dropout 1", "--dropout must lie in [0, 1), got 1.0"),
-    "batch larger than the data": ("--batch-size 5000", "--batch-size must be 1 to the number"),
+    "batch larger than the data": (
+        "--batch-size 5000",
+        "--batch-size must be at most the number of training examples, 1081",
+    ),
     "batch not divisible": ("--batch-size 33 --devices 4", "--batch-size must be a multiple"),
     "too many devices": ("--devices 64 --batch-size 64", "64 CPU devices were asked for"),
     "unknown teacher": ("--teacher resnet:3", "a model is described by a family (mlp, convnet)"),
@@ -138,10 +124,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_bad_options(case, tmp_path, capsys, monkeypatch):
+def test_bad_options(case, tmp_path, monkeypatch, run):
     options, message = OPTIONS[case]
     monkeypatch.chdir(tmp_path)
-    status, _, error = run(capsys, monkeypatch, *options.split(), "--out", tmp_path / "run")
+    status, _, error = run(*options.split(), "--out", tmp_path / "run")
     assert status == 2
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1
@@ -149,9 +135,9 @@ def test_bad_options(case, tmp_path, capsys, monkeypatch):
     assert case == "divergence" or not (tmp_path / "run").exists()
 
 
-def refused(capsys, monkeypatch, out, *options):
+def refused(run, out, *options):
     before = files_of(out) if out.is_dir() else out.read_bytes()
-    status, _, error = run(capsys, monkeypatch, "--out", out, *options)
+    status, _, error = run("--out", out, *options)
     assert status == 2
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1
@@ -159,23 +145,23 @@ def refused(capsys, monkeypatch, out, *options):
     return error
 
 
-def test_bad_output_directories(tmp_path, capsys, monkeypatch):
+def test_bad_output_directories(tmp_path, run):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "is a file: name a directory" in refused(capsys, monkeypatch, file)
-    status, _, error = run(capsys, monkeypatch, "--out", file / "below")
+    assert "is a file: name a directory" in refused(run, file)
+    status, _, error = run("--out", file / "below")
     assert (status, "cannot be written" in error) == (2, True)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
-    assert "is not empty and holds no run" in refused(capsys, monkeypatch, foreign)
-    assert "is not empty" in refused(capsys, monkeypatch, foreign, "--restart")
+    assert "is not empty and holds no run" in refused(run, foreign)
+    assert "is not empty" in refused(run, foreign, "--restart")
 
 
-def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
+def test_a_run_is_not_mixed_with_another(tmp_path, run):
     out, small = tmp_path / "run", [*SMALL, "--seeds", "1"]
-    assert run(capsys, monkeypatch, "--out", out, small=small)[0] == 0
-    error = refused(capsys, monkeypatch, out, "--seeds", 1, "--temperature", 9)
+    assert run("--out", out, small=small)[0] == 0
+    error = refused(run, out, "--seeds", 1, "--temperature", 9)
     assert "temperature was 4.0 and is 9.0" in error
     assert "--restart" in error
 
@@ -184,7 +170,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
     original = shard.read_bytes()
     for damaged in (original[:-8], original[:-1] + bytes([original[-1] ^ 1])):
         shard.write_bytes(damaged)
-        error = refused(capsys, monkeypatch, out, "--seeds", 1)
+        error = refused(run, out, "--seeds", 1)
         assert "damaged or missing" in error
         assert "00000.bin" in error
     shard.write_bytes(original)
@@ -193,21 +179,21 @@ def test_a_run_is_not_mixed_with_another(tmp_path, capsys, monkeypatch):
     (out / "seed0" / "scratch").rename(tmp_path / "kept")
     (out / "seed0" / "teacher").rename(out / "seed0" / "scratch")
     (tmp_path / "kept").rename(out / "seed0" / "teacher")
-    assert "of another model or optimizer" in refused(capsys, monkeypatch, out, "--seeds", 1)
+    assert "of another model or optimizer" in refused(run, out, "--seeds", 1)
 
-    status, _, _ = run(capsys, monkeypatch, "--out", out, "--restart", small=small)
+    status, _, _ = run("--out", out, "--restart", small=small)
     assert status == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
-def test_a_full_disk(tmp_path, capsys, monkeypatch):
+def test_a_full_disk(tmp_path, run):
     """No file may grow beyond a few kilobytes: what the system then reports is a full disk's kin."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     jax.config.update("jax_enable_compilation_cache", False)  # its files are larger than that
     compilation_cache.reset_cache()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        status, _, error = run(capsys, monkeypatch, "--out", tmp_path / "run")
+        status, _, error = run("--out", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         jax.config.update("jax_enable_compilation_cache", True)
@@ -215,5 +201,5 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     assert status == 2
     assert len(error.strip().splitlines()) == 1
     assert "space" in error
-    status, _, _ = run(capsys, monkeypatch, "--out", tmp_path / "run")
+    status, _, _ = run("--out", tmp_path / "run")
     assert status == 0

@@ -1,24 +1,16 @@
 """System S2 whole: a small run, its sparsity, a resume, and what it says to bad input."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import kd_vgg
 import numpy as np
 import optax
 import pytest
 
-from distill_jax import runs
-
-PATH = Path(__file__).parents[1] / "experiments" / "kd_vgg.py"
-spec = importlib.util.spec_from_file_location("kd_vgg", PATH)
-kd_vgg = importlib.util.module_from_spec(spec)
-sys.modules["kd_vgg"] = kd_vgg  # dataclasses look their module up
-spec.loader.exec_module(kd_vgg)
+EXPERIMENT = kd_vgg
 
 SMALL = [
     *("--dataset", "digits", "--seeds", "1", "--teacher", "mlp:16", "--student", "mlp:16"),
@@ -28,18 +20,9 @@ SMALL = [
 WEIGHTS = 64 * 16 + 16 * 10
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Runs the experiment in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [str(PATH), *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        runs.run_main(kd_vgg.main)
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
+def test_a_whole_run_and_its_resume(tmp_path, monkeypatch, run):
     out = tmp_path / "run"
-    status, printed, _ = run(capsys, monkeypatch, "--out", out)
+    status, printed, _ = run("--out", out)
     assert status == 0
     results = json.loads((out / "results.json").read_text())
     models = results["models"]
@@ -61,7 +44,7 @@ def test_a_whole_run_and_its_resume(tmp_path, capsys, monkeypatch):
     # As if killed before fine-tuning, which must find the masks in the checkpoint
     shutil.rmtree(out / "seed0" / "sparse-fine-tuned")
     monkeypatch.setattr(kd_vgg.study, "draw", lambda *arguments: {})
-    assert run(capsys, monkeypatch, "--out", out)[0] == 0
+    assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     for name in models:
         assert again[name]["test"] == models[name]["test"]
@@ -84,9 +67,15 @@ OPTIONS = {
     "malformed pattern": ("--pattern 2-4", "--pattern must be two numbers such as 2:4, got '2-4'"),
     "pattern and sparsity": ("--pattern 2:4", "pattern 2:4 is a sparsity of 0.5"),
     "unknown leaf": ("--dense-leaves tail", "'tail' is found in no path"),
-    "pruning ends before it begins": ("--prune-begin 0.7", "0 ≤ begin < end ≤ 1, got 0.7 and 0.6"),
+    "pruning ends before it begins": (
+        "--prune-begin 0.7",
+        "--prune-begin must be less than --prune-end, 0.6, got 0.7",
+    ),
     "no time to prune": ("--epochs 1 --batch-size 320", "too few to prune in"),
-    "more examples than there are": ("--train-examples 9999", "--train-examples must be 1 to 1081"),
+    "more examples than there are": (
+        "--train-examples 9999",
+        "must be at most the number of training examples, 1081",
+    ),
     "batch larger than the data": ("--batch-size 400", "number of training examples, 320, got 400"),
     "no fine-tuning": ("--fine-tune-epochs 0", "--fine-tune-epochs must be at least 1"),
     "alpha above one": ("--fine-tune-alpha 2", "--fine-tune-alpha must lie in [0, 1]"),
@@ -95,10 +84,10 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_bad_options(name, tmp_path, capsys, monkeypatch):
+def test_bad_options(name, tmp_path, run):
     arguments, message = OPTIONS[name]
     out = tmp_path / "run"
-    status, _, error = run(capsys, monkeypatch, "--out", out, *arguments.split())
+    status, _, error = run("--out", out, *arguments.split())
     assert status == 2
     assert message in error
     assert not out.exists()

@@ -20,6 +20,7 @@ def make_results(scratch=(30, 34, 38), distilled=(20, 22, 27)):
         "dataset": {"name": "digits", "source": "scikit-learn", "train": 1257, "validation": 180,
                     "test": 360},
         "config": {"temperature": 4.0, "loss": "kl", "omit_classes": [3]},
+        "command": "python kd.py --a 1",
         "environment": {"jax": "0.10.0", "devices": ["cpu"]},
         "seconds": {"scratch": [1.0, 3.0], "total": 12.5},
         "models": {
@@ -128,9 +129,7 @@ def test_table_of_other_columns():
 def test_report(tmp_path):
     (tmp_path / "curves 1.png").touch()
     results = make_results()
-    report.write_report(
-        tmp_path, results, {"Curves": "curves 1.png"}, ["A remark."], command="python kd.py --a 1"
-    )
+    report.write_report(tmp_path, results, {"Curves": "curves 1.png"}, ["A remark."])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for part in (
         "# kd_mnist on digits\n",
@@ -147,8 +146,6 @@ def test_report(tmp_path):
     ):  # fmt: skip
         assert part in text
     with pytest.raises(ValueError, match=r"no picture 'b\.png'"):
-        report.write_report(tmp_path, results, {"B": "b.png"}, command="")
-    report.write_report(
-        tmp_path, results, {}, command="", baseline="teacher", model="scratch", method="Hurry"
-    )
+        report.write_report(tmp_path, results, {"B": "b.png"})
+    report.write_report(tmp_path, results, {}, baseline="teacher", model="scratch", method="Hurry")
     assert "**Hurry did not help" in (tmp_path / "report.md").read_text(encoding="utf-8")
