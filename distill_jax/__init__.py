@@ -21,6 +21,7 @@ __all__ = [
     "fit",
     "interpolation",
     "lab",
+    "lanes",
     "learned",
     "losses",
     "matching",

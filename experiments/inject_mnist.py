@@ -12,6 +12,7 @@ each start are chosen on validation data; of the chosen ones alone the test erro
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping
@@ -26,9 +27,10 @@ import numpy as np
 import optax
 
 from distill_jax import (  # isort: skip
-    data, files, fit, metrics, models, objectives, pictures, report, runs, study, train, units,
+    data, files, metrics, models, objectives, pictures, report, runs, study, train, units,
 )  # fmt: skip
 from distill_jax.lab import Lab, adam, arrays, begin, prepare, work
+from distill_jax.lanes import Lanes, orders
 from distill_jax.options import Count, Dropout, Options, Positive, Share, Whole, parse
 from distill_jax.study import Trained
 
@@ -228,103 +230,57 @@ class Candidate(NamedTuple):
 
 
 class Bench:
-    """Where students learn, and are judged.
+    """Where students of one setting learn, and are judged.
 
     Args:
       config: the options.
-      dataset: the data.
-      out: the run's directory.
-      progress: the bar.
-      rows: each seed's training examples in an order of its own, int32 ``[seeds, examples]``.
+      lanes: with so many labelled examples of each seed as the setting has.
+      name: of the setting.
+      soft: the teachers' logits for them, ``[seeds, examples, classes]``, or None.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        dataset: data.Dataset,
-        out: Path,
-        progress: runs.Progress,
-        rows: np.ndarray,
-    ):
-        self.config, self.dataset, self.out, self.progress = config, dataset, out, progress
-        self.rows = rows
-        self.apply_fn = apply_fn = build(config, dataset, "student", 0).apply_fn
-        each = jax.vmap(lambda p, x: apply_fn(p, {}, x)[0], (0, None))
-        self.run = jax.jit(lambda p, x: each(p, prepare(x)))
-        watched = jax.vmap(each, (0, None))
-
-        @jax.jit
-        def count(params, images, labels):
-            return metrics.errors(watched(params, prepare(images)), labels).sum(-1)
-
-        images, labels = dataset.validation.image[:WATCHED], dataset.validation.label[:WATCHED]
-        self.count = lambda params: np.asarray(count(params, images, labels))
-
-    def logits(self, params: Any, split: data.Split) -> np.ndarray:
-        """What students of params ``[seeds, ...]`` say: ``[seeds, n, classes]``."""
-        parts = [
-            self.run(params, split.image[i : i + 5000]) for i in range(0, len(split.label), 5000)
-        ]
-        return np.concatenate(parts, 1)
-
-    def make_epoch(self, count: int, soft: bool) -> Any:
-        """Makes the epoch of all seeds and learning rates, of states ``[seeds, rates, ...]``."""
-        config = self.config
-        if soft:
+    def __init__(self, config: Config, lanes: Lanes, name: str, soft: Any = None):
+        self.config, self.lanes, self.name, self.soft = config, lanes, name, soft
+        self.apply_fn = apply_fn = build(config, lanes.dataset, "student", 0).apply_fn
+        loss_fn = objectives.supervised(apply_fn)
+        if soft is not None:
             loss_fn = objectives.distill(
-                self.apply_fn, temperature=config.temperature, alpha=config.alpha
+                apply_fn, temperature=config.temperature, alpha=config.alpha
             )
-        else:
-            loss_fn = objectives.supervised(self.apply_fn)
-        images, labels = self.dataset.train.image, self.dataset.train.label
 
         def step(state, rate, batch):
-            return train.make_train_step(loss_fn, self.tx(count, rate))(state, batch)
+            return train.make_train_step(loss_fn, self.tx(rate))(state, batch)
 
-        def seed(states, chosen, order):
-            def body(states, places):
-                batch = {name: values[places] for name, values in chosen.items()}
-                batch["image"] = prepare(batch["image"])
-                return jax.vmap(step, (0, 0, None))(
-                    states, jnp.asarray(config.learning_rates), batch
-                )
+        rates = jnp.asarray(config.learning_rates)
+        mapped = jax.vmap(step, (0, 0, None))
+        self.epoch = lanes.make_epoch(lambda states, batch: mapped(states, rates, batch))
+        each = jax.vmap(jax.vmap(lambda p, x: apply_fn(p, {}, x)[0], (0, None)), (0, None))
+        count = jax.jit(
+            lambda params, images, labels: metrics.errors(
+                each(params, prepare(images)), labels
+            ).sum(-1)
+        )
+        held_out = lanes.dataset.validation
+        watched = held_out.image[:WATCHED], held_out.label[:WATCHED]
+        self.count = lambda params: np.asarray(count(params, *watched))
 
-            return jax.lax.scan(body, states, order)
-
-        mapped = jax.jit(jax.vmap(seed, (0, 0, None)), donate_argnums=0)
-        rows = self.rows[:, :count]
-        chosen = {"image": jnp.asarray(images[rows]), "label": jnp.asarray(labels[rows])}
-
-        def epoch(states, places, order, context):
-            more = {} if context is None else {"teacher": context}
-            return mapped(states, chosen | more, order)
-
-        return epoch
-
-    def tx(self, count: int, rate: Any) -> optax.GradientTransformation:
+    def tx(self, rate: Any) -> optax.GradientTransformation:
         """The students' optimizer; its state does not depend on the rate."""
-        steps = count // self.config.batch_size
+        steps = self.lanes.rows.shape[1] // self.config.batch_size
         return optax.chain(adam(1.0, self.config.epochs)(steps), optax.scale(rate))
 
-    def train(
-        self, name: str, start: Start, params: Any, count: int, epoch: Any, soft: Any, unit: float
-    ) -> list[Candidate]:
+    def train(self, start: Start, params: Any) -> list[Candidate]:
         """Trains the students of one start, or takes them from their checkpoint.
 
         Args:
-          name: of the setting.
           start: how they begin.
           params: ``[seeds, ...]``.
-          count: labelled examples.
-          epoch: of :meth:`make_epoch`.
-          soft: the teachers' logits for them, ``[seeds, count, classes]``, or None.
-          unit: the work of an epoch, for the bar.
         """
-        config = self.config
+        config, lanes = self.config, self.lanes
         rates = config.learning_rates
 
         def state(params, key):
-            return train.init_state(params, self.tx(count, 1.0), key)
+            return train.init_state(params, self.tx(1.0), key)
 
         def seed(params, key):
             return jax.vmap(lambda _: state(params, key))(jnp.arange(len(rates)))
@@ -337,20 +293,17 @@ class Bench:
             return {"validation_errors": float(wrong.mean()), **each}
 
         first = np.ravel(self.count(states.params))
-        done = fit.fit(
-            states, epoch, {"place": np.arange(count)}, epochs=config.epochs,
-            batch_size=config.batch_size, seed=0, context=soft, validate=validate,
-            directory=self.out / f"{name}, {start}".replace(", ", "-").replace(" ", "-"),
-            save_seconds=config.save_seconds,
-            on_epoch=self.progress.stage(f"{name}, {start}", unit),
+        done = lanes.train(
+            f"{self.name}, {start}", self.epoch, states, epochs=config.epochs,
+            unit=float(config.seeds * len(rates)), soft=self.soft, validate=validate,
         )  # fmt: skip
         curves = np.array([[x, *done.history[f"wrong {i}"]] for i, x in enumerate(first)])
         curves = curves.reshape(config.seeds, len(rates), -1)
         found = []
         for i, rate in enumerate(rates):
             lane = jax.tree.map(lambda x, i=i: x[:, i], done.state.params)
-            said = self.logits(lane, self.dataset.validation)
-            wrong = (said.argmax(-1) != self.dataset.validation.label).sum(-1)
+            said = lanes.logits(self.apply_fn, lane, lanes.dataset.validation)
+            wrong = (said.argmax(-1) != lanes.dataset.validation.label).sum(-1)
             found.append(Candidate(start, rate, lane, wrong, curves[:, i]))
         return found
 
@@ -371,14 +324,14 @@ Chosen = dict[str, dict[str, Candidate]]  # setting → kind of start → the be
 
 
 def run_students(
-    config: Config, bench: Bench, teachers: list[Trained], unit: float
+    config: Config, lanes: Lanes, teachers: list[Trained]
 ) -> tuple[Chosen, list[dict[str, Any]]]:
     """Trains all students in all settings.
 
     Returns:
       The chosen ones, and a row for everything that was tried.
     """
-    dataset, rows = bench.dataset, bench.rows
+    dataset, rows = lanes.dataset, lanes.rows
     each = [
         begun(config, dataset, models.Model(t.apply_fn, *t.variables), seed)
         for seed, t in enumerate(teachers)
@@ -394,11 +347,12 @@ def run_students(
                     teacher.apply_fn(*teacher.variables, prepare(dataset.train.image[r[:count]]))[0]
                     for teacher, r in zip(teachers, rows, strict=True)
                 ])  # fmt: skip
-            epoch = bench.make_epoch(count, soft)
+            few = dataclasses.replace(lanes, rows=rows[:, :count])
+            bench = Bench(config, few, name, labels)
             best: dict[str, Candidate] = {}
             for start in all_starts(config):
                 params = jax.tree.map(lambda *x: jnp.stack(x), *[seed[start] for seed in each])
-                for one in bench.train(name, start, params, count, epoch, labels, unit * count):
+                for one in bench.train(start, params):
                     row = {"setting": name, **start._asdict(), "learning_rate": one.learning_rate}
                     tried.append({**row, "validation_errors": one.wrong.tolist()})
                     known = best.get(start.kind)
@@ -414,10 +368,11 @@ def setting(count: int, soft: bool) -> str:
 
 
 def entries(
-    config: Config, bench: Bench, chosen: Chosen, teachers: list[Trained], main: str
+    config: Config, lanes: Lanes, chosen: Chosen, teachers: list[Trained], main: str
 ) -> dict[str, dict[str, Any]]:
     """Looks at the test set: the models of results.json, a list a setting."""
-    dataset = bench.dataset
+    dataset = lanes.dataset
+    apply_fn = build(config, dataset, "student", 0).apply_fn
     label = dataset.test.label
 
     def size(params: Any) -> int:
@@ -435,7 +390,7 @@ def entries(
         found[kind] = {"test": {}, "validation": {}, "chosen": {}, "curve": {}}
         for name, best in chosen.items():
             one = best[kind]
-            said = bench.logits(one.params, dataset.test)
+            said = lanes.logits(apply_fn, one.params, dataset.test)
             figures = [
                 metrics.evaluate(x, label, t.test_logits)
                 for x, t in zip(said, teachers, strict=True)
@@ -513,8 +468,7 @@ def main() -> int:
     check(config, dataset)
     out = begin("inject_mnist", config, dataset)
     examples, seeds = len(dataset.train.label), range(config.seeds)
-    rows = np.stack([np.random.default_rng([1, seed]).permutation(examples) for seed in seeds])
-    rows = rows.astype(np.int32)
+    rows = orders(config.seeds, examples)
     # The unit of work is one example of one student
     ratio = work(build(config, dataset, "teacher", 0), dataset)
     ratio *= (config.teacher_labels or examples) / work(
@@ -525,12 +479,12 @@ def main() -> int:
     progress = runs.Progress(config.seeds * config.teacher_epochs * ratio + total)
     lab = Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     teachers = [train_teacher(config, lab, rows, seed, ratio) for seed in seeds]
-    bench = Bench(config, dataset, out, progress, rows)
-    chosen, tried = run_students(config, bench, teachers, unit)
+    lanes = Lanes(dataset, rows, out, progress, config.batch_size, config.save_seconds)
+    chosen, tried = run_students(config, lanes, teachers)
     progress.close()
 
     main_setting = setting(config.labels[-1], False)
-    table = entries(config, bench, chosen, teachers, main_setting)
+    table = entries(config, lanes, chosen, teachers, main_setting)
     results = study.record(
         "inject_mnist",
         dataset,

@@ -24,10 +24,11 @@ import optax
 from scipy import stats
 
 from distill_jax import (  # isort: skip
-    connectivity, data, files, fit, interpolation, losses, metrics, models, objectives, pictures,
+    connectivity, data, files, interpolation, losses, metrics, models, objectives, pictures,
     report, runs, study, train, trees, units,
 )  # fmt: skip
 from distill_jax.lab import begin, prepare
+from distill_jax.lanes import Lanes, orders
 from distill_jax.options import Count, Options, Positive, Share, Whole, parse
 
 ALL, EQUAL, UNEQUAL = "all labels", "equal widths", "unequal widths"
@@ -91,24 +92,18 @@ def check(config: Config, dataset: data.Dataset) -> None:
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """Trains and judges the same model of all seeds at once.
+class Setting:
+    """Networks of one width and one number of labels.
 
     Attributes:
       config: the options.
-      dataset: the data.
-      out: where checkpoints go.
-      progress: the bar.
-      rows: int32 ``[seeds, examples]``, the training examples of each seed in an order of its own.
+      lanes: with so many labelled examples of each seed.
       epochs: how many.
-      name: of the setting, which the checkpoints' directories begin with.
+      name: which the models' checkpoints begin with.
     """
 
     config: Config
-    dataset: data.Dataset
-    out: Path
-    progress: runs.Progress
-    rows: np.ndarray
+    lanes: Lanes
     epochs: int
     name: str
 
@@ -118,58 +113,20 @@ class Lanes:
         step: Callable[..., Any],
         states: Any,
         unit: float,
-        soft: jax.Array | None = None,
+        soft: Any = None,
     ) -> Any:
-        """Trains, or takes from a checkpoint.
+        """Trains a model of all seeds: its last state.
 
         Args:
           name: of the model.
           step: ``(state, batch) -> (state, metrics)`` of one seed.
           states: ``[seeds, ...]``.
-          unit: the work of an epoch, for the bar.
-          soft: logits of a teacher, ``[seeds, training examples of the data set, classes]``.
+          unit: the work of an example, for the bar.
+          soft: as in :meth:`distill_jax.lanes.Lanes.train`.
         """
-        images, labels = (
-            jnp.asarray(x) for x in (self.dataset.train.image, self.dataset.train.label)
-        )
-
-        def one(state, rows, soft, order, images, labels):
-            def body(state, places):
-                chosen = rows[places]
-                batch = {"image": prepare(images[chosen]), "label": labels[chosen]}
-                if soft is not None:
-                    batch["teacher"] = soft[chosen]
-                return step(state, batch)
-
-            return jax.lax.scan(body, state, order)
-
-        mapped = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None, None)), donate_argnums=0)
-
-        def epoch(states, places, order, context):
-            return mapped(states, *context, order, images, labels)
-
-        done = fit.fit(
-            states,
-            epoch,
-            {"place": np.arange(self.rows.shape[1])},
-            epochs=self.epochs,
-            batch_size=self.config.batch_size,
-            seed=0,
-            context=(jnp.asarray(self.rows), soft),
-            directory=self.out / f"{self.name}, {name}".replace(", ", "-").replace(" ", "-"),
-            save_seconds=self.config.save_seconds,
-            on_epoch=self.progress.stage(f"{self.name}, {name}", unit),
-        )
-        return done.state
-
-    def logits(self, apply_fn: Callable[..., Any], params: Any, split: data.Split) -> jax.Array:
-        """What models say: ``[seeds, n, classes]``, of ``params`` with leaves ``[seeds, ...]``."""
-        run = jax.jit(jax.vmap(lambda p, x: apply_fn(p, {}, prepare(x))[0], in_axes=(0, None)))
-        parts = [
-            run(params, split.image[start : start + 5000])
-            for start in range(0, len(split.label), 5000)
-        ]
-        return jnp.concatenate(parts, 1)
+        epoch = self.lanes.make_epoch(step)
+        name = f"{self.name}, {name}"
+        return self.lanes.train(name, epoch, states, epochs=self.epochs, unit=unit, soft=soft).state
 
 
 def build(config: Config, dataset: data.Dataset, hidden: int, teacher: bool) -> models.Model:
@@ -246,8 +203,9 @@ def each_seed(function: Callable[..., Any], *stacked: Any) -> Any:
     return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *results)
 
 
-def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[Any, Any]]:
+def train_setting(setting: Setting, wide: bool) -> dict[str, tuple[Any, Any]]:
     """Trains all models of one setting: name → ``(apply_fn, params)``, the teacher first."""
+    config, lanes, run = setting.config, setting.lanes, setting.train
     tx = optax.sgd(config.learning_rate)
     student = build(config, lanes.dataset, config.hidden, teacher=False)
     teacher = build(config, lanes.dataset, config.wide if wide else config.hidden, teacher=True)
@@ -259,13 +217,11 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
     teacher_hard = train.make_train_step(objectives.supervised(teacher.apply_fn), tx)
     breadth = config.wide / config.hidden if wide else 1.0
 
-    taught = lanes.train("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
+    taught = run("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
     labels = lanes.logits(teacher.apply_fn, taught, lanes.dataset.train)
+    labels = np.take_along_axis(labels, lanes.rows[..., None], 1)
     results = {"teacher": (teacher.apply_fn, taught)}
     start = starts(student.params, tx)
-
-    def run(name, step, states, unit, soft=None):
-        return lanes.train(name, step, jax.tree.map(jnp.copy, states), unit, soft)
 
     results["scratch"] = (apply_fn, run("scratch", hard, start, 1.0).params)
 
@@ -302,8 +258,9 @@ def train_setting(config: Config, lanes: Lanes, wide: bool) -> dict[str, tuple[A
     return results
 
 
-def sweep(config: Config, lanes: Lanes) -> dict[str, np.ndarray]:
+def sweep(setting: Setting) -> dict[str, np.ndarray]:
     """Both readings at many λ, each as one program: reading → test errors ``[seeds, λ]``."""
+    config, lanes = setting.config, setting.lanes
     tx = optax.sgd(config.learning_rate)
     split = interpolation.split_tx(tx, tx)
     student, teacher = (
@@ -328,7 +285,7 @@ def sweep(config: Config, lanes: Lanes) -> dict[str, np.ndarray]:
     errors = {}
     for name, (make, states, model) in readings.items():
         states = jax.vmap(lambda state: interpolation.repeat(state, config.points))(states)
-        done = lanes.train(
+        done = setting.train(
             f"{name} at all λ", interpolation.sweep(make, rates), states, config.points + 1.0
         )
 
@@ -400,25 +357,25 @@ def main() -> int:
     check(config, dataset)
     out = begin("interpolate_mnist", config, dataset)
     examples = len(dataset.train.id)
-    orders = np.stack([
-        np.random.default_rng([1, seed]).permutation(examples) for seed in range(config.seeds)
-    ]).astype(np.int32)  # fmt: skip
+    rows = orders(config.seeds, examples)
     few = f"{config.few:,} labels"
     counts = {ALL: (examples, config.epochs)}
     if config.few:
         counts = {few: (config.few, config.few_epochs), **counts}
     widths = (EQUAL, UNEQUAL) if config.wide else (EQUAL,)
-    # The unit of work is one pass of one student over all examples
-    total = sum(n / examples * e for n, e in counts.values())
+    # The unit of work is one example of one student
+    total = sum(n * e for n, e in counts.values())
     work = total * (9.0 + (6.0 + config.wide / config.hidden if config.wide else 0.0))
     size, epochs = counts[few] if config.few else counts[ALL]
-    work += bool(config.points) * size / examples * epochs * 2 * (config.points + 1)
+    work += bool(config.points) * size * epochs * 2 * (config.points + 1)
     progress = runs.Progress(work)
 
-    def lanes(count: str, name: str) -> Lanes:
-        rows, epochs = counts[count]
-        part = Scaled(progress, rows / examples)
-        return Lanes(config, dataset, out, part, orders[:, :rows], epochs, name)  # type: ignore[arg-type]
+    def setting(count: str, name: str) -> Setting:
+        size, epochs = counts[count]
+        lanes = Lanes(
+            dataset, rows[:, :size], out, progress, config.batch_size, config.save_seconds
+        )
+        return Setting(config, lanes, epochs, name)
 
     table: dict[str, dict[str, Any]] = {}
     ways: dict[str, np.ndarray] = {}
@@ -428,14 +385,14 @@ def main() -> int:
     main_setting = f"{EQUAL}, {ALL}"
     for width in widths:
         for count in counts:
-            setting = f"{width}, {count}"
-            trained = train_setting(config, lanes(count, setting), width == UNEQUAL)
+            place = setting(count, f"{width}, {count}")
+            trained = train_setting(place, width == UNEQUAL)
             for name, (apply_fn, params) in trained.items():
-                logits = np.asarray(lanes(count, setting).logits(apply_fn, params, dataset.test))
+                logits = place.lanes.logits(apply_fn, params, dataset.test)
                 entry = table.setdefault(name, {"test": {}})
                 figures = [metrics.evaluate(x, dataset.test.label) for x in logits]
-                entry["test"][setting] = [f["errors"] for f in figures]
-                if setting == main_setting:
+                entry["test"][place.name] = [f["errors"] for f in figures]
+                if place.name == main_setting:
                     entry["test"] |= {key: [f[key] for f in figures] for key in figures[0]}
                     entry["parameters"] = sum(x[0].size for x in jax.tree.leaves(params))
             if count == ALL:
@@ -443,7 +400,7 @@ def main() -> int:
                     ways[f"{width}, {name}"], cosines[f"{width}, {name}"] = values, ends
     for name, values in ways.items():
         barriers[name] = [connectivity.barrier(ts, row) for row in values]
-    swept = sweep(config, lanes(few if config.few else ALL, "sweep")) if config.points else {}
+    swept = sweep(setting(few if config.few else ALL, "sweep")) if config.points else {}
     progress.close()
 
     settings = [f"{width}, {count}" for width in widths for count in counts]
@@ -482,23 +439,6 @@ def main() -> int:
     print("\n\n".join([notes[2], *notes[:2]]))
     print(f"Report with pictures: {out / 'report.md'}")
     return 0
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A progress bar whose epochs are shorter than the unit.
-
-    Attributes:
-      progress: the bar.
-      scale: the length of an epoch.
-    """
-
-    progress: runs.Progress
-    scale: float
-
-    def stage(self, name: str, unit: float) -> Callable[[int, Mapping[str, float]], None]:
-        """As :meth:`distill_jax.runs.Progress.stage`."""
-        return self.progress.stage(name, unit * self.scale)
 
 
 def draw(

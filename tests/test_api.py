@@ -34,6 +34,7 @@ LAYERS = [
     {"bottleneck", "fit", "interpolation", "schemes", "teachers"},
     {"stages", "study"},
     {"lab"},
+    {"lanes"},
 ]
 MODULES = sorted(
     name

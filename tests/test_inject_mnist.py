@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import data, models, objectives, runs, train
+from distill_jax import data, fit, lanes, models, objectives, runs, train
 from distill_jax.lab import adam, prepare
 
 EXPERIMENT = inject_mnist
@@ -146,12 +146,12 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
     config = dataclasses.replace(CONFIG, learning_rates=(0.001, 0.02))
     rows = np.stack([np.random.default_rng(s).permutation(100)[:40] for s in range(2)])
     progress = runs.Progress(1.0)
-    bench = inject_mnist.Bench(config, digits, tmp_path, progress, rows)
+    place = lanes.Lanes(digits, rows, tmp_path, progress, config.batch_size)
     students = [inject_mnist.build(config, digits, "student", seed) for seed in range(2)]
     params = jax.tree.map(lambda *x: jnp.stack(x), *[student.params for student in students])
-    epoch = bench.make_epoch(40, soft)
     taught = jax.random.normal(jax.random.key(4), (2, 40, 10)) * 9 if soft else None
-    found = bench.train("a", inject_mnist.Start("random"), params, 40, epoch, taught, 1.0)
+    bench = inject_mnist.Bench(config, place, "a", taught)
+    found = bench.train(inject_mnist.Start("random"), params)
     progress.close()
     lane = found[1]
     assert lane.learning_rate == 0.02
@@ -172,7 +172,7 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
     if taught is not None:
         examples["teacher"] = np.asarray(taught[1])
     for number in range(2):
-        state, _ = run(state, examples, inject_mnist.fit.epoch_order(0, number, 40, 10))
+        state, _ = run(state, examples, fit.epoch_order(0, number, 40, 10))
     for ours, alone in zip(
         jax.tree.leaves(lane.params), jax.tree.leaves(state.params), strict=True
     ):
