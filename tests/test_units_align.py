@@ -400,16 +400,17 @@ def test_a_wider_teacher_is_brought_to_the_student():
         units.bring(graph, deeper.params, graphs[1], teacher)
 
 
-def test_a_layer_of_one_unit_is_not_filled_with_units_that_do_not_belong_together():
+def test_layers_whose_units_do_not_correspond_are_refused():
     def fn(p, x):
         return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
 
-    x = np.zeros((1, 3))
-    student, teacher = (shapes(a=(3, n), b=(n, m), c=(m, 2)) for n, m in ((4, 1), (6, 5)))
-    graphs = [units.trace(fn, params, x) for params in (student, teacher)]
+    def network(a, b, classes):
+        params = shapes(a=(3, a), b=(a, b), c=(b, classes))
+        return units.trace(fn, params, np.zeros((1, 3))), params
+
+    teacher = network(6, 5, 2)
+    with pytest.raises(ValueError, match="of different kinds"):
+        units.bring(*network(4, 1, 2), *teacher)  # one unit is no group
     with pytest.raises(ValueError, match="not free there") as error:
-        units.bring(graphs[0], student, graphs[1], teacher)
-    assert str(error.value).splitlines()[1:] == [
-        "b: (4, 1) in the student, (4, 5) selected",
-        "c: (1, 2) in the student, (5, 2) selected",
-    ]
+        units.bring(*network(4, 3, 1), *teacher)
+    assert str(error.value).splitlines()[1:] == ["c: (3, 1) in the student, (3, 2) selected"]

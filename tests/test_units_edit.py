@@ -286,6 +286,28 @@ def test_a_teachers_units_fit_into_a_student_of_fewer_layers():
     )
 
 
+def test_a_student_of_fewer_layers_says_which_are_the_teachers():
+    def graph_of(*sizes):
+        params = {
+            str(i): np.ones(pair, np.float32)
+            for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+        }
+
+        def fn(p, x):
+            for i in range(len(p) - 1):
+                x = jnp.tanh(x @ p[str(i)])
+            return x @ p[str(len(p) - 1)]
+
+        return units.trace(fn, params, np.zeros((1, sizes[0])))
+
+    teacher, student = graph_of(3, 8, 4, 4), graph_of(3, 4, 4)
+    # Without layers the student's outputs would be the teacher's second hidden layer, of equal shape
+    with pytest.raises(ValueError, match=r"1, axis 1, has groups \[\], but the teacher's 1"):
+        units.select(teacher, student)
+    kept = units.select(teacher, student, layers={"1": "2"})
+    assert kept == {"0": [0, 2, 4, 6], "1": [0, 1, 2, 3]}
+
+
 def test_injection_says_what_it_took_and_what_it_kept():
     student = {
         "a": np.zeros((2, 3), np.float32),

@@ -224,8 +224,9 @@ def select(
       The indices of the teacher's units that stay.
 
     Raises:
-      ValueError: if a layer is not in the teacher, if widths do not correspond, if the student is the
-        larger one, or the block ends beyond the teacher's units.
+      ValueError: if a layer is not in the teacher, if widths do not correspond (as those of a student
+        with fewer layers and no ``layers``), if the student is the larger one, or the block ends beyond
+        the teacher's units.
 
     References:
       Xu et al., `Initializing Models with Larger Ones`, 2024, §3 (uniform and consecutive selection).
@@ -245,18 +246,24 @@ def select(
     elif how not in ("uniform", "block"):
         raise ValueError(f"how must be 'uniform', 'block' or scores by group, got {how!r}")
     sizes: dict[str, int] = {}
-    theirs = _by_place(graph)
-    for (path, axis), small in _by_place(student).items():
-        place = mapped_path(path, layers), axis
+    ours, theirs = _by_place(student), _by_place(graph)
+    for path, axis in [
+        (p, i) for p, leaf in student.shapes.items() for i in range(len(leaf.shape))
+    ]:
+        small, place = ours.get((path, axis), []), (mapped_path(path, layers), axis)
         if place[0] not in graph.shapes:
-            raise ValueError(
-                f"layers: the student's {path} has no counterpart {place[0]} in the teacher"
-            )
+            if small:
+                raise ValueError(
+                    f"layers: the student's {path} has no counterpart {place[0]} in the teacher"
+                )
+            continue
         large = theirs.get(place, [])
         if len(large) != len(small):
             raise ValueError(
                 f"student: {path}, axis {axis}, has groups {[g.name for g in small]}, but the "
-                f"teacher's {place[0]} has {[g.name for g in large]}: they are of different kinds"
+                f"teacher's {place[0]} has {[g.name for g in large]}: they are of different kinds "
+                "(the model's inputs and outputs, what is frozen, and a layer of one unit have "
+                "none); give layers, or a student of another shape"
             )
         for a, b in zip(large, small, strict=True):
             if sizes.setdefault(a.name, b.size) != b.size:
