@@ -1,6 +1,7 @@
 """Prune, merge, select, inject: budgets are met, duplicates vanish, what is saved can be loaded."""
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -289,8 +290,7 @@ def test_a_teachers_units_fit_into_a_student_of_fewer_layers():
 def test_a_student_of_fewer_layers_says_which_are_the_teachers():
     def graph_of(*sizes):
         params = {
-            str(i): np.ones(pair, np.float32)
-            for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+            str(i): np.ones(pair, np.float32) for i, pair in enumerate(itertools.pairwise(sizes))
         }
 
         def fn(p, x):
