@@ -1,5 +1,6 @@
 """What trace says of small programs; keep and silence; what happens without rules."""
 
+import functools
 import importlib
 import time
 
@@ -201,6 +202,19 @@ def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
     assert exact(lambda p, h: h * np.full(h.shape[-1:], 15**-0.5)) == [True]
     assert exact(lambda p, h: five(h * (2.0 / h.shape[-1]))) == [False, True]
     assert exact(lambda p, h: five(h * 0.2)) == [True, True]
+
+
+def test_a_ratio_of_two_equal_widths_is_noticed():
+    def fn(p, x, ratio):
+        gain = (p["b"].shape[0] / p["b"].shape[1]) ** 0.5 if ratio else 1.0
+        x = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"] * gain)
+        return jnp.tanh(x @ p["c"]) @ p["d"]
+
+    for ratio in (False, True):
+        shapes = {"a": (3, 6), "b": (6, 6), "c": (6, 5), "d": (5, 2)}
+        _, graph = traced(functools.partial(fn, ratio=ratio), **shapes)
+        assert sizes(graph, exact=False) == ({"a": 6, "b": 6} if ratio else {})
+        assert sizes(graph).keys() == {"a", "b", "c"}
 
 
 def test_a_primitive_without_a_rule_is_named(monkeypatch):

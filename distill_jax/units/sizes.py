@@ -21,9 +21,10 @@ def groups_in_numbers(
 ) -> set[str]:
     """The exact groups from whose size ``fn`` computes a number that is no size.
 
-    Traces ``fn`` again with a unit less in each group; where that shows other numbers, or fails (for
-    some widths are written into ``fn``), in half of the kinds of groups, and so on down to one. A group
-    with which alone ``fn`` does not run is none of them: it can be run by its program only.
+    Traces ``fn`` again with fewer units in each group, as different numbers of them as can be, for a
+    ratio of two groups stays what it is where both lose as many; where that shows other numbers, or
+    fails (for some widths are written into ``fn``), in half of the kinds of groups, and so on down to
+    one. A group with which alone ``fn`` does not run is none of them: only its program runs it.
 
     Args:
       fn: as in :func:`distill_jax.units.trace`.
@@ -36,7 +37,15 @@ def groups_in_numbers(
     like = jax.eval_shape(lambda tree: tree, params)
 
     def changed(groups: list[Group]) -> bool | None:
-        kept = {group.name: range(group.size - 1) for group in groups}
+        # Two groups of one size lose as many twice only if they are far apart in a long list
+        found = {with_less(groups, digit) for digit in (np.mod, np.floor_divide)}
+        return True if True in found else False if False in found else None
+
+    def with_less(groups: list[Group], digit: Callable[[int, int], int]) -> bool | None:
+        kept = {}
+        for i, group in enumerate(groups):
+            losses = max(1, group.size // 2)
+            kept[group.name] = range(group.size - 1 - int(digit(i, losses)) % losses)
         small = jax.eval_shape(lambda tree: keep(graph, tree, kept), like)
 
         def fresh(params: Any, inputs: Any) -> Any:
