@@ -1,17 +1,4 @@
-"""ŷ = g(x; λθₜ + (1 − λ)θ_g): a student that shares its teacher's parameters (system S3).
-
-Two readings of the formula:
-
-- :func:`pull` moves the student's parameters towards the teacher's before each of its steps. The
-  student is the model.
-- :func:`through` takes the loss at the interpolated parameters, and its gradient goes through the
-  interpolation to the student's. The interpolated network is the model: :func:`interpolated`.
-
-λ, the transfer coefficient, is a constant or an optax schedule (``optax.linear_schedule``,
-``cosine_decay_schedule``, ``exponential_decay``); one for each path pattern
-(:func:`distill_jax.trees.scalars`); found on validation data (:class:`Search`); or learned. The teacher
-is trained together with the student, or beforehand and frozen.
-"""
+"""The two readings of the formula, each of which makes a step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from distill_jax import trees
+from distill_jax.interpolation.search import Search, line_search
 from distill_jax.losses.numerics import check_fractions
 from distill_jax.objectives import Schedule, at
 from distill_jax.train import LossFn, Metrics, Step, TrainState
@@ -59,64 +47,6 @@ class Pair(NamedTuple):
     def model_state(self) -> dict[str, PyTree]:
         """Likewise."""
         return {"student": self.student.model_state, "teacher": self.teacher.model_state}
-
-
-class Search(NamedTuple):
-    """A λ for :func:`pull` that is found anew at each step, by :func:`line_search`.
-
-    Attributes:
-      loss: ``(params, model_state, validation) -> scalar``, of the student.
-      points: of the grid.
-      rounds: of refinement.
-    """
-
-    loss: Callable[[PyTree, PyTree, Any], jax.Array]
-    points: int = 11
-    rounds: int = 2
-
-
-def line_search(
-    loss: Callable[[PyTree], jax.Array],
-    tree_a: PyTree,
-    tree_b: PyTree,
-    *,
-    points: int = 11,
-    rounds: int = 2,
-) -> tuple[jax.Array, jax.Array]:
-    """Finds the t in [0, 1] with the lowest loss at (1 − t)·a + t·b: on a grid, then on finer ones.
-
-    Between unaligned networks the loss has several valleys, so the first grid covers the whole way;
-    each further one the two intervals around the best point. The result is never worse than either end.
-
-    Args:
-      loss: params → scalar; not NaN. All points of a grid are computed at once, by ``vmap``.
-      tree_a: as in :func:`distill_jax.trees.lerp`.
-      tree_b: likewise.
-      points: of each grid, odd, ≥ 3.
-      rounds: how many grids, ≥ 1; t is found up to (2/(points − 1))^rounds/2.
-
-    Returns:
-      ``(t, loss)``, float32 scalars; the lowest t of equals.
-
-    Raises:
-      ValueError: if ``points`` or ``rounds`` are not such.
-
-    >>> t, value = line_search(lambda w: (w - 0.3) ** 2, 0.0, 1.0, points=5, rounds=6)
-    >>> round(float(t), 2)
-    0.3
-    """
-    if points < 3 or points % 2 == 0:
-        raise ValueError(f"points must be odd and at least 3, got {points}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    # Odd, so that the best point so far is the middle of the next grid, or its end
-    low, high = jnp.float32(0), jnp.float32(1)
-    for _ in range(rounds):
-        ts = jnp.linspace(low, high, points)
-        values = jax.vmap(lambda t: loss(trees.lerp(tree_a, tree_b, t)))(ts)
-        best = jnp.argmin(values)
-        low, high = ts[jnp.maximum(best - 1, 0)], ts[jnp.minimum(best + 1, points - 1)]
-    return ts[best], values[best]
 
 
 def pull(
@@ -349,79 +279,6 @@ def interpolated(
         return apply_fn(mix(params, rate, project=project), model_state["student"], x, key=key)
 
     return mixed_fn
-
-
-def sweep(make: Callable[[Any], Callable[..., Any]], rates: Any) -> Callable[..., Any]:
-    """Makes one step of many: the same reading at each of several λ, in one program.
-
-    Students are mapped by ``vmap``. The teacher does not depend on λ, so it is trained once for all of
-    them (not with ``flow``, where it does).
-
-    Args:
-      make: λ → step, as :func:`pull` makes it, or :func:`distill_jax.train.make_train_step` of
-        :func:`through`.
-      rates: ``[n]`` of λ.
-
-    Returns:
-      ``(states, batch) -> (states, metrics)`` over the states of :func:`repeat`; a batch serves all,
-      and each metric is ``[n]``.
-    """
-    rates = jnp.asarray(rates, jnp.float32)
-
-    def step(states, batch):
-        axes = _axes(states)
-        mapped = jax.vmap(
-            lambda rate, state: make(rate)(state, batch), in_axes=(0, axes), out_axes=(axes, 0)
-        )
-        return mapped(rates, states)
-
-    return step
-
-
-def repeat(state: Any, count: int) -> Any:
-    """Makes the states of :func:`sweep`: ``count`` students of one, and one teacher.
-
-    Args:
-      state: a :class:`Pair`, or the ``TrainState`` of :func:`through`.
-      count: how many.
-    """
-    return _map_students(lambda x: jnp.stack([x] * count), state)
-
-
-def lane(states: Any, index: Any) -> Any:
-    """Takes one of the states of :func:`sweep` out, with the teacher that all share.
-
-    Args:
-      states: of :func:`repeat`, or what a sweep made of it.
-      index: which.
-    """
-    return _map_students(lambda x: x[index], states)
-
-
-def _map_students(function: Callable[..., Any], states: Any) -> Any:
-    structure: Any
-    axes, structure = jax.tree.flatten(_axes(states), is_leaf=lambda axis: axis is None)
-    leaves = structure.flatten_up_to(states)
-    return structure.unflatten(
-        [x if axis is None else function(x) for x, axis in zip(leaves, axes, strict=True)]
-    )
-
-
-def _axes(states: Any) -> Any:
-    """For each leaf 0 if there is one for each student, None if all share it."""
-
-    def shared(tree):
-        return jax.tree.map(lambda x: None, tree)
-
-    def split(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: None if "teacher" in trees.path_name(path).split(".") else 0, tree
-        )
-
-    if isinstance(states, Pair):
-        return Pair(shared(states.teacher), _axes(states.student))
-    params, opt_state, model_state = map(split, states[1:4])
-    return TrainState(shared(states.step), params, opt_state, model_state, shared(states.key))
 
 
 def _share(params: Mapping[str, PyTree], rate: Any) -> Any:
