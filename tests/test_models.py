@@ -218,8 +218,8 @@ def test_training_steps_lower_the_loss(description):
     else:
         options = {"dtype": jnp.bfloat16} if low else {}
         model = build(name, shape, 4, jax.random.key(0), **options)
-    history, state = steps(model, shape)
-    assert history[-1] < 0.95 * history[0]
+    history, state = steps(model, shape, count=40)
+    assert history[-1] < 0.7 * history[0]
     assert np.isfinite(history).all()
     for tree, like in ((state.params, model.params), (state.model_state, model.model_state)):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(
