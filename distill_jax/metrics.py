@@ -3,8 +3,9 @@
 Functions of one value an example take logits ``[n, classes]`` and integer labels ``[n]``.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from distill_jax import losses
 
 Array = Any  # jax.Array or np.ndarray
+Network = tuple[Callable[..., Any], Any, Any]  # apply_fn, params, model_state
 
 
 def errors(logits: Array, labels: Array) -> Array:
@@ -152,75 +154,85 @@ def evaluate(logits: Any, labels: Any, teacher_logits: Any = None) -> dict[str, 
     return result
 
 
-def cost(
-    apply_fn: Callable[..., Any], params: Any, model_state: Any, example: Any, *, repeats: int = 30
-) -> dict[str, Any]:
-    """What a model costs in evaluation mode on the default device.
+def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:
+    """Times calls in turn, so that what else the machine does slows down all of them.
 
     Args:
-      apply_fn: as in :class:`distill_jax.models.Model`.
-      params: its parameters.
-      model_state: its state.
-      example: one input, without the batch axis.
-      repeats: timed calls a batch size, after three that are not counted.
+      calls: each gives what is waited for.
+      repeats: rounds, after three that are not counted.
 
     Returns:
-      ``parameters`` (a count), ``bytes`` (of parameters and state), ``flops`` an example (XLA's count
-      for the compiled program at batch 256, divided by 256; absent where XLA has none, or there is a
-      loop, whose body it counts once) and ``latency_ms``, the median wall time of a call at batch
-      ``"1"`` and ``"256"``, in milliseconds.
+      Seconds, ``[repeats, calls]``.
     """
-    leaves = jax.tree.leaves((params, model_state))
-    result: dict[str, Any] = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-        "latency_ms": {},
-    }
-    for batch in (1, 256):
-        inputs = jnp.repeat(jnp.asarray(example)[None], batch, 0)
-        program = jax.jit(lambda *args: apply_fn(*args)[0])
-        compiled = program.lower(params, model_state, inputs).compile()
-        times = []
-        for _ in range(repeats + 3):
+    seconds = np.zeros((repeats + 3, len(calls)))
+    for row in seconds:
+        for i, call in enumerate(calls):
             start = time.perf_counter()
-            jax.block_until_ready(compiled(params, model_state, inputs))
-            times.append(time.perf_counter() - start)
-        result["latency_ms"][str(batch)] = float(np.median(times[3:]) * 1e3)
-        flops = (compiled.cost_analysis() or {}).get("flops")
-        if flops and " while(" not in (compiled.as_text() or ""):
-            result["flops"] = float(flops) / batch
-    return result
+            jax.block_until_ready(call())
+            row[i] = time.perf_counter() - start
+    return seconds[3:]
+
+
+def costs(models: Sequence[Network], example: Any, *, repeats: int = 30) -> list[dict[str, Any]]:
+    """What models cost in evaluation mode on the default device, compared with each other.
+
+    Args:
+      models: ``(apply_fn, params, model_state)`` of each, as in :class:`distill_jax.models.Model`.
+      example: one input, without the batch axis.
+      repeats: timed calls a batch size, see :func:`timings`.
+
+    Returns:
+      Of each model ``parameters`` (a count), ``bytes`` (of parameters and state), ``flops`` an example
+      (XLA's count for the compiled program at batch 256, divided by 256; absent where XLA has none, or
+      there is a loop, whose body it counts once) and ``latency_ms``, the median wall time of a call at
+      batch ``"1"`` and ``"256"``, in milliseconds.
+    """
+    results: list[dict[str, Any]] = []
+    for _, *variables in models:
+        leaves = jax.tree.leaves(variables)
+        results.append({
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables[0])),
+            "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+            "latency_ms": {},
+        })  # fmt: skip
+    for batch in (1, 256):
+        programs = _compiled(models, example, batch)
+        medians = np.median(timings([call for call, _ in programs], repeats=repeats), 0) * 1e3
+        for result, (_, program), median in zip(results, programs, medians, strict=True):
+            result["latency_ms"][str(batch)] = float(median)
+            flops = (program.cost_analysis() or {}).get("flops")
+            if flops and " while(" not in (program.as_text() or ""):
+                result["flops"] = float(flops) / batch
+    return results
 
 
 def speed_ratio(
-    model: tuple[Callable[..., Any], Any, Any],
-    other: tuple[Callable[..., Any], Any, Any],
-    example: Any,
-    *,
-    batch: int,
-    repeats: int = 100,
+    model: Network, other: Network, example: Any, *, batch: int, repeats: int = 100
 ) -> float:
     """How many times as long a call of ``other`` takes: above 1, ``model`` is the faster one.
 
-    The two are called in turn, so that what else the machine does slows down both; the median of the
-    quotients is taken.
+    The two are called in turn (:func:`timings`), and the median of the quotients is taken.
 
     Args:
       model: ``(apply_fn, params, model_state)``.
       other: likewise.
       example: one input, without the batch axis.
       batch: examples a call.
-      repeats: calls of each, after three that are not counted.
+      repeats: calls of each.
     """
+    calls = [call for call, _ in _compiled((model, other), example, batch)]
+    seconds = timings(calls, repeats=repeats)
+    return float(np.median(seconds[:, 1] / seconds[:, 0]))
+
+
+def _compiled(
+    models: Sequence[Network], example: Any, batch: int
+) -> list[tuple[Callable[[], Any], Any]]:
+    """Each model on a batch of the example: a call without arguments, and the program."""
     inputs = jnp.repeat(jnp.asarray(example)[None], batch, 0)
-    programs = []
-    for apply_fn, *variables in (model, other):
+    found: list[tuple[Callable[[], Any], Any]] = []
+    for apply_fn, *variables in models:
         program = jax.jit(lambda *args, apply_fn=apply_fn: apply_fn(*args)[0])
-        programs.append((program.lower(*variables, inputs).compile(), variables))
-    times = np.zeros((repeats + 3, 2))
-    for row in times:
-        for i, (compiled, variables) in enumerate(programs):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*variables, inputs))
-            row[i] = time.perf_counter() - start
-    return float(np.median(times[3:, 1] / times[3:, 0]))
+        compiled = program.lower(*variables, inputs).compile()
+        found.append((functools.partial(compiled, *variables, inputs), compiled))
+    return found

@@ -92,8 +92,10 @@ def results(
       reference: the name of that one.
     """
     test, validation = dataset.test, dataset.validation
+    networks = [(first.apply_fn, *first.variables) for first in trained[0].values()]
+    costs = metrics.costs(networks, prepare(test.image[:1])[0])
     models = {}
-    for name, first in trained[0].items():
+    for name, cost in zip(trained[0], costs, strict=True):
         figures = [
             metrics.evaluate(
                 seed[name].test_logits,
@@ -104,7 +106,7 @@ def results(
         ]
         wrong = [metrics.errors(seed[name].validation_logits, validation.label) for seed in trained]
         models[name] = {
-            **metrics.cost(first.apply_fn, *first.variables, prepare(test.image[:1])[0]),
+            **cost,
             "validation": {"errors": [float(values.sum()) for values in wrong]},
             "test": {figure: [f[figure] for f in figures] for figure in figures[0]},
         }

@@ -526,7 +526,7 @@ def network(config: Config, dataset: data.Dataset) -> int:
         model["bytes_sent"] = first["bytes_sent"]
         model["stages"] = [seed[name]["stages"] for seed in facts]
         encoder: models.Model = first["encoder"]
-        device = metrics.cost(*encoder, example, repeats=1)["flops"]
+        device = metrics.costs([encoder], example, repeats=1)[0]["flops"]
         model["device_flops"] = device / results["models"]["original"]["flops"]
         if "inputs_error" in first:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]

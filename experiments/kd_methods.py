@@ -23,8 +23,8 @@ import numpy as np
 import optax
 
 from distill_jax import (  # isort: skip
-    augment, capture, data, files, lab, learned, losses, matching, models, objectives, pictures,
-    report, runs, study, train,
+    augment, capture, data, files, lab, learned, losses, matching, metrics, models, objectives,
+    pictures, report, runs, study, train,
 )  # fmt: skip
 from distill_jax.learned import Learned
 from distill_jax.options import Count, Options, Positive, Whole, parse
@@ -321,19 +321,9 @@ def step_costs(jobs: Mapping[str, Job], model: models.Model, batch: Any) -> dict
         tx = optax.sgd(1e-3)
         state = train.init_state(params, tx, jax.random.key(0), model.model_state)
         step = jax.jit(train.make_train_step(job.loss_fn, tx))
-        jax.block_until_ready(step(state, batch))
-        calls[name] = (step, state)
-    rounds = []
-    for _ in range(15):
-        seconds = {}
-        for name, (step, state) in calls.items():
-            start = time.perf_counter()
-            for _ in range(3):
-                state, _ = step(state, batch)
-            jax.block_until_ready(state)
-            seconds[name] = time.perf_counter() - start
-        rounds.append(seconds)
-    return {name: float(np.median([r[name] / r["scratch"] for r in rounds])) for name in jobs}
+        calls[name] = functools.partial(step, state, batch)
+    seconds = dict(zip(jobs, metrics.timings(list(calls.values()), repeats=45).T, strict=True))
+    return {name: float(np.median(seconds[name] / seconds["scratch"])) for name in jobs}
 
 
 def main() -> None:

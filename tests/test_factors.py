@@ -165,8 +165,8 @@ def test_flops_fall_and_gradients_reach_every_factor():
     kernels = factors.kernels(*model, x)
     thin = factors.factorise(model.params, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
     thin_fn = factors.factored(model.apply_fn)
-    before = metrics.cost(*model, x[0], repeats=1)
-    after = metrics.cost(thin_fn, thin, model.model_state, x[0], repeats=1)
+    both = [model, (thin_fn, thin, model.model_state)]
+    before, after = metrics.costs(both, x[0], repeats=1)
     assert after["parameters"] == before["parameters"] - 64 * 24 - 24 * 16 + 4 * 88 + 3 * 40
     saved = 2 * (before["parameters"] - after["parameters"])
     assert abs(before["flops"] - after["flops"] - saved) < 0.1 * saved

@@ -104,14 +104,17 @@ def test_no_flops_where_xla_counts_a_loop_once():
     def apply_fn(params, model_state, x):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0], model_state
 
-    cost = metrics.cost(apply_fn, jnp.ones((5, 8, 8)), {}, jnp.zeros(8), repeats=1)
+    (cost,) = metrics.costs([(apply_fn, jnp.ones((5, 8, 8)), {})], jnp.zeros(8), repeats=1)
     assert cost["parameters"] == 320
     assert "flops" not in cost
 
 
 def test_cost_of_a_dense_net():
     model = build("mlp:40", (8, 8, 1), 10, jax.random.key(0))
-    cost = metrics.cost(model.apply_fn, model.params, model.model_state, jnp.zeros((8, 8, 1)))
+    other = build("mlp:2", (8, 8, 1), 10, jax.random.key(0))
+    small, cost = metrics.costs([other, model], jnp.zeros((8, 8, 1)))
+    assert small["parameters"] == 64 * 2 + 2 + 2 * 10 + 10
+    assert small["flops"] < cost["flops"]
     parameters = 64 * 40 + 40 + 40 * 10 + 10
     assert cost["parameters"] == parameters
     assert cost["bytes"] == parameters * 4

@@ -139,7 +139,7 @@ def test_model_state_is_no_parameter():
     found = units.report(graph, {"params.a": [0, 2, 3]}, repeats=1)
     assert found["parameters"] == (20, 15)
     arrays = jax.tree.map(jnp.asarray, (params, state))
-    expected = metrics.cost(apply_fn, *arrays, np.zeros(3), repeats=1)
+    (expected,) = metrics.costs([(apply_fn, *arrays)], np.zeros(3), repeats=1)
     assert (expected["parameters"], expected["bytes"]) == (20, found["bytes"][0])
     kept = units.prune(graph, {"params.a": np.arange(4.0)}, 15, of=costs.parameters)
     assert kept == {"params.a": [1, 2, 3]}

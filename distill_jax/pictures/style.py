@@ -44,7 +44,9 @@ OTHERS: Sequence[tuple[str, Any]] = (
 
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Gives each model a colour and a line, the same in all pictures to those of ``LOOKS``."""
-    others = itertools.cycle(OTHERS)
+    names = list(names)
+    spare = [look for name, look in LOOKS.items() if name not in names]
+    others = itertools.cycle([*OTHERS, *spare])
     pairs = {name: LOOKS.get(name) or next(others) for name in names}
     return {name: {"color": colour, "linestyle": line} for name, (colour, line) in pairs.items()}
 

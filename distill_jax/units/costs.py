@@ -1,7 +1,7 @@
 """What a network costs without some of its units, and what describes the rest."""
 
 import contextlib
-import time
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from distill_jax import metrics
 from distill_jax.units.graph import UnitGraph
 from distill_jax.units.keep import Kept, check, position_masks
 from distill_jax.units.program import Program, flatten
@@ -46,7 +47,7 @@ def share(graph: UnitGraph, kept: Kept) -> float:
 
 
 def parameters(graph: UnitGraph, kept: Kept) -> int:
-    """The number of parameters: as :func:`distill_jax.metrics.cost` counts them, without model state.
+    """The number of parameters: as :func:`distill_jax.metrics.costs` counts them, without model state.
 
     If what was traced has a first key ``params``, these are the numbers below it, else all.
 
@@ -190,15 +191,9 @@ def _arguments(graph: UnitGraph, kept: Kept, make: Callable[..., Any]) -> Any:
 
 def _latencies(graph: UnitGraph, each: Sequence[Kept], repeats: int) -> list[float]:
     """Medians, of calls in turn: what else the machine does slows down all of them."""
-    programs = []
+    calls = []
     for kept in each:
         params, inputs = _arguments(graph, kept, jnp.zeros)
         compiled = jax.jit(shrink(graph, kept)).lower(params, *inputs).compile()
-        programs.append((compiled, (params, *inputs)))
-    times = np.zeros((repeats + 3, len(programs)))
-    for row in times:
-        for i, (compiled, arguments) in enumerate(programs):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            row[i] = time.perf_counter() - start
-    return (np.median(times[3:], 0) * 1e3).tolist()
+        calls.append(functools.partial(compiled, params, *inputs))
+    return (np.median(metrics.timings(calls, repeats=repeats), 0) * 1e3).tolist()
