@@ -63,6 +63,8 @@ class Config(Options):
     """those that are also applied step by step"""
     shares: tuple[float, ...] = (0.5, 0.3, 0.18, 0.11, 0.065)
     """of the units that stay, falling"""
+    multiple: Count = 1
+    """widths are rounded up to multiples of this: 49 units need not be faster than 56"""
     refinements: Whole = 2
     """further shares, between the smallest network within the budget and the next smaller one"""
     budget: Amount = 0.02
@@ -99,7 +101,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
     kind = config.original.partition(":")[0]
     config.need("original", kind in ("mlp", "convnet"), "be mlp:… or convnet:…")
-    build(config, dataset, config.original, 0)
+    widths_at(config, dataset, config.shares[-1])
 
 
 def build(config: Config, dataset: data.Dataset, description: str, seed: int) -> models.Model:
@@ -163,43 +165,53 @@ def score(
     return units.scores.taylor(graph, variables[0], gradients)
 
 
+def widths_at(config: Config, dataset: data.Dataset, share: float) -> list[int]:
+    """The widths of the hidden layers with a share of the original's units, in their order.
+
+    At least two each: what a single unit does cannot be told from the layer.
+    """
+    model = build(config, dataset, config.original, 0)
+    graph = graph_of(model.apply_fn, model[1:], dataset.train.image[:1])
+    alike = {name: np.zeros(group.size) for name, group in graph.groups.items() if group.free}
+    kept = units.prune(graph, alike, share, across="group", multiple=config.multiple)
+    return [max(2, len(indices)) for indices in kept.values()]
+
+
 def edit(
     config: Config,
     dataset: data.Dataset,
     operator: str,
-    share: float,
+    widths: Sequence[int],
     apply_fn: Callable[..., Any],
     variables: tuple[Any, Any],
     seed: int,
 ) -> tuple[Any, Any]:
-    """Applies an operator: ``(params, model_state)`` with a share of the units of each layer."""
+    """Applies an operator: ``(params, model_state)`` with hidden layers of these widths."""
     rows = np.random.default_rng(seed).permutation(len(dataset.train.label))[: config.examples]
     batch = {name: values[rows] for name, values in arrays(dataset.train).items()}
-    if operator == "prune+merge":
-        half = edit(config, dataset, "prune", share**0.5, apply_fn, variables, seed)
-        return edit(config, dataset, "merge", share**0.5, apply_fn, half, seed)
     graph = graph_of(apply_fn, variables, batch["image"])
-    tree = _tree(variables)
     names = [name for name, group in graph.groups.items() if group.free]
-    if operator in ("prune", "merge"):
-        scores = score(config, graph, apply_fn, variables, batch, seed)
+    if operator == "prune+merge":
+        sizes = [graph.groups[name].size for name in names]
+        halfway = [round((n * w) ** 0.5) for n, w in zip(sizes, widths, strict=True)]
+        half = edit(config, dataset, "prune", halfway, apply_fn, variables, seed)
+        return edit(config, dataset, "merge", widths, apply_fn, half, seed)
+    student = build(config, dataset, describe(config, widths), seed)
+    if operator == "fresh":
+        return student.params, student.model_state
+    small, tree = graph_of(student.apply_fn, student[1:], batch["image"]), _tree(variables)
+    if operator == "select":
+        kept = units.select(graph, small)
     else:
-        scores = {name: np.zeros(graph.groups[name].size) for name in names}
-    kept = units.prune(graph, scores, share, across="group")
-    widths = [len(kept[name]) for name in names]
+        scores = score(config, graph, apply_fn, variables, batch, seed)
+        kept = units.select(graph, small, how=scores)
     if operator == "merge":
         alike = None
         if config.likeness == "activations":
             values = units.activations(graph, tree, prepare(batch["image"]))
             alike = {name: values[name].T for name in names}
-        sizes = dict(zip(names, widths, strict=True))
-        tree, kept = units.merge(graph, tree, sizes, likeness=alike, scores=scores)
-    elif operator != "prune":
-        student = build(config, dataset, describe(config, widths), seed)
-        if operator == "fresh":
-            return student.params, student.model_state
-        small = graph_of(student.apply_fn, student[1:], batch["image"])
-        kept = units.select(graph, small)
+        each = dict(zip(names, widths, strict=True))
+        tree, kept = units.merge(graph, tree, each, likeness=alike, scores=scores)
     edited = units.keep(graph, tree, kept)
     return edited["params"], edited["state"]
 
@@ -259,11 +271,11 @@ class Search:
         if name in self.tried:
             return name
         self.tried[name] = operator, iterative, share
-        relative = share / (self.tried[start][2] if iterative else 1.0)
+        widths = widths_at(config, lab.dataset, share)
         for seed, models_ in enumerate(self.trained):
             large = models_[start]
             variables = edit(
-                config, lab.dataset, operator, relative, large.apply_fn, large.variables, seed
+                config, lab.dataset, operator, widths, large.apply_fn, large.variables, seed
             )
             model = models.Model(self.apply_fn, *variables)
             at_once = lab.judge(model.apply_fn, variables, {}, 0.0)

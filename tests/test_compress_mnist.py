@@ -78,10 +78,11 @@ def digits():
 def test_all_operators_give_networks_of_one_size(original, digits):
     config = compress_mnist.Config(dataset="digits", original=original, examples=32, score="l2")
     model = compress_mnist.build(config, digits, original, 0)
+    widths = compress_mnist.widths_at(config, digits, 0.5)
     shapes = set()
-    for operator in ("merge", "select", "fresh", "prune"):
+    for operator in ("prune+merge", "merge", "select", "fresh", "prune"):
         params, state = compress_mnist.edit(
-            config, digits, operator, 0.5, model.apply_fn, model[1:], 0
+            config, digits, operator, widths, model.apply_fn, model[1:], 0
         )
         shapes.add(str(jax.tree.map(np.shape, params)))
         assert jax.tree.structure(params) == jax.tree.structure(model.params)
@@ -98,6 +99,16 @@ def test_all_operators_give_networks_of_one_size(original, digits):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_widths_are_shares_multiples_and_never_one(digits):
+    def widths(share, **options):
+        config = compress_mnist.Config(original="mlp:20,12", **options)
+        return compress_mnist.widths_at(config, digits, share)
+
+    assert widths(0.5) == [10, 6]
+    assert widths(0.5, multiple=8) == [8, 8]
+    assert widths(0.08) == [2, 2]
+
+
 def test_merging_gives_a_doubled_network_back(digits):
     config = compress_mnist.Config(original="mlp:8", examples=32, score="l2")
     small = compress_mnist.build(config, digits, "mlp:4", 0)
@@ -108,7 +119,7 @@ def test_merging_gives_a_doubled_network_back(digits):
     }
     model = compress_mnist.build(config, digits, "mlp:8", 0)
     variables = {**model.params, "dense": twice}, model.model_state
-    merged, state = compress_mnist.edit(config, digits, "merge", 0.5, model.apply_fn, variables, 0)
+    merged, state = compress_mnist.edit(config, digits, "merge", [4], model.apply_fn, variables, 0)
     images = compress_mnist.prepare(digits.test.image[:4])
     np.testing.assert_allclose(
         model.apply_fn(merged, state, images)[0], small.apply_fn(*small[1:], images)[0],
@@ -158,6 +169,7 @@ def test_every_score(score, digits):
         ({"shares": (0.5, 0.5)}, "--shares must fall"),
         ({"shares": (1.5,)}, "--shares must fall"),
         ({"shares": ()}, "--shares must fall"),
+        ({"shares": (0.001,)}, "with 1 of the units of each group"),
         ({"score": "beauty"}, "--score must be of l1"),
         ({"original": "resnet8"}, "--original must be mlp"),
         ({"original": "mlp:0"}, "sizes ≥ 1"),
