@@ -5,7 +5,7 @@ what it computes is not what the larger network with silenced units computes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +21,9 @@ def groups_in_numbers(
 ) -> set[str]:
     """The exact groups from whose size ``fn`` computes a number that is no size.
 
-    Traces ``fn`` again with fewer units in each group, as different numbers of them as can be, for a
-    ratio of two groups stays what it is where both lose as many; where that shows other numbers, or
-    fails (for some widths are written into ``fn``), in half of the kinds of groups, and so on down to
-    one. A group with which alone ``fn`` does not run is none of them: only its program runs it.
+    Traces ``fn`` again with fewer units in some groups (:func:`_probes`); where that shows other
+    numbers, or fails (for some widths are written into ``fn``), in half of the kinds of groups, and so
+    on down to one. A group with which alone ``fn`` does not run is none of them: only its program does.
 
     Args:
       fn: as in :func:`distill_jax.units.trace`.
@@ -37,15 +36,15 @@ def groups_in_numbers(
     like = jax.eval_shape(lambda tree: tree, params)
 
     def changed(groups: list[Group]) -> bool | None:
-        # Two groups of one size lose as many twice only if they are far apart in a long list
-        found = {with_less(groups, digit) for digit in (np.mod, np.floor_divide)}
-        return True if True in found else False if False in found else None
+        verdicts = []
+        for losses in _probes(groups):
+            verdicts.append(with_less(losses))
+            if verdicts[-1]:
+                return True
+        return False if False in verdicts else None
 
-    def with_less(groups: list[Group], digit: Callable[[int, int], int]) -> bool | None:
-        kept = {}
-        for i, group in enumerate(groups):
-            losses = max(1, group.size // 2)
-            kept[group.name] = range(group.size - 1 - int(digit(i, losses)) % losses)
+    def with_less(losses: Mapping[str, int]) -> bool | None:
+        kept = {name: range(graph.groups[name].size - n) for name, n in losses.items()}
         small = jax.eval_shape(lambda tree: keep(graph, tree, kept), like)
 
         def fresh(params: Any, inputs: Any) -> Any:
@@ -77,6 +76,19 @@ def groups_in_numbers(
             places = tuple((s.axis, len(graph.shapes[s.path].shape)) for s in group.slices)
             kinds.setdefault((group.size, places), []).append(group)
     return search(list(kinds.values()))
+
+
+def _probes(groups: list[Group]) -> Iterator[dict[str, int]]:
+    """How many units groups lose.
+
+    One each; half, where a size is divided or compared; and one in some groups only, such that of any
+    two it is one alone in one of the cases: a ratio or a difference changes. One unit of three or more
+    is never left alone: what takes no axis of one apart, such as a reshape, is another operation then.
+    """
+    yield {group.name: 1 for group in groups}
+    yield {group.name: group.size - max(2, group.size // 2) or 1 for group in groups}
+    for bit in range((len(groups) - 1).bit_length()):
+        yield {group.name: 1 for i, group in enumerate(groups) if i >> bit & 1}
 
 
 def _numbers(program: Program) -> Iterator[Any]:
