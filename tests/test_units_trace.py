@@ -214,6 +214,9 @@ def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
         (lambda a, b, d: d % 2 + 2.0, "d"),
         (lambda a, b, d: 1.0 + b // 2, "b"),
         (lambda a, b, d: 3.0 if d > 5 or d == 2 else 2.0, "d"),
+        (lambda a, b, d: jnp.sum(jnp.ones(d)), "d"),
+        (lambda a, b, d: jnp.mean(jnp.arange(a) + 1.0), "a"),
+        (lambda a, b, d: jnp.mean(jnp.arange(7) + 1.0), ""),
     ],
 )
 def test_a_number_from_several_sizes_is_noticed(number, inexact, width):

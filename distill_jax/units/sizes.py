@@ -15,6 +15,8 @@ from distill_jax.units.graph import Group, UnitGraph
 from distill_jax.units.keep import keep
 from distill_jax.units.program import Program, flatten
 
+REDUCTIONS = ("reduce_", "cum", "arg", "dot_general")
+
 
 def groups_in_numbers(
     fn: Callable[..., Any], params: Any, inputs: Any, graph: UnitGraph, program: Program
@@ -92,17 +94,27 @@ def _probes(groups: list[Group]) -> Iterator[dict[str, int]]:
 
 
 def _numbers(program: Program) -> Iterator[Any]:
-    """The steps, their numbers, and the values that are in their constants."""
-    for step in program.steps:
-        constants = [program.constants[n] for n in step.inputs if n in program.constants]
-        # Of a convolution, how many groups of channels there are is a size
-        options = {
-            name: option for name, option in step.params.items()
-            if isinstance(option, (int, float)) and not name.endswith("group_count")
-        }  # fmt: skip
-        yield step.name, options, [_values(c) for c in constants]
-        for body in step.bodies:
-            yield from _numbers(body)
+    """The steps, their numbers, the values in their constants, and how much of these is summed."""
+    fixed = set(program.constants)  # and what is computed of them alone
+
+    def read(program: Program) -> Iterator[Any]:
+        for step in program.steps:
+            constants = [program.constants[n] for n in step.inputs if n in program.constants]
+            # Of a convolution, how many groups of channels there are is a size
+            options = {
+                name: option for name, option in step.params.items()
+                if isinstance(option, (int, float)) and not name.endswith("group_count")
+            }  # fmt: skip
+            summed = None
+            if fixed.issuperset(step.inputs):
+                fixed.update(step.outputs)
+                if step.name.startswith(REDUCTIONS):  # a count is a sum of ones
+                    summed = [program.avals[n].shape for n in step.inputs]
+            yield step.name, options, [_values(c) for c in constants], summed
+            for body in step.bodies:
+                yield from read(body)
+
+    return read(program)
 
 
 def _values(constant: Any, most: int = 2**16) -> Any:
