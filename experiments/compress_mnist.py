@@ -101,7 +101,10 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
     kind = config.original.partition(":")[0]
     config.need("original", kind in ("mlp", "convnet"), "be mlp:… or convnet:…")
-    widths_at(config, dataset, config.shares[-1])
+    try:
+        widths_at(config, dataset, config.shares[-1])
+    except ValueError as error:
+        raise ValueError(f"--shares {config.shares[-1]:g} is too little: {error}") from None
 
 
 def build(config: Config, dataset: data.Dataset, description: str, seed: int) -> models.Model:

@@ -169,7 +169,7 @@ def test_every_score(score, digits):
         ({"shares": (0.5, 0.5)}, "--shares must fall"),
         ({"shares": (1.5,)}, "--shares must fall"),
         ({"shares": ()}, "--shares must fall"),
-        ({"shares": (0.001,)}, "with 1 of the units of each group"),
+        ({"shares": (0.001,)}, "--shares 0.001 is too little: .* with 1 of the units"),
         ({"score": "beauty"}, "--score must be of l1"),
         ({"original": "resnet8"}, "--original must be mlp"),
         ({"original": "mlp:0"}, "sizes ≥ 1"),
