@@ -91,9 +91,13 @@ class Lanes:
           states: ``[seeds, ...]``; they are copied, so the same ones can begin another training.
           epochs: how many.
           unit: the work of an example, for the bar.
-          soft: logits of a teacher for each seed's ``rows``, ``[seeds, examples, classes]``.
+          soft: what :meth:`soft_labels` gives.
           validate: as in :func:`distill_jax.fit.fit`.
         """
+        if soft is not None and soft.shape[:2] != self.rows.shape:
+            raise ValueError(
+                f"soft must be [seeds, examples, …] = {self.rows.shape}, got {soft.shape}"
+            )
         examples = self.rows.shape[1]
         return fit.fit(
             jax.tree.map(jnp.copy, states),
@@ -109,6 +113,20 @@ class Lanes:
             on_epoch=self.progress.stage(name, unit * examples),
         )
 
+    def soft_labels(self, apply_fn: Callable[..., Any], params: Any) -> np.ndarray:
+        """What teachers say of their seeds' ``rows``: ``[seeds, examples, classes]``.
+
+        Args:
+          apply_fn: of all of them.
+          params: ``[seeds, ...]``.
+        """
+        run, images = _forward_each(apply_fn), self.dataset.train.image
+        parts = [
+            run(params, images[self.rows[:, i : i + 5000]])
+            for i in range(0, self.rows.shape[1], 5000)
+        ]
+        return np.concatenate(parts, 1)
+
     def logits(self, apply_fn: Callable[..., Any], params: Any, split: Split) -> np.ndarray:
         """What models say: ``[seeds, n, classes]``, of ``params`` with leaves ``[seeds, ...]``."""
         run = _forward(apply_fn)
@@ -119,3 +137,8 @@ class Lanes:
 @functools.lru_cache(maxsize=8)
 def _forward(apply_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
     return jax.jit(jax.vmap(lambda p, x: apply_fn(p, {}, prepare(x))[0], in_axes=(0, None)))
+
+
+@functools.lru_cache(maxsize=8)
+def _forward_each(apply_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+    return jax.jit(jax.vmap(lambda p, x: apply_fn(p, {}, prepare(x))[0]))

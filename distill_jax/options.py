@@ -29,7 +29,7 @@ class Allowed(NamedTuple):
 Count = Annotated[int, Allowed("be at least 1", lambda v: v >= 1)]
 Whole = Annotated[int, Allowed("not be negative", lambda v: v >= 0)]
 Amount = Annotated[float, Allowed("not be negative", lambda v: v >= 0)]
-Positive = Annotated[float, Allowed("be positive", lambda v: 0 < v < math.inf)]
+Positive = Annotated[float, Allowed("be positive and finite", lambda v: 0 < v < math.inf)]
 Share = Annotated[float, Allowed("lie in [0, 1]", lambda v: 0 <= v <= 1)]
 Dropout = Annotated[float, Allowed("lie in [0, 1)", lambda v: 0 <= v < 1)]
 
@@ -99,7 +99,8 @@ class Options:
         """Refuses names, or one, that are not known."""
         value = getattr(self, name)
         given = value if isinstance(value, tuple) else (value,)
-        self.need(name, set(given) <= set(known), f"be of {', '.join(known)}")
+        some = "of" if isinstance(value, tuple) else "one of"
+        self.need(name, set(given) <= set(known), f"be {some} {', '.join(known)}")
 
     def verify(self) -> None:
         """Refuses values that their types do not allow.

@@ -53,7 +53,7 @@ class Config(Options):
     """exit 1 unless alignment by weights takes at least 60 % off the first model's barrier"""
 
 
-SMALL_IMAGES: dict[str, Any] = {"epochs": 60, "batch_size": 32}
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {("", True): {"epochs": 60, "batch_size": 32}}
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
@@ -153,7 +153,7 @@ def verdict(barriers: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    config, dataset = parse(Config, __doc__, DEFAULTS)
     check(config, dataset)
     out = begin("barrier_mnist", config, dataset)
     # The unit of work is an epoch of the first network

@@ -85,9 +85,9 @@ class Config(Options):
     accuracy) within 0.3 points of the original"""
 
 
-SMALL_IMAGES: dict[str, Any] = {
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {("", True): {
     "epochs": 60, "tuning_epochs": 40, "batch_size": 32, "learning_rate": 3e-3,
-}  # fmt: skip
+}}  # fmt: skip
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
@@ -97,7 +97,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.among("iterative", OPERATORS[:-1])
     config.among("score", SCORES)
     config.need("operators", bool(config.operators), "name at least one")
-    falling = all(a > b for a, b in itertools.pairwise((1.0, *config.shares, 0.0)))
+    falling = all(a > b for a, b in itertools.pairwise((0.999, *config.shares, 0.0)))
     config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
     kind = config.original.partition(":")[0]
     config.need("original", kind in ("mlp", "convnet"), "be mlp:… or convnet:…")
@@ -469,7 +469,7 @@ def draw(config: Config, search: Search, results: Mapping[str, Any], out: Path) 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    config, dataset = parse(Config, __doc__, DEFAULTS)
     check(config, dataset)
     out = begin("compress_mnist", config, dataset)
     unit = work(build(config, dataset, config.original, 0), dataset)

@@ -168,6 +168,9 @@ def check(config: Config, dataset: data.Dataset | None) -> None:
     need("budget", config.budget <= 1, "be at most 1")
     need("condition", config.condition >= 1, "be at least 1")
     if dataset is None:
+        need(
+            "validation", config.validation is None, "be left out: a linear original draws its own"
+        )
         widest = min(config.inputs, config.outputs)
         need("ranks", all(r <= widest for r in config.ranks), f"be at most {widest}")
         need("examples", config.examples > config.inputs, f"exceed --inputs, {config.inputs}")
@@ -308,6 +311,7 @@ def linear(config: Config) -> int:
         )
     results = {
         "experiment": "encoder_decoder", "config": config.recorded(), "widths": rows,
+        "command": runs.command(),
         "environment": runs.environment(), "seconds": time.monotonic() - started,
     }  # fmt: skip
     files.write_json(out / "results.json", results)

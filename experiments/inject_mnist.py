@@ -87,10 +87,10 @@ class Config(Options):
     errors than the random one, by more than two standard errors of the paired difference"""
 
 
-SMALL_IMAGES: dict[str, Any] = {
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {("", True): {
     "teacher": "mlp:256,256", "student": "mlp:32,32", "labels": (50, 100, 200), "batch_size": 10,
     "teacher_epochs": 60, "teacher_batch_size": 32,
-}  # fmt: skip
+}}  # fmt: skip
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
@@ -336,18 +336,14 @@ def run_students(
         begun(config, dataset, models.Model(t.apply_fn, *t.variables), seed)
         for seed, t in enumerate(teachers)
     ]
+    taught = jax.tree.map(lambda *x: jnp.stack(x), *[t.variables[0] for t in teachers])
     chosen: Chosen = {}
     tried = []
     for soft in (False, True)[: 1 + config.soft]:
         for count in config.labels:
             name = setting(count, soft)
-            labels = None
-            if soft:
-                labels = jnp.stack([
-                    teacher.apply_fn(*teacher.variables, prepare(dataset.train.image[r[:count]]))[0]
-                    for teacher, r in zip(teachers, rows, strict=True)
-                ])  # fmt: skip
             few = dataclasses.replace(lanes, rows=rows[:, :count])
+            labels = few.soft_labels(teachers[0].apply_fn, taught) if soft else None
             bench = Bench(config, few, name, labels)
             best: dict[str, Candidate] = {}
             for start in all_starts(config):
@@ -464,7 +460,7 @@ def draw(config: Config, results: Mapping[str, Any], watched: int, out: Path) ->
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     started = time.monotonic()
-    config, dataset = parse(Config, __doc__, {("", True): SMALL_IMAGES})
+    config, dataset = parse(Config, __doc__, DEFAULTS)
     check(config, dataset)
     out = begin("inject_mnist", config, dataset)
     examples, seeds = len(dataset.train.label), range(config.seeds)

@@ -80,9 +80,10 @@ def check(config: Config, dataset: data.Dataset) -> None:
     examples = len(dataset.train.id)
     config.need(
         "wide", not config.wide or config.wide > config.hidden,
-        f"be more than --hidden, {config.hidden}, or 0: a teacher narrower than the student has no "
-        "units for it to select from",
+        f"exceed --hidden, {config.hidden}, to have units that the student can select, or be 0",
     )  # fmt: skip
+    enough = config.hidden > 1 or not config.wide
+    config.need("hidden", enough, "be at least 2 with --wide: one unit alone has no order")
     config.fit(examples, "batch_size")
     config.need(
         "few", not config.few or config.batch_size <= config.few <= examples,
@@ -218,8 +219,7 @@ def train_setting(setting: Setting, wide: bool) -> dict[str, tuple[Any, Any]]:
     breadth = config.wide / config.hidden if wide else 1.0
 
     taught = run("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
-    labels = lanes.logits(teacher.apply_fn, taught, lanes.dataset.train)
-    labels = np.take_along_axis(labels, lanes.rows[..., None], 1)
+    labels = lanes.soft_labels(teacher.apply_fn, taught)
     results = {"teacher": (teacher.apply_fn, taught)}
     start = starts(student.params, tx)
 

@@ -108,7 +108,7 @@ class Config(Options):
     """such as at=300: the weight of a method's loss, in the place of its own"""
     seeds: Count = 5
     """students of each method"""
-    examples: Whole | None = 2000
+    examples: Whole = 2000
     """training examples, the first of the set (0: all); the teacher is trained on all of it"""
     teacher: str = "vgg8:0.5"
     """such as resnet32x4, wrn40-2, vgg13:0.5 or convnet:16,32"""
@@ -159,8 +159,9 @@ def check(config: Config, dataset: data.Dataset) -> None:
         f"name some of {', '.join(METHODS)}, each once, or all",
     )  # fmt: skip
     weights(config)
-    config.fit(len(dataset.train.id), "examples")
-    config.fit(config.examples or len(dataset.train.id), "batch_size")
+    most = len(dataset.train.id)
+    config.need("examples", config.examples <= most, f"be at most {most}, or 0 for all")
+    config.fit(config.examples or most, "batch_size")
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill_jax import data, models, study, units
+from distill_jax import data, lab, models, study, units
 
 EXPERIMENT = compress_mnist
 
@@ -143,6 +143,22 @@ def test_shifted_images_are_labelled_as_they_are_shifted(digits):
     assert search.labelling(0) == {}
 
 
+def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run):
+    shifts = []
+
+    def jittered(pixels):
+        shifts.append(pixels)
+        return lab.jittered(pixels)
+
+    monkeypatch.setattr(compress_mnist, "jittered", jittered)
+    options = ["--jitter", 1, "--seeds", 1, "--shares", 0.5, "--iterative", "--refinements", 0]
+    status, printed, _ = run(*options, "--out", tmp_path / "run")
+    assert status == 0
+    assert shifts == [1, 1]  # the original's, and the merged network's
+    assert "merge 0.5" in printed
+    assert not (tmp_path / "run" / "seed0" / "labels").exists()
+
+
 @pytest.mark.parametrize("score", compress_mnist.SCORES)
 def test_every_score(score, digits):
     config = compress_mnist.Config(original="mlp:8", examples=32, score=score)
@@ -168,9 +184,10 @@ def test_every_score(score, digits):
         ({"iterative": ("fresh",)}, "--iterative must be of prune"),
         ({"shares": (0.5, 0.5)}, "--shares must fall"),
         ({"shares": (1.5,)}, "--shares must fall"),
+        ({"shares": (0.9995,)}, "--shares must fall"),
         ({"shares": ()}, "--shares must fall"),
         ({"shares": (0.001,)}, "--shares 0.001 is too little: .* with 1 of the units"),
-        ({"score": "beauty"}, "--score must be of l1"),
+        ({"score": "beauty"}, "--score must be one of l1"),
         ({"original": "resnet8"}, "--original must be mlp"),
         ({"original": "mlp:0"}, "sizes ≥ 1"),
         ({"examples": 10**6}, "--examples must be at most the number"),

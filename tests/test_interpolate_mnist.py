@@ -65,7 +65,7 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
 
 OPTIONS = {
     "rate above one": ("--rate 1.5", "--rate must lie in [0, 1], got 1.5"),
-    "a teacher narrower than the student": ("--wide 4", "--wide must be more than --hidden, 8"),
+    "a teacher narrower than the student": ("--wide 4", "--wide must exceed --hidden, 8"),
     "fewer labels than a batch": ("--few 20", "--few must be from --batch-size"),
     "one point": ("--points 1", "--points must be at least 2, or 0"),
     "no learning rate": ("--learning-rate 0", "--learning-rate must be positive"),

@@ -62,11 +62,11 @@ OPTIONS = {
     "negative weight": ("--weight at=-1", "got 'at=-1'"),
     "more examples than there are": (
         "--examples 9999",
-        "--examples must be at most the number of training examples, 1081",
+        "--examples must be at most 1081, or 0 for all",
     ),
     "batch larger than the data": ("--batch-size 400", "number of training examples, 200, got 400"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative, got -1"),
-    "rate of zero": ("--learning-rate 0", "--learning-rate must be positive, got 0.0"),
+    "rate of zero": ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
     "unknown student": ("--student nope:3", "a model is described by a family"),
 }
 

@@ -51,6 +51,7 @@ def test_a_whole_run(tmp_path, run):
         "gallery.png",
     ):
         assert (out / file).stat().st_size > 500
+    assert results["command"].startswith(f"python {kd_mnist.__file__} --dataset digits --seeds 2 ")
     report = (out / "report.md").read_text()
     assert printed.strip().splitlines()[-2] in report  # the closing sentence
 

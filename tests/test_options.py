@@ -1,9 +1,10 @@
 """Options: what is refused and in which words, and which defaults a command line starts from."""
 
+import importlib
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_what_depends_on_the_data():
         config.fit(6, "few", "epochs")
     config.among("preset", ("quick", "slow"))
     Config(names=("a", "b")).among("names", ("a", "b", "c"))
-    with pytest.raises(ValueError, match="--preset must be of slow, long, got quick"):
+    with pytest.raises(ValueError, match="--preset must be one of slow, long, got quick"):
         config.among("preset", ("slow", "long"))
     with pytest.raises(ValueError, match="--names must be of a, b, got"):
         Config(names=("a", "c")).among("names", ("a", "b"))
@@ -113,7 +114,8 @@ def parse(monkeypatch, size, *arguments, **further):
     ("size", "arguments", "expected"),
     [
         (28, [], {}),
-        (8, [], {"epochs": 50}),
+        (16, [], {}),
+        (15, [], {"epochs": 50}),
         (28, ["--preset", "long"], {"preset": "long", **DEFAULTS["long", False]}),
         (8, ["--preset", "long"], {"preset": "long", **DEFAULTS["long", False]}),
         (8, ["--epochs", "3"], {"epochs": 3}),
@@ -123,6 +125,21 @@ def parse(monkeypatch, size, *arguments, **further):
 )  # fmt: skip
 def test_defaults_depend_on_preset_and_data(monkeypatch, size, arguments, expected):
     assert parse(monkeypatch, size, *arguments) == Config(**expected)
+
+
+def test_defaults_by_another_option(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--epochs", "7"])
+    defaults = {(7, False): {"seeds": 2}}
+    config, none = options.parse(Config, "", defaults, by="epochs", load=lambda config: None)
+    assert none is None
+    assert config == Config(epochs=7, seeds=2)
+
+
+def test_the_data_set_is_the_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(options.data, "load", lambda *args, **more: seen.append((args, more)))
+    options.load(Config(dataset="mnist", data_dir="here", validation=9))
+    assert seen == [(("mnist",), {"data_dir": "here", "validation": 9})]
 
 
 def test_a_bad_value_is_refused_before_the_data_is_loaded(monkeypatch):
@@ -143,3 +160,35 @@ def test_help_says_what_all_options_are(monkeypatch, capsys):
         "(default",
     ):
         assert text in shown
+
+
+EXPERIMENTS = (
+    "barrier_mnist", "compress_mnist", "encoder_decoder", "inject_mnist", "interpolate_mnist",
+    "kd_methods", "kd_mnist", "kd_vgg",
+)  # fmt: skip
+
+
+class StoppedError(Exception):
+    """What is read next does not matter."""
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_starts_from_defaults_that_are_allowed(name, monkeypatch):
+    experiment = importlib.import_module(name)
+    seen = []
+
+    def parse(*arguments, **further):
+        seen.append((arguments, further.get("by", "preset")))
+        raise StoppedError
+
+    monkeypatch.setattr(experiment, "parse", parse)
+    with pytest.raises(StoppedError):
+        experiment.main()
+    ((arguments, by),) = seen
+    assert arguments == (experiment.Config, experiment.__doc__, experiment.DEFAULTS)
+    assert any(small for _, small in experiment.DEFAULTS)
+    for (chosen, _), changes in experiment.DEFAULTS.items():
+        config = experiment.Config(**{**changes, **({by: chosen} if chosen else {})})
+        config.verify()
+        hints = get_type_hints(experiment.Config)
+        assert not chosen or chosen in get_args(hints[by])

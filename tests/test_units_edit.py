@@ -304,6 +304,9 @@ def test_a_student_of_fewer_layers_says_which_are_the_teachers():
     # Without layers the student's outputs would be the teacher's second hidden layer, of equal shape
     with pytest.raises(ValueError, match=r"1, axis 1, has groups \[\], but the teacher's 1"):
         units.select(teacher, student)
+    with pytest.raises(ValueError, match=r"1, axis 1, has groups \[\]"):  # one output is no unit
+        units.select(graph_of(3, 8, 4, 1), graph_of(3, 4, 1))
+    assert units.select(graph_of(3, 8, 4), graph_of(3, 1, 4)) == {"0": [0]}
     kept = units.select(teacher, student, layers={"1": "2"})
     assert kept == {"0": [0, 2, 4, 6], "1": [0, 1, 2, 3]}
 

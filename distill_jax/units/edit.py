@@ -247,29 +247,33 @@ def select(
         raise ValueError(f"how must be 'uniform', 'block' or scores by group, got {how!r}")
     sizes: dict[str, int] = {}
     ours, theirs = _by_place(student), _by_place(graph)
+    paths = {path: mapped_path(path, layers) for path in student.shapes}
     for path, axis in [
         (p, i) for p, leaf in student.shapes.items() for i in range(len(leaf.shape))
     ]:
-        small, place = ours.get((path, axis), []), (mapped_path(path, layers), axis)
-        if place[0] not in graph.shapes:
-            if small:
-                raise ValueError(
-                    f"layers: the student's {path} has no counterpart {place[0]} in the teacher"
-                )
-            continue
+        place = paths[path], axis
+        widths = [(group.name, group.size) for group in ours.get((path, axis), [])]
         large = theirs.get(place, [])
-        if len(large) != len(small):
+        if widths and place[0] not in graph.shapes:
             raise ValueError(
-                f"student: {path}, axis {axis}, has groups {[g.name for g in small]}, but the "
-                f"teacher's {place[0]} has {[g.name for g in large]}: they are of different kinds "
-                "(the model's inputs and outputs, what is frozen, and a layer of one unit have "
-                "none); give layers, or a student of another shape"
+                f"layers: the student's {path} has no counterpart {place[0]} in the teacher"
             )
-        for a, b in zip(large, small, strict=True):
-            if sizes.setdefault(a.name, b.size) != b.size:
+        # A single unit is no group. All its layer's arrays must be there, for a result may be one, too
+        single = not widths and len(large) == 1 and student.shapes[path].shape[axis] == 1
+        if single and {s.path for s in large[0].slices} <= {*paths.values()}:
+            widths = [(path, 1)]
+        if len(large) != len(widths):
+            raise ValueError(
+                f"student: {path}, axis {axis}, has groups {[name for name, _ in widths]}, but the "
+                f"teacher's {place[0]} has {[g.name for g in large]}: they are of different kinds "
+                "(the model's inputs and outputs, and what is frozen, have none); give layers, or a "
+                "student of another shape"
+            )
+        for group, (name, size) in zip(large, widths, strict=True):
+            if sizes.setdefault(group.name, size) != size:
                 raise ValueError(
-                    f"student: {b.name} needs {b.size} of the teacher's units {a.name}, another "
-                    f"group of the student {sizes[a.name]}"
+                    f"student: {name} needs {size} of the teacher's units {group.name}, another "
+                    f"group of the student {sizes[group.name]}"
                 )
     found: Indices = {}
     for name, size in sizes.items():
