@@ -38,7 +38,7 @@ def test_a_whole_run(tmp_path, run):
         ("--points 1", "--points must be at least 3, got 1"),
         ("--examples 0", "--examples must be at least 1, got 0"),
         ("--batch-size 5000", "--batch-size must be at most the number of training examples"),
-        ("--learning-rate 0", "--learning-rate must be positive, got 0.0"),
+        ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
         ("--models mlp:8 mlp:8", "--models must be at least one, and different"),
         ("--models mlp:x", "a model is described by"),
     ],
