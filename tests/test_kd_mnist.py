@@ -105,7 +105,10 @@ OPTIONS = {
     "no seeds": ("--seeds 0", "--seeds must be at least 1, got 0"),
     "no epochs": ("--epochs 0", "--epochs must be at least 1"),
     "temperature of zero": ("--temperature 0", "--temperature must be positive and finite, got 0"),
-    "temperature not a number": ("--temperature nan", "--temperature must be positive and finite, got nan"),
+    "temperature not a number": (
+        "--temperature nan",
+        "--temperature must be positive and finite, got nan",
+    ),
     "alpha above one": ("--alpha 1.5", r"--alpha must lie in [0, 1], got 1.5"),
     "negative learning rate": ("--learning-rate -1", "--learning-rate must be positive"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative"),
