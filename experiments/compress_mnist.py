@@ -171,7 +171,7 @@ def score(
 def widths_at(config: Config, dataset: data.Dataset, share: float) -> list[int]:
     """The widths of the hidden layers with a share of the original's units, in their order.
 
-    At least two each: what a single unit does cannot be told from the layer.
+    At least two each: a single unit is no group, which a further step could make smaller.
     """
     model = build(config, dataset, config.original, 0)
     graph = graph_of(model.apply_fn, model[1:], dataset.train.image[:1])

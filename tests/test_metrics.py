@@ -122,3 +122,25 @@ def test_cost_of_a_dense_net():
     assert products <= cost["flops"] <= 1.1 * products
     assert 0 < cost["latency_ms"]["1"] < 1000
     assert 0 < cost["latency_ms"]["256"] < 1000
+
+
+def test_a_ratio_above_one_says_the_first_model_is_faster(monkeypatch):
+    nets = [build(name, (8, 8, 1), 10, jax.random.key(0)) for name in ("mlp:2", "mlp:40")]
+    names = []
+
+    def timings(calls, *, repeats):
+        names.extend(call.args[0]["dense"][0]["kernel"].shape[1] for call in calls)
+        return np.array([[1.0, 3.0], [2.0, 8.0], [1.0, 2.0]])
+
+    monkeypatch.setattr(metrics, "timings", timings)
+    small, large = nets
+    assert metrics.speed_ratio(small, large, jnp.zeros((8, 8, 1)), batch=2) == 3.0
+    assert names == [2, 40]
+
+
+def test_calls_are_timed_in_turn_after_three_that_do_not_count():
+    made = []
+    seconds = metrics.timings([lambda: made.append("a"), lambda: made.append("b")], repeats=4)
+    assert seconds.shape == (4, 2)
+    assert (seconds > 0).all()
+    assert made == ["a", "b"] * 7

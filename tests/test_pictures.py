@@ -6,6 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from distill_jax import pictures
+from distill_jax.pictures import style
 
 
 def look(path, inches):
@@ -182,3 +183,11 @@ def test_reconstructions(tmp_path):
     assert pixels.shape[:2] == (240, 1400)
     with pytest.raises(ValueError, match="width 2 must be"):
         pictures.reconstructions(tmp_path / "a.png", {"a": images, "width 2": images[:5]})
+
+
+def test_eight_models_look_different_and_reserved_looks_are_not_given_away():
+    looks = style.looks_of([f"model {i}" for i in range(8)])
+    assert len({str(look) for look in looks.values()}) == 8
+    some = style.looks_of(["distilled", *(f"model {i}" for i in range(7))])
+    assert len({str(look) for look in some.values()}) == 8
+    assert some["distilled"] == style.looks_of(["distilled"])["distilled"]
