@@ -1,7 +1,7 @@
 """Knowledge distillation and model compression for JAX, as pure functions.
 
-``import distill_jax as dj``; then ``dj.losses.kl``, ``dj.train.make_train_step`` and so on: a module
-an idea, imported on first use.
+``import distill_jax as dj``; then ``dj.losses.kl``, ``dj.train.make_train_step`` and so on. Each
+module is imported on first use.
 """
 
 import importlib
@@ -9,41 +9,8 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 __all__ = [
-    "augment",
-    "bottleneck",
-    "capture",
-    "checkpoint",
-    "codec",
-    "connectivity",
-    "data",
-    "factors",
-    "files",
-    "fit",
-    "interpolation",
-    "lab",
-    "lanes",
-    "learned",
-    "losses",
-    "matching",
-    "metrics",
-    "models",
-    "objectives",
-    "options",
-    "parallel",
-    "pictures",
-    "programs",
-    "report",
-    "runs",
-    "schemes",
-    "sparsity",
-    "stages",
-    "study",
-    "targets",
-    "teachers",
-    "train",
-    "trees",
-    "units",
-]
+    "compress", "data", "features", "losses", "metrics", "models", "teachers", "train", "weights",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

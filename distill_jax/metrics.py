@@ -77,9 +77,7 @@ def precision_recall_f1(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def calibration_bins(
-    logits: Any, labels: Any, bins: int = 15
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def calibration_bins(logits: Any, labels: Any, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sorts predictions by confidence into bins of equal mass (their counts differ by at most 1).
 
     Returns:
@@ -206,9 +204,7 @@ def costs(models: Sequence[Network], example: Any, *, repeats: int = 30) -> list
     return results
 
 
-def speed_ratio(
-    model: Network, other: Network, example: Any, *, batch: int, repeats: int = 100
-) -> float:
+def speed_ratio(model: Network, other: Network, example: Any, *, batch: int, repeats: int = 100) -> float:
     """How many times as long a call of ``other`` takes: above 1, ``model`` is the faster one.
 
     The two are called in turn (:func:`timings`), and the median of the quotients is taken.
@@ -225,9 +221,7 @@ def speed_ratio(
     return float(np.median(seconds[:, 1] / seconds[:, 0]))
 
 
-def _compiled(
-    models: Sequence[Network], example: Any, batch: int
-) -> list[tuple[Callable[[], Any], Any]]:
+def _compiled(models: Sequence[Network], example: Any, batch: int) -> list[tuple[Callable[[], Any], Any]]:
     """Each model on a batch of the example: a call without arguments, and the program."""
     inputs = jnp.repeat(jnp.asarray(example)[None], batch, 0)
     found: list[tuple[Callable[[], Any], Any]] = []

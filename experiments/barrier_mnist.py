@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from harness import pictures, report, runs, study  # fmt: skip
+from harness.options import Count, Options, Positive, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, prepare, work
 
-from distill_jax import (  # isort: skip
-    connectivity, data, files, fit, models, objectives, pictures, report, runs, study, trees, units,
-)  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, prepare, work
-from distill_jax.options import Count, Options, Positive, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, models, train, weights
+from distill_jax.compress import units
 
 WAYS = ("as trained", "aligned by weights", "aligned by activations")
 
@@ -85,7 +85,7 @@ def train_pair(config: Config, lab: Lab, description: str, seed: int, unit: floa
                 f"{name}-{i}",
                 seed,
                 model,
-                objectives.supervised(model.apply_fn),
+                train.supervised(model.apply_fn),
                 arrays(lab.dataset.train),
                 epochs=config.epochs,
                 tx=adam(config.learning_rate, config.epochs),
@@ -118,17 +118,17 @@ def aligned(config: Config, lab: Lab, pair: list[Trained]) -> dict[str, tuple[An
 def walk(config: Config, lab: Lab, pair: list[Trained]) -> tuple[dict[str, list[float]], Any]:
     """The line, each way: validation losses in nats, and the network in its middle."""
     apply_fn, start = pair[0].apply_fn, pair[0].variables
-    validate = fit.make_validation(apply_fn, arrays(lab.dataset.validation), prepare=prepare)
+    validate = train.make_validation(apply_fn, arrays(lab.dataset.validation), prepare=prepare)
     batches = [{"image": prepare(lab.dataset.train.image[: config.examples])}]
-    refresh = functools.partial(connectivity.recalibrate, apply_fn, batches=batches)
+    refresh = functools.partial(weights.recalibrate, apply_fn, batches=batches)
     if not jax.tree.leaves(start[1]):
         refresh = None  # type: ignore[assignment]
     losses, middles = {}, {}
     ts = np.linspace(0, 1, config.points)
     for name, end in aligned(config, lab, pair).items():
-        figures = connectivity.along(validate, start, end, ts, refresh=refresh)
+        figures = weights.along(validate, start, end, ts, refresh=refresh)
         losses[name] = [figure["validation_nll"] for figure in figures]
-        params, state = trees.lerp(start, end, 0.5)
+        params, state = weights.lerp(start, end, 0.5)
         state = refresh(params, state) if refresh else state
         middles[name] = lab.judge(apply_fn, (params, state), {}, 0.0)
     return losses, middles
@@ -175,9 +175,7 @@ def main() -> int:
     lab.progress.close()
 
     barriers = {
-        description: {
-            name: [connectivity.barrier(ts, row) for row in rows] for name, rows in ways.items()
-        }
+        description: {name: [weights.barrier(ts, row) for row in rows] for name, rows in ways.items()}
         for description, ways in lines.items()
     }
     results = study.results(
@@ -193,19 +191,15 @@ def main() -> int:
     for description in config.models:
         for name, values in barriers[description].items():
             results["models"][f"{description}, midpoint, {name}"]["barrier"] = values
-    files.write_json(out / "results.json", files.plain(results, "results"))
+    _files.write_json(out / "results.json", _files.plain(results, "results"))
     drawn = {}
     for description, ways in lines.items():
         picture = f"line-{re.sub(r'[^a-z0-9]+', '-', description)}.png"
         series = {name: np.asarray(rows) for name, rows in ways.items()}
-        pictures.curves(
-            out / picture, ts, series, xlabel="one → the other", ylabel="validation loss, nats"
-        )
+        pictures.curves(out / picture, ts, series, xlabel="one → the other", ylabel="validation loss, nats")
         drawn[f"Validation loss on the straight line between two networks {description}"] = picture
     columns = {
-        "barrier, nats": lambda model: (
-            report.mean_sd(model["barrier"]) if "barrier" in model else None
-        ),
+        "barrier, nats": lambda model: report.mean_sd(model["barrier"]) if "barrier" in model else None,
         "errors": report.score("errors"),
         "NLL": report.score("nll"),
     }

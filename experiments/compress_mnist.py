@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from harness import pictures, report, runs, study  # fmt: skip
+from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, jittered, plain, prepare, work
 
-from distill_jax import (  # isort: skip
-    data, files, losses, metrics, models, objectives, pictures, report, runs, study, targets, units,
-)  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, work
-from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, losses, metrics, models, teachers, train
+from distill_jax.compress import units
 
 OPERATORS = ("prune", "merge", "select", "prune+merge", "fresh")
 SCORES = ("l1", "l2", "taylor", "fisher", "apoz", "mean_activation", "fpgm", "lamp", "random")
@@ -250,7 +250,7 @@ class Search:
         for seed in range(config.seeds):
             model = build(config, lab.dataset, config.original, seed)
             original = lab.train(
-                "original", seed, model, objectives.supervised(model.apply_fn), training,
+                "original", seed, model, train.supervised(model.apply_fn), training,
                 epochs=config.epochs, tx=adam(config.learning_rate, config.epochs),
                 batch_size=config.batch_size, order_seed=10_000 + seed, unit=self.unit,
                 transform=jittered(config.jitter) if config.jitter else plain,
@@ -277,9 +277,7 @@ class Search:
         widths = widths_at(config, lab.dataset, share)
         for seed, models_ in enumerate(self.trained):
             large = models_[start]
-            variables = edit(
-                config, lab.dataset, operator, widths, large.apply_fn, large.variables, seed
-            )
+            variables = edit(config, lab.dataset, operator, widths, large.apply_fn, large.variables, seed)
             model = models.Model(self.apply_fn, *variables)
             at_once = lab.judge(model.apply_fn, variables, {}, 0.0)
             self.before[seed][name] = {
@@ -290,7 +288,7 @@ class Search:
             }  # fmt: skip
             models_[name] = lab.train(
                 name.replace(", ", "-").replace(" ", "-"), seed, model,
-                objectives.distill(
+                train.distill(
                     model.apply_fn, temperature=config.temperature, alpha=config.alpha
                 ),
                 self.training[seed], epochs=config.tuning_epochs,
@@ -305,7 +303,7 @@ class Search:
         if not self.config.jitter:
             return {}
         original = self.trained[seed]["original"]
-        label, shift = targets.make_label(original.apply_fn), jittered(self.config.jitter)
+        label, shift = teachers.make_label(original.apply_fn), jittered(self.config.jitter)
         return {
             "transform": lambda variables, batch, key: label(variables, shift(None, batch, key)),
             "context": original.variables,
@@ -349,11 +347,7 @@ class Search:
         for _ in range(config.refinements):
             best = self.chosen()
             operator, iterative, share = self.tried.get(best, (config.operators[0], False, 1.0))
-            smaller = [
-                s
-                for o, i, s in self.tried.values()
-                if o == operator and i == iterative and s < share
-            ]
+            smaller = [s for o, i, s in self.tried.values() if o == operator and i == iterative and s < share]
             if not smaller:
                 break
             start = best if iterative else "original"
@@ -491,7 +485,7 @@ def main() -> int:
     results["before_tuning"] = at_once(search)
     results["chosen"] = best
     results["claims"] = claims(config, search, results)
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
     drawn = draw(config, search, results, out)
     sentences = [summary(config, search, results), *(
         f"With {claim} ({c['model']}): {c['points']:+.2f} points of test accuracy lost, "
@@ -532,15 +526,12 @@ def validation_loss(model: Mapping[str, Any]) -> str:
 def summary(config: Config, search: Search, results: Mapping[str, Any]) -> str:
     """One sentence: which network was chosen, and what it costs."""
     best, entries = results["chosen"], results["models"]
-    budget = (
-        f"{config.budget:g} nats of the original's validation loss, {search.loss('original'):.4f}"
-    )
+    budget = f"{config.budget:g} nats of the original's validation loss, {search.loss('original'):.4f}"
     if best == "original":
         return f"No smaller network is within {budget}."
     parameters = [entries[name]["parameters"] for name in (best, "original")]
     accuracy = [
-        report.mean_sd(entries[name]["test"]["accuracy"], percent=True)
-        for name in (best, "original")
+        report.mean_sd(entries[name]["test"]["accuracy"], percent=True) for name in (best, "original")
     ]
     return (
         f"Chosen: {best}, the smallest within {budget} ({search.loss(best):.4f}): "

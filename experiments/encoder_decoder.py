@@ -25,15 +25,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from harness import options, pictures, report, runs, study  # fmt: skip
+from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, jittered, prepare
 
-from distill_jax import (  # isort: skip
-    bottleneck, codec, data, factors, files, losses, metrics, models, objectives, options, pictures,
-    report, runs, stages, study, targets,
-)  # fmt: skip
-from distill_jax.capture import layer_shapes
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare
-from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, losses, metrics, models, teachers, train
+from distill_jax.compress import bottleneck, linear_codes, low_rank
+from distill_jax.features.capturing import layer_shapes
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,7 @@ DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
 
 EXCESS, POINTS = 1e-3, 0.15
 TUNED = "whitened SVD, distilled"
-EPOCHS = (
-    "Epochs of the encoder's, the decoder's and the joint stage; *: ended at the maximum, not "
-    "converged."
-)
+EPOCHS = "Epochs of the encoder's, the decoder's and the joint stage; *: ended at the maximum, not converged."
 
 
 def stage_epochs(done: Sequence[Mapping[str, Any]]) -> str:
@@ -168,9 +164,7 @@ def check(config: Config, dataset: data.Dataset | None) -> None:
     need("budget", config.budget <= 1, "be at most 1")
     need("condition", config.condition >= 1, "be at least 1")
     if dataset is None:
-        need(
-            "validation", config.validation is None, "be left out: a linear original draws its own"
-        )
+        need("validation", config.validation is None, "be left out: a linear original draws its own")
         widest = min(config.inputs, config.outputs)
         need("ranks", all(r <= widest for r in config.ranks), f"be at most {widest}")
         need("examples", config.examples > config.inputs, f"exceed --inputs, {config.inputs}")
@@ -189,9 +183,7 @@ def parse_code(text: str) -> tuple[int, int]:
     """Reads ``"16x8"``: 16 values of 8 bits."""
     width, _, bits = text.partition("x")
     if not (width.isdecimal() and bits.isdecimal() and int(width) and 1 <= int(bits) <= 16):
-        raise ValueError(
-            f"--codes must be width x bits such as 16x8, of up to 16 bits, got {text!r}"
-        )
+        raise ValueError(f"--codes must be width x bits such as 16x8, of up to 16 bits, got {text!r}")
     return int(width), int(bits)
 
 
@@ -208,7 +200,7 @@ def draw_linear(config: Config) -> tuple[dict[str, np.ndarray], data.Dataset]:
 
     def split(start):
         x = rng.normal(size=(config.examples, size)) @ mixing.T + mean
-        y = codec.affine(params, {}, x)[0]
+        y = linear_codes.affine(params, {}, x)[0]
         return data.Split(np.arange(start, start + config.examples), x, y)
 
     train, validation, test = (split(i * config.examples) for i in range(3))
@@ -221,15 +213,15 @@ def linear(config: Config) -> int:
     started = time.monotonic()
     params, dataset = draw_linear(config)
     out = begin("encoder_decoder", config, dataset)
-    train, validation, test = dataset.train, dataset.validation, dataset.test
-    frame = codec.coordinates(train.image, train.label)
+    learning, validation, test = dataset.train, dataset.validation, dataset.test
+    frame = linear_codes.coordinates(learning.image, learning.label)
 
     def fields(split):
-        z, t = codec.transform(frame, split.image, split.label)
+        z, t = linear_codes.transform(frame, split.image, split.label)
         return {"image": z.astype(np.float32), "teacher": t.astype(np.float32)}
 
-    roots = {s: codec.root(getattr(dataset, s).image, centre=True) for s in ("train", "test")}
-    best = {s: codec.optimum(params["kernel"], root) for s, root in roots.items()}
+    roots = {s: linear_codes.root(getattr(dataset, s).image, centre=True) for s in ("train", "test")}
+    best = {s: linear_codes.optimum(params["kernel"], root) for s, root in roots.items()}
     ranks = sorted(config.ranks or range(1, min(config.inputs, config.outputs) + 1))
     progress = runs.Progress(3 * len(ranks))
     rows = []
@@ -238,16 +230,16 @@ def linear(config: Config) -> int:
         def on_stage(name, rank=rank):
             return progress.stage(f"width {rank}, {name}", 1 / config.stage_epochs)
 
-        done = stages.train_stages(
+        done = train.train_stages(
             jax.random.key(rank),
-            codec.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, config.outputs),
+            linear_codes.init_linear(jax.random.key(rank), frame.whiten.shape[1], rank, config.outputs),
             {"encoder": {}, "decoder": {}},
-            functools.partial(objectives.encoder_decoder, codec.affine, codec.affine),
-            fields(train),
+            functools.partial(train.encoder_decoder, linear_codes.affine, linear_codes.affine),
+            fields(learning),
             fields(validation),
             tx=lambda steps: optax.adam(config.stage_learning_rate),
             epochs=config.stage_epochs,
-            batch_size=len(train.id),
+            batch_size=len(learning.id),
             seed=rank,
             tolerance=config.tolerance,
             patience=config.patience,
@@ -255,11 +247,11 @@ def linear(config: Config) -> int:
             save_seconds=config.save_seconds,
             on_stage=on_stage,
         )
-        pair = codec.fold(done.params, frame)
-        learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
-        closed = codec.reduced_rank(params["kernel"], roots["train"], rank)
-        loss = {s: codec.error(params["kernel"], root, learned) for s, root in roots.items()}
-        exact = codec.error(params["kernel"], roots["train"], closed)
+        pair = linear_codes.fold(done.params, frame)
+        learned = linear_codes.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
+        closed = linear_codes.reduced_rank(params["kernel"], roots["train"], rank)
+        loss = {s: linear_codes.error(params["kernel"], root, learned) for s, root in roots.items()}
+        exact = linear_codes.error(params["kernel"], roots["train"], closed)
         variance = best["train"][0]
         rows.append({
             "width": rank,
@@ -293,7 +285,7 @@ def linear(config: Config) -> int:
     text = report.markdown(table)
     worst = max(row["excess"] for row in rows)
     # The last pair is the widest
-    guesses, _ = codec.compose(codec.affine, codec.affine)(
+    guesses, _ = linear_codes.compose(linear_codes.affine, linear_codes.affine)(
         pair, {"encoder": {}, "decoder": {}}, test.image[:5]
     )
     verdict = (
@@ -314,14 +306,14 @@ def linear(config: Config) -> int:
         "command": runs.command(),
         "environment": runs.environment(), "seconds": time.monotonic() - started,
     }  # fmt: skip
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
     body = "\n\n".join([
         "# A linear original through narrow codes", f"**{verdict}**", text,
         f"Error, optimum, excess: of the training data's outputs, relative to their variance. {EPOCHS}",
         "![Error against the width of the code](widths.png)" * drawn, "\n".join(lines[1:]),
         f"```sh\n{runs.command()}\n```\n",
     ])  # fmt: skip
-    files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
+    _files.write_atomically(out / "report.md", lambda tmp: tmp.write_text(body, encoding="utf-8"))
     print(f"\n{text}\n")
     print("\n".join(lines))
     print(f"Report with pictures: {out / 'report.md'}")
@@ -334,9 +326,7 @@ def linear(config: Config) -> int:
 # --- a network -----------------------------------------------------------------------------------
 
 
-def build(
-    config: Config, dataset: data.Dataset, description: str, seed: int, **options: Any
-) -> models.Model:
+def build(config: Config, dataset: data.Dataset, description: str, seed: int, **options: Any) -> models.Model:
     """Builds a network for the data set's images."""
     shape: Any = dataset.train.image.shape[1:]
     classes = options.pop("outputs", dataset.classes)
@@ -351,7 +341,7 @@ def train_original(config: Config, lab: Lab, seed: int) -> Trained:
         "original",
         seed,
         model,
-        objectives.supervised(model.apply_fn),
+        train.supervised(model.apply_fn),
         arrays(lab.dataset.train),
         epochs=config.original_epochs,
         tx=adam(config.original_learning_rate, config.original_epochs),
@@ -364,7 +354,7 @@ def train_original(config: Config, lab: Lab, seed: int) -> Trained:
 
 def labelled(config: Config, original: Trained) -> Callable[..., Any]:
     """Makes the epoch's transform: jittered images, and what the original says of them."""
-    label, jitter = targets.make_label(original.apply_fn), jittered(config.jitter)
+    label, jitter = teachers.make_label(original.apply_fn), jittered(config.jitter)
     return lambda variables, batch, key: label(variables, jitter(None, batch, key))
 
 
@@ -372,19 +362,19 @@ def factorise(config: Config, lab: Lab, seed: int, original: Trained) -> dict[st
     """Thin factors for the kernels, by plain and by whitened SVD, and the latter distilled."""
     apply_fn, (params, model_state) = original.apply_fn, original.variables
     images = prepare(lab.dataset.train.image[:4096])
-    kernels = factors.kernels(apply_fn, params, model_state, images[:1])
-    thin_fn = factors.factored(apply_fn)
-    whitened = factors.layer_roots(apply_fn, params, model_state, images, batch=1024)
+    kernels = low_rank.kernels(apply_fn, params, model_state, images[:1])
+    thin_fn = low_rank.factored(apply_fn)
+    whitened = low_rank.layer_roots(apply_fn, params, model_state, images, batch=1024)
     made: dict[str, Trained] = {}
     for name, roots in {"SVD": None, "whitened SVD": whitened}.items():
-        ranks = factors.allocate(params, kernels, config.budget, of=config.of, roots=roots)
-        thin = factors.factorise(params, kernels, ranks, roots=roots)
+        ranks = low_rank.allocate(params, kernels, config.budget, of=config.of, roots=roots)
+        thin = low_rank.factorise(params, kernels, ranks, roots=roots)
         made[name] = lab.judge(thin_fn, (thin, model_state), {}, 0.0)
     made[TUNED] = lab.train(
         "factorised",
         seed,
         models.Model(thin_fn, thin, model_state),
-        objectives.distill(thin_fn, temperature=config.temperature, alpha=config.alpha),
+        train.distill(thin_fn, temperature=config.temperature, alpha=config.alpha),
         arrays(lab.dataset.train),
         epochs=config.epochs,
         tx=adam(config.learning_rate, config.epochs),
@@ -408,12 +398,12 @@ def staged(
     **options: Any,
 ) -> tuple[Trained, list[dict[str, Any]]]:
     """Trains an encoder and a decoder in stages: the compressed model, and how the stages went."""
-    done = stages.train_stages(
+    done = train.train_stages(
         jax.random.key(seed, impl="rbg"),
         {"encoder": encoder.params, "decoder": decoder.params},
         {"encoder": encoder.model_state, "decoder": decoder.model_state},
         functools.partial(
-            objectives.encoder_decoder,
+            train.encoder_decoder,
             encoder.apply_fn,
             decoder.apply_fn,
             soft=functools.partial(losses.kl, temperature=config.temperature),
@@ -436,7 +426,7 @@ def staged(
         on_stage=lambda stage: lab.progress.stage(f"seed {seed + 1}, {name}, {stage}", 1.0),
     )
     code = {"code": options["code"]} if "code" in options else {}
-    apply_fn = codec.compose(encoder.apply_fn, decoder.apply_fn, **code)
+    apply_fn = linear_codes.compose(encoder.apply_fn, decoder.apply_fn, **code)
     if "inputs_weight" in options:
         apply_fn = bottleneck.outputs_only(apply_fn)
     variables = (done.params, done.model_state)
@@ -458,14 +448,12 @@ def train_pairs(
         decoder = bottleneck.decoder(
             model, config.feature, dataset.train.image[:2000], width, prepare=prepare
         )
-        quantise = functools.partial(codec.quantise, bits=bits)
+        quantise = functools.partial(linear_codes.quantise, bits=bits)
         directory = f"split-{text}"
-        made[name], how = staged(
-            config, lab, seed, directory, original, encoder, decoder, code=quantise
-        )
+        made[name], how = staged(config, lab, seed, directory, original, encoder, decoder, code=quantise)
         params, model_state = (part["encoder"] for part in made[name].variables)
         code, _ = encoder.apply_fn(params, model_state, prepare(dataset.test.image[:1]))
-        sent = codec.pack(quantise(code), bits=bits)
+        sent = linear_codes.pack(quantise(code), bits=bits)
         facts[name] = {"stages": how, "bytes_sent": sent.shape[1], "encoder": encoder}
     for width in config.images:
         name = f"autoencoder, {width}"
@@ -483,8 +471,8 @@ def train_pairs(
             config, lab, seed, f"autoencoder-{width}", original, encoder, decoder,
             inputs_weight=config.inputs_weight,
         )  # fmt: skip
-        both = codec.compose(encoder.apply_fn, decoder.apply_fn)
-        images = targets.predict(
+        both = linear_codes.compose(encoder.apply_fn, decoder.apply_fn)
+        images = teachers.predict(
             lambda *args, both=both: (both(*args)[0][1], args[1]),
             *made[name].variables,
             dataset.test.image,
@@ -534,11 +522,11 @@ def network(config: Config, dataset: data.Dataset) -> int:
         model["device_flops"] = device / results["models"]["original"]["flops"]
         if "inputs_error" in first:
             model["test"]["inputs_error"] = [seed[name]["inputs_error"] for seed in facts]
-    results["models"][TUNED]["ranks"] = factors.ranks_of(trained[0][TUNED].variables[0])
+    results["models"][TUNED]["ranks"] = low_rank.ranks_of(trained[0][TUNED].variables[0])
     small, large = ((m.apply_fn, *m.variables) for m in (trained[0][TUNED], trained[0]["original"]))
     faster = {b: metrics.speed_ratio(small, large, example, batch=b) for b in (1, 256)}
     results["models"][TUNED]["times_as_fast"] = {str(b): ratio for b, ratio in faster.items()}
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
 
     drawn = draw(config, out, dataset, trained, facts, results)
     lines = verdict(results, faster)
@@ -608,9 +596,7 @@ def draw(
     level = {"original": float(wrong["original"].mean())}
     drawn = {}
     tuned = {name: [seed[name].history for seed in trained] for name in ("original", TUNED)}
-    pictures.learning_curves(
-        out / "learning_curves.png", tuned, validation_size=len(dataset.validation.id)
-    )
+    pictures.learning_curves(out / "learning_curves.png", tuned, validation_size=len(dataset.validation.id))
     drawn["Training of the original, and fine-tuning of its factors"] = "learning_curves.png"
     if config.codes:
         names = sorted(

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from harness import pictures, report, runs, study  # fmt: skip
+from harness.lanes import Lanes, orders
+from harness.options import Count, Dropout, Options, Positive, Share, Whole, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, prepare, work
 
-from distill_jax import (  # isort: skip
-    data, files, metrics, models, objectives, pictures, report, runs, study, train, units,
-)  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, prepare, work
-from distill_jax.lanes import Lanes, orders
-from distill_jax.options import Count, Dropout, Options, Positive, Share, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, metrics, models, train
+from distill_jax.compress import units
 
 RANDOM, SHUFFLED, UNIFORM, SCORED, MERGED = STARTS = (
     "random", "shuffled", "uniform", "by score", "merged",
@@ -115,11 +115,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
     for name in ("teacher", "student"):
         config.need(name, getattr(config, name).startswith("mlp:"), "be mlp:…")
     depth = config.teacher.count(",")
-    config.need(
-        "student",
-        config.student.count(",") == depth,
-        f"be as deep as the teacher, {config.teacher}",
-    )
+    config.need("student", config.student.count(",") == depth, f"be as deep as the teacher, {config.teacher}")
     teacher, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
     images = dataset.train.image[:2]
     units.select(graph_of(teacher, images), graph_of(student, images))
@@ -135,9 +131,7 @@ def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models
 
 def graph_of(model: models.Model, images: np.ndarray) -> units.UnitGraph:
     """The units of a network."""
-    return units.trace(
-        lambda p, x: model.apply_fn(p, model.model_state, x)[0], model.params, prepare(images)
-    )
+    return units.trace(lambda p, x: model.apply_fn(p, model.model_state, x)[0], model.params, prepare(images))
 
 
 class Start(NamedTuple):
@@ -166,9 +160,7 @@ def all_starts(config: Config) -> list[Start]:
     return [Start(RANDOM), *scaled, *scored, Start(MERGED)]
 
 
-def begun(
-    config: Config, dataset: data.Dataset, teacher: models.Model, seed: int
-) -> dict[Start, Any]:
+def begun(config: Config, dataset: data.Dataset, teacher: models.Model, seed: int) -> dict[Start, Any]:
     """The students of one seed before their first step: start → params."""
     rows = np.random.default_rng([2, seed]).permutation(len(dataset.train.label))
     images = dataset.train.image[rows[: config.examples]]
@@ -242,11 +234,9 @@ class Bench:
     def __init__(self, config: Config, lanes: Lanes, name: str, soft: Any = None):
         self.config, self.lanes, self.name, self.soft = config, lanes, name, soft
         self.apply_fn = apply_fn = build(config, lanes.dataset, "student", 0).apply_fn
-        loss_fn = objectives.supervised(apply_fn)
+        loss_fn = train.supervised(apply_fn)
         if soft is not None:
-            loss_fn = objectives.distill(
-                apply_fn, temperature=config.temperature, alpha=config.alpha
-            )
+            loss_fn = train.distill(apply_fn, temperature=config.temperature, alpha=config.alpha)
 
         def step(state, rate, batch):
             return train.make_train_step(loss_fn, self.tx(rate))(state, batch)
@@ -256,9 +246,7 @@ class Bench:
         self.epoch = lanes.make_epoch(lambda states, batch: mapped(states, rates, batch))
         each = jax.vmap(jax.vmap(lambda p, x: apply_fn(p, {}, x)[0], (0, None)), (0, None))
         count = jax.jit(
-            lambda params, images, labels: metrics.errors(
-                each(params, prepare(images)), labels
-            ).sum(-1)
+            lambda params, images, labels: metrics.errors(each(params, prepare(images)), labels).sum(-1)
         )
         held_out = lanes.dataset.validation
         watched = held_out.image[:WATCHED], held_out.label[:WATCHED]
@@ -313,7 +301,7 @@ def train_teacher(config: Config, lab: Lab, rows: np.ndarray, seed: int, unit: f
     model = build(config, lab.dataset, "teacher", seed)
     chosen = np.sort(rows[seed][: config.teacher_labels or None])
     return lab.train(
-        "teacher", seed, model, objectives.supervised(model.apply_fn),
+        "teacher", seed, model, train.supervised(model.apply_fn),
         {name: values[chosen] for name, values in arrays(lab.dataset.train).items()},
         epochs=config.teacher_epochs, tx=adam(config.teacher_learning_rate, config.teacher_epochs),
         batch_size=config.teacher_batch_size, order_seed=10_000 + seed, unit=unit,
@@ -387,10 +375,7 @@ def entries(
         for name, best in chosen.items():
             one = best[kind]
             said = lanes.logits(apply_fn, one.params, dataset.test)
-            figures = [
-                metrics.evaluate(x, label, t.test_logits)
-                for x, t in zip(said, teachers, strict=True)
-            ]
+            figures = [metrics.evaluate(x, label, t.test_logits) for x, t in zip(said, teachers, strict=True)]
             entry = found[kind]
             entry["test"][name] = [f["errors"] for f in figures]
             entry["validation"][name] = one.wrong.tolist()
@@ -436,9 +421,7 @@ def draw(config: Config, results: Mapping[str, Any], watched: int, out: Path) ->
             out / file, np.arange(config.epochs + 1), series, xlabel="epoch",
             ylabel="validation error, %",
         )  # fmt: skip
-        drawn[
-            f"Validation error against epoch, {name}; band: one standard deviation over seeds"
-        ] = file
+        drawn[f"Validation error against epoch, {name}; band: one standard deviation over seeds"] = file
     if len(config.labels) > 1:
         for soft in (False, True)[: 1 + config.soft]:
             file = f"labels{'-soft' if soft else ''}.png"
@@ -467,9 +450,7 @@ def main() -> int:
     rows = orders(config.seeds, examples)
     # The unit of work is one example of one student
     ratio = work(build(config, dataset, "teacher", 0), dataset)
-    ratio *= (config.teacher_labels or examples) / work(
-        build(config, dataset, "student", 0), dataset
-    )
+    ratio *= (config.teacher_labels or examples) / work(build(config, dataset, "student", 0), dataset)
     unit = float(config.seeds * len(config.learning_rates))
     total = unit * config.epochs * len(all_starts(config)) * sum(config.labels) * (1 + config.soft)
     progress = runs.Progress(config.seeds * config.teacher_epochs * ratio + total)
@@ -490,7 +471,7 @@ def main() -> int:
         settings=list(chosen),
         tried=tried,
     )
-    files.write_json(out / "results.json", files.plain(results, "results"))
+    _files.write_json(out / "results.json", _files.plain(results, "results"))
     drawn = draw(config, results, min(WATCHED, len(dataset.validation.label)), out)
     by_kind = {name: partial(versus, random=table[RANDOM], name=name) for name in chosen}
     students = {kind: table[kind] for kind in STARTS}

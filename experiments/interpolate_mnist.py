@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from harness import pictures, report, runs, study  # fmt: skip
+from harness.lanes import Lanes, orders
+from harness.options import Count, Options, Positive, Share, Whole, parse
+from harness.training import begin, prepare
 from scipy import stats
 
-from distill_jax import (  # isort: skip
-    connectivity, data, files, interpolation, losses, metrics, models, objectives, pictures,
-    report, runs, study, train, trees, units,
-)  # fmt: skip
-from distill_jax.lab import begin, prepare
-from distill_jax.lanes import Lanes, orders
-from distill_jax.options import Count, Options, Positive, Share, Whole, parse
+from distill_jax import _files, data, losses, metrics, models, train, weights
+from distill_jax.compress import units
+from distill_jax.train import interpolation
 
 ALL, EQUAL, UNEQUAL = "all labels", "equal widths", "unequal widths"
 
@@ -108,14 +108,7 @@ class Setting:
     epochs: int
     name: str
 
-    def train(
-        self,
-        name: str,
-        step: Callable[..., Any],
-        states: Any,
-        unit: float,
-        soft: Any = None,
-    ) -> Any:
+    def train(self, name: str, step: Callable[..., Any], states: Any, unit: float, soft: Any = None) -> Any:
         """Trains a model of all seeds: its last state.
 
         Args:
@@ -123,7 +116,7 @@ class Setting:
           step: ``(state, batch) -> (state, metrics)`` of one seed.
           states: ``[seeds, ...]``.
           unit: the work of an example, for the bar.
-          soft: as in :meth:`distill_jax.lanes.Lanes.train`.
+          soft: as in :meth:`harness.lanes.Lanes.train`.
         """
         epoch = self.lanes.make_epoch(step)
         name = f"{self.name}, {name}"
@@ -211,11 +204,11 @@ def train_setting(setting: Setting, wide: bool) -> dict[str, tuple[Any, Any]]:
     student = build(config, lanes.dataset, config.hidden, teacher=False)
     teacher = build(config, lanes.dataset, config.wide if wide else config.hidden, teacher=True)
     apply_fn = student.apply_fn
-    supervised = objectives.supervised(apply_fn)
+    supervised = train.supervised(apply_fn)
     hard = train.make_train_step(supervised, tx)
-    distil = objectives.distill(apply_fn, temperature=config.temperature, alpha=config.alpha)
+    distil = train.distill(apply_fn, temperature=config.temperature, alpha=config.alpha)
     soft = train.make_train_step(distil, tx)
-    teacher_hard = train.make_train_step(objectives.supervised(teacher.apply_fn), tx)
+    teacher_hard = train.make_train_step(train.supervised(teacher.apply_fn), tx)
     breadth = config.wide / config.hidden if wide else 1.0
 
     taught = run("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
@@ -263,11 +256,9 @@ def sweep(setting: Setting) -> dict[str, np.ndarray]:
     config, lanes = setting.config, setting.lanes
     tx = optax.sgd(config.learning_rate)
     split = interpolation.split_tx(tx, tx)
-    student, teacher = (
-        build(config, lanes.dataset, config.hidden, teacher=t) for t in (False, True)
-    )
+    student, teacher = (build(config, lanes.dataset, config.hidden, teacher=t) for t in (False, True))
     apply_fn, rates = student.apply_fn, jnp.linspace(0, 1, config.points)
-    supervised = objectives.supervised(apply_fn)
+    supervised = train.supervised(apply_fn)
     hard = train.make_train_step(supervised, tx)
 
     def through(rate):
@@ -316,7 +307,7 @@ def lines(
     @jax.vmap
     def way(a, b):
         def at(t):
-            logits, _ = apply_fn(trees.lerp(a, b, t), {}, image)
+            logits, _ = apply_fn(weights.lerp(a, b, t), {}, image)
             return jnp.mean(losses.cross_entropy(logits, label))
 
         return jax.lax.map(at, jnp.asarray(ts, jnp.float32))
@@ -372,9 +363,7 @@ def main() -> int:
 
     def setting(count: str, name: str) -> Setting:
         size, epochs = counts[count]
-        lanes = Lanes(
-            dataset, rows[:, :size], out, progress, config.batch_size, config.save_seconds
-        )
+        lanes = Lanes(dataset, rows[:, :size], out, progress, config.batch_size, config.save_seconds)
         return Setting(config, lanes, epochs, name)
 
     table: dict[str, dict[str, Any]] = {}
@@ -399,7 +388,7 @@ def main() -> int:
                 for name, (values, ends) in lines(dataset, trained, ts).items():
                     ways[f"{width}, {name}"], cosines[f"{width}, {name}"] = values, ends
     for name, values in ways.items():
-        barriers[name] = [connectivity.barrier(ts, row) for row in values]
+        barriers[name] = [weights.barrier(ts, row) for row in values]
     swept = sweep(setting(few if config.few else ALL, "sweep")) if config.points else {}
     progress.close()
 
@@ -416,7 +405,7 @@ def main() -> int:
         line={"t": ts, **ways},
         sweep={"rate": np.linspace(0, 1, config.points), **swept},
     )
-    files.write_json(out / "results.json", files.plain(results, "results"))
+    _files.write_json(out / "results.json", _files.plain(results, "results"))
     drawn = draw(config, out, ways, ts, swept)
     columns = {setting: report.score(setting) for setting in settings}
     heights = [
@@ -427,8 +416,7 @@ def main() -> int:
         verdict(results),
         "Barrier of the validation loss between teacher and scratch, nats, and the cosine of their "
         f"weights: {', '.join(heights)}.",
-        f"Test errors of {len(dataset.test.label):,} in each setting:\n\n"
-        + report.table(results, columns),
+        f"Test errors of {len(dataset.test.label):,} in each setting:\n\n" + report.table(results, columns),
     ]
     shown = {name: model for name, model in table.items() if "errors" in model["test"]}
     report.write_report(
@@ -442,26 +430,16 @@ def main() -> int:
 
 
 def draw(
-    config: Config,
-    out: Path,
-    ways: Mapping[str, np.ndarray],
-    ts: np.ndarray,
-    swept: Mapping[str, np.ndarray],
+    config: Config, out: Path, ways: Mapping[str, np.ndarray], ts: np.ndarray, swept: Mapping[str, np.ndarray]
 ) -> dict[str, str]:
     """Draws the pictures: title → file name."""
     drawn = {}
     if swept:
         pictures.curves(
-            out / "sweep.png",
-            np.linspace(0, 1, config.points),
-            swept,
-            xlabel="λ",
-            ylabel="test errors",
+            out / "sweep.png", np.linspace(0, 1, config.points), swept, xlabel="λ", ylabel="test errors"
         )
         drawn["Test errors against λ; band: one standard deviation over seeds"] = "sweep.png"
-    pictures.curves(
-        out / "line.png", ts, ways, xlabel="teacher → student", ylabel="validation loss, nats"
-    )
+    pictures.curves(out / "line.png", ts, ways, xlabel="teacher → student", ylabel="validation loss, nats")
     drawn[
         "Validation loss on the straight line from the teacher to the student from scratch, before and "
         "after the teacher's units were aligned with the student's"

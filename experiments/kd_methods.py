@@ -21,14 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from harness import pictures, report, runs, study, training  # fmt: skip
+from harness.options import Count, Options, Positive, Whole, parse
+from harness.study import Trained
 
-from distill_jax import (  # isort: skip
-    augment, capture, data, files, lab, learned, losses, matching, metrics, models, objectives,
-    pictures, report, runs, study, train,
-)  # fmt: skip
-from distill_jax.learned import Learned
-from distill_jax.options import Count, Options, Positive, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, features, losses, metrics, models, train
+from distill_jax.features import Learned
 
 
 def on_logits(loss: Callable[..., jax.Array], *, labelled: bool = False) -> Callable[[], Learned]:
@@ -75,19 +73,19 @@ METHODS: dict[str, Method] = {
     "ranking": Method(1.0, 1.0, on_logits(losses.ranking_logistic), "logits"),
     "jensen_shannon": Method(0.1, 4.0, on_logits(losses.jensen_shannon), "logits"),
     "total_variation": Method(0.1, 0.9, on_logits(losses.total_variation), "logits"),
-    "fitnet": Method(1.0, 100.0, learned.hint, "map"),
-    "at": Method(1.0, 1000.0, lambda: learned.attention_transfer(mean=True), "maps"),
-    "nst": Method(1.0, 50.0, learned.nst, "maps"),
-    "vid": Method(1.0, 1.0, lambda: learned.vid(mean=True), "maps"),
-    "ft": Method(1.0, 200.0, lambda: learned.factor_transfer(mean=True), "map"),
-    "review": Method(1.0, 1.0, learned.review_kd, "maps"),
-    "cka": Method(1.0, 1.0, learned.cka, "vector"),
-    "sp": Method(1.0, 3000.0, learned.similarity_preserving, "map"),
-    "rkd": Method(1.0, 1.0, lambda: learned.rkd(distance=25.0, angle=50.0), "vector"),
-    "pkt": Method(1.0, 30000.0 / 64, learned.pkt, "vector"),
-    "cc": Method(1.0, 1.0, learned.correlation_congruence, "vector"),
-    "ickd": Method(1.0, 1.0, learned.ickd, "map"),
-    "info_nce": Method(1.0, 0.8, learned.info_nce, "vector"),
+    "fitnet": Method(1.0, 100.0, features.hint, "map"),
+    "at": Method(1.0, 1000.0, lambda: features.attention_transfer(mean=True), "maps"),
+    "nst": Method(1.0, 50.0, features.nst, "maps"),
+    "vid": Method(1.0, 1.0, lambda: features.vid(mean=True), "maps"),
+    "ft": Method(1.0, 200.0, lambda: features.factor_transfer(mean=True), "map"),
+    "review": Method(1.0, 1.0, features.review_kd, "maps"),
+    "cka": Method(1.0, 1.0, features.cka, "vector"),
+    "sp": Method(1.0, 3000.0, features.similarity_preserving, "map"),
+    "rkd": Method(1.0, 1.0, lambda: features.rkd(distance=25.0, angle=50.0), "vector"),
+    "pkt": Method(1.0, 30000.0 / 64, features.pkt, "vector"),
+    "cc": Method(1.0, 1.0, features.correlation_congruence, "vector"),
+    "ickd": Method(1.0, 1.0, features.ickd, "map"),
+    "info_nce": Method(1.0, 0.8, features.info_nce, "vector"),
 }
 
 # Of the preset quick, chosen on validation data
@@ -176,9 +174,7 @@ def weights(config: Config) -> dict[str, float]:
         except ValueError:
             result[name] = -1.0
         if name not in METHODS or not 0 <= result[name] < float("inf"):
-            raise ValueError(
-                f"--weight must be such as at=300, of a method there is; got {entry!r}"
-            )
+            raise ValueError(f"--weight must be such as at=300, of a method there is; got {entry!r}")
     return result
 
 
@@ -195,10 +191,9 @@ def optimizer(
     """Makes the optimizer of the number of steps an epoch."""
     if config.preset == "repdistiller":
         return lambda steps: optax.chain(
-            optax.add_decayed_weights(5e-4),
-            optax.sgd(in_steps(learning_rate, steps * epochs), momentum=0.9),
+            optax.add_decayed_weights(5e-4), optax.sgd(in_steps(learning_rate, steps * epochs), momentum=0.9)
         )
-    return lab.adam(learning_rate, epochs)
+    return training.adam(learning_rate, epochs)
 
 
 def in_steps(learning_rate: float, steps: int) -> optax.Schedule:
@@ -229,8 +224,8 @@ def with_logits(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> Layers:
     """Pairs the layers of two models, and prints how."""
-    shapes = [capture.layer_shapes(*model, image) for model in (student, teacher)]
-    pairing = matching.match_layers(*shapes)
+    shapes = [features.layer_shapes(*model, image) for model in (student, teacher)]
+    pairing = features.match_layers(*shapes)
     print(f"\nLayers:\n{pairing}\n")
     maps = [pair for pair in pairing if len(shapes[0][pair[0]].shape) > 2] or list(pairing)
     vectors = [pair for pair in pairing if len(shapes[0][pair[0]].shape) == 2] or maps
@@ -239,7 +234,7 @@ def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> L
     }  # fmt: skip
     names = [sorted({pair[side] for pair in maps + vectors}) for side in (0, 1)]
     captured = [
-        with_logits(capture.capture(model.apply_fn, names[side]))
+        with_logits(features.capture(model.apply_fn, names[side]))
         for side, model in enumerate((student, teacher))
     ]
     shapes_of = [
@@ -251,23 +246,21 @@ def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> L
 
 def label_all(layers: Layers, teacher: Trained, images: np.ndarray) -> dict[str, Any]:
     """Computes the teacher's logits and features of all images, once."""
-    run = jax.jit(lambda variables, x: layers.teacher(*variables, lab.prepare(x))[0][1])
+    run = jax.jit(lambda variables, x: layers.teacher(*variables, training.prepare(x))[0][1])
     parts = [run(teacher.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
     features = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     return {"logits": features["logits"], "features": features}
 
 
-def make_transform(
-    config: Config, label: Callable[..., Any] | None = None
-) -> Callable[..., dict[str, Any]]:
+def make_transform(config: Config, label: Callable[..., Any] | None = None) -> Callable[..., dict[str, Any]]:
     """Augments and prepares a batch, and labels it online where there is a teacher."""
 
     def transform(variables, batch, key):
         first, second = jax.random.split(key)
-        image = augment.random_shift(first, batch["image"], config.jitter)
+        image = data.random_shift(first, batch["image"], config.jitter)
         if config.flip:
-            image = augment.random_flip(second, image)
-        batch = {**batch, "image": lab.prepare(image)}
+            image = data.random_flip(second, image)
+        batch = {**batch, "image": training.prepare(image)}
         return batch if label is None else label(variables, batch)
 
     return transform
@@ -278,10 +271,7 @@ def make_label(layers: Layers) -> Callable[..., Any]:
 
     def label(variables, batch):
         (logits, features), _ = layers.teacher(*variables, batch["image"])
-        return {
-            **batch,
-            "teacher": jax.lax.stop_gradient({"logits": logits, "features": features}),
-        }
+        return {**batch, "teacher": jax.lax.stop_gradient({"logits": logits, "features": features})}
 
     return label
 
@@ -299,10 +289,8 @@ def make_job(config: Config, name: str, model: models.Model, layers: Layers, see
     part = method.part()
     weight = weights(config).get(name, method.weight)
     pairs = layers.pairs[method.layers]
-    loss_fn = objectives.distill_features(
-        layers.student, [(weight, part)], pairs=pairs, hard_weight=method.hard
-    )
-    params = objectives.init_learned(
+    loss_fn = train.distill_features(layers.student, [(weight, part)], pairs=pairs, hard_weight=method.hard)
+    params = train.init_learned(
         jax.random.fold_in(jax.random.key(seed), 2),
         model.params,
         [(weight, part)],
@@ -334,22 +322,22 @@ def main() -> None:
     if config.methods == ("all",):
         config = dataclasses.replace(config, methods=tuple(METHODS))
     check(config, dataset)
-    out = lab.begin("kd_methods", config, dataset)
+    out = training.begin("kd_methods", config, dataset)
     blank, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
-    training = lab.arrays(dataset.train)
-    few = {name: values[: config.examples or None] for name, values in training.items()}
-    unit = lab.work(blank, dataset) / lab.work(student, dataset)
-    unit *= len(training["label"]) / len(few["label"])
-    layers = choose_layers(student, blank, lab.prepare(dataset.train.image[: config.batch_size]))
+    examples = training.arrays(dataset.train)
+    few = {name: values[: config.examples or None] for name, values in examples.items()}
+    unit = training.work(blank, dataset) / training.work(student, dataset)
+    unit *= len(examples["label"]) / len(few["label"])
+    layers = choose_layers(student, blank, training.prepare(dataset.train.image[: config.batch_size]))
     students = config.seeds * (1 + len(config.methods)) * config.epochs
     progress = runs.Progress(config.teacher_epochs * unit + students)
-    place = lab.Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
+    place = training.Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
     teacher = place.train(
         "teacher",
         0,
         blank,
-        objectives.supervised(blank.apply_fn),
-        training,
+        train.supervised(blank.apply_fn),
+        examples,
         epochs=config.teacher_epochs,
         tx=optimizer(config, config.teacher_learning_rate, config.teacher_epochs),
         batch_size=config.batch_size,
@@ -364,7 +352,7 @@ def main() -> None:
     trained: list[dict[str, Trained]] = []
     for seed in range(config.seeds):
         model = build(config, dataset, "student", seed)
-        jobs = {"scratch": Job(objectives.supervised(model.apply_fn), None)} | {
+        jobs = {"scratch": Job(train.supervised(model.apply_fn), None)} | {
             name: make_job(config, name, model, layers, seed) for name in config.methods
         }
         trained.append({"teacher": teacher})
@@ -393,11 +381,11 @@ def main() -> None:
         trained,
         config=config,
         seconds={"total": time.monotonic() - started},
-        prepare=lab.prepare,
+        prepare=training.prepare,
     )
     results["dataset"]["train"] = len(few["label"])
     batch = jax.tree.map(lambda x: jnp.asarray(x[: config.batch_size]), labelled)
-    batch = batch | {"image": lab.prepare(batch["image"])}
+    batch = batch | {"image": training.prepare(batch["image"])}
     costs = step_costs(jobs, model, label(teacher.variables, batch) if online else batch)
     scratch = results["models"]["scratch"]["test"]["errors"]
     for name in jobs:
@@ -406,15 +394,11 @@ def main() -> None:
         if name != "scratch" and config.seeds > 1:
             t = report.paired(scratch, entry["test"]["errors"]).t
             entry["t"] = f"{t:.1f}".replace("-", "−")
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
     errors = {name: results["models"][name]["test"]["errors"] for name in jobs}
     pictures.comparison(out / "methods.png", errors, baseline="scratch")
-    drawn = {
-        "Test errors of each method, a point a seed; bar: mean and its standard error": "methods.png"
-    }
-    best = min(
-        config.methods, key=lambda name: np.mean(results["models"][name]["validation"]["errors"])
-    )
+    drawn = {"Test errors of each method, a point a seed; bar: mean and its standard error": "methods.png"}
+    best = min(config.methods, key=lambda name: np.mean(results["models"][name]["validation"]["errors"]))
     drawn |= study.draw(out, dataset, trained, ("teacher", "scratch", best))
     notes = [
         f"Of the methods {best} made the fewest errors on validation data. t: mean over seeds of the "

@@ -19,13 +19,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from harness import report, runs, study  # fmt: skip
+from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, jittered, plain, prepare, work
 
-from distill_jax import (  # isort: skip
-    data, files, losses, models, objectives, parallel, report, runs, study, targets, train,
-)  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, plain, prepare, work
-from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, losses, models, teachers, train
 
 SOFT_LOSSES: dict[str, Callable[..., jax.Array]] = {
     "kl": losses.kl,
@@ -143,12 +142,10 @@ def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
                 f"teacher{member}" if config.members > 1 else "teacher",
                 seed,
                 model,
-                objectives.supervised(model.apply_fn),
+                train.supervised(model.apply_fn),
                 arrays(lab.dataset.train),
                 epochs=config.teacher_epochs,
-                tx=bounded(
-                    adam(config.teacher_learning_rate, config.teacher_epochs), config.max_norm
-                ),
+                tx=bounded(adam(config.teacher_learning_rate, config.teacher_epochs), config.max_norm),
                 batch_size=config.teacher_batch_size,
                 transform=jittered(config.jitter),
                 order_seed=10_000 + seed * config.members + member,
@@ -157,25 +154,19 @@ def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
         )
     if len(members) == 1:
         return members[0]
-    apply_fn = targets.ensemble(*[member.apply_fn for member in members])
+    apply_fn = teachers.ensemble(*[member.apply_fn for member in members])
     params, states = zip(*[member.variables for member in members], strict=True)
     history = {
-        name: np.mean([member.history[name] for member in members], 0).tolist()
-        for name in members[0].history
+        name: np.mean([member.history[name] for member in members], 0).tolist() for name in members[0].history
     }
     return lab.judge(apply_fn, (params, states), history, sum(member.seconds for member in members))
 
 
-def train_students(
-    config: Config, lab: Lab, seed: int, teacher: Trained, unit: float
-) -> dict[str, Trained]:
+def train_students(config: Config, lab: Lab, seed: int, teacher: Trained, unit: float) -> dict[str, Trained]:
     """Trains the students of one seed, all from one initialisation."""
     model = build(config, lab.dataset, "student", seed)
-    soft = objectives.distill(
-        model.apply_fn,
-        temperature=config.temperature,
-        alpha=config.alpha,
-        soft=SOFT_LOSSES[config.loss],
+    soft = train.distill(
+        model.apply_fn, temperature=config.temperature, alpha=config.alpha, soft=SOFT_LOSSES[config.loss]
     )
 
     def student(name, loss_fn, training, transform=plain, context=None, unit=unit):
@@ -197,11 +188,11 @@ def train_students(
     training = arrays(lab.dataset.train)
     labelled = training | {"teacher": lab.store_labels(seed, teacher, dtype=config.labels_dtype)}
     students = {
-        "scratch": student("scratch", objectives.supervised(model.apply_fn), training),
+        "scratch": student("scratch", train.supervised(model.apply_fn), training),
         "distilled": student("distilled", soft, labelled),
     }
     if config.patient:
-        label, jitter = targets.make_label(teacher.apply_fn), jittered(config.jitter)
+        label, jitter = teachers.make_label(teacher.apply_fn), jittered(config.jitter)
         students["patient"] = student(
             "patient",
             soft,
@@ -227,10 +218,7 @@ def shift_bias(config: Config, dataset: data.Dataset, student: Trained) -> Train
     omitted = np.isin(np.arange(dataset.classes), config.omit_classes)
     shifts = np.linspace(-5, 20, 1001)
     label = dataset.validation.label
-    errors = [
-        np.sum((student.validation_logits + shift * omitted).argmax(-1) != label)
-        for shift in shifts
-    ]
+    errors = [np.sum((student.validation_logits + shift * omitted).argmax(-1) != label) for shift in shifts]
     best = shifts[errors == np.min(errors)]
     add = np.float32(best[len(best) // 2]) * omitted
     return student._replace(
@@ -245,7 +233,7 @@ def main() -> int:
     started = time.monotonic()
     config, dataset = parse(Config, __doc__, DEFAULTS)
     if config.devices > 1:
-        parallel.use_cpu_devices(config.devices)
+        train.use_cpu_devices(config.devices)
     check(config, dataset)
     out = begin("kd_mnist", config, dataset)
 
@@ -255,9 +243,7 @@ def main() -> int:
     students = 2 + 2 * config.patient + bool(config.omit_classes)
     total = config.members * config.teacher_epochs * teacher_unit + students * config.epochs
     progress = runs.Progress(config.seeds * total)
-    lab = Lab(
-        dataset, out, progress, config.seeds, config.select, config.save_seconds, config.devices
-    )
+    lab = Lab(dataset, out, progress, config.seeds, config.select, config.save_seconds, config.devices)
     trained = []
     for seed in range(config.seeds):
         teacher = train_teacher(config, lab, seed, teacher_unit)
@@ -272,7 +258,7 @@ def main() -> int:
         seconds={"total": time.monotonic() - started},
         prepare=prepare,
     )
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
     drawn = study.draw(out, dataset, trained, ("teacher", "scratch", "distilled"))
     report.write_report(out, results, drawn)
     print()

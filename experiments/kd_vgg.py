@@ -22,13 +22,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from harness import report, runs, study  # fmt: skip
+from harness.options import Count, Dropout, Options, Positive, Share, Whole, parse
+from harness.study import Trained
+from harness.training import Lab, adam, arrays, begin, jittered, prepare, work
 
-from distill_jax import (  # isort: skip
-    data, files, models, objectives, report, runs, sparsity, study,
-)  # fmt: skip
-from distill_jax.lab import Lab, adam, arrays, begin, jittered, prepare, work
-from distill_jax.options import Count, Dropout, Options, Positive, Share, Whole, parse
-from distill_jax.study import Trained
+from distill_jax import _files, data, models, train
+from distill_jax.compress import sparsity
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def train_teacher(config: Config, lab: Lab, seed: int, unit: float) -> Trained:
         "teacher",
         seed,
         model,
-        objectives.supervised(model.apply_fn),
+        train.supervised(model.apply_fn),
         arrays(lab.dataset.train),
         epochs=config.teacher_epochs,
         tx=adam(config.teacher_learning_rate, config.teacher_epochs),
@@ -207,7 +207,7 @@ def train_students(config: Config, lab: Lab, seed: int, teacher: Trained) -> dic
     examples = len(lab.dataset.train.id)
 
     def soft(alpha):
-        return objectives.distill(start.apply_fn, temperature=config.temperature, alpha=alpha)
+        return train.distill(start.apply_fn, temperature=config.temperature, alpha=alpha)
 
     def student(name, model, loss_fn, epochs, learning_rate, order_seed, wrap):
         return lab.train(
@@ -224,16 +224,14 @@ def train_students(config: Config, lab: Lab, seed: int, teacher: Trained) -> dic
         )
 
     def distil(name, wrap=lambda tx: tx):
-        return student(
-            name, start, soft(config.alpha), config.epochs, config.learning_rate, 20_000, wrap
-        )
+        return student(name, start, soft(config.alpha), config.epochs, config.learning_rate, 20_000, wrap)
 
     def fine_tune(name, distilled, wrap=lambda tx: tx):
         model = models.Model(start.apply_fn, *distilled.variables)
         loss_fn, rate = soft(config.fine_tune_alpha), config.fine_tune_learning_rate
         return student(name, model, loss_fn, config.fine_tune_epochs, rate, 30_000, wrap)
 
-    hard = objectives.supervised(start.apply_fn)
+    hard = train.supervised(start.apply_fn)
     epochs = config.epochs + config.fine_tune_epochs
     scratch = student("scratch", start, hard, epochs, config.learning_rate, 20_000, lambda tx: tx)
     dense = distil("distilled")
@@ -311,18 +309,12 @@ def main() -> int:
     for name, model in results["models"].items():
         # A living weight may be zero by chance, so the counts of two seeds can differ
         model["nonzero"] = float(np.mean([nonzero(seed[name]) for seed in trained]))
-    files.write_json(out / "results.json", results)
+    _files.write_json(out / "results.json", results)
     drawn = study.draw(out, dataset, trained, ("teacher", DENSE, SPARSE))
     leaves = sparsity.report(trained[0][SPARSE].variables[0])
     notes = [verdict(results), report.table(results, COLUMNS), f"```\n{leaves}\n```"]
     report.write_report(
-        out,
-        results,
-        drawn,
-        notes,
-        baseline=DENSE,
-        model=SPARSE,
-        method="Pruning during distillation",
+        out, results, drawn, notes, baseline=DENSE, model=SPARSE, method="Pruning during distillation"
     )
     print()
     print(report.table(results, COLUMNS))

@@ -12,8 +12,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-from distill_jax import runs  # noqa: E402
+from harness import runs  # noqa: E402
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)

@@ -69,10 +69,7 @@ def comparable(results: dict) -> dict:
         name: {key: value for key, value in model.items() if key != "latency_ms"}
         for name, model in results["models"].items()
     }
-    return {
-        **{k: v for k, v in results.items() if k not in ("seconds", "command")},
-        "models": models,
-    }
+    return {**{k: v for k, v in results.items() if k not in ("seconds", "command")}, "models": models}
 
 
 def final_arrays(out: Path) -> dict[str, np.ndarray]:

@@ -20,9 +20,9 @@ import numpy as np
 from flax import linen
 from tqdm import tqdm
 
-from distill_jax import learned, models
-from distill_jax.capture import capture, layer_shapes
-from distill_jax.matching import match_layers
+from distill_jax import features, models
+from distill_jax.features.capturing import capture, layer_shapes
+from distill_jax.features.matching import match_layers
 
 NETWORKS = {
     "mlp": "mlp:32,24",
@@ -118,8 +118,8 @@ def student_program(name):
 
 def start(name, student_shapes, teacher_shapes):
     """The part, its parameters and its state: CRD's memory, of the last layer; none for others."""
-    part = getattr(learned, name)(**OPTIONS.get(name, {}))
-    if isinstance(part, learned.LearnedWithState):
+    part = getattr(features, name)(**OPTIONS.get(name, {}))
+    if isinstance(part, features.LearnedWithState):
         params = part.init(KEY, student_shapes[-1:], teacher_shapes[-1:])
         return part, params, part.init_state(KEY, examples=2 * BATCH)
     return part, part.init(KEY, student_shapes, teacher_shapes), ()
@@ -127,7 +127,7 @@ def start(name, student_shapes, teacher_shapes):
 
 def apply(part, params, state, student, teacher):
     """The mean of the loss, and the state after."""
-    if isinstance(part, learned.LearnedWithState):
+    if isinstance(part, features.LearnedWithState):
         values, state = part.apply(params, state, student[-1:], teacher[-1:], IDS, key=KEY)
     else:
         values = part.apply(params, student, teacher, labels=jnp.arange(BATCH) % 4, key=KEY)
@@ -138,9 +138,7 @@ def against(params, gradient, rate):
     """A step against the gradient, of a part of the parameters' own length."""
 
     def length(tree):
-        return math.sqrt(
-            sum(float(np.sum(np.square(x, dtype=float))) for x in jax.tree.leaves(tree))
-        )
+        return math.sqrt(sum(float(np.sum(np.square(x, dtype=float))) for x in jax.tree.leaves(tree)))
 
     size = length(gradient)
     if not 0 < size < math.inf:
@@ -204,10 +202,7 @@ def failures(losses):
 def table(counts, students, teachers):
     """The number of methods by student (rows) and teacher (columns)."""
     width = max(map(len, NETWORKS))
-    rows = [
-        ["", *teachers],
-        *([s, *(str(counts.get((s, t), "")) for t in teachers)] for s in students),
-    ]
+    rows = [["", *teachers], *([s, *(str(counts.get((s, t), "")) for t in teachers)] for s in students)]
     return "\n".join("  ".join(cell.rjust(width) for cell in row) for row in rows)
 
 

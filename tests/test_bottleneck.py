@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import bottleneck, codec
-from distill_jax.capture import capture, resume
+from distill_jax.compress import bottleneck, linear_codes
+from distill_jax.features.capturing import capture, resume
 from distill_jax.models import build
 
 SHAPE = (8, 8, 1)
@@ -14,8 +14,7 @@ X = np.random.default_rng(0).normal(size=(40, *SHAPE)).astype("f4")
 
 
 @pytest.mark.parametrize(
-    ("description", "name"),
-    [("mlp:12,7", "dense.1"), ("convnet:4,8", "hidden"), ("resnet8", "stages.1")],
+    ("description", "name"), [("mlp:12,7", "dense.1"), ("convnet:4,8", "hidden"), ("resnet8", "stages.1")]
 )
 def test_two_halves_are_the_whole(description, name):
     model = build(description, SHAPE, 10, jax.random.key(0))
@@ -74,7 +73,9 @@ def test_a_split_network_and_an_autoencoder_are_models():
     encoder = build("mlp:5", SHAPE, 4, jax.random.key(1))
     decoder = bottleneck.decoder(model, "dense.1", X, 4)
     apply_fn = jax.jit(
-        codec.compose(encoder.apply_fn, decoder.apply_fn, code=lambda v: codec.quantise(v, bits=3))
+        linear_codes.compose(
+            encoder.apply_fn, decoder.apply_fn, code=lambda v: linear_codes.quantise(v, bits=3)
+        )
     )
     params = {"encoder": encoder.params, "decoder": decoder.params}
     state = {"encoder": encoder.model_state, "decoder": decoder.model_state}
@@ -82,11 +83,9 @@ def test_a_split_network_and_an_autoencoder_are_models():
     assert outputs.shape == (40, 10)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     # What is sent, as bytes, is all that the decoder needs
-    code = codec.quantise(encoder.apply_fn(encoder.params, {}, X)[0], bits=3)
-    received = codec.unpack(codec.pack(code, bits=3), (4,), bits=3)
-    np.testing.assert_allclose(
-        decoder.apply_fn(decoder.params, {}, received)[0], outputs, atol=1e-4
-    )
+    code = linear_codes.quantise(encoder.apply_fn(encoder.params, {}, X)[0], bits=3)
+    received = linear_codes.unpack(linear_codes.pack(code, bits=3), (4,), bits=3)
+    np.testing.assert_allclose(decoder.apply_fn(decoder.params, {}, received)[0], outputs, atol=1e-4)
     heads = [build(f"mlp:{h}", (1, 1, 4), n, jax.random.key(2)) for h, n in ((6, 10), (9, 64))]
     both = bottleneck.with_inputs(heads[0].apply_fn, heads[1].apply_fn)
     params = {"outputs": heads[0].params, "inputs": heads[1].params}

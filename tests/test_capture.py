@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from distill_jax.capture import capture, layer_shapes
-from distill_jax.matching import match_layers
+from distill_jax.features.capturing import capture, layer_shapes
+from distill_jax.features.matching import match_layers
 from distill_jax.models import MLP, ConvNet, from_linen, from_nnx
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 3)), jnp.float32)
@@ -113,9 +113,7 @@ def test_outputs_state_and_gradients_are_bit_identical(name, training):
     results, features = run(captured)
     chex.assert_trees_all_equal(results, run(apply_fn)[0])
     (outputs, _), state = jax.jit(captured)(params, model_state, X, key=key)
-    chex.assert_trees_all_equal(
-        (outputs, state), jax.jit(apply_fn)(params, model_state, X, key=key)
-    )
+    chex.assert_trees_all_equal((outputs, state), jax.jit(apply_fn)(params, model_state, X, key=key))
     shapes = layer_shapes(apply_fn, params, model_state, X, key=key)
     assert set(shapes) - set(features) == ({"dropout"} if name == "nnx" else set())
     shapes = {name: shapes[name] for name in features}
@@ -288,9 +286,7 @@ def test_what_cannot_leave_is_an_error_or_is_left_alone(kind):
         return checkpoint_name(inner(x), "outside"), model_state
 
     x = jnp.full((2, 2), 0.3)
-    with pytest.raises(
-        ValueError, match=r"inside a '(while|cond|custom_jvp_call|custom_vjp_call)'"
-    ):
+    with pytest.raises(ValueError, match=r"inside a '(while|cond|custom_jvp_call|custom_vjp_call)'"):
         capture(apply_fn, "inside")({}, {}, x)
     assert list(layer_shapes(apply_fn, {}, {}, x)) == ["outside"]
     (_, features), _ = capture(apply_fn, "outside")({}, {}, x)
@@ -349,9 +345,7 @@ def test_under_vmap_scan_pmap_and_shard_map():
     np.testing.assert_allclose(mapped.reshape(8, -1), expected, rtol=1e-5, atol=1e-6)
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = PartitionSpec("batch")
-    sharded = jax.shard_map(hidden, mesh=mesh, in_specs=(PartitionSpec(), batch), out_specs=batch)(
-        params, X
-    )
+    sharded = jax.shard_map(hidden, mesh=mesh, in_specs=(PartitionSpec(), batch), out_specs=batch)(params, X)
     np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -101,10 +101,7 @@ WITH_LABELS = {
         functools.partial(losses.dkd, alpha=0.5, beta=2.0, temperature=1.0),
         functools.partial(ref_dkd, alpha=0.5, beta=2.0, temperature=1.0),
     ),
-    "dkd, the first term": (
-        functools.partial(losses.dkd, beta=0.0),
-        functools.partial(ref_dkd, beta=0.0),
-    ),
+    "dkd, the first term": (functools.partial(losses.dkd, beta=0.0), functools.partial(ref_dkd, beta=0.0)),
     "nkd": (losses.nkd, ref_nkd),
     "nkd, T = 4": (
         functools.partial(losses.nkd, gamma=0.7, temperature=4.0),
@@ -167,9 +164,7 @@ def test_value_and_gradient_to_six_digits(name, scale, gap):
     if name == "wsld":  # its weight is a constant to the gradient
         reference = functools.partial(ref_wsld, weight=wsld_weight(*wide, LABELS))
     expected = numeric_gradient(lambda s: reference(s, wide[1], *rest).sum(), wide[0])
-    np.testing.assert_allclose(
-        gradient, expected, rtol=0, atol=1e-6 * max(0.1, np.abs(expected).max())
-    )
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * max(0.1, np.abs(expected).max()))
 
 
 @parametrize(["dkd", "dkd, the first term", "dkd, T = 1"])
@@ -187,9 +182,7 @@ def test_dkd_is_kl_with_the_teachers_doubt_for_beta():
     for temperature in (1.0, 4.0):
         doubt = 1 - np.exp(-surprise(teacher.astype(float) / temperature, LABELS))
         value = losses.dkd(student, teacher, LABELS, beta=doubt, temperature=temperature)
-        np.testing.assert_allclose(
-            value, losses.kl(student, teacher, temperature=temperature), rtol=2e-5
-        )
+        np.testing.assert_allclose(value, losses.kl(student, teacher, temperature=temperature), rtol=2e-5)
 
 
 @parametrize(["dkd", "dkd, T = 1", "ranking_hinge"])
@@ -213,9 +206,7 @@ def test_invariant_to_shifts_and_order(name):
     permuted, *_ = compiled(name)(student[:, order], teacher[:, order], *(place[y] for y in rest))
     np.testing.assert_allclose(permuted, value, rtol=1e-5, atol=1e-6)
     examples = np.random.default_rng(1).permutation(8)
-    permuted, *_ = compiled(name)(
-        student[examples], teacher[examples], *(y[examples] for y in rest)
-    )
+    permuted, *_ = compiled(name)(student[examples], teacher[examples], *(y[examples] for y in rest))
     np.testing.assert_allclose(permuted, value[examples], rtol=1e-6)
 
 
@@ -229,9 +220,7 @@ def test_axis_and_where(name):
     np.testing.assert_allclose(
         jax.jit(axis_last(ALL[name][0], name))(student.T, teacher.T, *rest), value, rtol=1e-5
     )
-    more = loss(
-        *(x.reshape(2, 4, 10) for x in (student, teacher)), *(y.reshape(2, 4) for y in rest)
-    )
+    more = loss(*(x.reshape(2, 4, 10) for x in (student, teacher)), *(y.reshape(2, 4) for y in rest))
     np.testing.assert_allclose(more, value.reshape(2, 4), rtol=1e-6)
     where = np.arange(10) < 7
     short = loss(student[:, :7], teacher[:, :7], *rest)
@@ -239,17 +228,13 @@ def test_axis_and_where(name):
     np.testing.assert_allclose(loss(*excluded, *rest), short, rtol=1e-5)
     if name not in MADE_UP:
         np.testing.assert_allclose(
-            jax.jit(functools.partial(ALL[name][0], where=where))(student, teacher, *rest),
-            short,
-            rtol=1e-5,
+            jax.jit(functools.partial(ALL[name][0], where=where))(student, teacher, *rest), short, rtol=1e-5
         )
         # Rows without a class, as padding: nothing of them counts.
         where = np.arange(8)[:, None] < 6
         padded = np.where(where, student, 1e4)
         masked = functools.partial(ALL[name][0], where=where)
-        value, gradient = jax.jit(jax.value_and_grad(lambda s: masked(s, teacher, *rest).sum()))(
-            padded
-        )
+        value, gradient = jax.jit(jax.value_and_grad(lambda s: masked(s, teacher, *rest).sum()))(padded)
         np.testing.assert_allclose(value, loss(student, teacher, *rest)[:6].sum(), rtol=1e-5)
         np.testing.assert_array_equal(gradient[6:], 0)
 
@@ -275,10 +260,7 @@ def test_a_temperature_an_example():
     temperatures = np.linspace(1, 8, 8, dtype=np.float32)
     for loss in map(jax.jit, (losses.dkd, losses.nkd, losses.wsld)):
         value = loss(student, teacher, LABELS, temperature=temperatures[:, None])
-        single = [
-            loss(student[i], teacher[i], LABELS[i], temperature=t)
-            for i, t in enumerate(temperatures)
-        ]
+        single = [loss(student[i], teacher[i], LABELS[i], temperature=t) for i, t in enumerate(temperatures)]
         np.testing.assert_allclose(value, single, rtol=1e-5)
 
 
@@ -381,9 +363,7 @@ def test_rankings_count_ties_once_and_not_at_all():
     expected = (np.logaddexp(0, 1.0) + np.logaddexp(0, -4.0)) / 2
     np.testing.assert_allclose(losses.ranking_logistic(student, teacher)[0], expected, rtol=1e-6)
     for loss in (losses.ranking_hinge, losses.ranking_logistic):
-        value, gradient = jax.value_and_grad(lambda s, loss=loss: loss(s, teacher * 0).sum())(
-            student
-        )
+        value, gradient = jax.value_and_grad(lambda s, loss=loss: loss(s, teacher * 0).sum())(student)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import codec, objectives, stages
+from distill_jax import train
+from distill_jax.compress import linear_codes
 
 STATE = {"encoder": {}, "decoder": {}}
 
@@ -28,9 +29,9 @@ def test_a_root_is_one_of_the_second_moments_and_keeps_small_directions():
     scales = np.geomspace(1, 1e-9, 5)
     orthonormal, _ = np.linalg.qr(rng.normal(size=(400, 5)))
     x = np.sqrt(400) * orthonormal * scales @ basis
-    values = np.linalg.svd(codec.root(x), compute_uv=False)
+    values = np.linalg.svd(linear_codes.root(x), compute_uv=False)
     np.testing.assert_allclose(values, scales, rtol=1e-6)  # from xᵀx the last would be noise
-    centred = codec.root(x + 3, centre=True)
+    centred = linear_codes.root(x + 3, centre=True)
     np.testing.assert_allclose(centred.T @ centred, np.cov(x.T, bias=True), atol=1e-12)
 
 
@@ -38,21 +39,21 @@ def test_a_root_is_one_of_the_second_moments_and_keeps_small_directions():
 def test_the_closed_form_has_no_excess_at_any_width(inputs, outputs, rows):
     """By Eckart and Young the error is that of the singular values left out; nothing is below it."""
     params, x = problem(inputs, outputs, n=rows)
-    root, kernel = codec.root(x[0], centre=True), params["kernel"]
-    best = codec.optimum(kernel, root)
+    root, kernel = linear_codes.root(x[0], centre=True), params["kernel"]
+    best = linear_codes.optimum(kernel, root)
     centred = x[0] - x[0].mean(0)
     np.testing.assert_allclose(best[0], np.mean(np.sum((centred @ kernel) ** 2, 1)), rtol=1e-10)
     rng = np.random.default_rng(1)
     for rank in range(1, min(inputs, outputs) + 1):
-        factors = codec.reduced_rank(kernel, root, rank)
+        factors = linear_codes.reduced_rank(kernel, root, rank)
         assert factors.encoder.shape == (inputs, rank)
-        assert abs(codec.error(kernel, root, factors) - best[rank]) <= 1e-10 * best[0]
-        other = codec.Linear(
+        assert abs(linear_codes.error(kernel, root, factors) - best[rank]) <= 1e-10 * best[0]
+        other = linear_codes.Linear(
             factors.encoder + 1e-3 * rng.normal(size=factors.encoder.shape), factors.decoder
         )
-        assert codec.error(kernel, root, other) >= best[rank] - 1e-12 * best[0]
-        plain = codec.reduced_rank(kernel, np.eye(inputs), rank)
-        assert codec.error(kernel, root, plain) >= best[rank] - 1e-12 * best[0]
+        assert linear_codes.error(kernel, root, other) >= best[rank] - 1e-12 * best[0]
+        plain = linear_codes.reduced_rank(kernel, np.eye(inputs), rank)
+        assert linear_codes.error(kernel, root, plain) >= best[rank] - 1e-12 * best[0]
         code = centred @ factors.encoder
         sizes = np.diag(code.T @ code) / rows
         here = sizes > 1e-6  # a direction that no input has keeps a code of size 0
@@ -62,16 +63,16 @@ def test_the_closed_form_has_no_excess_at_any_width(inputs, outputs, rows):
 def test_gradient_descent_in_three_stages_reaches_the_optimum():
     params, x = problem(10, 5)
     y = x @ params["kernel"] + params["bias"]
-    frame = codec.coordinates(x[0], y[0])
+    frame = linear_codes.coordinates(x[0], y[0])
     fields = []
     for part in zip(x, y, strict=True):
-        z, t = codec.transform(frame, *part)
+        z, t = linear_codes.transform(frame, *part)
         fields.append({"image": z.astype("f4"), "teacher": t.astype("f4")})
-    done = stages.train_stages(
+    done = train.train_stages(
         jax.random.key(0),
-        codec.init_linear(jax.random.key(1), 10, 2, 5),
+        linear_codes.init_linear(jax.random.key(1), 10, 2, 5),
         STATE,
-        functools.partial(objectives.encoder_decoder, codec.affine, codec.affine),
+        functools.partial(train.encoder_decoder, linear_codes.affine, linear_codes.affine),
         *fields,
         tx=lambda steps: optax.adam(1e-2),
         epochs=1500,
@@ -80,10 +81,10 @@ def test_gradient_descent_in_three_stages_reaches_the_optimum():
         tolerance=1e-4,
         patience=100,  # Adam swings about its goal for some dozens of epochs
     )
-    pair, root = codec.fold(done.params, frame), codec.root(x[0], centre=True)
-    best = codec.optimum(params["kernel"], root)
-    learned = codec.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
-    excess = codec.error(params["kernel"], root, learned) - best[2]
+    pair, root = linear_codes.fold(done.params, frame), linear_codes.root(x[0], centre=True)
+    best = linear_codes.optimum(params["kernel"], root)
+    learned = linear_codes.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
+    excess = linear_codes.error(params["kernel"], root, learned) - best[2]
     assert -1e-9 <= excess / best[0] <= 1e-3
     losses = [done.stages[0].before, *(stage.after for stage in done.stages)]
     assert losses == sorted(losses, reverse=True)
@@ -93,64 +94,64 @@ def test_gradient_descent_in_three_stages_reaches_the_optimum():
 def test_folding_gives_the_same_function_in_the_datas_coordinates():
     params, x = problem(6, 4)
     y = x[0] @ params["kernel"] + params["bias"]
-    frame = codec.coordinates(x[0], y)
+    frame = linear_codes.coordinates(x[0], y)
     np.testing.assert_allclose(np.cov((x[0] - frame.mean) @ frame.whiten, rowvar=False, bias=True),
                                np.eye(6), atol=1e-9)  # fmt: skip
-    pair = codec.init_linear(jax.random.key(0), 6, 2, 4)
+    pair = linear_codes.init_linear(jax.random.key(0), 6, 2, 4)
     pair["decoder"]["bias"] += 0.3
-    both = codec.compose(codec.affine, codec.affine)
-    z, _ = codec.transform(frame, x[0], y)
+    both = linear_codes.compose(linear_codes.affine, linear_codes.affine)
+    z, _ = linear_codes.transform(frame, x[0], y)
     inside = np.asarray(both(pair, STATE, jnp.asarray(z))[0], float)
-    outside, _ = both(codec.fold(pair, frame), STATE, x[0])
+    outside, _ = both(linear_codes.fold(pair, frame), STATE, x[0])
     np.testing.assert_allclose(outside, frame.offset + frame.scale * inside, atol=1e-4)
 
 
 @pytest.mark.parametrize(("width", "bits"), [(4, 2), (3, 5), (16, 8), (1, 16), (5, 1)])
 def test_codes_are_sent_in_as_many_bits_as_they_have(width, bits):
     values = 2 * jax.random.normal(jax.random.key(0), (50, width))
-    code = codec.quantise(values, bits=bits)
+    code = linear_codes.quantise(values, bits=bits)
     assert len(np.unique(code)) <= 2**bits
     assert np.abs(code - np.tanh(values)).max() <= 1 / (2**bits - 1) + 1e-6
-    sent = codec.pack(code, bits=bits)
+    sent = linear_codes.pack(code, bits=bits)
     assert sent.dtype == np.uint8
     assert sent.shape == (50, -(-width * bits // 8))
-    np.testing.assert_allclose(codec.unpack(sent, (width,), bits=bits), code, atol=2e-7)
-    half = codec.quantise(values.astype(jnp.bfloat16), bits=bits)
+    np.testing.assert_allclose(linear_codes.unpack(sent, (width,), bits=bits), code, atol=2e-7)
+    half = linear_codes.quantise(values.astype(jnp.bfloat16), bits=bits)
     np.testing.assert_allclose(
-        codec.unpack(codec.pack(half, bits=bits), (width,), bits=bits), half, atol=2e-7
+        linear_codes.unpack(linear_codes.pack(half, bits=bits), (width,), bits=bits), half, atol=2e-7
     )
-    gradient = jax.grad(lambda v: codec.quantise(v, bits=bits).sum())(values)
+    gradient = jax.grad(lambda v: linear_codes.quantise(v, bits=bits).sum())(values)
     np.testing.assert_allclose(gradient, 1 - np.tanh(values) ** 2, rtol=1e-4, atol=1e-6)
 
 
 def test_errors():
     params, x = problem(6, 4)
-    root = codec.root(x[0])
+    root = linear_codes.root(x[0])
     for rank in (0, 5):
         with pytest.raises(ValueError, match=f"rank must be 1 to .* 4, got {rank}"):
-            codec.reduced_rank(params["kernel"], root, rank)
+            linear_codes.reduced_rank(params["kernel"], root, rank)
     with pytest.raises(ValueError, match="rank must be 1 to the smaller of 6 inputs and 4"):
-        codec.init_linear(jax.random.key(0), 6, 7, 4)
+        linear_codes.init_linear(jax.random.key(0), 6, 7, 4)
     with pytest.raises(ValueError, match="root must be"):
-        codec.optimum(params["kernel"], root[:, 1:])
+        linear_codes.optimum(params["kernel"], root[:, 1:])
     with pytest.raises(ValueError, match="x must be finite, but 1 values are not"):
-        codec.root(np.where(x[0] == x[0].max(), np.nan, x[0]))
+        linear_codes.root(np.where(x[0] == x[0].max(), np.nan, x[0]))
     with pytest.raises(ValueError, match="as many rows, got 2000 and 5"):
-        codec.coordinates(x[0], x[0][:5])
+        linear_codes.coordinates(x[0], x[0][:5])
     with pytest.raises(ValueError, match="nothing to encode"):
-        codec.coordinates(x[0], np.ones((2000, 2)))
+        linear_codes.coordinates(x[0], np.ones((2000, 2)))
     with pytest.raises(ValueError, match="bits must be 1 to 16, got 0"):
-        codec.quantise(jnp.zeros(3), bits=0)
+        linear_codes.quantise(jnp.zeros(3), bits=0)
     with pytest.raises(ValueError, match=r"3 bytes an example, got an array of shape \(2, 4\)"):
-        codec.unpack(np.zeros((2, 4), np.uint8), (6,), bits=4)
+        linear_codes.unpack(np.zeros((2, 4), np.uint8), (6,), bits=4)
     for code in (np.full((1, 2), 1.2), np.full((1, 2), 0.1), np.full((1, 2), np.nan)):
         with pytest.raises(ValueError, match=r"what quantise\(…, bits=3\) returned"):
-            codec.pack(code, bits=3)
-    thin = codec.reduced_rank(params["kernel"], root, 2)
+            linear_codes.pack(code, bits=3)
+    thin = linear_codes.reduced_rank(params["kernel"], root, 2)
     with pytest.raises(ValueError, match=r"must make a \(6, 4\) kernel, got one of \(6, 1\)"):
-        codec.error(params["kernel"], root, thin._replace(decoder=thin.decoder[:, :1]))
-    frame = codec.coordinates(x[0], x[0] @ params["kernel"])
+        linear_codes.error(params["kernel"], root, thin._replace(decoder=thin.decoder[:, :1]))
+    frame = linear_codes.coordinates(x[0], x[0] @ params["kernel"])
     with pytest.raises(ValueError, match=r"must be \(6, 4\) wide, got \(6, 1\)"):
-        codec.transform(frame, x[0], x[0][:, :1])
+        linear_codes.transform(frame, x[0], x[0][:, :1])
     with pytest.raises(ValueError, match=r"must be \[batch, 6\] .*, got \(2000, 5\)"):
-        codec.affine(params, {}, x[0][:, :5])
+        linear_codes.affine(params, {}, x[0][:, :5])

@@ -7,8 +7,10 @@ import compress_mnist
 import jax
 import numpy as np
 import pytest
+from harness import study, training
 
-from distill_jax import data, lab, models, study, units
+from distill_jax import data, models
+from distill_jax.compress import units
 
 EXPERIMENT = compress_mnist
 
@@ -81,9 +83,7 @@ def test_all_operators_give_networks_of_one_size(original, digits):
     widths = compress_mnist.widths_at(config, digits, 0.5)
     shapes = set()
     for operator in ("prune+merge", "merge", "select", "fresh", "prune"):
-        params, state = compress_mnist.edit(
-            config, digits, operator, widths, model.apply_fn, model[1:], 0
-        )
+        params, state = compress_mnist.edit(config, digits, operator, widths, model.apply_fn, model[1:], 0)
         shapes.add(str(jax.tree.map(np.shape, params)))
         assert jax.tree.structure(params) == jax.tree.structure(model.params)
     assert len(shapes) == 1
@@ -148,7 +148,7 @@ def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run)
 
     def jittered(pixels):
         shifts.append(pixels)
-        return lab.jittered(pixels)
+        return training.jittered(pixels)
 
     monkeypatch.setattr(compress_mnist, "jittered", jittered)
     options = ["--jitter", 1, "--seeds", 1, "--shares", 0.5, "--iterative", "--refinements", 0]

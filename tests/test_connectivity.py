@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from distill_jax import connectivity, objectives, train, trees
+from distill_jax import train, weights
 from distill_jax.models import ConvNet, Model, from_linen, from_nnx
 
 SHAPE, CLASSES = (6, 6, 1), 3
@@ -30,9 +30,7 @@ def linen_model(seed=0) -> Model:
 
 
 def nnx_model(seed=0) -> Model:
-    module = ConvNet(
-        SHAPE, CLASSES, channels=(4,), hidden=8, kernel=3, batch_norm=True, rngs=nnx.Rngs(seed)
-    )
+    module = ConvNet(SHAPE, CLASSES, channels=(4,), hidden=8, kernel=3, batch_norm=True, rngs=nnx.Rngs(seed))
     return from_nnx(module)
 
 
@@ -56,13 +54,13 @@ def test_recalibration_is_the_mean_of_the_batches_statistics(make):
     model, data = make(), make_data(40)
     batches = batches_of(data, 16)  # the last one has 8
     stale = jax.tree.map(lambda x: x + 7, model.model_state)
-    found = connectivity.recalibrate(model.apply_fn, model.params, stale, batches)
-    again = connectivity.recalibrate(model.apply_fn, model.params, found, batches)
+    found = weights.recalibrate(model.apply_fn, model.params, stale, batches)
+    again = weights.recalibrate(model.apply_fn, model.params, found, batches)
     run = jax.jit(lambda s, x: model.apply_fn(model.params, s, x, key=jax.random.key(0))[1])
     zeros = jax.tree.map(jnp.zeros_like, stale)
     fresh = [run(zeros, batch["image"]) for batch in batches]
     leaves = zip(*map(jax.tree.leaves, [found, again, *fresh]), strict=True)
-    paths = trees.by_path(found)
+    paths = weights.by_path(found)
     for path, (value, twice, *parts) in zip(paths, leaves, strict=True):
         momentum = 0.5 if "BatchNorm_1" in path else 0.99
         mean = np.average(np.asarray(parts, float), 0, weights=[16, 16, 8]) / (1 - momentum)
@@ -73,7 +71,7 @@ def test_recalibration_is_the_mean_of_the_batches_statistics(make):
 def trained(seed, data):
     model, tx = nnx_model(seed), optax.adam(0.02)
     state = train.init_state(model.params, tx, jax.random.key(seed), model.model_state)
-    step = jax.jit(train.make_train_step(objectives.supervised(model.apply_fn), tx))
+    step = jax.jit(train.make_train_step(train.supervised(model.apply_fn), tx))
     for _ in range(60):
         state, _ = step(state, data)
     return model.apply_fn, (state.params, state.model_state)
@@ -85,7 +83,7 @@ def test_an_average_without_and_with_recalibration():
     apply_fn, first = trained(0, data)
     halves = jax.tree.map(lambda x: x[48:], data), jax.tree.map(lambda x: x[:48], data)
     tx = optax.adam(0.02)
-    step = jax.jit(train.make_train_step(objectives.supervised(apply_fn), tx))
+    step = jax.jit(train.make_train_step(train.supervised(apply_fn), tx))
 
     def further(half):
         state = train.init_state(first[0], tx, jax.random.key(0), first[1])
@@ -94,26 +92,24 @@ def test_an_average_without_and_with_recalibration():
         return state.params, state.model_state
 
     a, b = map(further, halves)
-    loss = jax.jit(lambda *v: objectives.supervised(apply_fn)(*v, data, key=None, step=0)[0])
-    refresh = functools.partial(connectivity.recalibrate, apply_fn, batches=[data])
+    loss = jax.jit(lambda *v: train.supervised(apply_fn)(*v, data, key=None, step=0)[0])
+    refresh = functools.partial(weights.recalibrate, apply_fn, batches=[data])
     ts = [0.0, 0.5, 1.0]
     # Statistics of before any training: what an average of parameters alone leaves behind
     old = nnx_model(0).model_state
-    stale = loss(trees.lerp(a[0], b[0], 0.5), old)
-    fresh = connectivity.along(loss, a, b, ts, refresh=refresh)
+    stale = loss(weights.lerp(a[0], b[0], 0.5), old)
+    fresh = weights.along(loss, a, b, ts, refresh=refresh)
     assert fresh[1] < 0.1
     assert stale > 5 * fresh[1]
-    with pytest.warns(connectivity.StaleStatisticsWarning) as caught:
-        connectivity.along(loss, a, b, [0.5])
+    with pytest.warns(weights.StaleStatisticsWarning) as caught:
+        weights.along(loss, a, b, [0.5])
     message = str(caught[0].message)
     assert "connectivity.recalibrate" in message
-    assert all(path in message for path in trees.by_path(a[1]))
+    assert all(path in message for path in weights.by_path(a[1]))
 
 
 def test_a_network_without_statistics_needs_no_refreshing():
-    values = connectivity.along(
-        lambda p, s: float(p["w"]), ({"w": 0.0}, {}), ({"w": 2.0}, {}), [0.25]
-    )
+    values = weights.along(lambda p, s: float(p["w"]), ({"w": 0.0}, {}), ({"w": 2.0}, {}), [0.25])
     assert values == [0.5]
 
 
@@ -127,7 +123,7 @@ def test_constants_counters_and_keys_stay():
         "key": jax.random.key(1),
     }  # fmt: skip
     batches = [{"image": jnp.array([[1.0, 100.0], [3.0, 300.0]])}]
-    found = connectivity.recalibrate(apply_fn, {}, state, batches)
+    found = weights.recalibrate(apply_fn, {}, state, batches)
     np.testing.assert_allclose(found["mean"], [2, 200], rtol=1e-5)
     np.testing.assert_array_equal(found["scale"], state["scale"])
     assert found["count"] == 4
@@ -143,16 +139,16 @@ def test_what_is_no_running_mean_is_named():
 
     state = {name: jnp.zeros(2) for name in ("sum", "most", "mean")}
     with pytest.raises(ValueError, match=r"cannot be recalibrated: \['most', 'sum'\]"):
-        connectivity.recalibrate(apply_fn, {}, state, [{"image": jnp.array([[1.0, 2.0]])}])
+        weights.recalibrate(apply_fn, {}, state, [{"image": jnp.array([[1.0, 2.0]])}])
     with pytest.raises(ValueError, match="batches must have at least one batch"):
-        connectivity.recalibrate(apply_fn, {}, state, [])
+        weights.recalibrate(apply_fn, {}, state, [])
 
 
 def test_the_barrier():
     ts = [0, 0.25, 0.5, 1]
-    assert connectivity.barrier(ts, [1, 2, 1, 3]) == 0.5
-    assert connectivity.barrier(ts, [3, 2, 1, 0]) == 0
+    assert weights.barrier(ts, [1, 2, 1, 3]) == 0.5
+    assert weights.barrier(ts, [3, 2, 1, 0]) == 0
     with pytest.raises(ValueError, match="must rise from 0 to 1"):
-        connectivity.barrier([0, 0.5], [1, 2])
+        weights.barrier([0, 0.5], [1, 2])
     with pytest.raises(ValueError, match="must be \\[n\\]"):
-        connectivity.barrier([0, 1], [1, 2, 3])
+        weights.barrier([0, 1], [1, 2, 3])

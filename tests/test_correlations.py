@@ -73,10 +73,7 @@ RELATIONS = {
 ALL = {
     **RELATIONS,
     "kl of standardize": (lskd, ref_lskd),
-    "kl of standardize, ddof = 1": (
-        functools.partial(lskd, ddof=1),
-        functools.partial(ref_lskd, ddof=1),
-    ),
+    "kl of standardize, ddof = 1": (functools.partial(lskd, ddof=1), functools.partial(ref_lskd, ddof=1)),
 }
 EACH = ["dist", "mlkd", "kl of standardize"]  # one of each method
 parametrize = functools.partial(pytest.mark.parametrize, "name")
@@ -166,9 +163,7 @@ def test_examples_that_do_not_count_change_nothing(name):
     student, teacher = draw(3, 2)
     alone, gradient, _ = compiled(name)(student[:6], teacher[:6])
     where = np.arange(8)[:, None] < 6
-    padded = [
-        np.where(where, x, pad).astype(np.float32) for x, pad in ((student, 1e4), (teacher, 7))
-    ]
+    padded = [np.where(where, x, pad).astype(np.float32) for x, pad in ((student, 1e4), (teacher, 7))]
     value, masked, _ = compiled(name)(*padded, where)
     np.testing.assert_allclose(value[:6], alone, rtol=1e-5)
     np.testing.assert_array_equal(value[6:], 0)
@@ -268,10 +263,7 @@ def test_standardize(ddof):
     scaled = losses.standardize(logits * 1e30, temperature=2.0, ddof=ddof)  # no square overflows
     np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        losses.standardize(logits * 1e-30, temperature=2.0, ddof=ddof),
-        expected,
-        rtol=1e-5,
-        atol=1e-6,
+        losses.standardize(logits * 1e-30, temperature=2.0, ddof=ddof), expected, rtol=1e-5, atol=1e-6
     )
     where = np.arange(10) < 7
     masked = losses.standardize(logits, ddof=ddof, where=where)

@@ -162,9 +162,7 @@ def test_idx_files(tmp_path, name, folder, gz):
     assert dataset.name == name
     assert dataset.source == f"IDX files in {tmp_path / 'd' / folder}"
     assert len(dataset.class_names) == dataset.classes == 10
-    assert (
-        dataset.class_names[1] == {"mnist": "1", "fashion_mnist": "Trouser", "kmnist": "ki"}[name]
-    )
+    assert dataset.class_names[1] == {"mnist": "1", "fashion_mnist": "Trouser", "kmnist": "ki"}[name]
     assert all(x.flags.writeable for split in dataset[2:5] for x in split)
 
 
@@ -296,9 +294,7 @@ def prepare(folder, train, test=None, name="tiny_pictures", shape=(4, 5, 3), fea
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
-                )
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
             def _split_generators(self, dl_manager):
                 return {split: self._generate_examples(split) for split in splits}
@@ -319,9 +315,7 @@ def pictures(n, shape=(4, 5, 3), classes=3):
 
 
 def as_set(images, labels):
-    return sorted(
-        (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
-    )
+    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
 
 
 @pytest.fixture
@@ -374,10 +368,7 @@ FEW, TALL = pictures(3), pictures(3, (6, 5, 3))
 ANY_SIZE = {"shape": (None, None, 3)}
 NO_IMAGE = {"features": {"label": tfds.features.ClassLabel(num_classes=3)}}
 NO_CLASS = {
-    "features": {
-        "image": tfds.features.Image(shape=(4, 5, 3)),
-        "label": tfds.features.Scalar(np.int64),
-    }
+    "features": {"image": tfds.features.Image(shape=(4, 5, 3)), "label": tfds.features.Scalar(np.int64)}
 }
 
 
@@ -611,9 +602,7 @@ def test_a_download_and_its_cache(tmp_path, server, name, capfd):
     assert sorted(server.asked) == sorted(server.files)
     out, err = capfd.readouterr()
     assert out == ""
-    assert all(
-        "Dl " in line for line in err.replace("\r", "\n").split("\n") if line.strip(" \x1b[A")
-    )
+    assert all("Dl " in line for line in err.replace("\r", "\n").split("\n") if line.strip(" \x1b[A"))
 
     server.mode = "absent"
     again = data.load(name)
@@ -638,9 +627,7 @@ def test_a_download_and_its_cache(tmp_path, server, name, capfd):
         ("stall", "not downloaded: ConnectionError: .*timed out"),
     ],
 )
-def test_a_bad_download_is_refused_and_can_be_repeated(
-    tmp_path, server, monkeypatch, mode, message
-):
+def test_a_bad_download_is_refused_and_can_be_repeated(tmp_path, server, monkeypatch, mode, message):
     monkeypatch.setattr(data, "_STALL_SECONDS", 0.2)
     server.mode = mode
     started = time.monotonic()

@@ -8,15 +8,17 @@ import jax
 import numpy as np
 from test_units_trace import large_networks
 
-from distill_jax import learned, losses, schemes, sparsity, teachers, units
+from distill_jax import features, losses, train
+from distill_jax.compress import sparsity, units
+from distill_jax.train import several_teachers
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_every_method_is_named():
-    names = {*losses.__all__, *losses.tokens.__all__, *(f"learned.{n}" for n in learned.__all__)}
-    for module in (schemes, teachers, sparsity):
+    names = {*losses.__all__, *losses.tokens.__all__, *(f"learned.{n}" for n in features.__all__)}
+    for module in (train, several_teachers, sparsity):
         functions = inspect.getmembers(module, inspect.isfunction)
         names |= {n for n, f in functions if f.__module__ == module.__name__ and n[0] != "_"}
     named = re.findall(r"`(?:(?:losses|schemes|teachers|sparsity)\.)?([\w.]+)[`(]", PAGE)

@@ -89,10 +89,7 @@ OPTIONS = {
     "no rank": (f"{LINEAR} --ranks 0", "--ranks must be at least 1, got 0"),
     "too few examples": (f"{LINEAR} --examples 6", "--examples must exceed --inputs, 6, got 6"),
     "diverging": (f"{LINEAR} --stage-learning-rate 1e30", "use a smaller learning rate"),
-    "diverging original": (
-        f"{NETWORK} --original-learning-rate 1e30",
-        "use a smaller learning rate",
-    ),
+    "diverging original": (f"{NETWORK} --original-learning-rate 1e30", "use a smaller learning rate"),
     "negative rate": ("--learning-rate -1", "--learning-rate must be positive and finite, got -1"),
     "budget of zero": (f"{NETWORK} --budget 0", "--budget must be positive and finite, got 0"),
     "malformed code": (f"{NETWORK} --codes 8-4", "--codes must be width x bits such as 16x8"),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import linen
 
-from distill_jax import codec, factors, metrics
-from distill_jax.checkpoint import Checkpoints
+from distill_jax import metrics
+from distill_jax.compress import linear_codes, low_rank
 from distill_jax.models import Model, build, from_linen
+from distill_jax.train.checkpoints import Checkpoints
 
 SHAPE = (8, 8, 1)
 
@@ -73,15 +74,15 @@ EXPECTED = {
 def test_at_full_rank_the_function_is_the_originals(name):
     """Which holds only if axes, paddings and strides are understood, of the factors and the rows."""
     model, x = MODELS[name](), images()
-    kernels = factors.kernels(*model, x)
+    kernels = low_rank.kernels(*model, x)
     assert [(k.inputs, k.outputs) for k in kernels.values()] == EXPECTED[name]
     expected, _ = jax.jit(model.apply_fn)(*model[1:], x)
     full = {path: min(k.inputs, k.outputs) for path, k in kernels.items()}
-    roots = factors.layer_roots(*model, x, batch=48)
-    thin_fn = jax.jit(factors.factored(model.apply_fn))
+    roots = low_rank.layer_roots(*model, x, batch=48)
+    thin_fn = jax.jit(low_rank.factored(model.apply_fn))
     for root in (None, roots):
-        thin = factors.factorise(model.params, kernels, full, roots=root)
-        assert factors.ranks_of(thin) == full
+        thin = low_rank.factorise(model.params, kernels, full, roots=root)
+        assert low_rank.ranks_of(thin) == full
         outputs, _ = thin_fn(thin, model.model_state, x)
         tolerance = 0.02 if name == "plain" else 1e-4  # bfloat16
         np.testing.assert_allclose(outputs, expected, atol=tolerance, rtol=tolerance)
@@ -90,13 +91,13 @@ def test_at_full_rank_the_function_is_the_originals(name):
 def test_rows_times_kernel_are_the_layers_outputs():
     """Of a convolution, in the middle of a network and with its biases zero, and of a dense layer."""
     model, x = MODELS["convnet"](), images(20)
-    kernels, roots = factors.kernels(*model, x), factors.layer_roots(*model, x)
+    kernels, roots = low_rank.kernels(*model, x), low_rank.layer_roots(*model, x)
     first = np.asarray(model.params["convolution"][0]["kernel"], float)
     values = jax.lax.conv_general_dilated(
         x, first, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     path = "convolution.0.kernel"
-    energy = codec.optimum(kernels[path].matrix(first), roots[path])[0]
+    energy = linear_codes.optimum(kernels[path].matrix(first), roots[path])[0]
     np.testing.assert_allclose(energy, np.mean(np.sum(np.square(values), -1)), rtol=1e-5)
     assert kernels[path].positions == 64
     assert kernels["hidden.kernel"].positions == 1
@@ -105,20 +106,20 @@ def test_rows_times_kernel_are_the_layers_outputs():
 
 def test_whitened_factors_lose_less_on_the_data():
     model, x = MODELS["mlp"](), images(300)
-    kernels = factors.kernels(*model, x)
-    roots = factors.layer_roots(*model, x)
+    kernels = low_rank.kernels(*model, x)
+    roots = low_rank.layer_roots(*model, x)
     expected = model.apply_fn(*model[1:], x)[0]
-    thin_fn = jax.jit(factors.factored(model.apply_fn))
+    thin_fn = jax.jit(low_rank.factored(model.apply_fn))
     for rank in (2, 5, 8):
         lost = []
         for root in (None, roots):
-            thin = factors.factorise(model.params, kernels, {"dense.0.kernel": rank}, roots=root)
+            thin = low_rank.factorise(model.params, kernels, {"dense.0.kernel": rank}, roots=root)
             first = [thin["dense"][0]["kernel"].encoder, thin["dense"][0]["kernel"].decoder]
             flat = x.reshape(300, -1)
             exact = flat @ model.params["dense"][0]["kernel"]
             lost.append(float(np.square(flat @ first[0] @ first[1] - exact).sum(1).mean()))
             assert thin_fn(thin, {}, x)[0].shape == expected.shape
-        best = codec.optimum(kernels["dense.0.kernel"].matrix(model.params["dense"][0]["kernel"]),
+        best = linear_codes.optimum(kernels["dense.0.kernel"].matrix(model.params["dense"][0]["kernel"]),
                              roots["dense.0.kernel"])  # fmt: skip
         np.testing.assert_allclose(lost[1], best[rank], rtol=1e-3)
         assert lost[1] < lost[0]
@@ -129,14 +130,14 @@ def test_whitened_factors_lose_less_on_the_data():
 def test_ranks_keep_the_budget_and_use_it(of, budget):
     model = build("convnet:8,16", SHAPE, 10, jax.random.key(0))
     x = images(200)
-    kernels, roots = factors.kernels(*model, x), factors.layer_roots(*model, x)
-    ranks = factors.allocate(model.params, kernels, budget, of=of, roots=roots)
-    thin = factors.factorise(model.params, kernels, ranks, roots=roots)
+    kernels, roots = low_rank.kernels(*model, x), low_rank.layer_roots(*model, x)
+    ranks = low_rank.allocate(model.params, kernels, budget, of=of, roots=roots)
+    thin = low_rank.factorise(model.params, kernels, ranks, roots=roots)
 
     def size(params):
         if of == "parameters":
             return sum(leaf.size for leaf in jax.tree.leaves(params))
-        thins = factors.ranks_of(params)
+        thins = low_rank.ranks_of(params)
         return sum(
             k.positions * min(k.inputs * k.outputs, thins.get(p, 10**9) * (k.inputs + k.outputs))
             for p, k in kernels.items()
@@ -153,18 +154,18 @@ def test_ranks_keep_the_budget_and_use_it(of, budget):
 
 def test_a_kernel_of_zeros_takes_nothing_from_the_others():
     model = plain_model()
-    kernels = factors.kernels(*model, jnp.ones((1, *SHAPE)))
+    kernels = low_rank.kernels(*model, jnp.ones((1, *SHAPE)))
     without = {**model.params, "b": 0 * model.params["b"]}
-    ranks = factors.allocate(without, kernels, 0.5)
+    ranks = low_rank.allocate(without, kernels, 0.5)
     assert ranks["b"] == 1
     assert ranks["a"] > 5
 
 
 def test_flops_fall_and_gradients_reach_every_factor():
     model, x = MODELS["mlp"](), images()
-    kernels = factors.kernels(*model, x)
-    thin = factors.factorise(model.params, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
-    thin_fn = factors.factored(model.apply_fn)
+    kernels = low_rank.kernels(*model, x)
+    thin = low_rank.factorise(model.params, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
+    thin_fn = low_rank.factored(model.apply_fn)
     both = [model, (thin_fn, thin, model.model_state)]
     before, after = metrics.costs(both, x[0], repeats=1)
     assert after["parameters"] == before["parameters"] - 64 * 24 - 24 * 16 + 4 * 88 + 3 * 40
@@ -182,13 +183,13 @@ def test_flops_fall_and_gradients_reach_every_factor():
 
 def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
     model, x = MODELS["convnet"](), images(4)
-    kernels = factors.kernels(*model, x)
+    kernels = low_rank.kernels(*model, x)
     ranks = {"convolution.1.kernel": 3, "hidden.kernel": 5}
-    thin = factors.factorise(model.params, kernels, ranks)
+    thin = low_rank.factorise(model.params, kernels, ranks)
     with Checkpoints(tmp_path / "thin") as checkpoints:
-        checkpoints.save(1, {"params": thin}, {"ranks": factors.ranks_of(thin)})
+        checkpoints.save(1, {"params": thin}, {"ranks": low_rank.ranks_of(thin)})
     np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", factors.factored(model.apply_fn)(thin, {}, x)[0])
+    np.save(tmp_path / "y.npy", low_rank.factored(model.apply_fn)(thin, {}, x)[0])
     program = """
 import sys, jax, numpy as np
 from pathlib import Path
@@ -210,24 +211,24 @@ np.testing.assert_allclose(y, np.load(folder / "y.npy"), atol=1e-5)
 
 def test_errors():
     model, x = MODELS["mlp"](), images(8)
-    kernels = factors.kernels(*model, x)
+    kernels = low_rank.kernels(*model, x)
     with pytest.raises(ValueError, match=r"no kernel is named 'dense'"):
-        factors.factorise(model.params, kernels, {"dense": 1})
+        low_rank.factorise(model.params, kernels, {"dense": 1})
     with pytest.raises(ValueError, match=r"dense.0.kernel: rank must be 1 to .* 24, got 25"):
-        factors.factorise(model.params, kernels, {"dense.0.kernel": 25})
+        low_rank.factorise(model.params, kernels, {"dense.0.kernel": 25})
     with pytest.raises(ValueError, match="budget: ranks of 1 already exceed"):
-        factors.allocate(model.params, kernels, 0.05)
+        low_rank.allocate(model.params, kernels, 0.05)
     with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
-        factors.allocate(model.params, kernels, 0)
+        low_rank.allocate(model.params, kernels, 0)
     broken = jax.tree.map(lambda p: p * jnp.nan, model.params)
     with pytest.raises(ValueError, match=r"the inputs of dense.1.kernel are not finite"):
-        factors.layer_roots(model.apply_fn, broken, {}, x)
+        low_rank.layer_roots(model.apply_fn, broken, {}, x)
 
     def tied(params, model_state, x, *, key=None):
         return x @ params["w"] + params["w"].sum(), model_state
 
     params = {"w": jnp.ones((4, 3))}
-    assert factors.kernels(tied, params, {}, jnp.ones((2, 4))) == {}
-    thin = {"w": factors.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)), 1)}
+    assert low_rank.kernels(tied, params, {}, jnp.ones((2, 4))) == {}
+    thin = {"w": low_rank.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)), 1)}
     with pytest.raises(ValueError, match="w is used by 'reduce_sum'"):
-        factors.factored(tied)(thin, {}, jnp.ones((2, 4)))
+        low_rank.factored(tied)(thin, {}, jnp.ones((2, 4)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distill_jax import losses
-from distill_jax.losses.space import pool_max, pool_mean
+from distill_jax.losses._space import pool_max, pool_mean
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -474,9 +474,7 @@ def semckd_of_simkd(s):
 REFERENCE_PROGRAMS = {
     "hint RepDistiller": lambda s: losses.hint(s, I["teacher"]).mean(),
     "attention torchdistill paper": lambda s: losses.attention_transfer(s, I["wide"]).mean(),
-    "attention torchdistill code": lambda s: losses.attention_transfer(
-        s, I["wide"], mean=True
-    ).mean(),
+    "attention torchdistill code": lambda s: losses.attention_transfer(s, I["wide"], mean=True).mean(),
     "attention RepDistiller p=4": lambda s: losses.attention_transfer(
         pool_mean(s, (3, 3)), I["small"], p=4, mean=True
     ).mean(),
@@ -488,18 +486,12 @@ REFERENCE_PROGRAMS = {
     "fsp RepDistiller": lambda s: losses.fsp(
         (s, I["small"]), (I["teacher"], I["small_teacher"]), pool="mean", mean=True
     ).mean(),
-    "boundary torchdistill": lambda s: losses.activation_boundary(
-        s, I["teacher"], margin=0.7
-    ).mean(),
+    "boundary torchdistill": lambda s: losses.activation_boundary(s, I["teacher"], margin=0.7).mean(),
     "boundary RepDistiller first of three": lambda s: (
         losses.activation_boundary(s, I["teacher"]).mean() * 3 / 1000 / 4
     ),
-    "vid torchdistill": lambda s: losses.vid(
-        s, I["teacher"], variance=GOLDEN_VARIANCE, mean=True
-    ).mean(),
-    "vid RepDistiller at the start": lambda s: losses.vid(
-        s, I["teacher"], variance=5.0, mean=True
-    ).mean(),
+    "vid torchdistill": lambda s: losses.vid(s, I["teacher"], variance=GOLDEN_VARIANCE, mean=True).mean(),
+    "vid RepDistiller at the start": lambda s: losses.vid(s, I["teacher"], variance=5.0, mean=True).mean(),
     "ofd mdistiller": lambda s: losses.ofd(
         s, I["teacher"], margin=jnp.array(CONSTANTS["ofd mdistiller margin"])
     ).mean(),
@@ -523,9 +515,7 @@ def agrees(constants, value, gradient, rtol):
 
 @parametrize(REFERENCE_PROGRAMS)
 def test_reference_programs(name):
-    value, gradient = jax.jit(jax.value_and_grad(REFERENCE_PROGRAMS[name]))(
-        I["student"].astype(np.float32)
-    )
+    value, gradient = jax.jit(jax.value_and_grad(REFERENCE_PROGRAMS[name]))(I["student"].astype(np.float32))
     agrees(CONSTANTS[name], value, gradient, 2e-6)
     if name.startswith(("cat", "nst", "ofd", "attention")):
         with jax.enable_x64(True):

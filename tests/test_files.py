@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from distill_jax import files
+from distill_jax import _files
 
 
 def test_json_is_strict_and_plain(tmp_path):
     results = {"a": np.float32(0.5), "b": np.arange(2), "c": (None, True, "σ"), "d": {}}
-    files.write_json(tmp_path / "r.json", results)
+    _files.write_json(tmp_path / "r.json", results)
     text = (tmp_path / "r.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"a": 0.5, "b": [0, 1], "c": [None, True, "σ"], "d": {}}
     assert "σ" in text
@@ -30,9 +30,9 @@ def test_json_is_strict_and_plain(tmp_path):
 )
 def test_json_refuses_and_keeps_the_old_file(tmp_path, bad, message):
     file = tmp_path / "results.json"
-    files.write_json(file, {"old": 1})
+    _files.write_json(file, {"old": 1})
     with pytest.raises(ValueError, match=message) as error:
-        files.write_json(file, {"models": {"teacher": {"test": {"nll": [0.1, bad]}}}})
+        _files.write_json(file, {"models": {"teacher": {"test": {"nll": [0.1, bad]}}}})
     assert str(error.value).startswith("models.teacher.test.nll[1] is ")
     assert json.loads(file.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [file]
@@ -40,7 +40,7 @@ def test_json_refuses_and_keeps_the_old_file(tmp_path, bad, message):
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "results.json"
-    files.write_json(file, {"old": 1})
+    _files.write_json(file, {"old": 1})
 
     def fail(path, text, **options):
         path.write_bytes(text[:3].encode())
@@ -48,7 +48,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(file), "write_text", fail)
     with pytest.raises(OSError, match="No space"):
-        files.write_json(file, {"new": 2})
+        _files.write_json(file, {"new": 2})
     assert json.loads(file.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [file]
 
@@ -59,5 +59,5 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(tmp_path / "x", fails)
+        _files.write_atomically(tmp_path / "x", fails)
     assert list(tmp_path.iterdir()) == []

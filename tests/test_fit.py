@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import checkpoint, fit, objectives, train
+from distill_jax import train
 from distill_jax.models import build
 
 RNG = np.random.default_rng(0)
@@ -23,17 +23,15 @@ def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, seed=3, **op
     model = build(widths, (4, 4, 1), 3, jax.random.key(0), dropout=0.3)
     tx = optax.adam(learning_rate)
     state = train.init_state(model.params, tx, jax.random.key(1), model.model_state)
-    epoch = train.make_epoch(train.make_train_step(objectives.supervised(model.apply_fn), tx))
+    epoch = train.make_epoch(train.make_train_step(train.supervised(model.apply_fn), tx))
 
     def on_epoch(number, figures):
         seen.append(number)
         if number == stop_at:
             raise KeyboardInterrupt
 
-    options.setdefault("validate", fit.make_validation(model.apply_fn, VALIDATION, batch_size=5))
-    return fit.fit(
-        state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch, **options
-    )
+    options.setdefault("validate", train.make_validation(model.apply_fn, VALIDATION, batch_size=5))
+    return train.fit(state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch, **options)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
@@ -62,7 +60,7 @@ def test_a_finished_run_is_read_back(tmp_path):
 def test_validation_counts_every_example_once():
     """13 examples in batches of 5: the last one is padded, and the padding does not count."""
     model = build("mlp:8", (4, 4, 1), 3, jax.random.key(0))
-    figures = fit.make_validation(model.apply_fn, VALIDATION, batch_size=5)(model.params, {})
+    figures = train.make_validation(model.apply_fn, VALIDATION, batch_size=5)(model.params, {})
     logits, _ = model.apply_fn(model.params, {}, VALIDATION["image"])
     log_q = np.asarray(jax.nn.log_softmax(logits))
     assert figures["validation_errors"] == (logits.argmax(-1) != VALIDATION["label"]).sum()
@@ -90,23 +88,21 @@ def test_without_validation_the_best_epoch_is_the_last_also_after_a_resume(tmp_p
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    a = fit.epoch_order(1, 2, 50, 8)
-    np.testing.assert_array_equal(a, fit.epoch_order(1, 2, 50, 8))
+    a = train.epoch_order(1, 2, 50, 8)
+    np.testing.assert_array_equal(a, train.epoch_order(1, 2, 50, 8))
     assert a.shape == (6, 8)
     assert len(set(a.ravel())) == 48
-    assert (a != fit.epoch_order(1, 3, 50, 8)).any()
-    assert (a != fit.epoch_order(2, 2, 50, 8)).any()
+    assert (a != train.epoch_order(1, 3, 50, 8)).any()
+    assert (a != train.epoch_order(2, 2, 50, 8)).any()
     for size in (0, 51):
         with pytest.raises(ValueError, match="batch_size must be 1 to the number of training"):
-            fit.epoch_order(1, 2, 50, size)
+            train.epoch_order(1, 2, 50, size)
 
 
 def test_divergence_is_an_error_and_keeps_the_checkpoint(tmp_path):
     run(epochs=1, directory=tmp_path, learning_rate=optax.constant_schedule(1e-2))
     explode = optax.piecewise_constant_schedule(1e-2, {6: 1e30})
-    with pytest.raises(
-        ValueError, match=r"the loss became .* diverged; use a smaller learning rate"
-    ):
+    with pytest.raises(ValueError, match=r"the loss became .* diverged; use a smaller learning rate"):
         run(epochs=6, learning_rate=explode, directory=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
@@ -131,17 +127,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_the_last_checkpoints_stay(tmp_path):
-    tree = {
-        "a": jnp.arange(3),
-        "key": jax.random.key(5, impl="rbg"),
-        "nested": [jnp.ones(2, jnp.bfloat16)],
-    }
-    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    tree = {"a": jnp.arange(3), "key": jax.random.key(5, impl="rbg"), "nested": [jnp.ones(2, jnp.bfloat16)]}
+    with train.Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.restore(tree) is None
         for step in range(4):
             checkpoints.save(step, tree | {"a": jnp.arange(3) + step}, {"step": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with train.Checkpoints(tmp_path) as checkpoints:
         found, info = checkpoints.restore(tree)
     assert info == {"step": 3}
     np.testing.assert_array_equal(found["a"], [3, 4, 5])

@@ -49,9 +49,7 @@ def test_value_and_gradient_to_six_digits(name):
     value, pull = jax.vjp(jax.jit(lambda z: loss(z, LABELS)), logits)
     np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-6 * expected.max())
     expected = numeric_gradient(lambda z: reference(z, LABELS).sum(), logits.astype(float))
-    np.testing.assert_allclose(
-        pull(jnp.ones(8))[0], expected, rtol=0, atol=1e-6 * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(pull(jnp.ones(8))[0], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @parametrize(ALL)
@@ -76,9 +74,9 @@ def test_axis_extremes_and_dtypes(name):
 def test_a_class_never_seen():
     logits, _ = draw(3, 1)
     prior = COUNTS * (np.arange(10) != 9)
-    value, gradient = jax.value_and_grad(
-        lambda z: losses.logit_adjusted(z, LABELS % 9, prior=prior).sum()
-    )(logits)
+    value, gradient = jax.value_and_grad(lambda z: losses.logit_adjusted(z, LABELS % 9, prior=prior).sum())(
+        logits
+    )
     rest = losses.logit_adjusted(logits[:, :9], LABELS % 9, prior=prior[:9])
     np.testing.assert_allclose(value, rest.sum(), rtol=1e-6)
     np.testing.assert_array_equal(gradient[:, 9], 0)
@@ -94,9 +92,7 @@ def test_traced_counts():
         fixed = losses.class_balanced(logits, LABELS, counts=COUNTS, beta=beta)
         np.testing.assert_allclose(traced, fixed, rtol=1e-5)
     prior = jax.jit(lambda z, n: losses.logit_adjusted(z, LABELS, prior=n))(logits, COUNTS)
-    np.testing.assert_allclose(
-        prior, losses.logit_adjusted(logits, LABELS, prior=COUNTS), rtol=1e-6
-    )
+    np.testing.assert_allclose(prior, losses.logit_adjusted(logits, LABELS, prior=COUNTS), rtol=1e-6)
 
 
 def test_arguments_are_checked():

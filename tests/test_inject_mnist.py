@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import lanes, runs
+from harness.training import adam, prepare
 
-from distill_jax import data, fit, lanes, models, objectives, runs, train
-from distill_jax.lab import adam, prepare
+from distill_jax import data, models, train
 
 EXPERIMENT = inject_mnist
 
@@ -70,10 +71,7 @@ def test_a_whole_run_its_resume_and_its_check(tmp_path, monkeypatch, run):
 def test_the_check_asks_for_two_standard_errors():
     def table(uniform):
         wrong = {"random": [50, 60, 70], "uniform": uniform, "by score": [90, 90, 90]}
-        return {
-            kind: {"test": {"9 labels": x}, "validation": {"9 labels": x}}
-            for kind, x in wrong.items()
-        }
+        return {kind: {"test": {"9 labels": x}, "validation": {"9 labels": x}} for kind, x in wrong.items()}
 
     assert inject_mnist.selected(table([40, 50, 60]), "9 labels") == "uniform"
     assert "(uniform) cut the test errors" in inject_mnist.sentence(table([40, 50, 60]), "9 labels")
@@ -158,9 +156,9 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
 
     student, chosen = students[1], rows[1]
     tx = adam(0.02, 2)(4)
-    loss_fn = objectives.supervised(student.apply_fn)
+    loss_fn = train.supervised(student.apply_fn)
     if soft:
-        loss_fn = objectives.distill(student.apply_fn, temperature=4.0, alpha=0.1)
+        loss_fn = train.distill(student.apply_fn, temperature=4.0, alpha=0.1)
     step = train.make_train_step(loss_fn, tx)
 
     def transform(context, batch, key):
@@ -172,10 +170,8 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
     if taught is not None:
         examples["teacher"] = np.asarray(taught[1])
     for number in range(2):
-        state, _ = run(state, examples, fit.epoch_order(0, number, 40, 10))
-    for ours, alone in zip(
-        jax.tree.leaves(lane.params), jax.tree.leaves(state.params), strict=True
-    ):
+        state, _ = run(state, examples, train.epoch_order(0, number, 40, 10))
+    for ours, alone in zip(jax.tree.leaves(lane.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(ours[1], alone, rtol=1e-3, atol=1e-5)
 
 

@@ -34,8 +34,7 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     # The student from scratch never sees a teacher
     for count in ("100 labels", "all labels"):
         a, b = (
-            models["scratch"]["test"][f"{width}, {count}"]
-            for width in ("equal widths", "unequal widths")
+            models["scratch"]["test"][f"{width}, {count}"] for width in ("equal widths", "unequal widths")
         )
         assert a == b
     # At λ = 0 both readings are the student alone

@@ -11,17 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import (
-    connectivity,
-    data,
-    fit,
-    interpolation,
-    objectives,
-    targets,
-    train,
-    trees,
-    units,
-)  # fmt: skip
+from distill_jax import data, teachers, train, weights
+from distill_jax.compress import units
+from distill_jax.train import interpolation  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES, INPUTS, CLASSES, HIDDEN = 12, 4, 3, 5
@@ -69,13 +61,11 @@ def gradient_of(w, batch):
 
 
 def step_of(apply_fn, tx):
-    return train.make_train_step(objectives.supervised(apply_fn), tx)
+    return train.make_train_step(train.supervised(apply_fn), tx)
 
 
 def make_pair(tx, make=make_linear):
-    return interpolation.Pair(
-        *(train.init_state(make(seed), tx, jax.random.key(seed)) for seed in (1, 2))
-    )
+    return interpolation.Pair(*(train.init_state(make(seed), tx, jax.random.key(seed)) for seed in (1, 2)))
 
 
 def make_joint(tx, make=make_linear, **options):
@@ -118,12 +108,12 @@ def test_a_frozen_teacher_stays():
 
 def test_pull_and_distil_from_the_teacher_of_the_moment():
     tx, batch = optax.sgd(0.3), make_batch()
-    distilled = train.make_train_step(objectives.distill(linear, temperature=2.0, alpha=0.0), tx)
-    label = targets.make_label(linear)
+    distilled = train.make_train_step(train.distill(linear, temperature=2.0, alpha=0.0), tx)
+    label = teachers.make_label(linear)
     step = interpolation.pull(step_of(linear, tx), distilled, 0.5, label=label)
     pair, metrics = jax.jit(step)(make_pair(tx), batch)
     teacher, _ = jax.jit(step_of(linear, tx))(make_pair(tx).teacher, batch)
-    start = make_pair(tx).student._replace(params=trees.lerp(make_linear(2), teacher.params, 0.5))
+    start = make_pair(tx).student._replace(params=weights.lerp(make_linear(2), teacher.params, 0.5))
     student, expected = jax.jit(distilled)(start, label((teacher.params, {}), batch))
     chex.assert_trees_all_close(pair.student.params, student.params, rtol=1e-6)
     np.testing.assert_allclose(metrics["soft"], expected["soft"], rtol=1e-6)
@@ -134,23 +124,19 @@ def test_pull_and_distil_from_the_teacher_of_the_moment():
 
 def joint_gradient(**options):
     """Of S3's formula at λ = 0.25: that of the parts, and the one at the interpolated network."""
-    loss_fn = interpolation.through(objectives.supervised(linear), 0.25, **options)
+    loss_fn = interpolation.through(train.supervised(linear), 0.25, **options)
     state, batch = make_joint(optax.sgd(1.0)), make_batch()
-    gradient = jax.jit(
-        jax.grad(lambda p: loss_fn(p, state.model_state, batch, key=KEY, step=0)[0])
-    )(state.params)
-    student, teacher = (np.asarray(state.params[n]["w"], float) for n in ("student", "teacher"))
-    return (
-        gradient,
-        gradient_of(0.75 * student + 0.25 * teacher, batch),
-        gradient_of(teacher, batch),
+    gradient = jax.jit(jax.grad(lambda p: loss_fn(p, state.model_state, batch, key=KEY, step=0)[0]))(
+        state.params
     )
+    student, teacher = (np.asarray(state.params[n]["w"], float) for n in ("student", "teacher"))
+    return (gradient, gradient_of(0.75 * student + 0.25 * teacher, batch), gradient_of(teacher, batch))
 
 
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 def test_the_gradient_goes_through_the_interpolation(flow, together):
-    teacher_loss = objectives.supervised(linear) if together else None
+    teacher_loss = train.supervised(linear) if together else None
     gradient, mixed, own = joint_gradient(flow=flow, teacher_loss=teacher_loss)
     np.testing.assert_allclose(gradient["student"]["w"], 0.75 * mixed, rtol=1e-5, atol=1e-7)
     expected = together * own + flow * 0.25 * mixed
@@ -160,7 +146,7 @@ def test_the_gradient_goes_through_the_interpolation(flow, together):
 def test_a_frozen_part_stays_whatever_the_optimizer():
     tx = interpolation.split_tx(optax.adamw(0.1, weight_decay=0.5))
     step = jax.jit(train.make_train_step(
-        interpolation.through(objectives.supervised(linear), 0.5), tx
+        interpolation.through(train.supervised(linear), 0.5), tx
     ))  # fmt: skip
     state = make_joint(tx)
     after, _ = step(state, make_batch())
@@ -184,7 +170,7 @@ def test_through_keeps_the_states_apart():
 
     params = {"student": make_linear(1), "teacher": make_linear(2)}
     state = {"student": {"mean": jnp.zeros(())}, "teacher": {"mean": jnp.ones(())}}
-    supervised, batch = objectives.supervised(counting), make_batch()
+    supervised, batch = train.supervised(counting), make_batch()
     loss_fn = interpolation.through(supervised, 0.5, teacher_loss=supervised)
     _, (after, metrics) = loss_fn(params, state, batch, key=KEY, step=0)
     mixed = interpolation.mix(params, 0.5)
@@ -201,7 +187,7 @@ def test_through_keeps_the_states_apart():
 def reading(kind, tx, rate, **options):
     if kind == "pull":
         return interpolation.pull(step_of(mlp, tx), step_of(mlp, tx), rate, **options)
-    supervised = objectives.supervised(mlp)
+    supervised = train.supervised(mlp)
     loss_fn = interpolation.through(supervised, rate, teacher_loss=supervised, **options)
     return train.make_train_step(loss_fn, interpolation.split_tx(tx, tx))
 
@@ -270,10 +256,10 @@ def test_a_rate_searched_on_validation_data():
     tx, validation = optax.sgd(0.1), make_batch(seed=7)
 
     def loss(params, model_state, batch):
-        return objectives.supervised(linear)(params, model_state, batch, key=None, step=0)[0]
+        return train.supervised(linear)(params, model_state, batch, key=None, step=0)[0]
 
     # Half the teacher's way is best: the labels are those of the network there
-    middle = trees.lerp(make_linear(2), make_linear(1), 0.5)
+    middle = weights.lerp(make_linear(2), make_linear(1), 0.5)
     validation["label"] = jax.nn.softmax(validation["image"] @ middle["w"])
     step = interpolation.pull(None, step_of(linear, tx), interpolation.Search(loss, rounds=4))
     _, metrics = jax.jit(step)(make_pair(tx), {**make_batch(), "validation": validation})
@@ -284,10 +270,10 @@ def test_a_rate_searched_on_validation_data():
 
 def test_a_rate_learned_through_the_interpolation():
     batch = make_batch()
-    middle = trees.lerp(make_linear(2), make_linear(1), 0.3)
+    middle = weights.lerp(make_linear(2), make_linear(1), 0.3)
     batch["label"] = jax.nn.softmax(batch["image"] @ middle["w"])
     tx = interpolation.split_tx(optax.set_to_zero(), rate=optax.adam(0.05))
-    step = train.make_train_step(interpolation.through(objectives.supervised(linear), None), tx)
+    step = train.make_train_step(interpolation.through(train.supervised(linear), None), tx)
     state = make_joint(tx, rate=0.8)
 
     def body(state, _):
@@ -317,9 +303,7 @@ def test_a_wider_teacher_is_projected():
     )
     step = interpolation.pull(None, step_of(mlp, tx), 1.0, project=first)
     after, _ = jax.jit(step)(pair, make_batch())
-    expected, _ = jax.jit(step_of(mlp, tx))(
-        pair.student._replace(params=first(make_mlp(1, 9))), make_batch()
-    )
+    expected, _ = jax.jit(step_of(mlp, tx))(pair.student._replace(params=first(make_mlp(1, 9))), make_batch())
     chex.assert_trees_all_close(after.student.params, expected.params, rtol=1e-6)
     with pytest.raises(ValueError) as error:
         interpolation.pull(None, step_of(mlp, tx), 0.5)(pair, make_batch())
@@ -342,17 +326,17 @@ def test_the_loop_takes_both_readings(kind, tmp_path):
     rng = np.random.default_rng(3)
     training = {"image": rng.normal(size=(36, INPUTS)).astype("f4"), "label": np.arange(36) % 3}
     apply_fn = {
-        "pull": objectives.student_of(mlp), "through": interpolation.interpolated(mlp, 0.5)
+        "pull": train.student_of(mlp), "through": interpolation.interpolated(mlp, 0.5)
     }[kind]  # fmt: skip
 
     def student_fn(params, model_state, x, *, key=None):
         return apply_fn(params, model_state, x, key=key)
 
-    validate = fit.make_validation(student_fn, training)
+    validate = train.make_validation(student_fn, training)
     epoch = train.make_epoch(reading(kind, tx, 0.5))
 
     def run(epochs, directory=None):
-        return fit.fit(
+        return train.fit(
             start_of(kind, tx), epoch, training, epochs=epochs, batch_size=12, seed=0,
             validate=validate, directory=directory,
         )  # fmt: skip
@@ -398,9 +382,7 @@ def test_the_tutorials_loop_corrected(name, source):
     def start(seed):
         rng = np.random.default_rng([20240613, seed])
         kernels = [rng.normal(size=(m, n)) * np.sqrt(2 / m) for m, n in ((784, 128), (128, 10))]
-        layers = [
-            {"kernel": jnp.asarray(k, jnp.float32), "bias": jnp.zeros(k.shape[1])} for k in kernels
-        ]
+        layers = [{"kernel": jnp.asarray(k, jnp.float32), "bias": jnp.zeros(k.shape[1])} for k in kernels]
         return train.init_state(dict(zip("ab", layers, strict=True)), tx, KEY)
 
     step = interpolation.pull(step_of(mlp, tx), step_of(mlp, tx), 0.5)
@@ -450,10 +432,7 @@ def test_bad_values(call, message):
 def misuse():
     """Kind → what a user does, and all that the answer must name."""
     student, wide = make_mlp(1), make_mlp(2, 9)
-    graphs = [
-        units.trace(lambda p, x: mlp(p, {}, x)[0], p, jnp.ones((1, INPUTS)))
-        for p in (student, wide)
-    ]
+    graphs = [units.trace(lambda p, x: mlp(p, {}, x)[0], p, jnp.ones((1, INPUTS))) for p in (student, wide)]
     every = ("a.kernel", "a.bias", "b.kernel", "b.bias")
     statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
 
@@ -474,7 +453,7 @@ def misuse():
         ),
         "an unmatched pattern": (mixing(student, {"c.*": 0.5, "bais": 0.5, "": 0.5}), ("c.*", "bais")),
         "BatchNorm left stale": (
-            lambda: connectivity.along(
+            lambda: weights.along(
                 lambda *network: 0.0, (student, statistics), (student, statistics), [0.5]
             ),
             ("recalibrate", "mean", "var"),
@@ -486,7 +465,7 @@ def misuse():
 def test_misuse_is_named_with_every_path(kind):
     call, named = misuse()[kind]
     stale = kind == "BatchNorm left stale"
-    expected = connectivity.StaleStatisticsWarning if stale else ValueError
+    expected = weights.StaleStatisticsWarning if stale else ValueError
     with pytest.warns(expected) if stale else pytest.raises(expected) as caught:
         call()
     message = str(caught[0].message if stale else caught.value)

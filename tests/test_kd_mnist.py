@@ -43,13 +43,7 @@ def test_a_whole_run(tmp_path, run):
         assert kd_mnist.report.mean_sd(errors) in printed
     students = [results["models"][name] for name in rows[1:]]
     assert {model["parameters"] for model in students} == {64 * 8 + 8 + 80 + 10}
-    for file in (
-        "report.md",
-        "learning_curves.png",
-        "reliability.png",
-        "confusion.png",
-        "gallery.png",
-    ):
+    for file in ("report.md", "learning_curves.png", "reliability.png", "confusion.png", "gallery.png"):
         assert (out / file).stat().st_size > 500
     assert results["command"].startswith(f"python {kd_mnist.__file__} --dataset digits --seeds 2 ")
     report = (out / "report.md").read_text()
@@ -105,10 +99,7 @@ OPTIONS = {
     "no seeds": ("--seeds 0", "--seeds must be at least 1, got 0"),
     "no epochs": ("--epochs 0", "--epochs must be at least 1"),
     "temperature of zero": ("--temperature 0", "--temperature must be positive and finite, got 0"),
-    "temperature not a number": (
-        "--temperature nan",
-        "--temperature must be positive and finite, got nan",
-    ),
+    "temperature not a number": ("--temperature nan", "--temperature must be positive and finite, got nan"),
     "alpha above one": ("--alpha 1.5", r"--alpha must lie in [0, 1], got 1.5"),
     "negative learning rate": ("--learning-rate -1", "--learning-rate must be positive"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative"),

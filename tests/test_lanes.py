@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import lanes, runs
+from harness.training import prepare
 
-from distill_jax import data, lanes, models, runs
-from distill_jax.lab import prepare
-from distill_jax.train import TrainState
+from distill_jax import data, models
+from distill_jax.train.step import TrainState
 
 
 def test_orders_are_each_seeds_own_and_the_same_again():
@@ -53,9 +54,7 @@ def test_a_batch_is_a_seeds_examples_with_their_soft_labels(place):
     def step(state, batch):
         chosen = batch["teacher"][:, 0].astype(jnp.int32)
         images = prepare(jnp.asarray(train.image)[chosen])
-        same = jnp.all(batch["image"] == images) & jnp.all(
-            batch["label"] == jnp.asarray(train.label)[chosen]
-        )
+        same = jnp.all(batch["image"] == images) & jnp.all(batch["label"] == jnp.asarray(train.label)[chosen])
         seen = state.params["seen"].at[chosen].add(1)
         wrong = state.params["wrong"] + ~same
         return state._replace(params={"seen": seen, "wrong": wrong}), {"loss": jnp.float32(1)}

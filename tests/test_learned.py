@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import learned, losses
+from distill_jax import features, losses
 
 B = 6
 NETS = {
@@ -34,7 +34,7 @@ def draw(shapes, seed=0):
 
 
 def build(name, student, teacher, seed=0):
-    part = getattr(learned, name)()
+    part = getattr(features, name)()
     return part, part.init(jax.random.key(seed), NETS[student], NETS[teacher])
 
 
@@ -81,7 +81,7 @@ def test_any_network_into_any_other(name):
 
 @parametrize(BUILDERS)
 def test_parameters(name):
-    part = getattr(learned, name)()
+    part = getattr(features, name)()
     shapes = [[(n, *s[1:]) for s in NETS["cnn"]] for n in (1, 256)]
     small, large = (part.init(KEY, s, NETS["mixed"]) for s in shapes)  # no batch size in them
     other = part.init(jax.random.key(1), shapes[0], NETS["mixed"])
@@ -148,7 +148,7 @@ SPATIAL = ["activation_boundary", "attention_transfer", "factor_transfer", "hint
 @parametrize(SPATIAL)
 def test_padded_sequences(name):
     """One mask a layer: what is cut off and what is masked are the same."""
-    part = getattr(learned, name)()
+    part = getattr(features, name)()
     shapes = [[(2, 9, 3)], [(2, 9, 4)]]
     params = part.init(KEY, *shapes)
     student, teacher = (draw(shape, seed=i) for i, shape in enumerate(shapes))
@@ -167,12 +167,12 @@ def test_padded_sequences(name):
 def test_project_is_the_identity_where_shapes_agree():
     shapes = NETS["cnn"]
     student, teacher = draw(shapes), draw(shapes, seed=1)
-    part = learned.hint()
+    part = features.hint()
     params = part.init(KEY, shapes, shapes)
     assert params == {}
     expected = sum(losses.hint(s, t) for s, t in zip(student, teacher, strict=True))
     np.testing.assert_allclose(part.apply(params, student, teacher), expected, rtol=1e-6)
-    always = learned.hint(always=True).init(KEY, shapes, shapes)
+    always = features.hint(always=True).init(KEY, shapes, shapes)
     assert {k: v["kernel"].shape for k, v in always.items()} == {
         "layer0": (4, 4), "layer1": (8, 8), "layer2": (10, 10),
     }  # fmt: skip
@@ -181,19 +181,17 @@ def test_project_is_the_identity_where_shapes_agree():
 def test_project_pools_or_resizes():
     student, teacher = draw([(2, 4, 4, 3)]), draw([(2, 2, 2, 3)], seed=1)
     pooled = student[0].reshape(2, 2, 2, 2, 2, 3).mean((2, 4))
-    value = learned.hint().apply({}, student, teacher)
+    value = features.hint().apply({}, student, teacher)
     np.testing.assert_allclose(value, losses.hint(pooled, teacher[0]), rtol=1e-5)
-    upwards = learned.hint(space="resize").apply({}, teacher, student)
+    upwards = features.hint(space="resize").apply({}, teacher, student)
     resized = jax.image.resize(teacher[0], (2, 4, 4, 3), "linear")
     np.testing.assert_allclose(upwards, losses.hint(resized, student[0]), rtol=1e-6)
-    flat = learned.hint().apply({}, student, [teacher[0].mean((1, 2))])
-    np.testing.assert_allclose(
-        flat, losses.hint(student[0].mean((1, 2)), teacher[0].mean((1, 2))), rtol=1e-5
-    )
+    flat = features.hint().apply({}, student, [teacher[0].mean((1, 2))])
+    np.testing.assert_allclose(flat, losses.hint(student[0].mean((1, 2)), teacher[0].mean((1, 2))), rtol=1e-5)
 
 
 def test_vid_learns_the_variance():
-    part = learned.vid(initial_variance=5.0)
+    part = features.vid(initial_variance=5.0)
     params = part.init(KEY, [(4, 3)], [(4, 5)])
     variance = jax.nn.softplus(params["layer0"]["alpha"]) + 1e-5
     np.testing.assert_allclose(variance, 5, rtol=1e-6)
@@ -203,7 +201,7 @@ def test_vid_learns_the_variance():
 
 
 def test_the_paraphraser_sees_reconstruction_alone():
-    part = learned.factor_transfer(reconstruction=0.0)
+    part = features.factor_transfer(reconstruction=0.0)
     params = part.init(KEY, [(4, 3)], [(4, 5)])
     student, teacher = draw([(4, 3)]), draw([(4, 5)], seed=1)
     gradient = jax.grad(lambda p: part.apply(p, student, teacher).sum())(params)["layer0"]
@@ -213,7 +211,7 @@ def test_the_paraphraser_sees_reconstruction_alone():
 
 
 def test_mgd_masks():
-    part = learned.mgd(masked=0.5)
+    part = features.mgd(masked=0.5)
     shapes = [(2, 4, 4, 3)]
     params = part.init(KEY, shapes, shapes)
     student, teacher = draw(shapes), draw(shapes, seed=1)
@@ -223,9 +221,9 @@ def test_mgd_masks():
     assert np.any(one != two)
     np.testing.assert_array_equal(one, part.apply(params, student, teacher, key=jax.random.key(0)))
     whole = part.apply(params, student, teacher, masks=[np.ones((1, 1, 1, 1))])
-    unmasked = learned.mgd(masked=0.0).apply(params, student, teacher, key=KEY)
+    unmasked = features.mgd(masked=0.0).apply(params, student, teacher, key=KEY)
     np.testing.assert_allclose(whole, unmasked, rtol=1e-6)
-    dropped = learned.mgd(masked=1.0, mask="channels").apply(params, student, teacher, key=KEY)
+    dropped = features.mgd(masked=1.0, mask="channels").apply(params, student, teacher, key=KEY)
     np.testing.assert_allclose(dropped, np.square(teacher[0]).sum((1, 2, 3)), rtol=1e-5)
 
 
@@ -252,7 +250,7 @@ def test_mgd_of_its_authors():
     student, teacher = (inputs[name].astype(np.float32) for name in ("student", "wide"))
 
     def loss(s):
-        return learned.mgd().apply(params, [s], [teacher], masks=[mask]).mean()
+        return features.mgd().apply(params, [s], [teacher], masks=[mask]).mean()
 
     value, gradient = jax.value_and_grad(loss)(student)
     np.testing.assert_allclose(value, constants["value"], rtol=2e-6)
@@ -261,29 +259,29 @@ def test_mgd_of_its_authors():
 
 def test_simkd_features_are_what_was_trained():
     shapes = [(2, 4, 4, 3)], [(2, 2, 2, 6)]
-    part = learned.simkd()
+    part = features.simkd()
     params = part.init(KEY, *shapes)
     student = draw(shapes[0])
-    features = learned.simkd_features(params["layer0"], student[0], shapes[1][0])
-    assert features.shape == (2, 6)
+    seen = features.simkd_features(params["layer0"], student[0], shapes[1][0])
+    assert seen.shape == (2, 6)
 
     def loss(bias):
         target = jnp.broadcast_to(bias, shapes[1][0])
         return part.apply(params, student, [target]).sum()
 
     # the mean squared error to a constant map is flat where the constant is the projected mean
-    gradient = jax.grad(loss)(jnp.mean(features, 0))
+    gradient = jax.grad(loss)(jnp.mean(seen, 0))
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
 def test_semckd_attends_to_the_teachers_layers():
     """Layers may differ in number, and with a high temperature the attention is even."""
     shapes = NETS["cnn"][:2], NETS["mixed"]
-    part = learned.semckd(temperature=1e6)
+    part = features.semckd(temperature=1e6)
     params = part.init(KEY, *shapes)
     student, teacher = draw(shapes[0]), draw(shapes[1], seed=1)
     value = part.apply(params, student, teacher)
-    project = learned.hint(always=True)
+    project = features.hint(always=True)
     expected = sum(
         project.apply({"layer0": params["map"][f"layer{i}to{j}"]}, [s], [t])
         for i, s in enumerate(student)
@@ -294,7 +292,7 @@ def test_semckd_attends_to_the_teachers_layers():
 
 def test_cat_kd_reads_features_by_the_teachers_classifier():
     student, teacher, kernel = *draw([(2, 4, 4, 10), (2, 4, 4, 6)]), draw([(6, 10)])[0]
-    part = learned.cat_kd(teacher_kernel=kernel)
+    part = features.cat_kd(teacher_kernel=kernel)
     params = part.init(KEY, [student.shape], [teacher.shape])
     assert params == {}  # the student's ten channels are its classes
     maps = losses.class_activation_maps(teacher, kernel)
@@ -306,7 +304,7 @@ def test_cat_kd_reads_features_by_the_teachers_classifier():
 
 def test_flat_layers_are_maps_over_units():
     student, teacher = draw([(3, 5)]), draw([(3, 5)], seed=1)
-    value = learned.attention_transfer().apply({}, student, teacher)
+    value = features.attention_transfer().apply({}, student, teacher)
     expected = losses.attention_transfer(student[0][..., None], teacher[0][..., None])
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert np.all(value > 0)
@@ -316,12 +314,12 @@ def test_flat_layers_are_maps_over_units():
 
 
 def test_errors_say_what_is_wrong():
-    part = learned.hint()
+    part = features.hint()
     maps, smaller = draw([(2, 4, 4, 3)]), draw([(2, 2, 2, 3)])
     with pytest.raises(ValueError, match="as many student layers as teacher layers"):
         part.apply({}, maps, maps * 2)
     with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
-        learned.fsp().init(KEY, [(2, 3)], [(2, 3)])
+        features.fsp().init(KEY, [(2, 3)], [(2, 3)])
     with pytest.raises(ValueError, match="put a single layer into a list"):
         part.apply({}, maps[0], maps[0])
     with pytest.raises(ValueError, match="layer 0: where must be"):
@@ -329,14 +327,14 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="one mask a layer"):
         part.apply({}, maps, maps, where=[None, None])
     with pytest.raises(ValueError, match="this part rearranges space"):
-        learned.cka().apply({}, maps, maps, where=np.ones((2, 4, 4), bool))
+        features.cka().apply({}, maps, maps, where=np.ones((2, 4, 4), bool))
     with pytest.raises(ValueError, match="space must be pool or resize"):
-        learned.hint(space="crop")
+        features.hint(space="crop")
     with pytest.raises(ValueError, match="initial_variance"):
-        learned.vid(initial_variance=0.0)
+        features.vid(initial_variance=0.0)
     with pytest.raises(ValueError, match="mask must be"):
-        learned.mgd(mask="pixels")
+        features.mgd(mask="pixels")
     with pytest.raises(ValueError, match="margins must be one a layer, 1, got 2"):
-        learned.ofd(margins=[0.0, 0.0]).apply(
-            learned.ofd().init(KEY, [(2, 3)], [(2, 3)]), draw([(2, 3)]), draw([(2, 3)])
+        features.ofd(margins=[0.0, 0.0]).apply(
+            features.ofd().init(KEY, [(2, 3)], [(2, 3)]), draw([(2, 3)]), draw([(2, 3)])
         )

@@ -94,12 +94,8 @@ def test_value_and_gradient_to_six_digits(name, temperature, scale, gap):
 
     gradient = jax.grad(lambda s: loss(s, teacher, temperature=temperature).sum())(student)
     wide = teacher.astype(float)
-    expected = numeric_gradient(
-        lambda s: reference(s, wide, temperature).sum(), student.astype(float)
-    )
-    np.testing.assert_allclose(
-        gradient, expected, rtol=0, atol=1e-6 * max(0.1, np.abs(expected).max())
-    )
+    expected = numeric_gradient(lambda s: reference(s, wide, temperature).sum(), student.astype(float))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * max(0.1, np.abs(expected).max()))
 
 
 @parametrize(DIVERGENCES)
@@ -122,9 +118,7 @@ def test_small_divergences_keep_their_digits(name):
     naive = np.exp(jax.nn.log_softmax(teacher / 20)) * (
         jax.nn.log_softmax(teacher / 20) - jax.nn.log_softmax(student / 20)
     )
-    assert (
-        np.max(np.abs(400 * naive.sum(-1) / ref_kl(student.astype(float), teacher, 20) - 1)) > 1e-3
-    )
+    assert np.max(np.abs(400 * naive.sum(-1) / ref_kl(student.astype(float), teacher, 20) - 1)) > 1e-3
 
 
 @parametrize(DIVERGENCES)
@@ -192,11 +186,7 @@ def extremes():
     yield "one-hot teacher", normal, one_hot
     yield "two classes", normal[:, :2], far[:, :2]
     yield "one example", normal[:1], far[:1]
-    yield (
-        "no valid class",
-        np.full((4, 5), -np.inf, np.float32),
-        np.full((4, 5), -np.inf, np.float32),
-    )
+    yield ("no valid class", np.full((4, 5), -np.inf, np.float32), np.full((4, 5), -np.inf, np.float32))
     yield "bfloat16", jnp.asarray(normal, jnp.bfloat16), jnp.asarray(far, jnp.bfloat16)
     yield "float16", jnp.asarray(normal, jnp.float16), jnp.asarray(normal[::-1], jnp.float16)
 
@@ -223,9 +213,9 @@ def test_finite_value_and_gradient(name, case, temperature):
         assert gradient.dtype == jnp.asarray(student).dtype
         assert np.isfinite(np.asarray(gradient, np.float32)).all()
     if name in REFERENCES:  # the temperature may be learned
-        by_temperature = jax.grad(
-            lambda t: REFERENCES[name][0](student, teacher, temperature=t).sum()
-        )(temperature)
+        by_temperature = jax.grad(lambda t: REFERENCES[name][0](student, teacher, temperature=t).sum())(
+            temperature
+        )
         assert np.isfinite(by_temperature)
     if name in REFERENCES and case in ("logit gaps of 1e4", "two classes", "bfloat16", "float16"):
         wide = [np.asarray(x, np.float64) for x in (student, teacher)]
@@ -339,9 +329,7 @@ def test_cross_entropy_never_makes_up_a_number():
     masked = losses.cross_entropy(logits, np.array([3, 0, 1]), where=np.arange(4) < 3)
     np.testing.assert_allclose(masked, [np.inf, np.log(3), np.log(3)], rtol=1e-6)
     far = np.array([[1e4, 0.0]], np.float32)
-    value, gradient = jax.value_and_grad(lambda z: losses.cross_entropy(z, np.array([1])).sum())(
-        far
-    )
+    value, gradient = jax.value_and_grad(lambda z: losses.cross_entropy(z, np.array([1])).sum())(far)
     assert value == 1e4
     np.testing.assert_array_equal(gradient, [[1, -1]])
 
@@ -366,9 +354,7 @@ def test_shapes_and_fractions_are_checked():
         losses.kl(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 1.5"):
         losses.jensen_shannon(np.zeros((2, 3)), np.zeros((2, 3)), beta=1.5)
-    with pytest.raises(
-        ValueError, match=r"labels must be integers \(2,\) or probabilities \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"labels must be integers \(2,\) or probabilities \(2, 3\)"):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros((3,), int))
     with pytest.raises(ValueError, match="label_smoothing"):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros(2, int), label_smoothing=-0.1)

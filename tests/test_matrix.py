@@ -26,10 +26,5 @@ def test_a_dozen_pairs_cover_every_network_and_every_method():
 
 
 def test_failures_are_seen():
-    losses = {
-        "risen": [1, 2, 3],
-        "nan": [1, float("nan"), 0],
-        "a rounding": [1, 1 - 1e-7],
-        "fell": [3, 2, 1],
-    }
+    losses = {"risen": [1, 2, 3], "nan": [1, float("nan"), 0], "a rounding": [1, 1 - 1e-7], "fell": [3, 2, 1]}
     assert set(method_matrix.failures(losses)) == {"risen", "nan", "a rounding"}

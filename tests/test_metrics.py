@@ -35,9 +35,7 @@ def test_against_scikit_learn():
     )
     brier = ((probabilities - np.eye(7)[labels]) ** 2).sum(-1).mean()
     assert result["brier"] == pytest.approx(brier, rel=1e-5)
-    np.testing.assert_array_equal(
-        metrics.confusion(logits, labels), sk.confusion_matrix(labels, predicted)
-    )
+    np.testing.assert_array_equal(metrics.confusion(logits, labels), sk.confusion_matrix(labels, predicted))
 
 
 def test_classes_without_examples_or_predictions():
@@ -60,9 +58,7 @@ def test_calibration_has_bins_of_equal_mass():
     assert set(count) == {6, 7}
     assert count.sum() == 100
     assert (np.diff(confidence) >= 0).all()
-    assert np.average(accuracy, weights=count) == pytest.approx(
-        (logits.argmax(-1) == labels).mean()
-    )
+    assert np.average(accuracy, weights=count) == pytest.approx((logits.argmax(-1) == labels).mean())
     assert len(metrics.calibration_bins(logits[:4], labels[:4])[2]) == 4
 
 

@@ -13,7 +13,7 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.make_models import CLASSES, draw, fingerprint, images, reference_name
 
-from distill_jax import objectives, train
+from distill_jax import train
 from distill_jax.models import VGG, build, feature_names, from_linen, from_nnx, module
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("models.json").read_text())
@@ -79,9 +79,7 @@ def abstract_split(description, shape, options):
 def feature_shapes(description, shape, *, batch=2, images=jnp.float32, **options):
     """Shapes of the features and of the logits; nothing is computed."""
     height = shape[:2] if description.startswith("vgg") else (1, 1)
-    names, (definition, state) = abstract_split(
-        description, (*height, shape[2]), tuple(options.items())
-    )
+    names, (definition, state) = abstract_split(description, (*height, shape[2]), tuple(options.items()))
 
     def run(state, x):
         logits, features = recorded(nnx.merge(definition, state), names, x)
@@ -195,13 +193,10 @@ def test_features_follow_the_relu_and_preactivations_precede_it(description):
 def steps(model, shape, *, count=12, rate=2e-3):
     """The losses of steps on one batch, and the last state."""
     rng = np.random.default_rng(1)
-    batch = {
-        "image": jnp.asarray(rng.normal(size=(16, *shape)), jnp.float32),
-        "label": jnp.arange(16) % 4,
-    }
+    batch = {"image": jnp.asarray(rng.normal(size=(16, *shape)), jnp.float32), "label": jnp.arange(16) % 4}
     tx = optax.adam(rate)
     state = train.init_state(model.params, tx, jax.random.key(0), model.model_state)
-    step = jax.jit(train.make_train_step(objectives.supervised(model.apply_fn), tx))
+    step = jax.jit(train.make_train_step(train.supervised(model.apply_fn), tx))
     history = []
     for _ in range(count):
         state, metrics = step(state, batch)
@@ -252,9 +247,7 @@ def test_batch_norm_in_bfloat16_has_statistics_of_float32():
     mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
     y = layer(x)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        np.asarray(y, float), (wide - mean) / np.sqrt(var + 1e-5), rtol=2**-8
-    )
+    np.testing.assert_allclose(np.asarray(y, float), (wide - mean) / np.sqrt(var + 1e-5), rtol=2**-8)
     np.testing.assert_allclose(layer.mean[...], 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(layer.var[...], 0.9 + 0.1 * var, rtol=1e-5)
     layer.eval()
@@ -280,9 +273,7 @@ def test_statistics_are_shared_over_a_named_axis(description):
     run = jax.jit(lambda x: whole.apply_fn(whole.params, whole.model_state, x, key=key))
     (logits, state), (expected, expected_state) = shards(x), run(x)
     np.testing.assert_allclose(logits.reshape(8, 3), expected, rtol=1e-4, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, expected_state
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, expected_state)
 
 
 @pytest.mark.parametrize("description", ["vgg8:0.1", "wrn10-1:0.5"])
@@ -318,14 +309,7 @@ def test_initial_weights(description, variance):
 
 def test_descriptions_of_unusual_widths():
     assert feature_shapes("shufflenetv2:0.5", (8, 8, 1))[-2].shape == (2, 1024)
-    assert [f.shape[-1] for f in feature_shapes("resnet14x3", (8, 8, 1))] == [
-        24,
-        48,
-        96,
-        192,
-        192,
-        10,
-    ]
+    assert [f.shape[-1] for f in feature_shapes("resnet14x3", (8, 8, 1))] == [24, 48, 96, 192, 192, 10]
     assert [f.shape[-1] for f in feature_shapes("vgg8:0.001", (8, 8, 1))] == [1] * 6 + [10]
     assert feature_shapes("wrn10-1:0.001", (8, 8, 1))[-2].shape == (2, 1)
     assert feature_shapes("mobilenetv2:0.001", (8, 8, 1))[-2].shape == (2, 1280)
@@ -372,7 +356,4 @@ def test_bad_arguments():
 def test_module_of_the_small_families():
     network = module("convnet:4", (8, 8, 1), 3, rngs=nnx.Rngs(0))
     model = from_nnx(network)
-    assert model.apply_fn(model.params, model.model_state, jnp.zeros((2, 8, 8, 1)))[0].shape == (
-        2,
-        3,
-    )
+    assert model.apply_fn(model.params, model.model_state, jnp.zeros((2, 8, 8, 1)))[0].shape == (2, 3)

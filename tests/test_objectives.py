@@ -8,9 +8,9 @@ import optax
 import pytest
 from flax import nnx
 
-from distill_jax import learned, losses, objectives, targets, train
-from distill_jax.capture import capture, layer_shapes
-from distill_jax.matching import match_layers
+from distill_jax import features, losses, teachers, train
+from distill_jax.features.capturing import capture, layer_shapes
+from distill_jax.features.matching import match_layers
 from distill_jax.models import MLP, ConvNet, from_nnx
 
 KEY = jax.random.key(0)
@@ -27,13 +27,12 @@ def init_projector(key, student_shapes, teacher_shapes):
 
 def apply_projector(params, ours, theirs, *, labels=None, where=None, key=None):
     values = [
-        jnp.square(s @ w - t).mean(range(1, t.ndim))
-        for w, s, t in zip(params, ours, theirs, strict=True)
+        jnp.square(s @ w - t).mean(range(1, t.ndim)) for w, s, t in zip(params, ours, theirs, strict=True)
     ]
     return sum(values)
 
 
-PROJECTOR = learned.Learned(init_projector, apply_projector)
+PROJECTOR = features.Learned(init_projector, apply_projector)
 
 
 def models(**options):
@@ -56,18 +55,18 @@ def make_batch(n=12, weight=True):
 def setup(learned=PROJECTOR, pairs=PAIRS, batch=None, **options):
     student, teacher = models()
     batch = batch or make_batch()
-    label = targets.make_label(capture(teacher.apply_fn, [b for _, b in PAIRS]))
+    label = teachers.make_label(capture(teacher.apply_fn, [b for _, b in PAIRS]))
     batch = jax.jit(label)((teacher.params, teacher.model_state), batch)
-    params = objectives.init_learned(
+    params = train.init_learned(
         KEY,
         student.params,
-        learned,
+        features,
         pairs=pairs,
         student_shapes=layer_shapes(*student, batch["image"]),
         teacher_shapes=batch["teacher"]["features"],
     )
     captured = capture(student.apply_fn, [a for a, _ in PAIRS])
-    loss_fn = objectives.distill_features(captured, learned, pairs=pairs, **options)
+    loss_fn = train.distill_features(captured, features, pairs=pairs, **options)
     return student, batch, params, loss_fn
 
 
@@ -96,10 +95,7 @@ def test_the_loss_by_hand():
 
 
 def test_several_losses_with_weights_and_layers_of_their_own():
-    both = [
-        (2.0, PROJECTOR),
-        (optax.linear_schedule(0.0, 1.0, 10), PROJECTOR, PAIRS[1:]),
-    ]
+    both = [(2.0, PROJECTOR), (optax.linear_schedule(0.0, 1.0, 10), PROJECTOR, PAIRS[1:])]
     _, batch, params, loss_fn = setup(both, hard_weight=0.0)
     assert [len(part) for part in params["learned"]] == [2, 1]
     value, (_, metrics) = jax.jit(loss_fn)(params, {}, batch, key=None, step=jnp.int32(5))
@@ -114,10 +110,8 @@ def test_losses_between_examples_do_not_see_those_of_weight_zero():
     assert 0 < counts.sum() < len(counts)
     batch = {**batch, "weight": counts.astype(np.float32)}
     small = jax.tree.map(lambda x: x[counts], {k: v for k, v in batch.items() if k != "weight"})
-    loss_fn = objectives.distill(student.apply_fn, soft=losses.dist, alpha=0.0)
-    values = [
-        loss_fn(student.params, student.model_state, b, key=None, step=0)[0] for b in (batch, small)
-    ]
+    loss_fn = train.distill(student.apply_fn, soft=losses.dist, alpha=0.0)
+    values = [loss_fn(student.params, student.model_state, b, key=None, step=0)[0] for b in (batch, small)]
     np.testing.assert_allclose(*values, rtol=1e-5)
 
 
@@ -133,19 +127,17 @@ def test_training_lowers_the_loss_and_leaves_the_student_its_pytree():
     assert values[-1] < 0.5 * values[0]
     moved = jnp.abs(state.params["learned"][0][0] - params["learned"][0][0]).max()
     assert moved > 1e-3
-    dropped = objectives.drop_learned(state.params)
+    dropped = train.drop_learned(state.params)
     chex.assert_trees_all_equal_structs(dropped, student.params)
     chex.assert_trees_all_equal_shapes_and_dtypes(dropped, student.params)
     logits, _ = student.apply_fn(dropped, {}, batch["image"])
-    again, _ = objectives.student_of(student.apply_fn)(state.params, {}, batch["image"])
+    again, _ = train.student_of(student.apply_fn)(state.params, {}, batch["image"])
     np.testing.assert_array_equal(logits, again)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_accumulation_equals_the_whole_batch(weighted):
-    _, batch, params, loss_fn = setup(
-        [(0.3, PROJECTOR)], batch=make_batch(weight=weighted), soft_weight=1.0
-    )
+    _, batch, params, loss_fn = setup([(0.3, PROJECTOR)], batch=make_batch(weight=weighted), soft_weight=1.0)
     tx = optax.sgd(0.1)
     state = train.init_state(params, tx, KEY)
     whole, metrics = jax.jit(train.make_train_step(loss_fn, tx))(state, batch)
@@ -158,7 +150,7 @@ def test_accumulation_equals_the_whole_batch(weighted):
 def test_nothing_of_the_teacher_is_differentiated_and_its_mode_is_evaluation():
     _, teacher = models()
     batch = make_batch()
-    label = targets.make_label(capture(teacher.apply_fn, "hidden"))
+    label = teachers.make_label(capture(teacher.apply_fn, "hidden"))
 
     def total(params):
         labelled = label((params, teacher.model_state), batch)["teacher"]
@@ -170,13 +162,9 @@ def test_nothing_of_the_teacher_is_differentiated_and_its_mode_is_evaluation():
     logits, _ = teacher.apply_fn(teacher.params, teacher.model_state, batch["image"])
     np.testing.assert_array_equal(labelled["logits"], logits)
     # The plain objective reads the logits of such a batch, too
-    plain = objectives.distill(teacher.apply_fn)
-    with_dict, _ = jax.jit(plain)(
-        teacher.params, {}, {**batch, "teacher": labelled}, key=None, step=0
-    )
-    with_array, _ = jax.jit(plain)(
-        teacher.params, {}, {**batch, "teacher": logits}, key=None, step=0
-    )
+    plain = train.distill(teacher.apply_fn)
+    with_dict, _ = jax.jit(plain)(teacher.params, {}, {**batch, "teacher": labelled}, key=None, step=0)
+    with_array, _ = jax.jit(plain)(teacher.params, {}, {**batch, "teacher": logits}, key=None, step=0)
     np.testing.assert_array_equal(with_dict, with_array)
 
 
@@ -187,7 +175,7 @@ def test_feature_losses_are_told_labels_and_which_examples_count():
         seen.update(labels=labels, where=where)
         return jnp.where(where, ours[0].mean((1, 2, 3)), jnp.nan)
 
-    part = learned.Learned(lambda key, s, t: {}, apply)
+    part = features.Learned(lambda key, s, t: {}, apply)
     _, batch, params, loss_fn = setup(part, hard_weight=0.0)
     value, _ = loss_fn(params, {}, batch, key=None, step=0)
     np.testing.assert_array_equal(seen["where"], batch["weight"] > 0)
@@ -201,21 +189,19 @@ def test_layers_may_be_matched_between_unequal_networks():
     shapes = layer_shapes(*student, batch["image"]), layer_shapes(*teacher, batch["image"])
     pairs = match_layers(*shapes)
     assert len(pairs) == 1
-    label = targets.make_label(capture(teacher.apply_fn, [b for _, b in pairs]))
+    label = teachers.make_label(capture(teacher.apply_fn, [b for _, b in pairs]))
     batch = jax.jit(label)((teacher.params, teacher.model_state), batch)
-    params = objectives.init_learned(
+    params = train.init_learned(
         KEY, student.params, PROJECTOR, pairs=pairs,
         student_shapes=shapes[0], teacher_shapes=shapes[1],
     )  # fmt: skip
-    loss_fn = objectives.distill_features(
-        capture(student.apply_fn, [a for a, _ in pairs]), PROJECTOR, pairs=pairs
-    )
+    loss_fn = train.distill_features(capture(student.apply_fn, [a for a, _ in pairs]), PROJECTOR, pairs=pairs)
     assert jnp.isfinite(loss_fn(params, {}, batch, key=KEY, step=0)[0])
 
 
 def test_errors_say_what_is_missing():
     student, batch, params, loss_fn = setup()
-    uncaptured = objectives.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS)
+    uncaptured = train.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS)
     with pytest.raises(ValueError, match=r"capture\(apply_fn"):
         uncaptured(params, {}, batch, key=None, step=0)
     logits = batch["teacher"]["logits"]
@@ -226,8 +212,8 @@ def test_errors_say_what_is_missing():
     with pytest.raises(ValueError, match=r"teacher gives no value named 'nope'"):
         setup(pairs=[("convolution.0", "nope")])
     with pytest.raises(ValueError, match="pair of layers"):
-        objectives.distill_features(student.apply_fn, PROJECTOR, pairs=[])
+        train.distill_features(student.apply_fn, PROJECTOR, pairs=[])
     with pytest.raises(ValueError, match="soft_weight"):
-        objectives.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS, soft_weight=-1.0)
+        train.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS, soft_weight=-1.0)
     with pytest.raises(ValueError, match="temperature"):
-        objectives.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS, temperature=0.0)
+        train.distill_features(student.apply_fn, PROJECTOR, pairs=PAIRS, temperature=0.0)

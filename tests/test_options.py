@@ -8,9 +8,8 @@ from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
-
-from distill_jax import options
-from distill_jax.options import Amount, Count, Dropout, Options, Positive, Share, Whole
+from harness import options
+from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,7 @@ def test_what_a_run_is_known_by():
     }  # fmt: skip
 
 
-DEFAULTS = {
-    ("quick", True): {"epochs": 50},
-    ("long", False): {"epochs": 500, "seeds": 2, "dataset": "mnist"},
-}
+DEFAULTS = {("quick", True): {"epochs": 50}, ("long", False): {"epochs": 500, "seeds": 2, "dataset": "mnist"}}
 
 
 def parse(monkeypatch, size, *arguments, **further):
@@ -153,12 +149,7 @@ def test_help_says_what_all_options_are(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         options.parse(Config, "What it does.", DEFAULTS)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for text in (
-        "What it does.",
-        "least time between two checkpoints",
-        "of the labels",
-        "(default",
-    ):
+    for text in ("What it does.", "least time between two checkpoints", "of the labels", "(default"):
         assert text in shown
 
 

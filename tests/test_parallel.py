@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import objectives, parallel, train
+from distill_jax import train
 from distill_jax.models import ConvNet, Model, from_linen, from_nnx
 
 BATCH, CLASSES, SHAPE = 32, 5, (6, 6, 2)
@@ -27,9 +27,7 @@ class LinenNet(linen.Module):
 
 def nnx_model(axis_name=None) -> Model:
     sizes = {"channels": (4, 4), "hidden": 8, "kernel": 3}
-    module = ConvNet(
-        SHAPE, CLASSES, **sizes, batch_norm=True, axis_name=axis_name, rngs=nnx.Rngs(0)
-    )
+    module = ConvNet(SHAPE, CLASSES, **sizes, batch_norm=True, axis_name=axis_name, rngs=nnx.Rngs(0))
     return from_nnx(module)
 
 
@@ -57,8 +55,7 @@ def plain_model(axis_name=None) -> Model:
                 mean, square = jax.lax.pmean((mean, square), axis_name)
             var = square - jnp.square(mean)
             model_state = {
-                name: 0.9 * model_state[name] + 0.1 * new
-                for name, new in {"mean": mean, "var": var}.items()
+                name: 0.9 * model_state[name] + 0.1 * new for name, new in {"mean": mean, "var": var}.items()
             }
         x = (x - mean) * jax.lax.rsqrt(var + 1e-5)
         return jax.nn.relu(x) @ params["w2"] + params["b2"], model_state
@@ -84,9 +81,7 @@ def make_batch(weighted=False):
         "teacher": rng.normal(size=(BATCH, CLASSES)).astype(np.float32) * 3,
     }
     if weighted:  # unequal totals in every part, and one example that does not count
-        batch["weight"] = np.where(np.arange(BATCH) == 3, 0, rng.uniform(0.1, 2, BATCH)).astype(
-            "f4"
-        )
+        batch["weight"] = np.where(np.arange(BATCH) == 3, 0, rng.uniform(0.1, 2, BATCH)).astype("f4")
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -96,7 +91,7 @@ def optimizer():
 
 def step_and_state(name, axis_name=None, **options):
     model = MODELS[name](options.get("accumulate_axis", axis_name))
-    loss_fn = objectives.distill(model.apply_fn, temperature=4.0, alpha=0.3)
+    loss_fn = train.distill(model.apply_fn, temperature=4.0, alpha=0.3)
     step = train.make_train_step(loss_fn, optimizer(), axis_name=axis_name, **options)
     return step, train.init_state(model.params, optimizer(), jax.random.key(1), model.model_state)
 
@@ -130,9 +125,9 @@ def run_vmap(name, weighted):
 
 def run_sharded_jit(name, weighted):
     step, state = step_and_state(name)
-    mesh = parallel.data_mesh(4)
-    batch = jax.device_put(make_batch(weighted), parallel.sharded(mesh))
-    state = jax.device_put(state, parallel.replicated(mesh))
+    mesh = train.data_mesh(4)
+    batch = jax.device_put(make_batch(weighted), train.sharded(mesh))
+    state = jax.device_put(state, train.replicated(mesh))
     return jax.jit(step)(state, batch)
 
 
@@ -145,11 +140,7 @@ def run_pmap(name, weighted):
 def run_shard_map(name, weighted, check_vma):
     step, state = step_and_state(name, "batch")
     mapped = jax.shard_map(
-        step,
-        mesh=parallel.data_mesh(4),
-        in_specs=(P(), P("batch")),
-        out_specs=(P(), P()),
-        check_vma=check_vma,
+        step, mesh=train.data_mesh(4), in_specs=(P(), P("batch")), out_specs=(P(), P()), check_vma=check_vma
     )
     return jax.jit(mapped)(state, make_batch(weighted))
 
@@ -173,17 +164,13 @@ def test_every_way_makes_the_same_step(name, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_unequal_weights_are_exact_on_every_device(way):
-    chex.assert_trees_all_close(
-        arrays(WAYS[way]("plain", True)), reference("plain", True), atol=1e-6
-    )
+    chex.assert_trees_all_close(arrays(WAYS[way]("plain", True)), reference("plain", True), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_accumulation_in_lockstep_is_the_whole_batch_with_batch_norm(name, parts):
-    step, state = step_and_state(
-        name, accumulate=parts, accumulate_axis="parts" if parts > 1 else None
-    )
+    step, state = step_and_state(name, accumulate=parts, accumulate_axis="parts" if parts > 1 else None)
     result = arrays(jax.jit(step)(state, make_batch()))
     chex.assert_trees_all_close(result, reference(name), atol=1e-6)
 
@@ -195,7 +182,7 @@ def test_accumulation_is_the_whole_batch(parts, weighted):
         return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"], model_state
 
     params = plain_model().params
-    loss_fn = objectives.distill(apply_fn, temperature=4.0, alpha=0.3)
+    loss_fn = train.distill(apply_fn, temperature=4.0, alpha=0.3)
     results = []
     for accumulate in (1, parts):
         step = train.make_train_step(loss_fn, optimizer(), accumulate=accumulate)
@@ -209,20 +196,14 @@ def test_accumulation_on_several_devices_is_the_whole_batch(check_vma):
     def apply_fn(params, model_state, x, *, key=None):
         return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"], model_state
 
-    loss_fn = objectives.distill(apply_fn, temperature=4.0, alpha=0.3)
+    loss_fn = train.distill(apply_fn, temperature=4.0, alpha=0.3)
     state = train.init_state(plain_model().params, optimizer(), jax.random.key(1))
     whole = jax.jit(train.make_train_step(loss_fn, optimizer()))(state, make_batch(True))
     step = train.make_train_step(loss_fn, optimizer(), axis_name="batch", accumulate=2)
     mapped = jax.shard_map(
-        step,
-        mesh=parallel.data_mesh(4),
-        in_specs=(P(), P("batch")),
-        out_specs=(P(), P()),
-        check_vma=check_vma,
+        step, mesh=train.data_mesh(4), in_specs=(P(), P("batch")), out_specs=(P(), P()), check_vma=check_vma
     )
-    chex.assert_trees_all_close(
-        arrays(jax.jit(mapped)(state, make_batch(True))), arrays(whole), atol=1e-6
-    )
+    chex.assert_trees_all_close(arrays(jax.jit(mapped)(state, make_batch(True))), arrays(whole), atol=1e-6)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -232,7 +213,7 @@ def test_evaluation_on_several_devices_is_the_whole_batch(check_vma):
     whole = jax.jit(train.make_eval_step(model.apply_fn, count))
     mapped = jax.shard_map(
         train.make_eval_step(model.apply_fn, count, axis_name="batch"),
-        mesh=parallel.data_mesh(4),
+        mesh=train.data_mesh(4),
         in_specs=(P(), P(), P("batch")),
         out_specs=P(),
         check_vma=check_vma,

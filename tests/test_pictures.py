@@ -3,10 +3,9 @@
 import matplotlib
 import numpy as np
 import pytest
+from harness import pictures
+from harness.pictures import style
 from matplotlib.image import imread
-
-from distill_jax import pictures
-from distill_jax.pictures import style
 
 
 def look(path, inches):
@@ -47,12 +46,8 @@ def test_learning_curves_of_nothing_wrong(tmp_path):
 
 def test_learning_curves_refuse_a_shorter_history(tmp_path):
     short = history(0, 5, 1) | {"loss": [1.0]}
-    with pytest.raises(
-        ValueError, match=r"loss of x, seed 1 must be \[epochs\] = \(5,\), got \(1,\)"
-    ):
-        pictures.learning_curves(
-            tmp_path / "a.png", {"x": [history(0, 5, 1), short]}, validation_size=9
-        )
+    with pytest.raises(ValueError, match=r"loss of x, seed 1 must be \[epochs\] = \(5,\), got \(1,\)"):
+        pictures.learning_curves(tmp_path / "a.png", {"x": [history(0, 5, 1), short]}, validation_size=9)
 
 
 def predictions(n, classes, sharpness, seed=0):
@@ -91,9 +86,7 @@ def test_confusion(tmp_path, classes, inches):
     labels, probabilities = predictions(100 * classes, classes, 1)
     counts = np.zeros((classes, classes), int)
     np.add.at(counts, (labels, probabilities.argmax(-1)), 1)
-    names = (
-        [f"class {i}" for i in range(classes)] if classes == 2 else list(map(str, range(classes)))
-    )
+    names = [f"class {i}" for i in range(classes)] if classes == 2 else list(map(str, range(classes)))
     pictures.confusion(tmp_path / "a.png", counts, names, "student")
     look(tmp_path / "a.png", (inches, inches))
 
@@ -113,9 +106,7 @@ def test_confusion_colours_errors_alone(tmp_path):
 def make_gallery(n=12, classes=10, channels=1):
     labels, teacher = predictions(n, classes, 0.3)
     images = np.random.default_rng(1).integers(0, 256, (n, 9, 8, channels), np.uint8)
-    students = {
-        name: predictions(n, classes, s)[1] for name, s in (("scratch", 2), ("distilled", 0.4))
-    }
+    students = {name: predictions(n, classes, s)[1] for name, s in (("scratch", 2), ("distilled", 0.4))}
     return {"images": images, "labels": labels, "teacher_probabilities": teacher,
             "class_names": [str(i) for i in range(classes)], "students": students}  # fmt: skip
 
@@ -171,9 +162,7 @@ def test_code_widths(tmp_path, seeds):
     pictures.code_widths(tmp_path / "a.png", widths, curves, ylabel="error", levels={"y": 0.01})
     look(tmp_path / "a.png", (3.4, 2.6))
     with pytest.raises(ValueError, match=r"optimum must be \[widths\] = \(4,\), got \(2,\)"):
-        pictures.code_widths(
-            tmp_path / "a.png", widths, curves | {"optimum": [1, 2]}, ylabel="error"
-        )
+        pictures.code_widths(tmp_path / "a.png", widths, curves | {"optimum": [1, 2]}, ylabel="error")
 
 
 def test_reconstructions(tmp_path):

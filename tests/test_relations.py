@@ -14,7 +14,7 @@ from golden.make_relations import draw as draw_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import learned, losses
+from distill_jax import features, losses
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("relations.json").read_text())
 
@@ -65,9 +65,7 @@ def ref_pkt(student, teacher, include_self=False):
     return np.where(keep, p * np.log(np.where(keep, p, 1) / np.where(keep, q, 1)), 0).sum(1)
 
 
-def ref_correlation_congruence(
-    student, teacher, kernel="gaussian", gamma=0.4, order=2, normalize=True
-):
+def ref_correlation_congruence(student, teacher, kernel="gaussian", gamma=0.4, order=2, normalize=True):
     def matrix(x):
         x = unit(x) if normalize else x
         if kernel == "bilinear":
@@ -406,9 +404,7 @@ def test_close_examples_keep_their_distance(name):
 
 
 def test_info_nce_far_and_near():
-    run = jax.jit(
-        jax.value_and_grad(lambda s, t, tau: losses.info_nce(s, t, temperature=tau).mean())
-    )
+    run = jax.jit(jax.value_and_grad(lambda s, t, tau: losses.info_nce(s, t, temperature=tau).mean()))
     x = np.eye(3, dtype=np.float32)
     assert run(x, x, 1e-4)[0] == 0  # e^(−10,000)
     value, gradient = run(x[[1, 2, 0]], x, 1e-4)
@@ -448,9 +444,7 @@ def golden_crd(dtype=jnp.float32, examples=20):
 @jax.jit
 def run_crd(student, teacher, state, ids, negatives, where, temperature):
     def values_and_state(student, state):
-        return losses.crd(
-            student, teacher, state, ids, negatives, temperature=temperature, where=where
-        )
+        return losses.crd(student, teacher, state, ids, negatives, temperature=temperature, where=where)
 
     (values, after), pull = jax.vjp(values_and_state, student, state)
     return values, after, *pull((jnp.ones_like(values), jax.tree.map(jnp.ones_like, after)))
@@ -497,9 +491,7 @@ def test_crd_by_its_formula(examples):
     state = state._replace(log_z_student=after.log_z_student, log_z_teacher=after.log_z_teacher)
     _, again, gradient, _ = crd(student, teacher, state, ids, negatives)
     assert again.log_z_student == state.log_z_student
-    expected = numeric_gradient(
-        lambda s: ref_crd(s, wide[1], banks, log_z, ids, negatives)[0].sum(), wide[0]
-    )
+    expected = numeric_gradient(lambda s: ref_crd(s, wide[1], banks, log_z, ids, negatives)[0].sum(), wide[0])
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
@@ -540,9 +532,7 @@ def test_crd_of_a_divided_batch_remembers_the_whole():
     part_values, part_after = jax.jit(divided)(*parts)
     np.testing.assert_allclose(part_values.ravel(), values, rtol=1e-6)
     jax.tree.map(
-        lambda x, whole: np.testing.assert_allclose(x, np.stack([whole] * 3), rtol=1e-6),
-        part_after,
-        after,
+        lambda x, whole: np.testing.assert_allclose(x, np.stack([whole] * 3), rtol=1e-6), part_after, after
     )
 
 
@@ -602,12 +592,12 @@ def test_no_negative_is_made_up():
 # --- learned ---------------------------------------------------------------------------------
 
 PARTS = {
-    "similarity_preserving": learned.similarity_preserving(),
-    "rkd": learned.rkd(),
-    "pkt": learned.pkt(),
-    "correlation_congruence": learned.correlation_congruence(features=6),
-    "ickd": learned.ickd(),
-    "info_nce": learned.info_nce(features=6, temperature=0.5),
+    "similarity_preserving": features.similarity_preserving(),
+    "rkd": features.rkd(),
+    "pkt": features.pkt(),
+    "correlation_congruence": features.correlation_congruence(features=6),
+    "ickd": features.ickd(),
+    "info_nce": features.info_nce(features=6, temperature=0.5),
 }
 
 
@@ -666,7 +656,7 @@ def test_learned_relations_add_up_over_layers():
 
 
 def test_learned_info_nce_may_use_labels():
-    part = learned.info_nce(features=6, other_classes=True)
+    part = features.info_nce(features=6, other_classes=True)
     student, teacher = layers()
     params = part.init(jax.random.key(0), shapes_of(student), shapes_of(teacher))
     values = part.apply(params, student, teacher, labels=np.zeros(6, int))
@@ -677,7 +667,7 @@ def test_learned_info_nce_may_use_labels():
 
 
 def test_learned_crd_learns_and_scans():
-    part = learned.crd(features=8, negatives=16)
+    part = features.crd(features=8, negatives=16)
     student, teacher = (side[:1] for side in layers(12))
     params = part.init(jax.random.key(0), shapes_of(student), shapes_of(teacher))
     state = part.init_state(jax.random.key(1), examples=12)
@@ -687,9 +677,7 @@ def test_learned_crd_learns_and_scans():
         params, state = carry
 
         def loss(params):
-            values, after = part.apply(
-                params, state, student, teacher, np.arange(12), key=key, labels=labels
-            )
+            values, after = part.apply(params, state, student, teacher, np.arange(12), key=key, labels=labels)
             return values.mean(), after
 
         (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -741,8 +729,8 @@ def test_misuse_is_named():
         losses.crd_init(jax.random.key(0), 0, 4)
     with pytest.raises(ValueError, match=r"labels must be \[examples\] = \(9,\)"):
         losses.crd_negatives(jax.random.key(0), ids, examples=9, count=2, labels=ids)
-    part = learned.crd()
+    part = features.crd()
     with pytest.raises(ValueError, match="crd takes one layer"):
         part.init(jax.random.key(0), [(1, 3)] * 2, [(1, 3)] * 2)
     with pytest.raises(ValueError, match="as many student layers as teacher layers"):
-        learned.pkt().init(jax.random.key(0), [(1, 3)], [(1, 3)] * 2)
+        features.pkt().init(jax.random.key(0), [(1, 3)], [(1, 3)] * 2)

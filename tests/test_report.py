@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-
-from distill_jax import report
+from harness import report
 
 
 def model(errors, **figures):
@@ -100,9 +99,7 @@ def test_summary_of_other_models():
     results = make_results()
     results["models"] = {"dense": model([10.0]), "pruned": model([12.0])}
     sentence = report.summary(results, baseline="dense", model="pruned", method="Self-pruning")
-    assert sentence.startswith(
-        "Self-pruning did not help: the test errors rose from 10 to 12 (+20 %"
-    )
+    assert sentence.startswith("Self-pruning did not help: the test errors rose from 10 to 12 (+20 %")
     with pytest.raises(ValueError, match=r"no model 'scratch' .* only \['dense', 'pruned'\]"):
         report.summary(results)
 
@@ -114,7 +111,7 @@ def test_table():
 | teacher   |     12,345 |     10 ± 0 | 99.00 ± 0.00 | 99.00 ± 0.00 |     – |            – | 0.0213 / 1.50 |
 | scratch   |     12,345 | 34.0 ± 4.0 | 96.60 ± 0.40 |            – |     – | 95.00 ± 0.00 | 0.0213 / 1.50 |
 | distilled |     12,345 | 23.0 ± 3.6 | 97.70 ± 0.36 |            – |     – | 98.00 ± 0.00 | 0.0213 / 1.50 |
-"""  # noqa: E501
+"""
     assert report.table(make_results()) == expected.strip()
 
 

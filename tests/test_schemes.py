@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from distill_jax import losses, objectives, schemes, targets, teachers, train
+from distill_jax import losses, teachers, train
 from distill_jax.models import ConvNet, from_nnx
+from distill_jax.train import several_teachers
 
 KEY = jax.random.key(0)
 
@@ -88,19 +89,18 @@ def assert_same_in_parts(loss_fn, params, model_state, batch, tx=None):
 
 
 def label_of(*seeds):
-    label = teachers.label_each(*[linear] * len(seeds))
+    label = several_teachers.label_each(*[linear] * len(seeds))
     return functools.partial(label, tuple((make_params(seed), {}) for seed in seeds))
 
 
 def test_each_teacher_by_hand():
     params, batch = make_params(1), label_of(2, 3)(make_batch())
     t, alpha, weights = 3.0, 0.3, (0.25, 1.5)
-    loss_fn = teachers.distill_each(linear, weights=weights, temperature=t, alpha=alpha)
+    loss_fn = several_teachers.distill_each(linear, weights=weights, temperature=t, alpha=alpha)
     loss, (_, metrics) = run(loss_fn, params, {}, batch, step=0)
     z = logits_of(params, batch)
     softs = [
-        t**2 * mean(kl(softmax(logits_of(make_params(s), batch) / t), softmax(z / t)), batch)
-        for s in (2, 3)
+        t**2 * mean(kl(softmax(logits_of(make_params(s), batch) / t), softmax(z / t)), batch) for s in (2, 3)
     ]
     soft = weights[0] * softs[0] + weights[1] * softs[1]
     np.testing.assert_allclose([metrics["soft_0"], metrics["soft_1"]], softs, rtol=1e-5)
@@ -111,11 +111,9 @@ def test_each_teacher_by_hand():
 def test_weighted_divergences_have_the_gradient_of_the_mean_probability():
     params, raw = make_params(1), make_batch()
     members = tuple((make_params(seed), {}) for seed in (2, 3))
-    several = teachers.distill_each(linear, temperature=1.0, alpha=0.0)
-    gradient = gradient_of(lambda p: several(p, {}, label_of(2, 3)(raw), key=None, step=0)[0])(
-        params
-    )
-    log_mean, _ = targets.ensemble(linear, linear)(*zip(*members, strict=True), raw["image"])
+    several = several_teachers.distill_each(linear, temperature=1.0, alpha=0.0)
+    gradient = gradient_of(lambda p: several(p, {}, label_of(2, 3)(raw), key=None, step=0)[0])(params)
+    log_mean, _ = teachers.ensemble(linear, linear)(*zip(*members, strict=True), raw["image"])
 
     def averaged(params):
         return train.weighted_mean(losses.kl(linear(params, {}, raw["image"])[0], log_mean), raw)
@@ -126,24 +124,22 @@ def test_weighted_divergences_have_the_gradient_of_the_mean_probability():
 def test_several_teachers_errors():
     batch = label_of(2, 3)(make_batch())
     with pytest.raises(ValueError, match="3 weights for 2 teachers"):
-        teachers.distill_each(linear, weights=(1, 1, 1))(
-            make_params(1), {}, batch, key=None, step=0
-        )
+        several_teachers.distill_each(linear, weights=(1, 1, 1))(make_params(1), {}, batch, key=None, step=0)
     with pytest.raises(ValueError, match="negative"):
-        teachers.distill_each(linear, weights=(1, -1))
+        several_teachers.distill_each(linear, weights=(1, -1))
     single = {**batch, "teacher": jnp.zeros((12, 3))}
     with pytest.raises(ValueError, match="tuple of logits"):
-        teachers.distill_each(linear)(make_params(1), {}, single, key=None, step=0)
+        several_teachers.distill_each(linear)(make_params(1), {}, single, key=None, step=0)
     with pytest.raises(ValueError, match="temperature"):
-        teachers.distill_gated(linear, temperature=0.0)
+        several_teachers.distill_gated(linear, temperature=0.0)
     with pytest.raises(ValueError, match="at least one"):
-        teachers.label_each()
+        several_teachers.label_each()
 
 
 def gated_params(seed=5):
     rng = np.random.default_rng(seed)
     gate = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), teachers.init_gate(2, 3)
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), several_teachers.init_gate(2, 3)
     )
     return {"student": make_params(1), "gate": gate}
 
@@ -157,7 +153,7 @@ def gate_of(gate, p):
 def test_gated_teachers_by_hand():
     params, batch = gated_params(), label_of(2, 3)(make_batch())
     t, alpha = 2.0, 0.3
-    loss_fn = teachers.distill_gated(linear, temperature=t, alpha=alpha)
+    loss_fn = several_teachers.distill_gated(linear, temperature=t, alpha=alpha)
     loss, (_, metrics) = run(loss_fn, params, {}, batch, step=0)
     z = logits_of(params["student"], batch)
     p = np.stack([softmax(logits_of(make_params(s), batch)) for s in (2, 3)], 1)
@@ -166,9 +162,7 @@ def test_gated_teachers_by_hand():
     soft = t**2 * mean(kl(softmax(np.log(mixture) / t), softmax(z / t)), batch)
     gate_loss = hard(np.log(mixture), batch)
     np.testing.assert_allclose(metrics["gate_1"], mean(g[:, 1], batch), rtol=1e-5)
-    np.testing.assert_allclose(
-        loss, alpha * hard(z, batch) + (1 - alpha) * soft + gate_loss, rtol=1e-5
-    )
+    np.testing.assert_allclose(loss, alpha * hard(z, batch) + (1 - alpha) * soft + gate_loss, rtol=1e-5)
     assert_same_in_parts(loss_fn, params, {}, batch)
 
 
@@ -177,9 +171,7 @@ def test_the_gate_does_not_learn_from_the_student():
     params = gated_params()
     gradients = [
         gradient_of(
-            lambda p, a=a: teachers.distill_gated(linear, alpha=a)(p, {}, batch, key=None, step=0)[
-                0
-            ]
+            lambda p, a=a: several_teachers.distill_gated(linear, alpha=a)(p, {}, batch, key=None, step=0)[0]
         )(params)
         for a in (0.0, 1.0)
     ]
@@ -197,13 +189,11 @@ def test_the_gate_learns_who_is_right():
     logits = [np.where(knows, right, -0.5 * right), np.where(knows, -0.5 * right, right)]
     batch = {"image": x, "label": label, "teacher": {"logits": tuple(map(jnp.asarray, logits))}}
     batch = jax.tree.map(jnp.asarray, batch)
-    params = {"student": make_params(0, 2, 2), "gate": teachers.init_gate(2, 2)}
+    params = {"student": make_params(0, 2, 2), "gate": several_teachers.init_gate(2, 2)}
     tx = optax.adam(0.05)
-    step = train.make_train_step(teachers.distill_gated(linear, temperature=1.0), tx)
+    step = train.make_train_step(several_teachers.distill_gated(linear, temperature=1.0), tx)
     many = jax.tree.map(lambda v: jnp.stack([v] * 300), batch)
-    state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, many))(
-        train.init_state(params, tx, KEY)
-    )
+    state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, many))(train.init_state(params, tx, KEY))
     np.testing.assert_allclose(metrics["gate_0"][0], 0.5, atol=1e-6)
     p = np.stack([softmax(np.asarray(z, float)) for z in logits], 1)
     g = gate_of(state.params["gate"], p)
@@ -218,10 +208,8 @@ def test_a_class_that_all_teachers_exclude():
         "label": jnp.asarray([1]),
         "teacher": {"logits": (logits, 2 * logits)},
     }
-    loss_fn = teachers.distill_gated(linear)
-    loss, gradients = jax.jit(jax.value_and_grad(lambda p: run(loss_fn, p, {}, batch)[0]))(
-        gated_params()
-    )
+    loss_fn = several_teachers.distill_gated(linear)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: run(loss_fn, p, {}, batch)[0]))(gated_params())
     assert jnp.isfinite(loss)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
@@ -232,7 +220,7 @@ def test_a_class_that_all_teachers_exclude():
 def test_mutual_learning_by_hand():
     students = tuple(make_params(seed) for seed in (1, 2, 3))
     batch = make_batch()
-    loss_fn = schemes.mutual([linear] * 3, weight=0.7, temperature=2.0)
+    loss_fn = train.mutual([linear] * 3, weight=0.7, temperature=2.0)
     value, (_, metrics) = run(loss_fn, students, ({}, {}, {}), batch, step=0)
     z = [logits_of(p, batch) for p in students]
     expected = sum(hard(zk, batch) for zk in z)
@@ -248,9 +236,7 @@ def test_mutual_learning_by_hand():
 
 def test_mutual_learning_is_symmetric_in_the_students():
     students, batch = tuple(make_params(seed) for seed in (1, 2, 3)), make_batch()
-    gradient = gradient_of(
-        lambda p: schemes.mutual([linear] * 3)(p, ({}, {}, {}), batch, key=None, step=0)[0]
-    )
+    gradient = gradient_of(lambda p: train.mutual([linear] * 3)(p, ({}, {}, {}), batch, key=None, step=0)[0])
     order = (2, 0, 1)
     permuted = gradient(tuple(students[i] for i in order))
     straight = gradient(students)
@@ -260,9 +246,9 @@ def test_mutual_learning_is_symmetric_in_the_students():
 def test_what_peers_predict_is_a_constant():
     """Each student's gradient is T(q − p) of its own loss, not that of its peers' losses."""
     students, batch = (make_params(1), make_params(2)), make_batch(weight=False)
-    gradients = gradient_of(
-        lambda p: schemes.mutual([linear] * 2)(p, ({}, {}), batch, key=None, step=0)[0]
-    )(students)
+    gradients = gradient_of(lambda p: train.mutual([linear] * 2)(p, ({}, {}), batch, key=None, step=0)[0])(
+        students
+    )
     x = np.asarray(batch["image"], float)
     q, p = (softmax(logits_of(params, batch)) for params in students)
     y = np.eye(3)[np.asarray(batch["label"])]
@@ -274,15 +260,15 @@ def test_equal_peers_teach_nothing_and_draw_dropout_apart():
     model = from_nnx(ConvNet((8, 8, 1), 3, channels=(4,), dropout=0.5, rngs=nnx.Rngs(0)))
     batch = make_batch() | {"image": jnp.ones((12, 8, 8, 1))}
     pair = (model.params, model.params), (model.model_state, model.model_state)
-    loss_fn = schemes.mutual([model.apply_fn] * 2)
+    loss_fn = train.mutual([model.apply_fn] * 2)
     _, (_, metrics) = run(loss_fn, *pair, batch, step=0)
     np.testing.assert_allclose(metrics["soft"], 0, atol=1e-7)
     _, (_, metrics) = run(loss_fn, *pair, batch, key=KEY)
     assert metrics["soft"] > 1e-4
     with pytest.raises(ValueError, match="two students"):
-        schemes.mutual([linear])
+        train.mutual([linear])
     with pytest.raises(ValueError, match="weight"):
-        schemes.mutual([linear] * 2, weight=-1.0)
+        train.mutual([linear] * 2, weight=-1.0)
 
 
 # Exits
@@ -290,11 +276,7 @@ def test_equal_peers_teach_nothing_and_draw_dropout_apart():
 
 def exits(params, model_state, x, *, key=None):
     hidden = jnp.tanh(x @ params["w"])
-    return [
-        hidden @ params["early"],
-        hidden @ params["middle"],
-        hidden @ params["late"],
-    ], model_state
+    return [hidden @ params["early"], hidden @ params["middle"], hidden @ params["late"]], model_state
 
 
 def exit_params():
@@ -305,7 +287,7 @@ def exit_params():
 
 def test_self_distillation_by_hand():
     params, batch, t, alpha = exit_params(), make_batch(), 3.0, 0.6
-    loss_fn = schemes.self_distillation(exits, temperature=t, alpha=alpha)
+    loss_fn = train.self_distillation(exits, temperature=t, alpha=alpha)
     value, (_, metrics) = run(loss_fn, params, {}, batch, step=0)
     z = [np.asarray(zi, float) for zi in exits(params, {}, batch["image"])[0]]
     teacher = softmax(z[-1] / t)
@@ -323,7 +305,7 @@ def test_the_deepest_exit_learns_from_labels_alone():
     params, batch = exit_params(), make_batch()
 
     def gradient(**options):
-        loss_fn = schemes.self_distillation(exits, **options)
+        loss_fn = train.self_distillation(exits, **options)
         return gradient_of(lambda p: loss_fn(p, {}, batch, key=None, step=0)[0])(params)["late"]
 
     hard_alone = gradient_of(
@@ -333,7 +315,7 @@ def test_the_deepest_exit_learns_from_labels_alone():
     )(params)["late"]
     np.testing.assert_allclose(gradient(alpha=0.2), hard_alone, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="list of logits"):
-        schemes.self_distillation(linear)(make_params(0), {}, batch, key=None, step=0)
+        train.self_distillation(linear)(make_params(0), {}, batch, key=None, step=0)
 
 
 # A running mean of oneself
@@ -341,8 +323,8 @@ def test_the_deepest_exit_learns_from_labels_alone():
 
 def test_mean_teacher_by_hand():
     params, other, batch = make_params(1), make_params(2), make_batch()
-    loss_fn = schemes.mean_teacher(linear, decay=0.9, weight=0.5)
-    state = schemes.init_mean_teacher(other, {})
+    loss_fn = train.mean_teacher(linear, decay=0.9, weight=0.5)
+    state = train.init_mean_teacher(other, {})
     value, (state, metrics) = run(loss_fn, params, state, batch, step=jnp.int32(3))
     mixed = 0.9 * np.asarray(other["w"], float) + 0.1 * np.asarray(params["w"], float)
     np.testing.assert_allclose(state["teacher"][0]["w"], mixed, rtol=1e-6)
@@ -354,8 +336,8 @@ def test_mean_teacher_by_hand():
 
 def test_the_mean_teacher_is_a_constant_to_the_student():
     params, batch = make_params(1), make_batch(weight=False)
-    loss_fn = schemes.mean_teacher(linear, decay=0.5, soft=losses.kl)
-    state = schemes.init_mean_teacher(make_params(2), {})
+    loss_fn = train.mean_teacher(linear, decay=0.5, soft=losses.kl)
+    state = train.init_mean_teacher(make_params(2), {})
     gradient = gradient_of(lambda p: loss_fn(p, state, batch, key=None, step=0)[0])(params)["w"]
     x = np.asarray(batch["image"], float)
     mixed = (np.asarray(params["w"], float) + np.asarray(make_params(2)["w"], float)) / 2
@@ -367,11 +349,11 @@ def test_the_mean_teacher_is_a_constant_to_the_student():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_running_mean_has_its_closed_form_under_scan(accumulate):
     decay, steps = 0.8, 7
-    loss_fn = schemes.mean_teacher(linear, decay=decay)
+    loss_fn = train.mean_teacher(linear, decay=decay)
     tx = optax.sgd(0.3)
     step = train.make_train_step(loss_fn, tx, accumulate=accumulate)
     params = make_params(1)
-    state = train.init_state(params, tx, KEY, schemes.init_mean_teacher(params, {}))
+    state = train.init_state(params, tx, KEY, train.init_mean_teacher(params, {}))
     batches = jax.tree.map(lambda x: jnp.stack([x] * steps), make_batch())
 
     def recorded(state, batch):
@@ -388,11 +370,11 @@ def test_the_running_mean_has_its_closed_form_under_scan(accumulate):
 
 
 def test_a_schedule_of_the_decay_gives_the_plain_mean():
-    loss_fn = schemes.mean_teacher(linear, decay=lambda t: jnp.minimum(0.99, t / (t + 1)))
+    loss_fn = train.mean_teacher(linear, decay=lambda t: jnp.minimum(0.99, t / (t + 1)))
     tx = optax.sgd(0.3)
     step = jax.jit(train.make_train_step(loss_fn, tx))
     params, history = make_params(1), []
-    state = train.init_state(params, tx, KEY, schemes.init_mean_teacher(params, {}))
+    state = train.init_state(params, tx, KEY, train.init_mean_teacher(params, {}))
     for _ in range(5):
         history.append(np.asarray(state.params["w"]))
         state, _ = step(state, make_batch())
@@ -407,8 +389,8 @@ def test_mean_teacher_of_a_model_with_state():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     batch = make_batch(weight=False)
     batch["image"] = jax.random.normal(KEY, (12, 8, 8, 1))
-    tx, loss_fn = optax.sgd(0.1), schemes.mean_teacher(model.apply_fn, decay=0.75)
-    state = train.init_state(params, tx, KEY, schemes.init_mean_teacher(params, model.model_state))
+    tx, loss_fn = optax.sgd(0.1), train.mean_teacher(model.apply_fn, decay=0.75)
+    state = train.init_state(params, tx, KEY, train.init_mean_teacher(params, model.model_state))
     step = jax.jit(train.make_train_step(loss_fn, tx))
     one, _ = step(state, batch)
     two, metrics = step(one, batch)
@@ -420,15 +402,15 @@ def test_mean_teacher_of_a_model_with_state():
     np.testing.assert_allclose(teacher, expected, rtol=1e-5)
     assert metrics["soft"] > 0
     with pytest.raises(ValueError, match="decay"):
-        schemes.mean_teacher(linear, decay=1.5)
+        train.mean_teacher(linear, decay=1.5)
     with pytest.raises(ValueError, match="weight"):
-        schemes.mean_teacher(linear, weight=-0.5)
+        train.mean_teacher(linear, weight=-0.5)
 
 
 def test_mean_teacher_in_parts():
     params = make_params(1)
-    state = schemes.init_mean_teacher(make_params(2), {})
-    assert_same_in_parts(schemes.mean_teacher(linear), params, state, make_batch())
+    state = train.init_mean_teacher(make_params(2), {})
+    assert_same_in_parts(train.mean_teacher(linear), params, state, make_batch())
 
 
 # Chains
@@ -436,20 +418,20 @@ def test_mean_teacher_in_parts():
 
 def test_a_chain_of_assistants_distils_step_by_step():
     batch, tx = make_batch(), optax.adam(0.1)
-    label = targets.make_label(linear)
+    label = teachers.make_label(linear)
 
     def distil(teacher, params):
-        loss_fn = objectives.supervised(linear)
+        loss_fn = train.supervised(linear)
         data = batch
         if teacher is not None:
-            loss_fn = objectives.distill(linear, temperature=1.0, alpha=0.0)
+            loss_fn = train.distill(linear, temperature=1.0, alpha=0.0)
             data = label((teacher, {}), batch)
         steps = 300 if teacher is not None else 10
         many = jax.tree.map(lambda x: jnp.stack([x] * steps), data)
         step, state = train.make_train_step(loss_fn, tx), train.init_state(params, tx, KEY)
         return jax.jit(lambda s: jax.lax.scan(step, s, many)[0])(state).params
 
-    trained = schemes.chain([make_params(seed) for seed in (1, 2, 3)], distil)
+    trained = train.chain([make_params(seed) for seed in (1, 2, 3)], distil)
     assert len(trained) == 3
     # Nothing but the teacher's logits reached the last one, and they are the first one's
     before, after = (

@@ -10,9 +10,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import checkpoint, data, metrics, objectives, parallel, train
-from distill_jax.models import build
-from distill_jax.sparsity import (
+from distill_jax import data, metrics, train
+from distill_jax.compress.sparsity import (
     SparsityState,
     apply_masks,
     frozen,
@@ -23,6 +22,7 @@ from distill_jax.sparsity import (
     sparsity,
     sparsity_at,
 )
+from distill_jax.models import build
 
 SCHEDULE = {"begin": 2, "end": 17, "every": 4}  # removals at 2, 6, 10, 14 and 17
 
@@ -171,10 +171,7 @@ def test_global_ranking_removes_the_smallest_of_all():
             assert kept.size == size - zeros
     shares = [(~mask).mean() for mask in kernels(masks).values()]
     assert max(shares) - min(shares) > 0.2  # or it would be the uniform one
-    assert (
-        np.ptp([(~m).mean() for m in kernels(history(uniform, make_params())[-1][1]).values()])
-        < 0.05
-    )
+    assert np.ptp([(~m).mean() for m in kernels(history(uniform, make_params())[-1][1]).values()]) < 0.05
 
     one_shot = sparsify(optax.sgd(0.0), polynomial(0.5, begin=0, end=1), ranking="global")
     params, masks = history(one_shot, make_params(), 2)[-1]
@@ -185,8 +182,7 @@ def test_global_ranking_removes_the_smallest_of_all():
 
 
 @pytest.mark.parametrize(
-    ("keep", "group", "ranking"),
-    [(2, 4, "uniform"), (2, 4, "global"), (1, 3, "uniform"), (3, 8, "global")],
+    ("keep", "group", "ranking"), [(2, 4, "uniform"), (2, 4, "global"), (1, 3, "uniform"), (3, 8, "global")]
 )
 def test_n_of_m_live_along_the_inputs(keep, group, ranking):
     rng = np.random.default_rng(0)
@@ -195,10 +191,7 @@ def test_n_of_m_live_along_the_inputs(keep, group, ranking):
         "dense": {"kernel": jnp.asarray(rng.normal(size=(48, 7)) * 0.2, jnp.float32)},
     }
     tx = sparsify(
-        ADAM_DECAY,
-        polynomial(1 - keep / group, **SCHEDULE),
-        pattern=(keep, group),
-        ranking=ranking,
+        ADAM_DECAY, polynomial(1 - keep / group, **SCHEDULE), pattern=(keep, group), ranking=ranking
     )
     before = dict.fromkeys(params, True)
     for step, (weights, masks) in enumerate(history(tx, params)):
@@ -296,12 +289,7 @@ def test_frozen_keeps_the_zeros():
 def test_masks_are_found_in_nested_states():
     inner = sparsify(optax.adam(0.1), polynomial(0.5, begin=0, end=1))
     params = make_params()
-    for tx in (
-        inner,
-        optax.chain(inner),
-        optax.MultiSteps(inner, 2),
-        optax.chain(inner, optax.identity()),
-    ):
+    for tx in (inner, optax.chain(inner), optax.MultiSteps(inner, 2), optax.chain(inner, optax.identity())):
         masks = mask_of(tx.init(params))
         assert jax.tree.structure(masks) == jax.tree.structure(mask_of(inner.init(params)))
     for tx in (optax.adam(0.1), optax.chain(inner, inner)):
@@ -373,7 +361,7 @@ def pruner(name):
 
 
 def net_step(name, **options):
-    return train.make_train_step(objectives.supervised(net), pruner(name), **options)
+    return train.make_train_step(train.supervised(net), pruner(name), **options)
 
 
 def start(name, seed=0):
@@ -390,7 +378,7 @@ def shard_mapped(name, check_vma):
     return jax.jit(
         jax.shard_map(
             net_step(name, axis_name="batch"),
-            mesh=parallel.data_mesh(4),
+            mesh=train.data_mesh(4),
             in_specs=(P(), P("batch")),
             out_specs=(P(), P()),
             check_vma=check_vma,
@@ -399,9 +387,9 @@ def shard_mapped(name, check_vma):
 
 
 def run_sharded(name):
-    mesh = parallel.data_mesh(4)
-    step, state = jax.jit(net_step(name)), jax.device_put(start(name), parallel.replicated(mesh))
-    batch = jax.device_put(BATCH, parallel.sharded(mesh))
+    mesh = train.data_mesh(4)
+    step, state = jax.jit(net_step(name)), jax.device_put(start(name), train.replicated(mesh))
+    batch = jax.device_put(BATCH, train.sharded(mesh))
     for _ in range(8):
         state, _ = step(state, batch)
     return state
@@ -409,11 +397,11 @@ def run_sharded(name):
 
 def run_sharded_weights(name):
     """The weights themselves, the masks and the moments lie over four devices."""
-    mesh = parallel.data_mesh(4)
+    mesh = train.data_mesh(4)
 
     def place(x):
         split = x.ndim == 2 and x.shape[0] % 4 == 0
-        return jax.device_put(x, parallel.sharded(mesh) if split else parallel.replicated(mesh))
+        return jax.device_put(x, train.sharded(mesh) if split else train.replicated(mesh))
 
     return loop(jax.jit(net_step(name)), jax.tree.map(place, start(name)))
 
@@ -467,9 +455,9 @@ def test_a_restored_run_ends_bit_identical(tmp_path):
         expected = loop(step, start(name), 8)
         half = loop(step, start(name), 4)
         assert 0 < float(sparsity(mask_of(half.opt_state))["overall"]) < 0.5
-        with checkpoint.Checkpoints(tmp_path / name[:3]) as checkpoints:
+        with train.Checkpoints(tmp_path / name[:3]) as checkpoints:
             checkpoints.save(4, half, {})
-        with checkpoint.Checkpoints(tmp_path / name[:3]) as checkpoints:
+        with train.Checkpoints(tmp_path / name[:3]) as checkpoints:
             restored, _ = checkpoints.restore(start(name, seed=9))
         assert isinstance(restored.opt_state, SparsityState)
         chex.assert_trees_all_equal(arrays(restored), arrays(half))
@@ -496,11 +484,9 @@ def test_a_pruned_student_still_learns_digits():
     steps = 200
 
     def accuracy(tx, params=model.params):
-        step = train.make_train_step(objectives.supervised(model.apply_fn), tx)
+        step = train.make_train_step(train.supervised(model.apply_fn), tx)
         state = train.init_state(params, tx, jax.random.key(0))
-        state, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, batch), s, length=steps))(
-            state
-        )
+        state, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, batch), s, length=steps))(state)
         logits, _ = model.apply_fn(state.params, {}, digits.test.image.astype(np.float32) / 256)
         return 1 - float(metrics.errors(logits, digits.test.label).mean()), state
 
@@ -551,10 +537,7 @@ def test_bad_schedules(options, message):
         ({"ranking": "local"}, "ranking must be one of"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\)"),
         ({"exclude": "head"}, "exclude must be a sequence"),
-        (
-            {"exclude": ("head", "layer9")},
-            "'layer9' is found in no path; there are conv.bias, conv",
-        ),
+        ({"exclude": ("head", "layer9")}, "'layer9' is found in no path; there are conv.bias, conv"),
         ({"exclude": ("kernel",)}, "no leaf is left to prune"),
         ({"min_ndim": 5}, "no leaf is left to prune"),
         ({"pattern": (4, 4)}, r"must satisfy 1 ≤ N < M, got \(4, 4\)"),

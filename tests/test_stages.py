@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from distill_jax import codec, losses, objectives, stages
+from distill_jax import losses, train
+from distill_jax.compress import linear_codes
 from distill_jax.models import MLP, from_nnx
 
 
@@ -30,7 +31,7 @@ DECODER = from_nnx(MLP((3, 8, 4), rngs=nnx.Rngs(1)))
 PARAMS = {"encoder": ENCODER.params, "decoder": DECODER.params}
 STATE = {"encoder": ENCODER.model_state, "decoder": DECODER.model_state}
 OBJECTIVE = functools.partial(
-    objectives.encoder_decoder, ENCODER.apply_fn, DECODER.apply_fn, soft=losses.kl, alpha=0.3
+    train.encoder_decoder, ENCODER.apply_fn, DECODER.apply_fn, soft=losses.kl, alpha=0.3
 )
 
 
@@ -43,7 +44,7 @@ def make_data(n, seed):
 
 def run(objective=OBJECTIVE, data=None, validation=None, rate=1e-2, **options):
     options = {"epochs": 6, "batch_size": 32, "seed": 0} | options
-    return stages.train_stages(
+    return train.train_stages(
         jax.random.key(0), PARAMS, STATE, objective,
         make_data(128, 0) if data is None else data,
         make_data(50, 1) if validation is None else validation,
@@ -70,7 +71,7 @@ def test_no_stage_is_worse_than_the_one_before(rate):
     levels = [done.stages[0].before, *(stage.after for stage in done.stages)]
     assert levels == sorted(levels, reverse=True)
     assert [s.before for s in done.stages[1:]] == levels[1:-1]
-    measured = stages.make_measure(OBJECTIVE(frozen=None), make_data(50, 1))
+    measured = train.make_measure(OBJECTIVE(frozen=None), make_data(50, 1))
     figures = measured(done.params, done.model_state)
     assert figures["validation_loss"] == levels[-1]
     assert {"validation_soft", "validation_hard", "validation_errors"} <= figures.keys()
@@ -81,19 +82,17 @@ def test_no_stage_is_worse_than_the_one_before(rate):
 def test_a_measure_is_the_mean_over_all_examples():
     """Over batches that do not divide them."""
     data = make_data(50, 1)
-    outputs, _ = codec.compose(ENCODER.apply_fn, DECODER.apply_fn)(PARAMS, STATE, data["image"])
+    outputs, _ = linear_codes.compose(ENCODER.apply_fn, DECODER.apply_fn)(PARAMS, STATE, data["image"])
     soft = losses.kl(outputs, data["teacher"]).mean()
     hard = losses.cross_entropy(outputs, data["label"]).mean()
-    figures = stages.make_measure(OBJECTIVE(), data, batch_size=16)(PARAMS, STATE)
+    figures = train.make_measure(OBJECTIVE(), data, batch_size=16)(PARAMS, STATE)
     np.testing.assert_allclose(figures["validation_loss"], 0.3 * hard + 0.7 * soft, rtol=1e-5)
     assert figures["validation_errors"] == (outputs.argmax(-1) != data["label"]).sum()
     some = np.arange(50) % 3 > 0
-    weighed = stages.make_measure(OBJECTIVE(), {**data, "weight": some}, batch_size=16)
+    weighed = train.make_measure(OBJECTIVE(), {**data, "weight": some}, batch_size=16)
     part = jax.tree.map(lambda x: x[some], data)
-    alone = stages.make_measure(OBJECTIVE(), part)(PARAMS, STATE)
-    np.testing.assert_allclose(
-        list(weighed(PARAMS, STATE).values()), list(alone.values()), rtol=1e-5
-    )
+    alone = train.make_measure(OBJECTIVE(), part)(PARAMS, STATE)
+    np.testing.assert_allclose(list(weighed(PARAMS, STATE).values()), list(alone.values()), rtol=1e-5)
 
 
 def test_an_interrupted_training_goes_on_to_the_same_end(tmp_path):
@@ -121,10 +120,10 @@ def test_an_interrupted_training_goes_on_to_the_same_end(tmp_path):
 
 def test_when_a_stage_has_converged():
     flat = {"validation_loss": [3.0, 2.0, 1.0, 0.9995, 0.9994]}
-    assert stages.converged(flat, tolerance=1e-3, patience=2)
-    assert not stages.converged(flat, tolerance=1e-4, patience=2)
-    assert not stages.converged(flat, tolerance=1e-3, patience=3)
-    assert not stages.converged(flat, tolerance=1e-3, patience=5)
+    assert train.converged(flat, tolerance=1e-3, patience=2)
+    assert not train.converged(flat, tolerance=1e-4, patience=2)
+    assert not train.converged(flat, tolerance=1e-3, patience=3)
+    assert not train.converged(flat, tolerance=1e-3, patience=5)
 
 
 def test_errors():
@@ -140,13 +139,13 @@ def test_errors():
         run(tolerance=1.0)
     short = make_data(128, 0)
     short["teacher"] = short["teacher"][:, :3]
-    squares = functools.partial(objectives.encoder_decoder, ENCODER.apply_fn, DECODER.apply_fn)
+    squares = functools.partial(train.encoder_decoder, ENCODER.apply_fn, DECODER.apply_fn)
     with pytest.raises(ValueError, match=r"one shape, got \(50, 4\) and \(50, 3\)"):
         run(squares, data=short, validation={k: v[:50] for k, v in short.items()})
     with pytest.raises(ValueError, match="frozen must be"):
         OBJECTIVE(frozen="both")
     with pytest.raises(ValueError, match="frozen must be one of encoder, decoder, got 'coder'"):
-        stages.only(optax.sgd(1.0), "coder").init(PARAMS)
+        train.only(optax.sgd(1.0), "coder").init(PARAMS)
     with pytest.raises(ValueError, match="decoder that returns"):
         run(functools.partial(OBJECTIVE, inputs_weight=1.0))
     with pytest.raises(ValueError, match="inputs_weight must not be negative"):
@@ -163,7 +162,7 @@ def test_an_autoencoders_loss_by_hand():
         "decoder": {"outputs": rng.normal(size=(2, 4)), "inputs": rng.normal(size=(2, 6))},
     }
     data = make_data(20, 0)
-    loss_fn = objectives.encoder_decoder(codec.affine, decoder_fn, inputs_weight=0.5)
+    loss_fn = train.encoder_decoder(linear_codes.affine, decoder_fn, inputs_weight=0.5)
     value, (_, figures) = loss_fn(params, STATE, data, key=None, step=0)
     code = data["image"] @ params["encoder"]["kernel"]
     soft = np.mean((code @ params["decoder"]["outputs"] - data["teacher"]) ** 2)

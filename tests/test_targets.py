@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import targets
+from distill_jax import teachers
 
 IDS = np.array([70, 3, 55, 12, 9, 1, 400, 8, 31, 2])
 LOGITS = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32) * 5
@@ -16,12 +16,12 @@ MADE_OF = {"teacher": "t1", "preprocessing": "x/255", "data": "d1"}
 
 def write(path, **changes):
     options = {"fingerprint": MADE_OF, "shard_rows": 3} | changes
-    return targets.write_labels(path, IDS, lambda rows: LOGITS[rows], **options)
+    return teachers.write_labels(path, IDS, lambda rows: LOGITS[rows], **options)
 
 
 def test_labels_are_found_by_id_in_any_order(tmp_path):
     write(tmp_path / "s")
-    store = targets.open_labels(tmp_path / "s", expect=MADE_OF)
+    store = teachers.open_labels(tmp_path / "s", expect=MADE_OF)
     np.testing.assert_array_equal(store[IDS], LOGITS)
     shuffle = np.random.default_rng(1).permutation(10)
     np.testing.assert_array_equal(store[IDS[shuffle]], LOGITS[shuffle])
@@ -30,9 +30,7 @@ def test_labels_are_found_by_id_in_any_order(tmp_path):
     assert isinstance(store._shards[0], np.memmap)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 0), ("bfloat16", 1 / 256), ("float16", 1e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bfloat16", 1 / 256), ("float16", 1e-3)])
 def test_dtypes(tmp_path, dtype, tolerance):
     store = write(tmp_path / "s", dtype=dtype)
     assert store[IDS].dtype == np.float32
@@ -58,18 +56,18 @@ def test_writing_resumes_where_it_was_interrupted(tmp_path):
         return LOGITS[rows]
 
     with pytest.raises(RuntimeError):
-        targets.write_labels(tmp_path / "s", IDS, interrupted, fingerprint=MADE_OF, shard_rows=3)
+        teachers.write_labels(tmp_path / "s", IDS, interrupted, fingerprint=MADE_OF, shard_rows=3)
     with pytest.raises(ValueError, match="holds 6 of 10 soft labels: its writing was interrupted"):
-        targets.open_labels(tmp_path / "s")
+        teachers.open_labels(tmp_path / "s")
     del calls[:]
     progress = []
-    targets.write_labels(
+    teachers.write_labels(
         tmp_path / "s", IDS, lambda rows: calls.append(list(rows)) or LOGITS[rows],
         fingerprint=MADE_OF, shard_rows=3, progress=lambda *x: progress.append(x),
     )  # fmt: skip
     assert len(calls) == 2  # only what was missing
     assert progress == [(9, 10), (10, 10)]
-    np.testing.assert_array_equal(targets.open_labels(tmp_path / "s")[IDS], LOGITS)
+    np.testing.assert_array_equal(teachers.open_labels(tmp_path / "s")[IDS], LOGITS)
     write(tmp_path / "s")
     assert len(calls) == 2
 
@@ -87,14 +85,14 @@ def test_other_labels_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "s", **changes)
     with pytest.raises(ValueError, match="data is d1, expected d2"):
-        targets.open_labels(tmp_path / "s", expect={"data": "d2"})
-    np.testing.assert_array_equal(targets.open_labels(tmp_path / "s")[IDS], LOGITS)
+        teachers.open_labels(tmp_path / "s", expect={"data": "d2"})
+    np.testing.assert_array_equal(teachers.open_labels(tmp_path / "s")[IDS], LOGITS)
 
 
 def test_other_ids_are_refused(tmp_path):
     write(tmp_path / "s")
     with pytest.raises(ValueError, match=r"ids is .*, expected"):
-        targets.write_labels(
+        teachers.write_labels(
             tmp_path / "s", IDS + 1, lambda rows: LOGITS[rows], fingerprint=MADE_OF, shard_rows=3
         )
 
@@ -112,7 +110,7 @@ def test_damage_is_found_and_named(tmp_path, victim, damage):
         file.write_bytes(content[:-4])
     else:
         file.unlink()
-    for reading in (targets.open_labels, write):
+    for reading in (teachers.open_labels, write):
         with pytest.raises(ValueError, match=f"damaged or missing in .*: {victim}"):
             reading(tmp_path / "s")
 
@@ -125,7 +123,7 @@ def test_a_changed_manifest_is_found(tmp_path):
         assert change[0] in original
         manifest.write_text(original.replace(*change))
         with pytest.raises(ValueError, match="damaged or missing"):
-            targets.open_labels(tmp_path / "s")
+            teachers.open_labels(tmp_path / "s")
 
 
 def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
@@ -133,16 +131,16 @@ def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
     (tmp_path / "s" / "ids.npy").write_bytes(b"half")
     (tmp_path / "s" / ".store.json.tmp").write_text("{")
     write(tmp_path / "s")
-    np.testing.assert_array_equal(targets.open_labels(tmp_path / "s")[IDS], LOGITS)
+    np.testing.assert_array_equal(teachers.open_labels(tmp_path / "s")[IDS], LOGITS)
 
 
 def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no soft-label store"):
-        targets.open_labels(tmp_path / "nothing")
+        teachers.open_labels(tmp_path / "nothing")
     write(tmp_path / "s")
     (tmp_path / "s" / "store.json").write_text("{")
     with pytest.raises(ValueError, match=r"store\.json cannot be read"):
-        targets.open_labels(tmp_path / "s")
+        teachers.open_labels(tmp_path / "s")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no label store"):
@@ -160,7 +158,7 @@ def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
 )
 def test_unusable_logits_are_refused(tmp_path, logits, dtype, message):
     with pytest.raises(ValueError, match=message):
-        targets.write_labels(
+        teachers.write_labels(
             tmp_path / "s", IDS, lambda rows: logits[rows], fingerprint=MADE_OF, dtype=dtype
         )
 
@@ -168,25 +166,25 @@ def test_unusable_logits_are_refused(tmp_path, logits, dtype, message):
 def test_masked_classes_are_stored(tmp_path):
     logits = LOGITS.copy()
     logits[:, 2] = -np.inf
-    store = targets.write_labels(tmp_path / "s", IDS, lambda rows: logits[rows], fingerprint={})
+    store = teachers.write_labels(tmp_path / "s", IDS, lambda rows: logits[rows], fingerprint={})
     np.testing.assert_array_equal(store[IDS], logits)
 
 
 def test_repeated_ids_are_refused(tmp_path):
     with pytest.raises(ValueError, match="ids must be a non-empty list without repetition"):
-        targets.write_labels(tmp_path / "s", [1, 2, 1], lambda rows: LOGITS[rows], fingerprint={})
+        teachers.write_labels(tmp_path / "s", [1, 2, 1], lambda rows: LOGITS[rows], fingerprint={})
 
 
 def test_labels_from_another_framework(tmp_path):
     log_probabilities = np.log(np.full((10, 4), 0.25))
-    targets.import_labels(tmp_path / "s", IDS, log_probabilities, source="torch net v1", data="d1")
-    store = targets.open_labels(tmp_path / "s", expect={"data": "d1"})
+    teachers.import_labels(tmp_path / "s", IDS, log_probabilities, source="torch net v1", data="d1")
+    store = teachers.open_labels(tmp_path / "s", expect={"data": "d1"})
     np.testing.assert_allclose(store[IDS], log_probabilities, rtol=1e-6)
     assert store.fingerprint["teacher"].startswith("torch net v1 (")
     with pytest.raises(ValueError, match="teacher is torch net v1"):
-        targets.import_labels(tmp_path / "s", IDS, LOGITS, source="torch net v1", data="d1")
+        teachers.import_labels(tmp_path / "s", IDS, LOGITS, source="torch net v1", data="d1")
     with pytest.raises(ValueError, match=r"expected logits \[10, classes\], got \(9, 4\)"):
-        targets.import_labels(tmp_path / "t", IDS, LOGITS[:9], source="x", data="d1")
+        teachers.import_labels(tmp_path / "t", IDS, LOGITS[:9], source="x", data="d1")
 
 
 def scaled(params, model_state, x, *, key=None):
@@ -196,7 +194,7 @@ def scaled(params, model_state, x, *, key=None):
 
 def test_a_teacher_is_a_function_from_batch_to_batch():
     batch = {"image": jnp.arange(6.0).reshape(2, 3), "label": jnp.array([0, 1])}
-    label = jax.jit(targets.make_label(scaled))
+    label = jax.jit(teachers.make_label(scaled))
     labelled = label((jnp.float32(2.0), {}), batch)
     np.testing.assert_array_equal(labelled["teacher"], batch["image"] * 2)
     np.testing.assert_array_equal(labelled["label"], batch["label"])
@@ -206,24 +204,24 @@ def test_a_teacher_is_a_function_from_batch_to_batch():
 
 def test_an_ensemble_averages_probabilities():
     x = jnp.asarray(LOGITS)
-    logits, _ = targets.ensemble(scaled, scaled, scaled)((1.0, -0.5, 0.1), ({}, {}, {}), x)
+    logits, _ = teachers.ensemble(scaled, scaled, scaled)((1.0, -0.5, 0.1), ({}, {}, {}), x)
     expected = np.mean([jax.nn.softmax(x * t) for t in (1.0, -0.5, 0.1)], 0)
     np.testing.assert_allclose(np.exp(logits), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="at least one"):
-        targets.ensemble()
+        teachers.ensemble()
 
 
 @pytest.mark.parametrize("count", [1, 7, 10, 11])
 def test_predict_pads_and_cuts(count):
     x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    result = targets.predict(scaled, 3.0, {}, x, prepare=lambda x: x + 1, batch_size=5)
+    result = teachers.predict(scaled, 3.0, {}, x, prepare=lambda x: x + 1, batch_size=5)
     np.testing.assert_allclose(result, (x + 1) * 3, rtol=1e-6)
 
 
 def test_fingerprint_sees_values_shapes_dtypes_and_names():
     tree = {"a": np.zeros((2, 3)), "b": np.ones(2, np.int32)}
-    base = targets.fingerprint(tree)
-    assert base == targets.fingerprint({"b": jnp.ones(2, jnp.int32), "a": np.zeros((2, 3))})
+    base = teachers.fingerprint(tree)
+    assert base == teachers.fingerprint({"b": jnp.ones(2, jnp.int32), "a": np.zeros((2, 3))})
     changed = np.zeros((2, 3))
     changed[1, 2] = 1e-300
     for other in (
@@ -232,5 +230,5 @@ def test_fingerprint_sees_values_shapes_dtypes_and_names():
         {**tree, "b": np.ones(2, np.int64)},
         {"a": tree["a"], "c": tree["b"]},
     ):
-        assert targets.fingerprint(other) != base
+        assert teachers.fingerprint(other) != base
     assert json.dumps(base)

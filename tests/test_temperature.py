@@ -10,7 +10,7 @@ import pytest
 from test_logits import draw, numeric_gradient, ref_kl
 
 from distill_jax import losses
-from distill_jax.learned import curriculum_strength, curriculum_temperature, reverse_gradient
+from distill_jax.features import curriculum_strength, curriculum_temperature, reverse_gradient
 
 STUDENT, TEACHER = draw(3, 2)
 
@@ -24,9 +24,7 @@ def test_reverse_gradient():
     np.testing.assert_array_equal(reverse_gradient(x, 0.3)["a"], x["a"])
     assert reverse_gradient(x, 0.3)["b"] == x["b"]
     for strength in (0.0, 0.3, 1.0, 1e-8):
-        gradient = jax.jit(jax.grad(lambda x, s: (reverse_gradient(x, s)["a"] ** 2).sum()))(
-            x, strength
-        )
+        gradient = jax.jit(jax.grad(lambda x, s: (reverse_gradient(x, s)["a"] ** 2).sum()))(x, strength)
         np.testing.assert_array_equal(gradient["a"], -np.float32(strength) * 2 * x["a"])
     for_strength = jax.grad(lambda s: (reverse_gradient(x, s)["a"] ** 2).sum())(0.3)
     assert for_strength == 0

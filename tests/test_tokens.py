@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distill_jax import losses
 from distill_jax.losses import tokens
-from distill_jax.train import init_state, make_train_step, weighted_mean
+from distill_jax.train.step import init_state, make_train_step, weighted_mean
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("tokens.json").read_text())
 DIVERGENCES = {
@@ -152,13 +152,9 @@ def test_labels_of_padding_may_be_anything():
     student, _ = draw()
     labels = np.where(MASK, np.arange(10).reshape(2, 5) % 9, -100)
     loss = tokens.sequence(losses.cross_entropy)
-    value, gradient = jax.jit(jax.value_and_grad(lambda s: loss(s, labels, tokens=MASK).sum()))(
-        student
-    )
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: loss(s, labels, tokens=MASK).sum()))(student)
     log_q = log_softmax(student)
-    expected = [
-        np.mean([-log_q[i, t, labels[i, t]] for t in range(5) if MASK[i, t]]) for i in (0, 1)
-    ]
+    expected = [np.mean([-log_q[i, t, labels[i, t]] for t in range(5) if MASK[i, t]]) for i in (0, 1)]
     np.testing.assert_allclose(value, sum(expected), rtol=1e-6)
     assert np.isfinite(gradient).all()
 
@@ -200,9 +196,7 @@ def test_bucketed_with_the_whole_vocabulary_is_the_loss(name):
     loss = getattr(losses, name)
     top = tokens.top_k(teacher, teacher.shape[-1])
     expected = loss(student, teacher, *labels, temperature=1.0)
-    np.testing.assert_allclose(
-        tokens.bucketed(loss)(student, top, *labels), expected, rtol=2e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(tokens.bucketed(loss)(student, top, *labels), expected, rtol=2e-5, atol=1e-6)
 
 
 def test_bucketed_makes_up_no_label():
@@ -375,9 +369,7 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     loss = tokens.bucketed(DIVERGENCES[name])
     for k in (1, 4):
         labels = tokens.top_k(teacher, k, temperature=3.0)
-        value, gradient = jax.value_and_grad(lambda s, y=labels: loss(s, y, temperature=3.0).sum())(
-            teacher
-        )
+        value, gradient = jax.value_and_grad(lambda s, y=labels: loss(s, y, temperature=3.0).sum())(teacher)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
 
@@ -423,9 +415,7 @@ def test_a_student_without_mass_on_the_top_k_has_a_large_loss():
     labels = tokens.top_k(teacher, 2)
     renormalised = losses.kl(student[:, :2], teacher[:, :2])
     np.testing.assert_allclose(renormalised, 0, atol=1e-6)
-    value, gradient = jax.value_and_grad(lambda s: tokens.bucketed(losses.kl)(s, labels).sum())(
-        student
-    )
+    value, gradient = jax.value_and_grad(lambda s: tokens.bucketed(losses.kl)(s, labels).sum())(student)
     full = divergence(np.exp(log_softmax(teacher))[0], np.exp(log_softmax(student))[0])
     assert full > 8
     np.testing.assert_allclose(value, full, rtol=1e-6)  # the rest is uniform in both
@@ -499,9 +489,9 @@ def all_losses(k):
         labels = tokens.top_k(teacher, k)
         values = {name: tokens.bucketed(f)(student, labels) for name, f in LOGIT_LOSSES.items()}
         gradients = {
-            name: jax.grad(
-                lambda s, t, f=f: tokens.bucketed(f)(s, tokens.top_k(t, k)).sum(), (0, 1)
-            )(student, teacher)
+            name: jax.grad(lambda s, t, f=f: tokens.bucketed(f)(s, tokens.top_k(t, k)).sum(), (0, 1))(
+                student, teacher
+            )
             for name, f in LOGIT_LOSSES.items()
         }
         return values, gradients
@@ -545,9 +535,7 @@ def test_an_index_outside_the_vocabulary_is_never_hidden():
     logits = np.zeros((3, 4), np.float32)
     value = np.asarray(tokens.bucket(logits, np.array([[0, 4], [-1, 0], [1, 2]])))
     assert np.isnan(value[:2]).any(-1).all()
-    assert np.isnan(
-        tokens.bucketed(losses.kl)(logits, (np.array([[4], [-1], [7]]), np.zeros((3, 2))))
-    ).all()
+    assert np.isnan(tokens.bucketed(losses.kl)(logits, (np.array([[4], [-1], [7]]), np.zeros((3, 2))))).all()
     np.testing.assert_allclose(value[2], np.log([0.25, 0.25, 0.5]), rtol=1e-6)
     with_nan = np.array([[0.0, np.nan, 1.0]], np.float32)
     assert np.isnan(tokens.bucket(with_nan, np.array([[0]]))).all()
@@ -559,10 +547,7 @@ def test_top_k_labels_are_a_batch_like_any_other():
     labels = tokens.top_k(teacher, 3)
     loss = tokens.sequence(tokens.bucketed(losses.kl))
     value = loss(student, labels, tokens=MASK)
-    expected = [
-        np.mean(ref_bucketed("kl", student[i][MASK[i]], teacher[i][MASK[i]], 3, 1.0))
-        for i in (0, 1)
-    ]
+    expected = [np.mean(ref_bucketed("kl", student[i][MASK[i]], teacher[i][MASK[i]], 3, 1.0)) for i in (0, 1)]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     spoilt = jax.tree.map(lambda x: jnp.where(MASK[..., None], x, jnp.array(-7, x.dtype)), labels)
     np.testing.assert_array_equal(loss(student, spoilt, tokens=MASK), value)
@@ -619,8 +604,7 @@ def heads(shape=(2, 7), widths=(4, 6), vocabulary=11, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"),
-    [*((name, 3) for name in LOGIT_LOSSES), ("kl", 1), ("kl", 7), ("kl", 100)],
+    ("name", "chunk"), [*((name, 3) for name in LOGIT_LOSSES), ("kl", 1), ("kl", 7), ("kl", 100)]
 )
 def test_chunks_give_the_same_values_and_gradients(name, chunk):
     loss = LOGIT_LOSSES[name]
@@ -640,8 +624,7 @@ def test_chunks_give_the_same_values_and_gradients(name, chunk):
     @jax.jit
     def run(*x):
         return [
-            jax.grad(lambda *x, f=f: (f(*x) * upstream).sum(), tuple(range(5)))(*x)
-            for f in (plain, small)
+            jax.grad(lambda *x, f=f: (f(*x) * upstream).sum(), tuple(range(5)))(*x) for f in (plain, small)
         ]
 
     values = [jax.jit(f)(*arguments) for f in (plain, small)]
@@ -660,9 +643,7 @@ def test_chunks_of_labels_top_k_and_padding():
     value = tokens.sequence(chunk(losses.cross_entropy))(
         hidden_s, truth, student_kernel=kernel_s, tokens=mask, label_smoothing=0.1
     )
-    expected = tokens.sequence(losses.cross_entropy)(
-        student, truth, tokens=mask, label_smoothing=0.1
-    )
+    expected = tokens.sequence(losses.cross_entropy)(student, truth, tokens=mask, label_smoothing=0.1)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     labels = tokens.top_k(teacher, 4, temperature=2.0)
     loss = tokens.bucketed(losses.reverse_kl)
@@ -708,9 +689,7 @@ def test_bfloat16_heads_keep_float32_sums():
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, losses.kl(wide[0] @ wide[2], wide[1] @ wide[3]), rtol=1e-5)
     gradients = jax.jit(jax.grad(lambda *x: small(*x).sum(), (0, 2)))(*low)
-    exact = jax.grad(lambda h, k: losses.kl(h @ k, wide[1] @ wide[3]).sum(), (0, 1))(
-        wide[0], wide[2]
-    )
+    exact = jax.grad(lambda h, k: losses.kl(h @ k, wide[1] @ wide[3]).sum(), (0, 1))(wide[0], wide[2])
     for ours, theirs in zip(gradients, exact, strict=True):
         assert ours.dtype == jnp.bfloat16
         error = np.abs(np.asarray(ours, np.float32) - theirs)
@@ -769,11 +748,7 @@ def test_trl(wide):
             1: losses.reverse_kl,
         }.items():
             for t in (1.0, 2.0) if wide else (2.0,):
-                g.check(
-                    f"trl {beta} {t}",
-                    g.mean(functools.partial(loss, temperature=t)),
-                    1 / t**2,
-                )
+                g.check(f"trl {beta} {t}", g.mean(functools.partial(loss, temperature=t)), 1 / t**2)
         # Without labels TRL divides [batch, length, vocabulary] by the batch alone: 5 times a mean
         every = np.ones_like(g.mask)
         g.check("trl no labels", g.mean(losses.jensen_shannon, mask=every), 5.0)
@@ -784,9 +759,7 @@ def test_distillm(wide):
     """Its forward and skew KL are cross-entropies: the teacher's entropy is missing in the value."""
 
     def mixture(student, teacher, share):
-        pair = [
-            jax.nn.log_softmax(x) + jnp.log(s) for x, s in ((teacher, share), (student, 1 - share))
-        ]
+        pair = [jax.nn.log_softmax(x) + jnp.log(s) for x, s in ((teacher, share), (student, 1 - share))]
         return jnp.logaddexp(*pair)
 
     def skew(student, teacher):
@@ -901,9 +874,7 @@ def test_misuse_of_chunks():
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         tokens.chunked(losses.kl, chunk=0)
     loss = tokens.chunked(losses.kl, chunk=3)
-    with pytest.raises(
-        ValueError, match=r"student_kernel must be \[hidden, vocabulary\] .* \(11, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"student_kernel must be \[hidden, vocabulary\] .* \(11, 4\)"):
         loss(hidden_s, hidden_t, student_kernel=kernel_s.T, teacher_kernel=kernel_t)
     with pytest.raises(ValueError, match=r"the bias of student_kernel must be \(11,\)"):
         loss(hidden_s, hidden_t, student_kernel=(kernel_s, bias[:3]), teacher_kernel=kernel_t)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from distill_jax import augment, losses, objectives, train
+from distill_jax import data, losses, train
 from distill_jax.models import MLP, ConvNet, build, from_linen, from_nnx
 
 
@@ -49,7 +49,7 @@ def test_distillation_step_by_hand():
     hard = -np.log(softmax(z)[np.arange(len(x)), batch["label"]]).mean()
 
     tx = optax.sgd(rate)
-    step = train.make_train_step(objectives.distill(linear, temperature=3.0, alpha=alpha), tx)
+    step = train.make_train_step(train.distill(linear, temperature=3.0, alpha=alpha), tx)
     state, metrics = jax.jit(step)(train.init_state(PARAMS, tx, jax.random.key(0)), batch)
     np.testing.assert_allclose(state.params["w"], expected, atol=1e-6)
     np.testing.assert_allclose(metrics["soft"], soft, rtol=1e-6)
@@ -62,10 +62,8 @@ def test_distillation_step_by_hand():
 
 def test_schedules_of_temperature_and_alpha_follow_the_step():
     tx = optax.sgd(0.0)
-    loss_fn = objectives.distill(
-        linear,
-        temperature=optax.linear_schedule(1.0, 5.0, 4),
-        alpha=optax.linear_schedule(1.0, 0.0, 4),
+    loss_fn = train.distill(
+        linear, temperature=optax.linear_schedule(1.0, 5.0, 4), alpha=optax.linear_schedule(1.0, 0.0, 4)
     )
     step = jax.jit(train.make_train_step(loss_fn, tx))
     state, batch = train.init_state(PARAMS, tx, jax.random.key(0)), make_data()
@@ -81,27 +79,23 @@ def test_schedules_of_temperature_and_alpha_follow_the_step():
 def test_label_smoothing_and_soft_labels():
     batch = make_data()
     state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
-    step = train.make_train_step(objectives.supervised(linear, label_smoothing=0.2), optax.sgd(0.1))
+    step = train.make_train_step(train.supervised(linear, label_smoothing=0.2), optax.sgd(0.1))
     smoothed = jax.nn.one_hot(batch["label"], 3) * 0.8 + 0.2 / 3
-    plain = train.make_train_step(objectives.supervised(linear), optax.sgd(0.1))
+    plain = train.make_train_step(train.supervised(linear), optax.sgd(0.1))
     chex.assert_trees_all_close(
-        step(state, batch)[0].params,
-        plain(state, {**batch, "label": smoothed})[0].params,
-        rtol=1e-6,
+        step(state, batch)[0].params, plain(state, {**batch, "label": smoothed})[0].params, rtol=1e-6
     )
 
 
 def test_examples_of_weight_zero_do_not_exist():
     batch = make_data()
     shorter = jax.tree.map(lambda x: x[:9], batch)
-    step = train.make_train_step(objectives.distill(linear), optax.sgd(0.1))
+    step = train.make_train_step(train.distill(linear), optax.sgd(0.1))
     state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
     weight = (jnp.arange(12) < 9).astype(jnp.float32)
     masked, metrics = step(state, {**batch, "weight": weight})
     expected, expected_metrics = step(state, shorter)
-    chex.assert_trees_all_close(
-        (masked.params, metrics), (expected.params, expected_metrics), rtol=1e-5
-    )
+    chex.assert_trees_all_close((masked.params, metrics), (expected.params, expected_metrics), rtol=1e-5)
     values = jnp.where(weight > 0, 1.0, jnp.nan)
     assert train.weighted_mean(values, {"weight": weight}) == 1.0
 
@@ -116,7 +110,7 @@ def test_any_loss_of_the_library_distils():
         (losses.soft_cross_entropy, 2.0),
         (losses.mean_squared_logits, None),
     ]:
-        loss_fn = objectives.distill(linear, temperature=temperature, alpha=0.0, soft=soft)
+        loss_fn = train.distill(linear, temperature=temperature, alpha=0.0, soft=soft)
         step = jax.jit(train.make_train_step(loss_fn, optax.sgd(0.01)))
         after, first = step(state, batch)
         _, second = step(after, batch)
@@ -125,7 +119,7 @@ def test_any_loss_of_the_library_distils():
 
 
 def test_a_batch_without_teacher_is_refused():
-    step = train.make_train_step(objectives.distill(linear), optax.sgd(0.1))
+    step = train.make_train_step(train.distill(linear), optax.sgd(0.1))
     state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
     batch = {k: v for k, v in make_data().items() if k != "teacher"}
     with pytest.raises(ValueError, match=r"no 'teacher' logits.*it has \['image', 'label'\]"):
@@ -134,14 +128,11 @@ def test_a_batch_without_teacher_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
-        ({"temperature": 0.0}, "temperature must be"),
-    ],
+    [({"alpha": 1.5}, r"alpha must lie in \[0, 1\]"), ({"temperature": 0.0}, "temperature must be")],
 )
 def test_bad_hyperparameters_are_refused_when_the_objective_is_made(options, message):
     with pytest.raises(ValueError, match=message):
-        objectives.distill(linear, **options)
+        train.distill(linear, **options)
 
 
 # --- epochs ----------------------------------------------------------------------------------
@@ -156,7 +147,7 @@ def conv_and_dense():
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
 def test_an_epoch_is_its_steps(kind, monkeypatch):
     model, tx = conv_and_dense()[kind], optax.sgd(0.1, momentum=0.9)
-    step = train.make_train_step(objectives.supervised(model.apply_fn), tx)
+    step = train.make_train_step(train.supervised(model.apply_fn), tx)
     rng = np.random.default_rng(0)
     data = {
         "image": jnp.asarray(rng.normal(size=(20, 6, 6, 1)), jnp.float32),
@@ -167,7 +158,7 @@ def test_an_epoch_is_its_steps(kind, monkeypatch):
     original = jax.lax.scan
 
     def transform(context, batch, key):
-        return {**batch, "image": context * augment.random_shift(key, batch["image"], 1)}
+        return {**batch, "image": context * data.random_shift(key, batch["image"], 1)}
 
     epoch = train.make_epoch(step, transform=transform)
     state = train.init_state(model.params, tx, jax.random.key(3), model.model_state)
@@ -197,7 +188,7 @@ def test_scan_is_fast_sees_through_jit_and_custom_rules():
 
 def test_a_sweep_of_seeds_is_a_vmap_of_the_epoch():
     tx = optax.adam(1e-2)
-    step = train.make_train_step(objectives.distill(linear), tx)
+    step = train.make_train_step(train.distill(linear), tx)
     batches = jax.tree.map(lambda x: x.reshape(3, 4, *x.shape[1:]), make_data())
 
     def epoch(state):
@@ -219,10 +210,10 @@ def test_a_sweep_of_seeds_is_a_vmap_of_the_epoch():
 
 def test_max_norm_bounds_each_unit():
     tx = optax.chain(optax.sgd(10.0), train.max_norm(0.5))
-    step = train.make_train_step(objectives.supervised(linear), tx)
+    step = train.make_train_step(train.supervised(linear), tx)
     params = {"w": jnp.asarray(PARAMS["w"]) * jnp.array([0.01, 1.0, 1.0])}
     state, _ = step(train.init_state(params, tx, jax.random.key(0)), make_data())
-    free, _ = train.make_train_step(objectives.supervised(linear), optax.sgd(10.0))(
+    free, _ = train.make_train_step(train.supervised(linear), optax.sgd(10.0))(
         train.init_state(params, optax.sgd(10.0), jax.random.key(0)), make_data()
     )
     norms, free_norms = (np.linalg.norm(s.params["w"], axis=0) for s in (state, free))
@@ -296,7 +287,7 @@ def test_linen_and_plain_functions_train_like_nnx():
     tx = optax.adam(0.1)
 
     def leaves_after_a_step(apply_fn, params):
-        step = train.make_train_step(objectives.distill(apply_fn), tx)
+        step = train.make_train_step(train.distill(apply_fn), tx)
         state, _ = jax.jit(step)(train.init_state(params, tx, jax.random.key(0)), batch)
         return sorted(jax.tree.leaves(state.params), key=lambda x: (x.ndim, x.size))
 
@@ -313,18 +304,18 @@ def test_a_bad_description_is_refused(text):
 
 def test_random_shift_moves_within_bounds_and_fills_with_zero():
     images = jnp.zeros((400, 7, 7, 1), jnp.uint8).at[:, 3, 3].set(255)
-    moved = np.asarray(augment.random_shift(jax.random.key(0), images, 2))[..., 0]
+    moved = np.asarray(data.random_shift(jax.random.key(0), images, 2))[..., 0]
     assert (moved.sum((1, 2)) == 255).all()
     where = np.argwhere(moved)[:, 1:] - 3
     assert {tuple(w) for w in where} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
     corner = jnp.ones((50, 4, 4, 1), jnp.uint8)
-    sums = {int(x.sum()) for x in augment.random_shift(jax.random.key(0), corner, 1)}
+    sums = {int(x.sum()) for x in data.random_shift(jax.random.key(0), corner, 1)}
     assert sums == {16, 12, 9}
 
 
 def test_random_flip_mirrors_about_half_of_the_images():
     images = np.random.default_rng(0).normal(size=(400, 3, 4, 2))
-    flipped = np.asarray(augment.random_flip(jax.random.key(0), images.astype(np.float32)))
+    flipped = np.asarray(data.random_flip(jax.random.key(0), images.astype(np.float32)))
     same = np.isclose(flipped, images, atol=1e-6).all((1, 2, 3))
     mirrored = np.isclose(flipped, images[:, :, ::-1], atol=1e-6).all((1, 2, 3))
     assert (same ^ mirrored).all()

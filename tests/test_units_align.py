@@ -21,7 +21,8 @@ from test_units_architectures import (
     shapes,
 )
 
-from distill_jax import data, losses, models, objectives, train, trees, units
+from distill_jax import data, losses, models, train, weights
+from distill_jax.compress import units
 
 
 def network(model, shape):
@@ -63,9 +64,7 @@ def scanned():
     p["loop"] = jax.tree.map(lambda x: np.stack([x, -x[::-1]]), p["loop"])
 
     def fn(p, x):
-        h, _ = jax.lax.scan(
-            lambda h, q: (h + jnp.tanh(h @ q["w"]) @ q["v"], None), x @ p["first"], p["loop"]
-        )
+        h, _ = jax.lax.scan(lambda h, q: (h + jnp.tanh(h @ q["w"]) @ q["v"], None), x @ p["first"], p["loop"])
         h, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["recurrent"] + h), None), h, None, 3)
         return layer_norm(p["norm"], h) @ p["last"]
 
@@ -121,9 +120,7 @@ def test_where_the_order_matters_is_found_out():
 
     def free(fn, rows):
         params = shapes(a=(3, 6), b=(rows, 2))
-        graph = units.trace(
-            lambda p, x: fn(jnp.tanh(x @ p["a"]), p), params, numbers(np.ones((2, 3)))
-        )
+        graph = units.trace(lambda p, x: fn(jnp.tanh(x @ p["a"]), p), params, numbers(np.ones((2, 3))))
         (name,) = [name for name, group in graph.groups.items() if group.free]
         return graph, name
 
@@ -249,9 +246,7 @@ def weight_matching(ours, theirs, seed):
 def test_weight_matching_is_as_good_as_with_a_specification_by_hand():
     """Between unrelated networks, where no order is exact: ‖θ_reference − π(θ)‖² of both."""
     model = models.build("mlp:24,20", (4, 4, 1), 5, jax.random.key(0))
-    graph = units.trace(
-        lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 4, 4, 1))
-    )
+    graph = units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 4, 4, 1)))
     given, reference = [], []
     for seed in range(5):
         ours, theirs = numbers(model.params, 2 * seed), numbers(model.params, 2 * seed + 1)
@@ -264,9 +259,7 @@ def test_weight_matching_is_as_good_as_with_a_specification_by_hand():
         found = units.permute(graph, theirs, units.match_weights(graph, theirs, ours, seed=seed))
 
         def product(tree, ours=ours):
-            return sum(
-                np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (tree, ours)), strict=True)
-            )
+            return sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (tree, ours)), strict=True))
 
         reference.append(product(by_hand))
         given.append(product(found))
@@ -288,18 +281,13 @@ def digits():
 @pytest.mark.parametrize("source", [digits, mnist])
 def test_the_barrier_after_matching_is_no_higher_than_with_a_specification_by_hand(source):
     dataset, width, batch, epochs = source()
-    image, label = (
-        jnp.asarray(dataset.train.image, jnp.float32) / 255,
-        jnp.asarray(dataset.train.label),
-    )
+    image, label = (jnp.asarray(dataset.train.image, jnp.float32) / 255, jnp.asarray(dataset.train.label))
     test_image, test_label = dataset.test.image / np.float32(255), dataset.test.label
     tx = optax.adam(1e-3)
     shape = image.shape[1:]
-    made = [
-        models.build(f"mlp:{width},{width}", shape, 10, jax.random.key(seed)) for seed in range(4)
-    ]
+    made = [models.build(f"mlp:{width},{width}", shape, 10, jax.random.key(seed)) for seed in range(4)]
     apply_fn = made[0].apply_fn
-    step = train.make_train_step(objectives.supervised(apply_fn), tx)
+    step = train.make_train_step(train.supervised(apply_fn), tx)
 
     @jax.jit
     def fit(state, order):
@@ -330,7 +318,7 @@ def test_the_barrier_after_matching_is_no_higher_than_with_a_specification_by_ha
         found = units.match_weights(graph, theirs, ours)
         for name, orders in zip(figures, ({}, by_hand, found), strict=True):
             other = units.permute(graph, theirs, orders)
-            middle = loss(trees.lerp(ours, other, 0.5))
+            middle = loss(weights.lerp(ours, other, 0.5))
             figures[name].append(float(middle - (loss(ours) + loss(other)) / 2))
     print(source.__name__, figures)
     assert np.mean(figures["found"]) <= np.mean(figures["by hand"]) + 0.01
@@ -340,13 +328,11 @@ def test_the_barrier_after_matching_is_no_higher_than_with_a_specification_by_ha
 def test_a_wider_teacher_is_brought_to_the_student():
     """Its strongest units are the student's, in another order, among weak ones."""
     small, wide = (
-        models.build(f"convnet:{w}", (8, 8, 1), 3, jax.random.key(i))
-        for i, w in enumerate(("4,5", "6,9"))
+        models.build(f"convnet:{w}", (8, 8, 1), 3, jax.random.key(i)) for i, w in enumerate(("4,5", "6,9"))
     )
     x = np.zeros((1, 8, 8, 1))
     graphs = [
-        units.trace(lambda p, x, m=m: m.apply_fn(p, m.model_state, x)[0], m.params, x)
-        for m in (small, wide)
+        units.trace(lambda p, x, m=m: m.apply_fn(p, m.model_state, x)[0], m.params, x) for m in (small, wide)
     ]
     student = numbers(small.params)
     weak = jax.tree.map(lambda x: 1e-3 * x, numbers(wide.params, 1))
@@ -386,12 +372,7 @@ def test_a_wider_teacher_is_brought_to_the_student():
     assert selected.distance[0] == selected.distance[1] == done.distance[0]
     with pytest.raises(ValueError, match="wider than the teacher") as error:
         units.bring(graphs[1], teacher, graphs[0], student)
-    for path in (
-        "convolution.0.kernel",
-        "convolution.0.bias",
-        "convolution.1.bias",
-        "hidden.kernel",
-    ):
+    for path in ("convolution.0.kernel", "convolution.0.bias", "convolution.1.bias", "hidden.kernel"):
         assert path in str(error.value)
     assert "head" not in str(error.value)
     deeper = models.build("convnet:4,5,6", (8, 8, 1), 3, jax.random.key(0))

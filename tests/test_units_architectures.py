@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill_jax import models, units
+from distill_jax import models
+from distill_jax.compress import units
 from distill_jax.models import mobilenet, shufflenet
 
 
@@ -30,9 +31,7 @@ def numbers(tree, seed=0):
 
 
 def shapes(**given):
-    return numbers(
-        {k: np.zeros(v) if isinstance(v, tuple) else shapes(**v) for k, v in given.items()}
-    )
+    return numbers({k: np.zeros(v) if isinstance(v, tuple) else shapes(**v) for k, v in given.items()})
 
 
 def compiled(fn, *args):
@@ -62,9 +61,7 @@ def pruned_equals_silenced(fn, params, *inputs, runs=1, least=1, rerun=False):
         expected = compiled(fn, units.silence(graph, params, kept), *inputs)
         for network in [units.shrink(graph, kept), fn] if rerun else [units.shrink(graph, kept)]:
             for a, b in zip(
-                jax.tree.leaves(compiled(network, small, *inputs)),
-                jax.tree.leaves(expected),
-                strict=True,
+                jax.tree.leaves(compiled(network, small, *inputs)), jax.tree.leaves(expected), strict=True
             ):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9 * np.abs(b).max())
     return graph
@@ -98,12 +95,7 @@ def test_flatten_grouped_dilated_and_transposed_convolutions():
     def fn(p, x):
         x = jnp.tanh(conv(p["b"], jax.nn.relu(conv(p["a"], x)), groups=3))
         x = jax.lax.conv_general_dilated(
-            x,
-            p["c"],
-            (2, 2),
-            "SAME",
-            rhs_dilation=(2, 2),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, p["c"], (2, 2), "SAME", rhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         x = jax.lax.conv_transpose(x, p["d"], (2, 2), "SAME")
         return jax.nn.gelu(x.reshape(len(x), -1) @ p["w"]) @ p["v"]
@@ -147,12 +139,7 @@ def test_dense_connections_and_squeeze_and_excite():
         return y.mean(1) @ p["h"]
 
     graph = pruned_equals_silenced(fn, p, numbers(np.zeros((2, 3, 4))), runs=2, rerun=True)
-    assert {n: g.size for n, g in graph.groups.items() if g.free} == {
-        "w": 6,
-        "s1": 3,
-        "d1": 4,
-        "d2": 4,
-    }
+    assert {n: g.size for n, g in graph.groups.items() if g.free} == {"w": 6, "s1": 3, "d1": 4, "d2": 4}
 
 
 def lstm(p, x):
@@ -257,11 +244,7 @@ def test_inexact_groups_still_run_and_means_count_what_is_left():
 def test_vision_transformer_with_scanned_layers():
     each = block_shapes(6, 3, 3, 2, 5)
     p = shapes(
-        patch=(48, 6),
-        token=(1, 1, 6),
-        positions=(5, 6),
-        head=(6, 3),
-        norm={"scale": (6,), "bias": (6,)},
+        patch=(48, 6), token=(1, 1, 6), positions=(5, 6), head=(6, 3), norm={"scale": (6,), "bias": (6,)}
     )
     p["blocks"] = jax.tree.map(lambda *x: np.stack(x), *(shapes(**each) for _ in range(2)))
 
@@ -305,18 +288,7 @@ def test_linen():
         fn(units.keep(graph, p, kept), x)
 
 
-PARTS = (
-    "dense",
-    "residual",
-    "glu",
-    "concatenate",
-    "halves",
-    "reshape",
-    "norm",
-    "transpose",
-    "pad",
-    "scan",
-)
+PARTS = ("dense", "residual", "glu", "concatenate", "halves", "reshape", "norm", "transpose", "pad", "scan")
 
 
 def random_network(parts):
@@ -373,9 +345,7 @@ def random_network(parts):
             elif part == "pad":
                 x = jnp.pad(x, ((0, 0), (1, 1))) + q["b"]
             else:
-                x = jax.lax.scan(
-                    lambda h, _, q=q: (jnp.tanh(h @ q["w"]) @ q["k"], None), x, None, 2
-                )[0]
+                x = jax.lax.scan(lambda h, _, q=q: (jnp.tanh(h @ q["w"]) @ q["k"], None), x, None, 2)[0]
         return x @ p["last"]
 
     return fn, shapes(**given)
@@ -387,9 +357,7 @@ def test_random_networks(parts):
     fn, params = random_network(parts)
     graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
     positions = {
-        (path, a): np.zeros(n, bool)
-        for path, s in graph.shapes.items()
-        for a, n in enumerate(s.shape)
+        (path, a): np.zeros(n, bool) for path, s in graph.shapes.items() for a, n in enumerate(s.shape)
     }
     for group in graph.groups.values():
         for s in group.slices:

@@ -13,9 +13,10 @@ import optax
 import pytest
 from test_units_architectures import compiled, conv, lstm, numbers, shapes
 
-from distill_jax import metrics, models, units
-from distill_jax.checkpoint import Checkpoints
-from distill_jax.units import costs, scores
+from distill_jax import metrics, models
+from distill_jax.compress import units
+from distill_jax.compress.units import costs, scores
+from distill_jax.train.checkpoints import Checkpoints
 
 
 def mlp(p, x):
@@ -32,8 +33,7 @@ def traced(a=12, b=20):
 
 @pytest.mark.parametrize("across", ["network", "group"])
 @pytest.mark.parametrize(
-    ("of", "budget"),
-    [(costs.share, 0.5), (costs.parameters, 150), (costs.flops, 300), (costs.share, 1.0)],
+    ("of", "budget"), [(costs.share, 0.5), (costs.parameters, 150), (costs.flops, 300), (costs.share, 1.0)]
 )
 def test_budgets_are_met_and_nothing_more_goes(of, budget, across):
     params, graph = traced()
@@ -216,9 +216,7 @@ def test_units_that_were_doubled_and_split_are_merged_again(kind):
             small = units.keep(graph, merged, kept)
             assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, params)
             np.testing.assert_allclose(compiled(fn, small, x), expected, rtol=1e-6)
-            np.testing.assert_allclose(
-                compiled(units.shrink(graph, kept), small, x), expected, rtol=1e-6
-            )
+            np.testing.assert_allclose(compiled(units.shrink(graph, kept), small, x), expected, rtol=1e-6)
 
 
 def test_what_is_alike_can_be_told_otherwise():
@@ -250,9 +248,7 @@ def stack(p, x):
 
 def stacked(width, hidden, layers):
     block = {"u": (width, hidden), "v": (hidden, width)}
-    params = shapes(
-        **{"in": (3, width), "blocks": {f"{i}": block for i in range(layers)}, "out": (width, 2)}
-    )
+    params = shapes(**{"in": (3, width), "blocks": {f"{i}": block for i in range(layers)}, "out": (width, 2)})
     return params, units.trace(stack, params, numbers(np.zeros((1, 3))))
 
 
@@ -274,24 +270,19 @@ def test_a_teachers_units_fit_into_a_student_of_fewer_layers():
     assert not done.kept
     assert done.taken["blocks.1.u"] == "blocks.3.u"
     np.testing.assert_array_equal(
-        done.params["blocks"]["1"]["u"],
-        teacher["blocks"]["3"]["u"][np.ix_(kept["in"], kept["blocks.3.u"])],
+        done.params["blocks"]["1"]["u"], teacher["blocks"]["3"]["u"][np.ix_(kept["in"], kept["blocks.3.u"])]
     )
     # The function is that of the teacher with those units and layers alone
     rest = {"in": teacher["in"], "out": teacher["out"],
             "blocks": {"0": teacher["blocks"]["0"], "3": teacher["blocks"]["3"]}}  # fmt: skip
     two = units.trace(stack, rest, numbers(np.zeros((1, 3))))
     x = numbers(np.zeros((5, 3)), 3)
-    np.testing.assert_allclose(
-        stack(done.params, x), stack(units.keep(two, rest, kept), x), rtol=1e-5
-    )
+    np.testing.assert_allclose(stack(done.params, x), stack(units.keep(two, rest, kept), x), rtol=1e-5)
 
 
 def test_a_student_of_fewer_layers_says_which_are_the_teachers():
     def graph_of(*sizes):
-        params = {
-            str(i): np.ones(pair, np.float32) for i, pair in enumerate(itertools.pairwise(sizes))
-        }
+        params = {str(i): np.ones(pair, np.float32) for i, pair in enumerate(itertools.pairwise(sizes))}
 
         def fn(p, x):
             for i in range(len(p) - 1):
@@ -312,12 +303,7 @@ def test_a_student_of_fewer_layers_says_which_are_the_teachers():
 
 
 def test_injection_says_what_it_took_and_what_it_kept():
-    student = {
-        "a": np.zeros((2, 3), np.float32),
-        "b": np.zeros(9),
-        "c": np.zeros(2),
-        "d": np.ones(1),
-    }
+    student = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(9), "c": np.zeros(2), "d": np.ones(1)}
     teacher = {"a": np.arange(24.0).reshape(4, 6), "b": np.ones(4), "c": np.ones((2, 1))}
     done = units.inject(student, teacher)
     np.testing.assert_array_equal(done.params["a"], teacher["a"][::2, ::2])
@@ -352,9 +338,7 @@ def test_the_optimizers_state_follows_what_was_pruned():
     kept = units.prune(graph, scores.l1(graph, params), 0.5)
     pruned = step(units.keep(graph, params, kept), units.keep(graph, state, kept))
     silenced = step(units.silence(graph, params, kept), units.silence(graph, state, kept))
-    for a, b in zip(
-        jax.tree.leaves(pruned), jax.tree.leaves(units.keep(graph, silenced, kept)), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(pruned), jax.tree.leaves(units.keep(graph, silenced, kept)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -426,9 +410,7 @@ def test_what_cannot_be_meant_is_refused():
     params, graph = traced(a=4, b=6)
     two = {"a": np.ones(4)}
     softmax = units.trace(
-        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"],
-        shapes(a=(3, 4), b=(4, 2)),
-        np.zeros((1, 3)),
+        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], shapes(a=(3, 4), b=(4, 2)), np.zeros((1, 3))
     )
     prune, merge = functools.partial(units.prune, graph), functools.partial(units.merge, graph)
     for call, message in [
@@ -462,9 +444,7 @@ def test_what_cannot_be_meant_is_refused():
 
 def test_widths_of_a_built_model_rebuild_it():
     model = models.build("mlp:6", (2, 2, 1), 3, jax.random.key(0))
-    graph = units.trace(
-        lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 2, 2, 1))
-    )
+    graph = units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 2, 2, 1)))
     kept = {"dense.0.kernel": [1, 4]}
     widths = units.architecture(graph, kept)["widths"]
     small = models.build(f"mlp:{widths['dense.0.kernel']}", (2, 2, 1), 3, jax.random.key(0))

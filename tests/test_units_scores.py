@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_units_architectures import conv, lstm, numbers, shapes
 
-from distill_jax import units
-from distill_jax.units import roles, scores, values
+from distill_jax.compress import units
+from distill_jax.compress.units import scores, values
+from distill_jax.compress.units._trace import roles
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +77,7 @@ def test_weights_and_gradients(case):
     agree(scores.l2(graph, params, normalize="none"), {n: np.sqrt(s) for n, s in squares.items()})
     linear = reference(graph, products, lambda x: x)
     agree(
-        scores.taylor(graph, params, gradients, normalize="none"),
-        {n: np.abs(s) for n, s in linear.items()},
+        scores.taylor(graph, params, gradients, normalize="none"), {n: np.abs(s) for n, s in linear.items()}
     )
     curvature = jax.tree.map(lambda g: np.asarray(g) ** 2, gradients)
     agree(
@@ -132,9 +132,7 @@ def test_activations_are_what_is_handed_on(case):
         h = jax.nn.relu(conv(params["a"], x) * params["norm"]["scale"] + params["norm"]["bias"])
         flat = h.reshape(2, 9, 4).reshape(18, 4)
         np.testing.assert_allclose(np.sort(given["a"], 0), np.sort(flat, 0), rtol=1e-6, atol=1e-9)
-        np.testing.assert_allclose(
-            given["w"], np.tanh(h.reshape(2, -1) @ params["w"]), rtol=1e-6, atol=1e-9
-        )
+        np.testing.assert_allclose(given["w"], np.tanh(h.reshape(2, -1) @ params["w"]), rtol=1e-6, atol=1e-9)
     else:  # after the loop the mean over time is handed on
         assert given["wx"].shape == (2, 5)
 
@@ -170,9 +168,7 @@ def test_normalization():
         found = scores.normalized(x, normalize)
         np.testing.assert_allclose(found["a"], expected)
         np.testing.assert_array_equal(found["b"], 0)
-    with pytest.raises(
-        ValueError, match="normalize must be one of mean, max, norm, none, got 'l2'"
-    ):
+    with pytest.raises(ValueError, match="normalize must be one of mean, max, norm, none, got 'l2'"):
         scores.normalized(x, "l2")
     with pytest.raises(ValueError, match="not finite"):
         scores.normalized({"a": np.array([np.nan, 1])}, "mean")
@@ -244,9 +240,7 @@ def test_why_units_cannot_be_merged():
     b = {"b": (4, 2)}
     assert reason(lambda h, p: jax.nn.softmax(h) @ p["b"], **b) == "reduce_max over it"
     assert "two values" in reason(lambda h, p: (h @ h.T) @ h @ p["b"], **b)
-    assert "two parameters" in reason(
-        lambda h, p: jnp.tanh(h) @ p["b"] + (p["b"].T @ p["b"])[0], **b
-    )
+    assert "two parameters" in reason(lambda h, p: jnp.tanh(h) @ p["b"] + (p["b"].T @ p["b"])[0], **b)
     assert "incoming and outgoing" in reason(lambda h, p: (h + p["b"][:, 0]) @ p["b"], **b)
     assert "two values" in reason(lambda h, p: h @ (p["b"] * 2), **b)
     # The same is done to all units, or it is not

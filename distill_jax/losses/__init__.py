@@ -1,32 +1,13 @@
 """Losses: arrays in, one value an example out.
 
 No loss reduces over examples, weights, stops a gradient or holds state; weighted sums are
-written where they are used (see :mod:`distill_jax.objectives`).
+written where they are used (see :mod:`distill_jax.train.objectives`).
 """
 
-from distill_jax.losses import (
-    tokens,
-)
-from distill_jax.losses.classes import (
-    dkd,
-    nkd,
-    ranking_hinge,
-    ranking_logistic,
-    teacher_free,
-    wsld,
-)
-from distill_jax.losses.contrast import (
-    CRDState,
-    crd,
-    crd_init,
-    crd_negatives,
-    info_nce,
-)
-from distill_jax.losses.correlations import (
-    dist,
-    mlkd,
-    standardize,
-)
+from distill_jax.losses import tokens
+from distill_jax.losses.classes import dkd, nkd, ranking_hinge, ranking_logistic, teacher_free, wsld
+from distill_jax.losses.contrast import CRDState, crd, crd_init, crd_negatives, info_nce
+from distill_jax.losses.correlations import dist, mlkd, standardize
 from distill_jax.losses.features import (
     activation_boundary,
     cat_kd,
@@ -38,10 +19,7 @@ from distill_jax.losses.features import (
     ofd,
     vid,
 )
-from distill_jax.losses.imbalance import (
-    class_balanced,
-    logit_adjusted,
-)
+from distill_jax.losses.imbalance import class_balanced, logit_adjusted
 from distill_jax.losses.logits import (
     cross_entropy,
     jensen_shannon,

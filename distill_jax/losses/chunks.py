@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.numerics import to_float
+from distill_jax.losses._numerics import to_float
 
 Array = jax.Array
 Loss = Callable[..., Array]
@@ -23,7 +23,7 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     Args:
       loss: ``(student_logits, teacher, ..., **options) -> [..., length]``, one value a token, each
         from its own token alone; any logit loss, or
-        :func:`distill_jax.losses.tokens.bucketed`.
+        :func:`distill_jax.losses.bucketed`.
       chunk: positions at a time, along the length axis, so that a batch split over devices stays so.
         The length need not be a multiple.
 
@@ -48,14 +48,10 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
-    def chunked_loss(
-        student_hidden, teacher, *labels, student_kernel, teacher_kernel=None, **options
-    ):
+    def chunked_loss(student_hidden, teacher, *labels, student_kernel, teacher_kernel=None, **options):
         rows = jax.tree.map(jnp.asarray, (student_hidden, teacher, *labels))
         if rows[0].ndim < 2:
-            raise ValueError(
-                f"student_hidden must be [..., length, hidden], got shape {rows[0].shape}"
-            )
+            raise ValueError(f"student_hidden must be [..., length, hidden], got shape {rows[0].shape}")
         shape = rows[0].shape[:-1]
         for leaf in jax.tree.leaves(rows):
             if leaf.shape[: len(shape)] != shape:

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.logits import kl, soft_cross_entropy
-from distill_jax.losses.numerics import (
+from distill_jax.losses._numerics import (
     Pair,
     check_fraction,
     check_positive,
@@ -23,6 +22,7 @@ from distill_jax.losses.numerics import (
     to_float,
     valid_classes,
 )
+from distill_jax.losses.logits import kl, soft_cross_entropy
 
 Array = jax.Array
 
@@ -281,9 +281,7 @@ def ranking_hinge(
     return _mean_over_pairs(hinge, teacher_logits, x, axis)
 
 
-def ranking_logistic(
-    student_logits: Any, teacher_logits: Any, *, axis: int = -1, where: Any = None
-) -> Array:
+def ranking_logistic(student_logits: Any, teacher_logits: Any, *, axis: int = -1, where: Any = None) -> Array:
     """Pairwise ranking by a logistic loss: mean of log(1 + e^(s_l − s_k)) over pairs that t_k > t_l.
 
     s and t are the logits of student and teacher; only the *order* of t counts, and the value falls
@@ -382,9 +380,7 @@ def _target_or_not(student, teacher, target, rest: Pair, temperature, axis, wher
     near = target_q & others_q & target_p & others_p & (total > 0) & (jnp.abs(step) < 2)
     step = jnp.where(near, step, 0.0)
     q_y = jax.nn.sigmoid(odds_q)
-    close = stack(
-        -jnp.log1p(jax.nn.sigmoid(-odds_q) * jnp.expm1(-step)), -jnp.log1p(q_y * jnp.expm1(step))
-    )
+    close = stack(-jnp.log1p(jax.nn.sigmoid(-odds_q) * jnp.expm1(-step)), -jnp.log1p(q_y * jnp.expm1(step)))
     ratio = jnp.where(stack(near, near), close, log_p - log_q)
     return Pair(log_q, log_p, jnp.where(has_q & has_p, ratio, 0.0), has_q, has_p)
 

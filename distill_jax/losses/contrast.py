@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.numerics import check_fraction, check_positive, to_float
+from distill_jax.losses._numerics import check_fraction, check_positive, to_float
+from distill_jax.losses._space import direction
 from distill_jax.losses.relations import flatten, product
-from distill_jax.losses.space import direction
 
 Array = jax.Array
 
@@ -67,9 +67,7 @@ def info_nce(
     if labels is not None:
         labels = jnp.asarray(labels)
         if labels.shape != valid.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(
-                f"labels must be integers {valid.shape}, got {labels.dtype} {labels.shape}"
-            )
+            raise ValueError(f"labels must be integers {valid.shape}, got {labels.dtype} {labels.shape}")
         negative &= labels[:, None] != labels
     logits = product(direction(student, -1), direction(teacher, -1)) / to_float(temperature)
     own = jnp.diagonal(logits)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.numerics import (
+from distill_jax.losses._numerics import (
     Pair,
     check_positive,
     kl_of,
@@ -22,7 +22,7 @@ from distill_jax.losses.numerics import (
     to_float,
     valid_classes,
 )
-from distill_jax.losses.space import matmul
+from distill_jax.losses._space import matmul
 
 Array = jax.Array
 
@@ -132,9 +132,7 @@ def dist(
     flat_a, flat_b = flat_a[:, 0], flat_b[:, 0]
     value = beta * jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, between), 1.0)
     # Within a class: the same along the batch, of log-probabilities.
-    (a, b), (flat_a, flat_b) = _unit(
-        _relative(log_softmax(logits, has, 2), has, 1), exists[None], 1
-    )
+    (a, b), (flat_a, flat_b) = _unit(_relative(log_softmax(logits, has, 2), has, 1), exists[None], 1)
     members = jnp.sum(exists, 0, keepdims=True)
     number = jnp.sum(counted)
     per_member = number / jnp.maximum(members, 1)
@@ -211,9 +209,7 @@ def mlkd(
         gap = probability_difference(x)
         exists = x.has_q | x.has_p
         used = jnp.maximum(jnp.sum(jnp.any(exists, 0)), 1)
-        instance = jnp.square(temperature) * kl_of(
-            x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1
-        )
+        instance = jnp.square(temperature) * kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1)
         # PPᵀ − QQᵀ = (P − Q)Pᵀ + Q(P − Q)ᵀ loses nothing where the two almost agree
         examples = matmul(gap, p.T) + matmul(q, gap.T)
         classes = matmul(gap.T, p) + matmul(q.T, gap)

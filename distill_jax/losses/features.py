@@ -1,7 +1,7 @@
 """Losses between features of one shape, compared unit by unit.
 
 Features are ``[batch, *spatial, channels]``, student and teacher alike; the parts of
-:mod:`distill_jax.learned` bring features of other shapes together. Many papers sum over units and
+:mod:`distill_jax.features` bring features of other shapes together. Many papers sum over units and
 many programs average: where that is so, the paper's sum is the default and ``mean=True`` the
 average, which is the sum divided by the number of positions that count times the number of
 channels.
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from distill_jax.losses.numerics import check_fraction, check_positive, to_float
-from distill_jax.losses.space import (
+from distill_jax.losses._numerics import check_fraction, check_positive, to_float
+from distill_jax.losses._space import (
     common_space,
     direction,
     feature_pair,
@@ -97,9 +97,7 @@ def activation_boundary(
     return total(terms, x.valid, mean)
 
 
-def ofd(
-    student: Any, teacher: Any, *, margin: Any = None, mean: bool = False, where: Any = None
-) -> Array:
+def ofd(student: Any, teacher: Any, *, margin: Any = None, mean: bool = False, where: Any = None) -> Array:
     """Overhaul of feature distillation (OFD): Σ (T − s)² but 0 where s ≤ T ≤ 0; T = max(t, m).
 
     t is the teacher's response before its activation, m ≤ 0 a margin a channel: a student's
@@ -204,9 +202,7 @@ def margin_from_features(features: Any, *, where: Any = None) -> Array:
     return jnp.sum(jnp.where(negative, x, 0.0), axes) / jnp.maximum(jnp.sum(negative, axes), 1)
 
 
-def vid(
-    student: Any, teacher: Any, *, variance: Any = 1.0, mean: bool = False, where: Any = None
-) -> Array:
+def vid(student: Any, teacher: Any, *, variance: Any = 1.0, mean: bool = False, where: Any = None) -> Array:
     """Variational information distillation (VID): −log N(t | μ, σ²) without its constant.
 
     Σ ½·[(t − μ)²/σ² + log σ²] over positions and channels, a variance a channel. Its least value
@@ -216,7 +212,7 @@ def vid(
       student: μ, the prediction of the teacher's features, ``[batch, *spatial, channels]``.
       teacher: t, as ``student``.
       variance: σ² > 0, a scalar or ``[channels]``. To train it with the student, see
-        :func:`distill_jax.learned.vid`.
+        :func:`distill_jax.features.vid`.
       mean: the mean over positions and channels instead of the sum, as in torchdistill,
         RepDistiller and mdistiller (which leaves the variance's parameter out of the optimizer: it
         is never trained).
@@ -239,8 +235,7 @@ def vid(
     variance = to_float(variance)
     if variance.shape not in ((), x.teacher.shape[-1:]):
         raise ValueError(
-            f"variance must be a scalar or {x.teacher.shape[-1:]}, one a channel, "
-            f"got {variance.shape}"
+            f"variance must be a scalar or {x.teacher.shape[-1:]}, one a channel, got {variance.shape}"
         )
     terms = 0.5 * (jnp.square(x.teacher - x.student) / variance + jnp.log(variance))
     return total(jnp.where(x.valid[..., None], terms, 0.0), x.valid, mean)
@@ -327,12 +322,7 @@ def class_activation_maps(features: Any, kernel: Any) -> Array:
 
 
 def cat_kd(
-    student: Any,
-    teacher: Any,
-    *,
-    resolution: int | None = 2,
-    normalise: bool = True,
-    where: Any = None,
+    student: Any, teacher: Any, *, resolution: int | None = 2, normalise: bool = True, where: Any = None
 ) -> Array:
     """Class attention transfer (CAT-KD): squared error of normalised class activation maps.
 
@@ -379,7 +369,5 @@ def examples_only(where: Any, features: Any) -> Any:
     """``where``, after a check that it names examples and not positions."""
     batch = jnp.shape(features)[:1]
     if where is not None and jnp.shape(where) != batch:
-        raise ValueError(
-            f"where must be {batch} here, one for each example, got {jnp.shape(where)}"
-        )
+        raise ValueError(f"where must be {batch} here, one for each example, got {jnp.shape(where)}")
     return where

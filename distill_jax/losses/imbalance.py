@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.losses._numerics import check_fraction, check_positive, to_float
 from distill_jax.losses.logits import cross_entropy
-from distill_jax.losses.numerics import check_fraction, check_positive, to_float
 
 Array = jax.Array
 
@@ -63,19 +63,11 @@ def logit_adjusted(
     shift = to_float(tau) * jnp.log(jnp.where(seen, prior, 1.0)).astype(logits.dtype)
     where = seen if where is None else seen & where
     where = jnp.broadcast_to(where, logits.shape)
-    return cross_entropy(
-        logits + shift, labels, label_smoothing=label_smoothing, axis=axis, where=where
-    )
+    return cross_entropy(logits + shift, labels, label_smoothing=label_smoothing, axis=axis, where=where)
 
 
 def class_balanced(
-    logits: Any,
-    labels: Any,
-    *,
-    counts: Any,
-    beta: Any = 0.9999,
-    axis: int = -1,
-    where: Any = None,
+    logits: Any, labels: Any, *, counts: Any, beta: Any = 0.9999, axis: int = -1, where: Any = None
 ) -> Array:
     """Class-balanced cross-entropy: −w_y·log q_y, w_c ∝ (1 − β)/(1 − β^n_c), of mean 1 over classes.
 
@@ -133,7 +125,5 @@ def _per_class(name: str, values: Any, shape: tuple[int, ...], axis: int) -> Any
         values = np.asarray(values, np.float64)
     axis = axis % len(shape)
     if values.shape != (shape[axis],):
-        raise ValueError(
-            f"{name} must have shape ({shape[axis]},), one a class, got {values.shape}"
-        )
+        raise ValueError(f"{name} must have shape ({shape[axis]},), one a class, got {values.shape}")
     return values.reshape(shape[axis], *(1,) * (len(shape) - axis - 1))

@@ -3,7 +3,7 @@
 A class is *valid* where ``where`` is true and the logit is not −inf. Every class that is not valid
 has probability exactly 0, and takes part in no maximum, sum or mean. Computation is in float32 (in
 float64 for float64 input), in log-space, and no probability is clipped;
-:mod:`distill_jax.losses.numerics` says how small divergences keep their digits.
+:mod:`distill_jax.losses._numerics` says how small divergences keep their digits.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.numerics import (
+from distill_jax.losses._numerics import (
     check_fraction,
     divergence_terms,
     kl_of,
@@ -27,12 +27,7 @@ Array = jax.Array
 
 
 def kl(
-    student_logits: Any,
-    teacher_logits: Any,
-    *,
-    temperature: Any = 1.0,
-    axis: int = -1,
-    where: Any = None,
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
 ) -> Array:
     """Forward Kullback–Leibler divergence of softened predictions: T²·KL(teacher‖student).
 
@@ -66,12 +61,7 @@ def kl(
 
 
 def reverse_kl(
-    student_logits: Any,
-    teacher_logits: Any,
-    *,
-    temperature: Any = 1.0,
-    axis: int = -1,
-    where: Any = None,
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
 ) -> Array:
     """Reverse Kullback–Leibler divergence: T²·KL(student‖teacher) = T²·Σ q·log(q/p).
 
@@ -134,9 +124,7 @@ def jensen_shannon(
     log_p_m = -jnp.where(
         small, jnp.log1p((1 - beta) * jnp.expm1(-near)), jnp.logaddexp(log_beta, log_rest - far)
     )
-    log_q_m = -jnp.where(
-        small, jnp.log1p(beta * jnp.expm1(near)), jnp.logaddexp(log_beta + far, log_rest)
-    )
+    log_q_m = -jnp.where(small, jnp.log1p(beta * jnp.expm1(near)), jnp.logaddexp(log_beta + far, log_rest))
     p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
     q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
     m = beta * p + (1 - beta) * q
@@ -241,12 +229,7 @@ def _skewed(log_a, log_b, log_ratio, has_a, has_b, alpha, axis) -> Array:
 
 
 def total_variation(
-    student_logits: Any,
-    teacher_logits: Any,
-    *,
-    temperature: Any = 1.0,
-    axis: int = -1,
-    where: Any = None,
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
 ) -> Array:
     """Total variation distance of softened predictions: ½·Σ |p − q|.
 
@@ -279,12 +262,7 @@ def total_variation(
 
 
 def soft_cross_entropy(
-    student_logits: Any,
-    teacher_logits: Any,
-    *,
-    temperature: Any = 1.0,
-    axis: int = -1,
-    where: Any = None,
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
 ) -> Array:
     """Cross-entropy with the teacher's soft targets: −T²·Σ p·log q.
 
@@ -332,8 +310,7 @@ def mean_squared_logits(
     student, teacher = to_float(student_logits), to_float(teacher_logits)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student_logits and teacher_logits must have one shape, got {student.shape} "
-            f"and {teacher.shape}"
+            f"student_logits and teacher_logits must have one shape, got {student.shape} and {teacher.shape}"
         )
     valid = valid_classes(student, where) & valid_classes(teacher, where)
     difference = jnp.where(valid, student, 0.0) - jnp.where(valid, teacher, 0.0)
@@ -342,12 +319,7 @@ def mean_squared_logits(
 
 
 def cross_entropy(
-    logits: Any,
-    labels: Any,
-    *,
-    label_smoothing: Any = 0.0,
-    axis: int = -1,
-    where: Any = None,
+    logits: Any, labels: Any, *, label_smoothing: Any = 0.0, axis: int = -1, where: Any = None
 ) -> Array:
     """Cross-entropy with labels: −log q[label], or −Σ y·log q for soft labels y.
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.numerics import check_positive, kl_of, to_float
-from distill_jax.losses.space import direction, matmul, norm
+from distill_jax.losses._numerics import check_positive, kl_of, to_float
+from distill_jax.losses._space import direction, matmul, norm
 
 Array = jax.Array
 
@@ -31,9 +31,7 @@ def flatten(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array
     student, teacher = to_float(student), to_float(teacher)
     for name, x in (("student", student), ("teacher", teacher)):
         if x.ndim < 2:
-            raise ValueError(
-                f"{name} features must be [batch, ..., channels], got the shape {x.shape}"
-            )
+            raise ValueError(f"{name} features must be [batch, ..., channels], got the shape {x.shape}")
     batch = student.shape[0]
     if teacher.shape[0] != batch:
         raise ValueError(
@@ -43,8 +41,7 @@ def flatten(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array
     valid = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
     if valid.dtype != bool or valid.shape != (batch,):
         raise ValueError(
-            f"where must be bool of shape {(batch,)}, one for each example, got {valid.dtype} "
-            f"{valid.shape}"
+            f"where must be bool of shape {(batch,)}, one for each example, got {valid.dtype} {valid.shape}"
         )
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     rows = (x.reshape(batch, math.prod(x.shape[1:])).astype(dtype) for x in (student, teacher))
@@ -120,9 +117,7 @@ def similarity_preserving(student: Any, teacher: Any, *, where: Any = None) -> A
     return jnp.where(valid, squares, 0.0) / jnp.maximum(_count(valid, squares.dtype), 1)
 
 
-def rkd_distance(
-    student: Any, teacher: Any, *, include_self: bool = False, where: Any = None
-) -> Array:
+def rkd_distance(student: Any, teacher: Any, *, include_self: bool = False, where: Any = None) -> Array:
     """Relational distillation of distances (RKD-D): distances over their mean should agree.
 
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
@@ -175,9 +170,7 @@ def rkd_distance(
     return total / jnp.maximum(count if include_self else count - 1, 1)
 
 
-def rkd_angle(
-    student: Any, teacher: Any, *, include_self: bool = False, where: Any = None
-) -> Array:
+def rkd_angle(student: Any, teacher: Any, *, include_self: bool = False, where: Any = None) -> Array:
     """Relational distillation of angles (RKD-A): angles of triplets should agree.
 
     Example j's value is the mean over ordered pairs i ≠ k of other examples of h(c_ijk(student) −

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.features import examples_only
-from distill_jax.losses.numerics import check_positive, to_float
-from distill_jax.losses.space import (
+from distill_jax.losses._numerics import check_positive, to_float
+from distill_jax.losses._space import (
     common_space,
     direction,
     feature_pair,
@@ -27,6 +26,7 @@ from distill_jax.losses.space import (
     pool_mean,
     positions,
 )
+from distill_jax.losses.features import examples_only
 
 Array = jax.Array
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -115,18 +115,11 @@ def factor_transfer(
     if p == 2:
         return norm(difference, axes)
     summed = per_example(jnp.abs(difference))
-    return (
-        summed / (jnp.maximum(per_example(x.valid), 1) * difference.shape[-1]) if mean else summed
-    )
+    return summed / (jnp.maximum(per_example(x.valid), 1) * difference.shape[-1]) if mean else summed
 
 
 def nst(
-    student: Any,
-    teacher: Any,
-    *,
-    kernel: str = "polynomial",
-    bandwidth: Any = None,
-    where: Any = None,
+    student: Any, teacher: Any, *, kernel: str = "polynomial", bandwidth: Any = None, where: Any = None
 ) -> Array:
     """Neuron selectivity transfer (NST): the squared MMD between the channels' maps.
 
@@ -161,8 +154,7 @@ def nst(
     x = feature_pair(student, teacher, where, channels=False)
     batch = x.student.shape[0]
     s, t = (
-        direction(f.reshape(batch, math.prod(f.shape[1:-1]), f.shape[-1]), 1)
-        for f in (x.student, x.teacher)
+        direction(f.reshape(batch, math.prod(f.shape[1:-1]), f.shape[-1]), 1) for f in (x.student, x.teacher)
     )
     if kernel == "linear":
         return jnp.sum(jnp.square(jnp.mean(s, -1) - jnp.mean(t, -1)), -1)
@@ -221,9 +213,7 @@ def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None)
     return gram(*pooled) / counted[:, None, None]
 
 
-def fsp(
-    student: Any, teacher: Any, *, pool: str = "max", mean: bool = False, where: Any = None
-) -> Array:
+def fsp(student: Any, teacher: Any, *, pool: str = "max", mean: bool = False, where: Any = None) -> Array:
     """Flow of solution procedure (FSP): ‖G_t − G_s‖² between two layers' flow, :func:`fsp_matrix`.
 
     Args:
@@ -334,9 +324,7 @@ def _kernels(first: Any, second: Any, debiased: bool, where: Any) -> tuple[Array
     first, second = features_of("student", first), features_of("teacher", second)
     batch = first.shape[0]
     if second.shape[0] != batch:
-        raise ValueError(
-            f"student and teacher must be of one batch, got {first.shape} and {second.shape}"
-        )
+        raise ValueError(f"student and teacher must be of one batch, got {first.shape} and {second.shape}")
     if debiased and batch < 4:
         raise ValueError(f"debiased CKA needs at least 4 examples, got {batch}")
     valid = positions(examples_only(where, first), (batch, 1))

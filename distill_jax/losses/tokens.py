@@ -6,7 +6,7 @@ models need besides is made here of functions that take a loss and return one:
 - :func:`sequence` leaves padding out and gives one value a sequence;
 - :func:`bucketed` takes the teacher's ``k`` likeliest tokens (:func:`top_k`) for the whole teacher,
   with one bucket more, OTHER, for the rest of the vocabulary;
-- :func:`~distill_jax.losses.chunks.chunked` never holds the logits of all positions at once.
+- :func:`~distill_jax.losses.chunked` never holds the logits of all positions at once.
 
 They nest, ``sequence(chunked(bucketed(kl), chunk=256))``. :func:`common_vocabulary` comes before any.
 
@@ -24,15 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.losses._numerics import check_positive, log_softmax, scale, takes, to_float, valid_classes
 from distill_jax.losses.chunks import chunked
-from distill_jax.losses.numerics import (
-    check_positive,
-    log_softmax,
-    scale,
-    takes,
-    to_float,
-    valid_classes,
-)
 
 __all__ = [
     "TopK",
@@ -68,9 +61,7 @@ class TopK(NamedTuple):
 # --- sequences --------------------------------------------------------------------------------
 
 
-def per_sequence(
-    values: Any, *, where: Any = None, weights: Any = None, reduce: str = "mean"
-) -> Array:
+def per_sequence(values: Any, *, where: Any = None, weights: Any = None, reduce: str = "mean") -> Array:
     """Reduces the values of tokens to one a sequence: Σ w·v / Σ w over the tokens that count.
 
     Args:

@@ -24,12 +24,8 @@ def _mlp(widths: list[int], shape: tuple[int, int, int], classes: int, **options
     return MLP((height * width * channels, *widths, classes), **options)
 
 
-def _convnet(
-    widths: list[int], shape: tuple[int, int, int], classes: int, **options: Any
-) -> ConvNet:
-    return ConvNet(
-        shape, classes, channels=widths, kernel=3 if min(shape[:2]) < 16 else 5, **options
-    )
+def _convnet(widths: list[int], shape: tuple[int, int, int], classes: int, **options: Any) -> ConvNet:
+    return ConvNet(shape, classes, channels=widths, kernel=3 if min(shape[:2]) < 16 else 5, **options)
 
 
 # Described by their hidden sizes
@@ -46,12 +42,7 @@ NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
 
 
 def module(
-    description: str,
-    shape: tuple[int, int, int],
-    classes: int,
-    *,
-    rngs: nnx.Rngs,
-    **options: Any,
+    description: str, shape: tuple[int, int, int], classes: int, *, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Module:
     """Makes a model's NNX module.
 
@@ -134,7 +125,7 @@ def feature_names(
       preactivation: the stages' values before their last ReLU instead of after it, as OFD wants.
 
     Returns:
-      Paths for :mod:`distill_jax.capture`: the stem, the stages, and last ``pool``, the embedding that
+      Paths for :mod:`distill_jax.features.capturing`: the stem, the stages, and last ``pool``, the embedding that
       the head receives.
 
     Raises:
@@ -145,7 +136,5 @@ def feature_names(
     """
     network = nnx.eval_shape(lambda: module(description, shape, 2, rngs=nnx.Rngs(0)))
     if not isinstance(network, Network):
-        raise ValueError(
-            f"{description!r} has no list of features: capture its layers by their own names"
-        )
+        raise ValueError(f"{description!r} has no list of features: capture its layers by their own names")
     return network.feature_names(preactivation=preactivation)

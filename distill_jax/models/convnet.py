@@ -68,9 +68,7 @@ class ConvNet(nnx.Module):
             )
             for a, b in sizes
         )  # fmt: skip
-        self.norm = nnx.List(
-            nnx.BatchNorm(b, axis_name=axis_name, rngs=rngs) for _, b in sizes if batch_norm
-        )
+        self.norm = nnx.List(nnx.BatchNorm(b, axis_name=axis_name, rngs=rngs) for _, b in sizes if batch_norm)
         flat = (height >> pools) * (width >> pools) * channels[-1]
         self.hidden = nnx.Linear(flat, hidden, kernel_init=he, rngs=rngs)
         self.head = nnx.Linear(hidden, classes, kernel_init=he, rngs=rngs)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx
 
-from distill_jax.capture import name_values, naming
+from distill_jax.features.capturing import name_values, naming
 
 
 class Model(NamedTuple):
@@ -85,7 +85,7 @@ _PATH = "_capture_path"
 
 
 def _name_calls(module):
-    """Makes the submodules of a module name what they return; for :mod:`distill_jax.capture`."""
+    """Makes the submodules of a module name what they return; for :mod:`distill_jax.features.capturing`."""
     for path, node in list(nnx.iter_graph(module)):
         if path and isinstance(node, nnx.Module) and callable(node):
             setattr(node, _PATH, ".".join(map(str, path)))

@@ -1,7 +1,7 @@
 """What the convolutional reference networks are made of.
 
 Every network of this package but the two small ones is a :class:`Network`: ``stem``, ``stages``,
-``neck`` (some), ``pool``, ``head``. A layer's name is its path, as :mod:`distill_jax.capture` has it:
+``neck`` (some), ``pool``, ``head``. A layer's name is its path, as :mod:`distill_jax.features.capturing` has it:
 ``stages.1`` is a stage's output, ``stages.1.blocks.0`` a block's, ``pool`` the penultimate embedding.
 """
 

@@ -21,12 +21,7 @@ class MLP(nnx.Module):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        *,
-        dropout: float = 0.0,
-        input_dropout: float = 0.0,
-        rngs: nnx.Rngs,
+        self, widths: Sequence[int], *, dropout: float = 0.0, input_dropout: float = 0.0, rngs: nnx.Rngs
     ):
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths needs an input and an output width, all ≥ 1, got {widths}")

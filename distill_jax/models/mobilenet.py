@@ -9,15 +9,7 @@ from flax import nnx
 from distill_jax.models.layers import Layers, Network, Stage, Unit, check
 
 # Channels, blocks and stride of each stage (the paper's Table 2, strides for small images)
-STAGES = (
-    (16, 1, 1),
-    (24, 2, 1),
-    (32, 3, 2),
-    (64, 4, 2),
-    (96, 3, 1),
-    (160, 3, 2),
-    (320, 1, 1),
-)
+STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 
 
 class InvertedResidual(nnx.Module):

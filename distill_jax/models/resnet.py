@@ -95,6 +95,4 @@ class ResNet(Network):
                 blocks.append(BasicBlock(layers, inputs, outputs, 2 if i and not j else 1))
                 inputs = outputs
             stages.append(Stage(blocks))
-        super().__init__(
-            layers, Unit(layers, shape[2], stem), stages, None, inputs, classes, dropout=dropout
-        )
+        super().__init__(layers, Unit(layers, shape[2], stem), stages, None, inputs, classes, dropout=dropout)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distill_jax.models.layers import (
+from distill_jax.models.layers import (  # fmt: skip
     UNIFORM_FAN_IN,
     Layers,
     Mark,
@@ -15,7 +15,7 @@ from distill_jax.models.layers import (
     Unit,
     check,
     scale,
-)  # fmt: skip
+)
 
 BLOCKS = (4, 8, 4)
 # Channels of the stages and of the last convolution, by width (V2's Table 5)
@@ -41,9 +41,7 @@ class GroupedBlock(nnx.Module):
     ReLU receives.
     """
 
-    def __init__(
-        self, layers: Layers, inputs: int, outputs: int, stride: int, groups: int, first: bool
-    ):
+    def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int, groups: int, first: bool):
         outputs -= inputs if stride == 2 else 0
         hidden = outputs // 4
         self.groups = 1 if first else groups

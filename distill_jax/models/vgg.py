@@ -88,9 +88,7 @@ class VGG(Network):
             ]
             stages.append((PooledStage if pooled else Stage)(units))
             inputs = outputs
-        super().__init__(
-            layers, stages[0], stages[1:], None, channels[-1], classes, dropout=dropout
-        )
+        super().__init__(layers, stages[0], stages[1:], None, channels[-1], classes, dropout=dropout)
         self.batch_norm = batch_norm
 
     def _preactivations(self):

@@ -43,9 +43,7 @@ def excerpt(path, names, **namespace):
     """The named functions and classes of a Python file, without its imports."""
     tree = ast.parse(path.read_text())
     tree.body = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names
     ]
     for node in tree.body:
         node.decorator_list = []
@@ -84,9 +82,7 @@ def main():
     distillers = args.mdistiller / "mdistiller/distillers"
     ofd = excerpt(distillers / "OFD.py", ("feat_loss", "OFD"), **space, Distiller=object)
     review = excerpt(distillers / "ReviewKD.py", ("hcl_loss",), **space)
-    cat = excerpt(
-        args.catkd / "mdistiller/distillers/CAT_KD.py", ("CAT_loss", "_Normalize"), **space
-    )
+    cat = excerpt(args.catkd / "mdistiller/distillers/CAT_KD.py", ("CAT_loss", "_Normalize"), **space)
     sem = excerpt(args.simkd / "distiller_zoo/SemCKD.py", ("SemCKDLoss",), **space)
     mgd = excerpt(args.mgd / "cls/mmcls/distillation/losses/mgd.py", ("MGDLoss",), **space)
 
@@ -138,23 +134,17 @@ def main():
         i.student,
     )
     fsp = zoo("FSP", "FSP")([(2, 4), (2, 4)], [(2, 4), (2, 4)])
-    record(
-        "fsp RepDistiller", lambda s: fsp([s, i.small], [i.teacher, i.small_teacher])[0], i.student
-    )
+    record("fsp RepDistiller", lambda s: fsp([s, i.small], [i.teacher, i.small_teacher])[0], i.student)
     boundary = mid_level.AltActTransferLoss(pairs, margin=0.7, reduction="mean")
     record("boundary torchdistill", torchdistill(boundary, i.teacher), i.student)
     boundaries = zoo("AB", "ABLoss")(3, margin=1.0)
     record(
-        "boundary RepDistiller first of three",
-        lambda s: boundaries([s] * 3, [i.teacher] * 3)[0],
-        i.student,
+        "boundary RepDistiller first of three", lambda s: boundaries([s] * 3, [i.teacher] * 3)[0], i.student
     )
     variance = i.gamma.square() + 0.1
     vid = mid_level.VIDLoss(pairs)
     record(
-        "vid torchdistill",
-        lambda s: vid(io(x=(s, variance.view(1, -1, 1, 1))), io(x=i.teacher)),
-        i.student,
+        "vid torchdistill", lambda s: vid(io(x=(s, variance.view(1, -1, 1, 1))), io(x=i.teacher)), i.student
     )
     vid = zoo("VID", "VIDLoss")(4, 4, 4)
     vid.regressor = nn.Identity()
@@ -169,11 +159,7 @@ def main():
     record("ofd mdistiller", lambda s: ofd.feat_loss(s, i.teacher, margin), i.student)
     record("review mdistiller", lambda s: review.hcl_loss([s], [i.teacher]), i.student)
     loss = mid_level.HierarchicalContextLoss("x", "output", "x", "output")
-    record(
-        "review torchdistill",
-        lambda s: loss({"x": {"output": (s, None)}}, io(x=i.teacher)),
-        i.student,
-    )
+    record("review torchdistill", lambda s: loss({"x": {"output": (s, None)}}, io(x=i.teacher)), i.student)
     for normalise in (True, False):
         record(
             f"cat CAT-KD normalise={normalise}",
@@ -185,9 +171,7 @@ def main():
     record(
         "semckd SimKD",
         lambda s: sem.SemCKDLoss()(
-            [[s, s], [i.wide, i.wide]],
-            [[i.teacher, i.teacher * 2], [i.wide * 2, i.wide * 3]],
-            weights,
+            [[s, s], [i.wide, i.wide]], [[i.teacher, i.teacher * 2], [i.wide * 2, i.wide * 3]], weights
         ),
         i.student,
     )

@@ -34,9 +34,7 @@ def start(seed):
     """Parameters before the first step: He normal kernels ``[inputs, outputs]``, zero biases."""
     rng = np.random.default_rng([SEED, seed])
     kernels = [rng.normal(size=(a, b)) * np.sqrt(2 / a) for a, b in itertools.pairwise(WIDTHS)]
-    return [
-        (kernel.astype(np.float32), np.zeros(kernel.shape[1], np.float32)) for kernel in kernels
-    ]
+    return [(kernel.astype(np.float32), np.zeros(kernel.shape[1], np.float32)) for kernel in kernels]
 
 
 def network(parameters):

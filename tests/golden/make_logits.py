@@ -73,24 +73,16 @@ def main():
     md = load(zoo / "DKD.py", "dkd_loss", "_get_gt_mask", "_get_other_mask", "cat_mask")
     record("mdistiller dkd", lambda s: md.dkd_loss(s, t, y, 1.0, 8.0, 4.0))
     record("mdistiller dkd, extreme", lambda s: md.dkd_loss(300 * s, -300 * t, y, 1.0, 8.0, 4.0))
-    record(
-        "mdistiller dkd, two classes",
-        lambda s: md.dkd_loss(s[:, :2], t[:, :2], y % 2, 1.0, 8.0, 4.0),
-    )
+    record("mdistiller dkd, two classes", lambda s: md.dkd_loss(s[:, :2], t[:, :2], y % 2, 1.0, 8.0, 4.0))
     kd = load(zoo / "KD.py", "kd_loss")
     record("mdistiller kd", lambda s: kd.kd_loss(s, t, 4.0))
 
     lskd = load(at.lskd / "mdistiller/distillers/KD.py", "normalize", "kd_loss")
     record("lskd kd", lambda s: lskd.kd_loss(s, t, 2.0, True))
-    ml = load(
-        at.lskd / "mdistiller/distillers/MLKD.py", "normalize", "kd_loss", "bc_loss", "cc_loss"
-    )
+    ml = load(at.lskd / "mdistiller/distillers/MLKD.py", "normalize", "kd_loss", "bc_loss", "cc_loss")
     for name in ("kd", "bc", "cc"):
         loss = getattr(ml, f"{name}_loss")
-        record(
-            f"mlkd {name}",
-            lambda s, loss=loss: sum(loss(s, t, x) for x in (4.0, 3.0, 5.0, 2.0, 6.0)),
-        )
+        record(f"mlkd {name}", lambda s, loss=loss: sum(loss(s, t, x) for x in (4.0, 3.0, 5.0, 2.0, 6.0)))
 
     def wrapped(loss):
         return lambda s: loss({"": {"output": s}}, {"": {"output": t}}, targets=y)
@@ -111,9 +103,7 @@ def main():
     )  # fmt: skip
     record("dist", lambda s: dist.DIST(beta=1.0, gamma=2.0)(s, t))
 
-    lm = load(
-        at.distillm / "distillm/losses.py", "skewed_forward_kl", "skewed_reverse_kl", "tv_distance"
-    )
+    lm = load(at.distillm / "distillm/losses.py", "skewed_forward_kl", "skewed_reverse_kl", "tv_distance")
     batch = {"label": y}
     record("distillm skew_kl", lambda s: lm.skewed_forward_kl(s, t, batch, lam=0.1))
     record("distillm skew_reverse_kl", lambda s: lm.skewed_reverse_kl(s, t, batch, lam=0.1))
@@ -138,10 +128,7 @@ def main():
     log_p = torch.log_softmax(t, -1)[None]
     record("distillkit hinge", lambda s: hinge(s[None], ids, log_p))
     record("distillkit hinge, margin 0.2", lambda s: hinge(s[None], ids, log_p, margin=0.2))
-    record(
-        "distillkit logistic",
-        lambda s: logistic.sparse_logistic_ranking_loss(s[None], ids, log_p),
-    )
+    record("distillkit logistic", lambda s: logistic.sparse_logistic_ranking_loss(s[None], ids, log_p))
 
     balanced = load(at.class_balanced / "class_balanced_loss.py", "CB_loss").CB_loss
     record("class-balanced", lambda s: balanced(y, s, COUNTS, CLASSES, "softmax", 0.999, 0.0))
@@ -152,8 +139,8 @@ def main():
         float32=torch.float64,
         reduce_mean=lambda x, axis: x.mean(axis),
         nn=types.SimpleNamespace(
-            sparse_softmax_cross_entropy_with_logits=lambda labels, logits: (
-                torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            sparse_softmax_cross_entropy_with_logits=lambda labels, logits: torch.nn.functional.cross_entropy(
+                logits, labels, reduction="none"
             )
         ),
     )

@@ -81,10 +81,7 @@ RENAMES = {
         (r"^stem\.norm", "conv1.1"),
         (r"^neck\.conv", "conv2.0"),
         (r"^neck\.norm", "conv2.1"),
-        (
-            r"^stages\.(\d+)\.blocks\.(\d+)\.(\w+)",
-            lambda m: f"blocks.{m[1]}.{m[2]}.conv.{_INVERTED[m[3]]}",
-        ),
+        (r"^stages\.(\d+)\.blocks\.(\d+)\.(\w+)", lambda m: f"blocks.{m[1]}.{m[2]}.conv.{_INVERTED[m[3]]}"),
         (r"^head", "classifier.0"),
     ],
     "shufflenetv1": _SHUFFLE,
@@ -116,8 +113,7 @@ def main():
     import wrn
 
     makers = {
-        f"vgg{d}": lambda n, d=d: getattr(vgg, f"vgg{d}_bn")(num_classes=n)
-        for d in (8, 11, 13, 16, 19)
+        f"vgg{d}": lambda n, d=d: getattr(vgg, f"vgg{d}_bn")(num_classes=n) for d in (8, 11, 13, 16, 19)
     }
     for d in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4"):
         makers[f"resnet{d}"] = lambda n, d=d: getattr(resnet, f"resnet{d}")(num_classes=n)
@@ -135,9 +131,7 @@ def main():
 
     torch.set_default_dtype(torch.float64)
     with torch.device("meta"):
-        counts = {
-            name: sum(p.numel() for p in make(100).parameters()) for name, make in makers.items()
-        }
+        counts = {name: sum(p.numel() for p in make(100).parameters()) for name, make in makers.items()}
 
     def nhwc(x):
         return np.moveaxis(x.detach().numpy(), 1, -1)

@@ -51,10 +51,7 @@ def main():
     for package in ("reference", "reference.zoo", "reference.md", "reference.crd"):
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
-    zoo, md = (
-        options.repdistiller / "distiller_zoo",
-        options.mdistiller / "mdistiller" / "distillers",
-    )
+    zoo, md = (options.repdistiller / "distiller_zoo", options.mdistiller / "mdistiller" / "distillers")
     # mdistiller's files import a base class, of which the functions used here need nothing
     sys.modules["reference.md._base"] = types.SimpleNamespace(Distiller=torch.nn.Module)
     rep = {name: load(f"reference.zoo.{name}", zoo / f"{name}.py") for name in ("SP", "RKD", "PKT")}
@@ -88,26 +85,18 @@ def main():
         (
             "torchdistill",
             lambda d, a: (
-                lambda s, t: mid.RKDLoss("x", "x", d, a, "mean")(
-                    {"x": {"output": s}}, {"x": {"output": t}}
-                )
+                lambda s, t: mid.RKDLoss("x", "x", d, a, "mean")({"x": {"output": s}}, {"x": {"output": t}})
             ),
         ),
     ):
         record(f"{where}/rkd_distance", make(1.0, 0.0))
         record(f"{where}/rkd_angle", make(0.0, 1.0))
     # PKT and CRD without their epsilon of 1e-7
-    record(
-        "repdistiller/pkt",
-        lambda s, t: rep["PKT"].PKT.cosine_similarity_loss(s, t, eps=0.0),
-        maps=False,
-    )
+    record("repdistiller/pkt", lambda s, t: rep["PKT"].PKT.cosine_similarity_loss(s, t, eps=0.0), maps=False)
     record("mdistiller/pkt", lambda s, t: mega["PKT"].pkt_loss(s, t, eps=0.0), maps=False)
     record(
         "torchdistill/pkt",
-        lambda s, t: mid.PKTLoss("x", "output", "x", "output", eps=0.0).cosine_similarity_loss(
-            s, t
-        ),
+        lambda s, t: mid.PKTLoss("x", "output", "x", "output", eps=0.0).cosine_similarity_loss(s, t),
         maps=False,
     )
     for kernel in ("gaussian", "bilinear"):
@@ -122,9 +111,7 @@ def main():
 
     memory.AliasMethod.cuda = lambda self: None  # of a sampler that is not used here
     criterion.eps = 0.0
-    size = types.SimpleNamespace(
-        s_dim=3, t_dim=3, feat_dim=3, n_data=20, nce_k=8, nce_t=0.07, nce_m=0.5
-    )
+    size = types.SimpleNamespace(s_dim=3, t_dim=3, feat_dim=3, n_data=20, nce_k=8, nce_t=0.07, nce_m=0.5)
     with contextlib.redirect_stdout(None):
         loss = criterion.CRDLoss(size)
         for embed in (loss.embed_s, loss.embed_t):
@@ -135,9 +122,7 @@ def main():
         chosen = torch.tensor(np.concatenate([ids[:, None], negatives], 1))
         for step in range(2):  # the first sets Z, the second uses it and the memory
             record(
-                f"repdistiller/crd_step{step}",
-                lambda s, t: loss(s, t, torch.tensor(ids), chosen),
-                maps=False,
+                f"repdistiller/crd_step{step}", lambda s, t: loss(s, t, torch.tensor(ids), chosen), maps=False
             )
     results["repdistiller/crd_memory"] = {
         "student": loss.contrast.memory_v1.ravel().tolist(),

@@ -32,9 +32,7 @@ def draw():
 
 def functions(path, names, **namespace):
     """Some functions of a file, found also inside a class, without running what it imports."""
-    source = (
-        path.read_text().replace("torch.float32", "torch.float64").replace(".float()", ".double()")
-    )
+    source = path.read_text().replace("torch.float32", "torch.float64").replace(".float()", ".double()")
     wanted = [
         node
         for node in ast.walk(ast.parse(source))
@@ -57,9 +55,7 @@ def main():
     torch.set_default_dtype(torch.float64)
     hidden_s, hidden_t, kernels, labels, directions = draw()
     labels = torch.tensor(labels)
-    student, teacher = (
-        torch.tensor(h @ k) for h, k in zip((hidden_s, hidden_t), kernels, strict=True)
-    )
+    student, teacher = (torch.tensor(h @ k) for h, k in zip((hidden_s, hidden_t), kernels, strict=True))
     imports = {"torch": torch, "F": torch.nn.functional}
     constants = {}
 
@@ -70,23 +66,20 @@ def main():
         along = (x.grad.numpy() * directions).sum((1, 2, 3))
         constants[name] = [value.item(), *along.tolist()]
 
-    trl = functions(
-        options.trl / "trl" / "trainer" / "gkd_trainer.py", ["generalized_jsd_loss"], **imports
-    )["generalized_jsd_loss"]
+    trl = functions(options.trl / "trl" / "trainer" / "gkd_trainer.py", ["generalized_jsd_loss"], **imports)[
+        "generalized_jsd_loss"
+    ]
     for beta in (0, 0.1, 0.5, 0.9, 1):
         for t in (1.0, 2.0):
             record(
-                f"trl {beta} {t}",
-                lambda x, beta=beta, t=t: trl(x, teacher, labels, beta=beta, temperature=t),
+                f"trl {beta} {t}", lambda x, beta=beta, t=t: trl(x, teacher, labels, beta=beta, temperature=t)
             )
     record("trl no labels", lambda x: trl(x, teacher))
 
     names = ["forward_kl", "reverse_kl", "js_distance", "skewed_forward_kl", "skewed_reverse_kl"]
     distillm = functions(options.distillm / "distillm" / "losses.py", names, **imports)
     for name in names:
-        record(
-            f"distillm {name}", lambda x, name=name: distillm[name](x, teacher, {"label": labels})
-        )
+        record(f"distillm {name}", lambda x, name=name: distillm[name](x, teacher, {"label": labels}))
 
     missing = enum.Enum("MissingProbabilityHandling", ["ZERO", "SYMMETRIC_UNIFORM"])
     folder = options.distillkit / "distillkit" / "lossfuncs"

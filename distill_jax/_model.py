@@ -1,0 +1,158 @@
+"""The one form of a model: a function and its arrays, as a pytree."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+class ApplyFn(Protocol):
+    """A model's function: ``(params, state, x, *, key=None) -> (outputs, state)``.
+
+    ``key=None`` means evaluation: no dropout, running statistics, and the state comes back as it was
+    given. With a key the model is in training mode, and all its randomness comes from that key.
+    """
+
+    def __call__(  # noqa: D102
+        self, params: PyTree, state: PyTree, x: Any, *, key: jax.Array | None = None
+    ) -> tuple[Any, PyTree]: ...
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "state"], meta_fields=["apply_fn"]
+)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model: a function, the parameters that are trained, and the state that training changes.
+
+    A ``Model`` is a pytree whose leaves are the arrays of ``params`` and ``state``; ``apply_fn`` is
+    static. So a model can be an argument or a result of a jitted function, and be saved, sharded,
+    averaged, or mapped over seeds with ``vmap``.
+
+    Attributes:
+      apply_fn: ``(params, state, x, *, key=None) -> (outputs, state)``, see :class:`ApplyFn`.
+      params: the pytree of arrays that is trained.
+      state: all other arrays that change in training, such as BatchNorm's running statistics.
+
+    >>> import jax.numpy as jnp
+    >>> model = Model(lambda params, state, x, *, key=None: (x @ params, state), jnp.ones((3, 2)))
+    >>> model(jnp.ones((1, 3)))
+    Array([[3., 3.]], dtype=float32)
+    """
+
+    apply_fn: ApplyFn
+    params: PyTree
+    state: PyTree = dataclasses.field(default_factory=dict)
+
+    def __call__(self, x: Any) -> Any:
+        """Computes the outputs for a batch in evaluation mode."""
+        return self.apply_fn(self.params, self.state, x)[0]
+
+    def apply(self, x: Any, *, key: jax.Array | None = None) -> tuple[Any, PyTree]:
+        """Computes ``(outputs, new state)``, in training mode where a key is given."""
+        return self.apply_fn(self.params, self.state, x, key=key)
+
+    def replace(self, **changes: Any) -> "Model":
+        """Returns a copy with other ``params``, ``state`` or ``apply_fn``."""
+        return dataclasses.replace(self, **changes)
+
+
+def from_function(fn: Callable[..., Any], params: PyTree) -> Model:
+    """Makes a :class:`Model` of a plain function without state.
+
+    Args:
+      fn: ``(params, x) -> outputs``; or ``(params, x, key=None) -> outputs`` if it has a parameter named
+        ``key``, which is None in evaluation and a random key in training.
+      params: the pytree of arrays that is trained.
+
+    Returns:
+      The model, with an empty state.
+
+    >>> import jax.numpy as jnp
+    >>> from_function(lambda w, x: x * w, jnp.float32(2.0))(jnp.float32(3.0))
+    Array(6., dtype=float32)
+    """
+    return Model(_PlainFunction(fn), params, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainFunction:
+    """Gives a plain function the signature of :class:`ApplyFn`; equal where the function is the same."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
+        takes_key = "key" in inspect.signature(self.fn).parameters
+        return self.fn(params, x, **({"key": key} if takes_key else {})), state
+
+
+def identity(x: Any) -> Any:
+    """Returns its argument: the ``prepare`` of inputs that are ready as they are."""
+    return x
+
+
+def padded_batches(data: PyTree, batch_size: int) -> "list[tuple[PyTree, np.ndarray]]":
+    """Splits arrays into batches of one size, so that a program on them is compiled once.
+
+    Args:
+      data: a pytree of arrays ``[n, ...]``.
+      batch_size: the number of examples per batch, at least 1; at most n are used.
+
+    Returns:
+      A list of (batch, counted). The last batch is filled up with the first examples; ``counted`` is
+      bool ``[batch_size]``, False for these.
+
+    Raises:
+      ValueError: if there are no examples, or ``batch_size`` is not positive.
+    """
+    count = len(jax.tree.leaves(data)[0])
+    if count < 1 or batch_size < 1:
+        raise ValueError(
+            f"expected at least one example and a batch size of at least 1, got {count} and {batch_size}"
+        )
+    size = min(batch_size, count)
+    batches = []
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size)
+        batches.append((jax.tree.map(lambda x, r=rows: x[r % count], data), rows < count))
+    return batches
+
+
+@functools.partial(jax.jit, static_argnames="prepare")
+def _forward(model: Model, x: Any, prepare: Callable[[Any], Any]) -> Any:
+    return model(prepare(x))
+
+
+def predict(
+    model: Model, inputs: Any, *, prepare: Callable[[Any], Any] = identity, batch_size: int = 500
+) -> Any:
+    """Runs a model over a data set in evaluation mode, batch by batch.
+
+    Args:
+      model: the model.
+      inputs: an array or a pytree of arrays ``[n, ...]``.
+      prepare: a function applied to each batch of inputs inside the compiled program. Pass the same
+        function object each time: a new one is compiled anew.
+      batch_size: the number of examples per batch.
+
+    Returns:
+      The model's outputs for all inputs as NumPy arrays ``[n, ...]``, floating-point numbers in float32.
+    """
+
+    def whole(*parts: Any) -> np.ndarray:
+        array = np.concatenate(parts)
+        floating = jax.dtypes.issubdtype(array.dtype, np.floating)
+        return array.astype(np.float32) if floating else array
+
+    inputs = jax.tree.map(np.asarray, inputs)
+    outputs = [
+        jax.tree.map(lambda y, c=counted: np.asarray(y)[: c.sum()], _forward(model, batch, prepare))
+        for batch, counted in padded_batches(inputs, batch_size)
+    ]
+    return jax.tree.map(whole, *outputs)

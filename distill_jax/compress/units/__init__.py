@@ -1,0 +1,19 @@
+"""Units of any network, found in its jaxpr: what belongs together when one of them is removed."""
+
+from distill_jax.compress.units import costs, scores
+from distill_jax.compress.units.alignment import Brought, bring, match_activations, match_weights
+from distill_jax.compress.units.costs import architecture, report
+from distill_jax.compress.units.graph import Group, Slice, UnitGraph
+from distill_jax.compress.units.injection import Injected, inject
+from distill_jax.compress.units.permutation import permutable, permute
+from distill_jax.compress.units.removal import keep, position_masks, silence
+from distill_jax.compress.units.selection import merge, prune, select
+from distill_jax.compress.units.shrinking import shrink
+from distill_jax.compress.units.tracing import trace
+from distill_jax.compress.units.values import activations
+
+__all__ = [
+    "Brought", "Group", "Injected", "Slice", "UnitGraph", "activations", "architecture", "bring",
+    "costs", "inject", "keep", "match_activations", "match_weights", "merge", "permutable", "permute",
+    "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
+]  # fmt: skip

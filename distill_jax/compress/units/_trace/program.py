@@ -1,0 +1,138 @@
+"""A jaxpr as one list of steps: calls entered, every value with a number of its own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+from distill_jax._jaxpr import CALLS
+
+BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+
+
+class Step(NamedTuple):
+    """One operation: values are numbers, and ``bodies`` the programs within a loop or a choice."""
+
+    name: str
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bodies: tuple["Program", ...] = ()
+
+
+@dataclass
+class Program:
+    """Steps, and which values go in and come out. Constants may be used in inner programs too."""
+
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
+    constants: dict[int, Any] = field(default_factory=dict)
+
+
+def flatten(jaxpr: Any) -> Program:
+    """Reads a closed jaxpr."""
+    return _read(jaxpr, [], {})
+
+
+def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
+    program = Program(avals=avals, constants=constants)
+
+    def new(aval: Any) -> int:
+        avals.append(aval)
+        return len(avals) - 1
+
+    def constant(value: Any, aval: Any) -> int:
+        number = new(aval)
+        constants[number] = value
+        return number
+
+    def run(jaxpr: Any, consts: Any, inputs: list[int]) -> list[int]:
+        values = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            values[var] = value if isinstance(value, int) else constant(value[0], var.aval)
+
+        def read(atom: Any) -> int:
+            if isinstance(atom, core.Literal):
+                return constant(atom.val, atom.aval)
+            return values[atom]
+
+        for eqn in jaxpr.eqns:
+            name, operands = eqn.primitive.name, [read(atom) for atom in eqn.invars]
+            if name in CALLS and not _is_relu(eqn):
+                inner = eqn.params[CALLS[name]]
+                body = getattr(inner, "jaxpr", inner)
+                outputs = run(body, [(c,) for c in getattr(inner, "consts", ())], operands)
+            else:
+                outputs = [new(var.aval) for var in eqn.outvars]
+                bodies: tuple[Program, ...] = ()
+                if name in BODIES:
+                    inner = [eqn.params[key] for key in BODIES[name]]
+                    inner = inner[0] if isinstance(inner[0], tuple) else inner
+                    bodies = tuple(_read(each, avals, constants) for each in inner)
+                name = "relu" if _is_relu(eqn) else name
+                step = Step(name, eqn.primitive, eqn.params, tuple(operands), tuple(outputs), bodies)
+                program.steps.append(step)
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    program.inputs = [new(var.aval) for var in closed.jaxpr.invars]
+    program.outputs = run(closed.jaxpr, [(c,) for c in closed.consts], program.inputs)
+    return program
+
+
+def _is_relu(eqn: Any) -> bool:
+    """Says whether a call is ``jax.nn.relu``, whose derivative at 0 is not that of a maximum."""
+    if eqn.primitive.name != "custom_jvp_call":
+        return False
+    jaxpr = eqn.params["call_jaxpr"].jaxpr
+    if jaxpr.debug_info.func_name != "relu":
+        return False
+    while len(jaxpr.eqns) == 1 and jaxpr.eqns[0].primitive.name in ("jit", "pjit"):
+        jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
+    if [eqn.primitive.name for eqn in jaxpr.eqns] != ["max"]:
+        return False
+    x, zero = jaxpr.eqns[0].invars
+    return x in jaxpr.invars and isinstance(zero, core.Literal) and bool(np.all(zero.val == 0))
+
+
+def evaluate(
+    program: Program,
+    run: Callable[[Step, list[Any]], Sequence[Any]],
+    constant: Callable[[int], Any],
+    values: Sequence[Any],
+) -> list[Any]:
+    """Runs a program.
+
+    Args:
+      program: the steps.
+      run: ``(step, operands) -> results``.
+      constant: the value of a constant, by number.
+      values: the program's inputs.
+    """
+    known = dict(zip(program.inputs, values, strict=True))
+
+    def read(number: int) -> Any:
+        return known[number] if number in known else constant(number)
+
+    for step in program.steps:
+        results = run(step, [read(number) for number in step.inputs])
+        known.update(zip(step.outputs, results, strict=True))
+    return [read(number) for number in program.outputs]
+
+
+def bind(step: Step, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Applies a step's primitive to values: its results, always as a list.
+
+    Args:
+      step: the operation.
+      operands: the values.
+      changed: parameters of the primitive that differ.
+    """
+    options = step.primitive.get_bind_params({**step.params, **changed})
+    results = step.primitive.bind(*operands, **options)
+    return list(results) if step.primitive.multiple_results else [results]

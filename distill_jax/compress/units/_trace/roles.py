@@ -1,0 +1,300 @@
+"""Where a group's units come from and where they go: what merging, and looking at them, needs.
+
+A unit is *made* of its incoming slices, and *used* by contractions with its outgoing ones: if two units
+have equal incoming slices, one of them with the sum of both outgoing slices does the work of both.
+That holds if every sum over the units is a contraction of their values with a parameter as it is, if
+no slice is on both sides, and if the program does the same to all units. Else the group has a reason.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from distill_jax.compress.units._trace.layout_rules import segments
+from distill_jax.compress.units._trace.program import Program, Step
+from distill_jax.compress.units._trace.rules import REDUCTIONS
+from distill_jax.compress.units.graph import Slice, UnitGraph
+
+
+class Role(NamedTuple):
+    """What a group's slices are for.
+
+    Args:
+      incoming: slices of which a unit's value is made.
+      outgoing: slices by which its value is multiplied where it is used.
+      uses: the values contracted with the outgoing slices: number, axis, and the unit of each position.
+      reason: why this cannot be told, or does not suffice to merge units; else empty.
+    """
+
+    incoming: tuple[Slice, ...]
+    outgoing: tuple[Slice, ...]
+    uses: tuple[tuple[int, int, np.ndarray], ...]
+    reason: str
+
+
+# Steps whose result holds a parameter's numbers as they are
+SAME = {"convert_element_type", "copy", "stop_gradient", "slice", "split", "reduce_precision"}
+# Over or along an axis: sums and orders that are no contraction
+ALONG = {
+    "cumsum": "axis", "cumlogsumexp": "axis", "cummax": "axis", "cummin": "axis", "cumprod": "axis",
+    "sort": "dimension", "top_k": "axis",
+}  # fmt: skip
+View = tuple[str, tuple[frozenset[int], ...]]  # a leaf's path, and its axes in each of the value's
+
+
+def roles(graph: UnitGraph) -> dict[str, Role]:
+    """Tells incoming from outgoing slices in every free group.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> role = roles(graph)["a"]
+    >>> [s.path for s in role.incoming], [s.path for s in role.outgoing], role.reason
+    (['a'], ['b'], '')
+    """
+    reader = _Reader(graph)
+    program = graph.program.program
+    for path, number in zip(graph.shapes, program.inputs, strict=False):
+        axes = range(len(graph.shapes[path].shape))
+        reader.views[number] = path, tuple(frozenset([a]) for a in axes)
+    reader.walk(program)
+    found = {}
+    for name, group in graph.groups.items():
+        if not group.free:
+            continue
+        out, into = reader.outgoing.get(name, set()), reader.incoming.get(name, set())
+        outgoing = tuple(s for s in group.slices if s[:2] in out)
+        incoming = tuple(s for s in group.slices if s[:2] not in out)
+        reason = reader.reasons.get(name, "")
+        if not reason and out & into:
+            path, axis = min(out & into)
+            reason = f"{path}, axis {axis}, is incoming and outgoing at once"
+        if not reason and not (outgoing and incoming):
+            reason = f"it has no {'incoming' if outgoing else 'outgoing'} slice"
+        found[name] = Role(incoming, outgoing, tuple(reader.uses.get(name, ())), reason)
+    for name, reason in reader.asymmetric():
+        found[name] = found[name]._replace(reason=found[name].reason or reason)
+    return found
+
+
+def positions(index: np.ndarray, size: int) -> np.ndarray | None:
+    """Where each unit lies, ``[size, places a unit]``; None if not all have as many.
+
+    Args:
+      index: of a :class:`~distill_jax.compress.units.Slice`.
+      size: the number of units.
+    """
+    order = np.argsort(index, kind="stable")
+    order = order[(index < 0).sum() :]
+    counts = np.bincount(index[index >= 0], minlength=size)
+    return order.reshape(size, -1) if counts.min() == counts.max() else None
+
+
+class _Reader:
+    """Goes through the program, and notes how each group's units are used."""
+
+    def __init__(self, graph: UnitGraph):
+        traced = graph.program
+        self.program: Program = traced.program
+        self.tracer = traced.tracer
+        self.names = [name for name, group in graph.groups.items() if group.free]
+        self.sizes = [graph.groups[name].size for name in self.names]
+        self.places = {name: {s[:2] for s in graph.groups[name].slices} for name in self.names}
+        # One longer: NONE reads the last
+        self.group_of = np.full(self.tracer.labels.count + 1, -1)
+        self.member = np.full(self.tracer.labels.count + 1, -1)
+        for i, name in enumerate(self.names):
+            self.group_of[traced.units[name]] = i
+            self.member[traced.units[name]] = np.arange(self.sizes[i])
+        self.known: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self.views: dict[int, View] = {}
+        self.outgoing: dict[str, set[tuple[str, int]]] = {}
+        self.incoming: dict[str, set[tuple[str, int]]] = {}
+        self.uses: dict[str, list[tuple[int, int, np.ndarray]]] = {}
+        self.reasons: dict[str, str] = {}
+
+    def on(self, number: int, axis: int) -> dict[str, np.ndarray]:
+        """The groups that have units on an axis of a value, and which unit each position has."""
+        if (number, axis) not in self.known:
+            value = self.tracer.read(number, self.program)
+            nodes = self.tracer.labels.resolve(value.units[axis])
+            groups, members = self.group_of[nodes], self.member[nodes]
+            found = {}
+            for i in np.unique(groups[groups >= 0]).tolist():
+                here = groups == i
+                if (here.sum(0) > 1).any():
+                    self.refuse(self.names[i], "one position has two of its units")
+                found[self.names[i]] = np.where(here, members, -1).max(0)
+            self.known[number, axis] = found
+        return self.known[number, axis]
+
+    def refuse(self, name: str, reason: str) -> None:
+        self.reasons.setdefault(name, reason)
+
+    def walk(self, program: Program) -> None:
+        for step in program.steps:
+            if step.bodies:
+                self.enter(step)
+            else:
+                self.visit(step)
+
+    def enter(self, step: Step) -> None:
+        """Loops and choices: operands that stay the same go on being views."""
+        fixed: dict[int, View] = {}
+        options = step.params
+        if step.name == "scan":
+            same = [(0, 0, options["num_consts"])]
+        elif step.name == "while":
+            first = options["cond_nconsts"]
+            same = [(0, 0, first), (1, first, options["body_nconsts"])]
+        else:
+            same = [(i, 1, len(step.inputs) - 1) for i in range(len(step.bodies))]
+        for body, start, count in same:
+            outer = step.inputs[start : start + count]
+            for number, inner in zip(outer, step.bodies[body].inputs, strict=False):
+                if number in self.views:
+                    self.views[inner] = fixed[number] = self.views[number]
+        if step.name == "scan":
+            first = options["num_consts"] + options["num_carry"]
+            for number, inner in zip(step.inputs[first:], step.bodies[0].inputs[first:], strict=True):
+                if number in self.views:
+                    path, axes = fixed[number] = self.views[number]
+                    self.views[inner] = path, axes[1:]
+        for number in step.inputs:
+            if number in self.views and number not in fixed:
+                for a in range(len(self.views[number][1])):
+                    self.enters(number, a, set())
+        for inner_program in step.bodies:
+            self.walk(inner_program)
+
+    def visit(self, step: Step) -> None:
+        contracted: dict[tuple[int, int], set[str]] = {}
+        for pair in _contractions(step):
+            (i, a), (j, b) = pair
+            summed = set(self.on(step.inputs[j], b))
+            for name in summed:
+                self.contract(name, [(step.inputs[i], a), (step.inputs[j], b)], step.name)
+            for side in pair:
+                contracted[side] = summed
+        over: Sequence[int] = step.params["axes"] if step.name in REDUCTIONS.split() else ()
+        if step.name in ALONG:
+            over = [step.params.get(ALONG[step.name], -1)]
+        for number in step.inputs if over else ():
+            for a in over:
+                for name in self.on(number, a % len(self.tracer.avals[number].shape)):
+                    self.refuse(name, f"{step.name} over it")
+        number = step.inputs[0] if step.inputs else -1
+        axes = self.same(step) if number in self.views else None
+        if axes is not None:
+            for output in step.outputs:
+                self.views[output] = self.views[number][0], axes
+            return
+        for i, number in enumerate(step.inputs):
+            for a in range(len(self.views[number][1]) if number in self.views else 0):
+                self.enters(number, a, contracted.get((i, a), set()))
+
+    def same(self, step: Step) -> tuple[frozenset[int], ...] | None:
+        """The leaf's axes in each of the result's, if it holds the leaf's numbers as they are."""
+        _, axes = self.views[step.inputs[0]]
+        none: frozenset[int] = frozenset()
+        if step.name in SAME:
+            return axes
+        if step.name == "transpose":
+            return tuple(axes[a] for a in step.params["permutation"])
+        if step.name == "squeeze":
+            gone = [a % len(axes) for a in step.params["dimensions"]]
+            return tuple(axis for a, axis in enumerate(axes) if a not in gone)
+        if step.name == "broadcast_in_dim":
+            source = {a: i for i, a in enumerate(step.params["broadcast_dimensions"])}
+            shape = step.params["shape"]
+            return tuple(axes[source[a]] if a in source else none for a in range(len(shape)))
+        if step.name == "reshape":
+            old = self.tracer.avals[step.inputs[0]].shape
+            found: list[frozenset[int]] = []
+            for ins, outs in segments(old, tuple(step.params["new_sizes"])):
+                found += [none.union(*(axes[a] for a in ins))] * len(outs)
+            return tuple(found)
+        return None
+
+    def leaf_axes(self, name: str, number: int, axis: int) -> set[tuple[str, int]]:
+        """Which slices of the group a value's axis is a view of."""
+        if number not in self.views:
+            return set()
+        path, axes = self.views[number]
+        return {(path, a) for a in axes[axis]} & self.places[name]
+
+    def contract(self, name: str, sides: list[tuple[int, int]], step: str) -> None:
+        leaves = [self.leaf_axes(name, *side) for side in sides]
+        if all(leaves) or not any(leaves):
+            self.refuse(name, f"{step} of {'two parameters' if all(leaves) else 'two values'}")
+        else:
+            self.outgoing.setdefault(name, set()).update(*leaves)
+        for side, leaf in zip(sides, leaves, strict=True):
+            if not leaf:
+                self.uses.setdefault(name, []).append((*side, self.on(*side)[name]))
+
+    def enters(self, number: int, axis: int, but: set[str]) -> None:
+        """A parameter's axis becomes units of a value, in all groups but these."""
+        for name in self.on(number, axis).keys() - but:
+            self.incoming.setdefault(name, set()).update(self.leaf_axes(name, number, axis))
+
+    def asymmetric(self) -> Iterator[tuple[str, str]]:
+        """Groups to whose units the program does not the same, or perhaps not.
+
+        It does if wherever units lie all of them do, one after another at equal distances, and if what
+        is cut out of an axis has the same places of all.
+        """
+        for number, value in self.tracer.values.items():
+            for a in range(len(value.shape)):
+                for name, index in self.on(number, a).items():
+                    places = positions(index, self.sizes[self.names.index(name)])
+                    steps = np.diff(places, axis=0) if places is not None else np.array([[-1]])
+                    if (steps != steps[:1]).any() or (steps < 1).any():
+                        yield name, "its units do not all lie in the same order everywhere"
+        for step in _steps(self.program):
+            if step.name not in ("slice", "split"):
+                continue
+            shape = self.tracer.avals[step.inputs[0]].shape
+            for a in range(len(shape)):
+                for name, index in self.on(step.inputs[0], a).items():
+                    places = positions(index, self.sizes[self.names.index(name)])
+                    for cut in _cuts(step, a):
+                        inside = np.zeros(shape[a], bool)
+                        inside[cut] = True
+                        if places is None or (inside[places] != inside[places][:1]).any():
+                            yield name, f"{step.name} cuts some of its units from the others"
+
+
+def _contractions(step: Step) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Pairs of (operand, axis) over whose products a step sums."""
+    if step.name == "dot_general":
+        (left, right), _ = step.params["dimension_numbers"]
+        return [((0, a), (1, b)) for a, b in zip(left, right, strict=True)]
+    if step.name == "conv_general_dilated":
+        numbers = step.params["dimension_numbers"]
+        return [((0, numbers.lhs_spec[1]), (1, numbers.rhs_spec[1]))]
+    return []
+
+
+def _steps(program: Program) -> Iterator[Step]:
+    for step in program.steps:
+        yield step
+        for body in step.bodies:
+            yield from _steps(body)
+
+
+def _cuts(step: Step, axis: int) -> list[slice]:
+    """What a step takes out of an axis, a piece at a time."""
+    if step.name == "slice":
+        strides = step.params["strides"] or (1,) * (axis + 1)
+        bounds = step.params["start_indices"][axis], step.params["limit_indices"][axis]
+        return [slice(*bounds, strides[axis])]
+    if axis != step.params["axis"]:
+        return []
+    ends = np.cumsum(step.params["sizes"]).tolist()
+    return [slice(end - n, end) for end, n in zip(ends, step.params["sizes"], strict=True)]

@@ -1,0 +1,228 @@
+"""The order of units: a network does not depend on it, and this is what alignment makes use of."""
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.removal import map_leaves, numpy_of
+from distill_jax.compress.units.shrinking import shrink
+from distill_jax.compress.units.tracing import Traced
+
+Permutations = Mapping[str, Sequence[int] | np.ndarray]
+
+
+def permute(graph: UnitGraph, tree: Any, permutations: Permutations) -> Any:
+    """Puts units into another order: new unit i is old unit π(i), in all slices.
+
+    The network's function stays the same. What a position is among several of one unit, as the places
+    of an image behind a flattened channel, also stays.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+      tree: the parameters, or any pytree as in :func:`distill_jax.compress.units.keep`.
+      permutations: group → π, each of 0 … size − 1 once; all units of groups not named stay.
+
+    Returns:
+      A pytree of the same structure and shapes.
+
+    Raises:
+      ValueError: if a group does not exist, its π is no permutation, or the order of its units matters
+        (see :func:`permutable`); if a leaf has another shape than its parameter.
+
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> permute(graph, params, {"a": [2, 0, 1]})["b"][:, 0]
+    Array([4., 0., 2.], dtype=float32)
+    """
+    moving = {name: order for name, order in check(graph, permutations).items() if _moves(order)}
+    chosen(graph, moving)
+    orders = position_orders(graph, moving)
+
+    def one(leaf: Any, path: str) -> Any:
+        for axis, order in orders[path].items():
+            leaf = numpy_of(leaf).take(leaf, order, axis=axis)
+        return leaf
+
+    return map_leaves(graph, one, tree, orders)
+
+
+def permutable(graph: UnitGraph) -> tuple[str, ...]:
+    """Names the groups whose units may stand in any order.
+
+    They are free, and the program with random parameters gives on random inputs the same results in
+    another order of the units (one of ``cumsum`` over units, say, does not). The answer is kept with
+    the graph; to find it takes a compilation of the program.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+    """
+    return tuple(name for name, reason in _reasons(graph).items() if not reason)
+
+
+def chosen(graph: UnitGraph, groups: Iterable[str] | None) -> list[str]:
+    """The groups asked for, or all that are permutable.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+      groups: names; None for all.
+
+    Raises:
+      ValueError: if one of them does not exist, or is not permutable.
+    """
+    if groups is None:
+        return list(permutable(graph))
+    names = list(groups)
+    for name in names:
+        _known(graph, name)
+        if not graph.groups[name].free:
+            raise ValueError(f"{name!r}: the group is not free: {graph.groups[name].reason}")
+    for name in names:
+        if reason := _reasons(graph)[name]:
+            raise ValueError(f"{name!r}: the order of its units matters: {reason}")
+    return names
+
+
+def check(graph: UnitGraph, permutations: Permutations) -> dict[str, np.ndarray]:
+    """The permutations as arrays.
+
+    Args:
+      graph: as in :func:`permute`.
+      permutations: likewise.
+
+    Raises:
+      ValueError: if one is none, or its group does not exist.
+    """
+    orders = {}
+    for name, order in permutations.items():
+        _known(graph, name)
+        array, size = np.asarray(order), graph.groups[name].size
+        if array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
+            raise ValueError(f"permutations[{name!r}] must hold each of 0 … {size - 1} once, got {order!r}")
+        orders[name] = array.astype(np.int64)
+    return orders
+
+
+def position_orders(
+    graph: UnitGraph, orders: Mapping[str, np.ndarray], paths: Iterable[str] | None = None
+) -> dict[str, dict[int, np.ndarray]]:
+    """Where the positions come from: path → axis → the old position of each new one.
+
+    The k-th position of a unit goes to the k-th of the other. (That this is right, and not the
+    (k + 1)-th, is what :func:`permutable` finds out.)
+
+    Args:
+      graph: as in :func:`permute`.
+      orders: group → π.
+      paths: the leaves that matter; None for all.
+    """
+    wanted = None if paths is None else set(paths)
+    parts: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
+    for name, group in graph.groups.items():
+        for path, axis, index in group.slices:
+            if wanted is None or path in wanted:
+                parts.setdefault((path, axis), []).append((name, index))
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for (path, axis), slices in parts.items():
+        if not any(name in orders for name, _ in slices):
+            continue
+        old = np.stack([index for _, index in slices])
+        new = np.stack([
+            np.where(index < 0, -1, orders[name][index]) if name in orders else index
+            for name, index in slices
+        ])  # fmt: skip
+        # Stable, so that positions of the same units keep their order
+        first, second = np.lexsort(old), np.lexsort(new)
+        if not np.array_equal(old[:, first], new[:, second]):
+            raise ValueError(f"{path}: units of {slices[0][0]!r} do not lie alike along axis {axis}")
+        order = np.empty_like(first)
+        order[second] = first
+        found.setdefault(path, {})[axis] = order
+    return found
+
+
+def _known(graph: UnitGraph, name: str) -> None:
+    if name not in graph.groups:
+        raise ValueError(f"{name!r} is no group; there are {list(graph.groups)}")
+
+
+def _moves(order: np.ndarray) -> bool:
+    return not np.array_equal(order, np.arange(len(order)))
+
+
+_FOUND: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def _reasons(graph: UnitGraph) -> dict[str, str]:
+    """For each free group why its units cannot be put into another order, or the empty string."""
+    key = graph.program.tracer
+    if key not in _FOUND:
+        _FOUND[key] = _try_all(graph)
+    return _FOUND[key]
+
+
+def _try_all(graph: UnitGraph) -> dict[str, str]:
+    traced: Traced = graph.program
+    rng = np.random.default_rng(0)
+    avals = [traced.program.avals[number] for number in traced.program.inputs]
+    params, inputs = jax.tree.unflatten(traced.inputs, avals)
+    params = jax.tree.map(lambda aval: _random(rng, aval, np.prod(aval.shape[:-1])), params)
+    inputs = jax.tree.map(lambda aval: _random(rng, aval), inputs)
+    fn = shrink(graph, {})
+    options: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    run = jax.jit(fn).lower(params, *inputs).compile(compiler_options=options)
+    expected = [np.asarray(x) for x in jax.tree.leaves(run(params, *inputs))]
+
+    def fails(names: list[str]) -> str:
+        orders = {name: _without_fixed_point(rng, graph.groups[name].size) for name in names}
+        try:
+            found = position_orders(graph, orders)
+        except ValueError as error:
+            return str(error)
+
+        def one(leaf: Any, path: str) -> Any:
+            for axis, order in found[path].items():
+                leaf = jnp.take(leaf, order, axis=axis)
+            return leaf
+
+        results = jax.tree.leaves(run(map_leaves(graph, one, params, found), *inputs))
+        same = all(_same(x, np.asarray(y)) for x, y in zip(expected, results, strict=True))
+        return "" if same else "in another one the results are others"
+
+    names = [name for name, group in graph.groups.items() if group.free]
+    if not names or not fails(names):
+        return dict.fromkeys(names, "")
+    return {name: fails([name]) for name in names}
+
+
+def _random(rng: np.random.Generator, aval: Any, fan_in: float = 1.0) -> Any:
+    """Numbers with which nothing overflows in a deep network; what may be a variance is positive."""
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return jnp.broadcast_to(jax.random.key(0), aval.shape)
+    if not jnp.issubdtype(aval.dtype, jnp.inexact):
+        return jnp.asarray(rng.integers(0, 2, aval.shape), aval.dtype)
+    if len(aval.shape) < 2:
+        return jnp.asarray(rng.uniform(0.5, 1.5, aval.shape), aval.dtype)
+    return jnp.asarray(rng.normal(size=aval.shape) / np.sqrt(fan_in), aval.dtype)
+
+
+def _without_fixed_point(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A random cycle through all."""
+    cycle = rng.permutation(size)
+    order = np.empty_like(cycle)
+    order[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Up to rounding; what is not finite shows nothing."""
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        return np.array_equal(a, b)
+    tolerance = 8 * float(jnp.finfo(a.dtype).eps) ** 0.5
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return bool(np.isfinite(a).all() and np.abs(a - b).max(initial=0) <= tolerance * np.abs(a).max())

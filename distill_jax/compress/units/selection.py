@@ -1,0 +1,350 @@
+"""Which units stay: by scores, as one of each kind, as many as a smaller network has.
+
+Each function *decides*, and returns ``kept``, the indices that stay in each group; what makes arrays
+smaller is :func:`~distill_jax.compress.units.keep` alone, for parameters, model state and optimizer state:
+
+    kept = units.prune(graph, units.scores.l2(graph, params), 0.5)
+    params, opt_state = (units.keep(graph, tree, kept) for tree in (params, opt_state))
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from scipy.cluster import hierarchy
+
+from distill_jax.compress.units._trace.roles import positions, roles
+from distill_jax.compress.units.costs import Cost, share
+from distill_jax.compress.units.graph import Group, Slice, UnitGraph
+from distill_jax.compress.units.removal import map_leaves, numpy_of
+from distill_jax.compress.units.values import vectors
+
+Indices = dict[str, list[int]]
+
+
+def prune(
+    graph: UnitGraph,
+    scores: Mapping[str, np.ndarray],
+    budget: float,
+    *,
+    of: Cost = share,
+    across: Literal["network", "group"] = "network",
+    multiple: int = 1,
+) -> Indices:
+    """Removes units of the lowest scores, as few as bring a cost down to a budget.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+      scores: group → ``[size]``, of :mod:`distill_jax.compress.units.scores`; groups not named are left whole.
+      budget: the most that may be left, in the unit of ``of``.
+      of: what is counted: :func:`~distill_jax.compress.units.share` of the scored groups' units,
+        :func:`~distill_jax.compress.units.parameters`, :func:`~distill_jax.compress.units.flops`, the
+        measured :func:`~distill_jax.compress.units.latency`, or any other ``(graph, kept) -> number``
+        that falls as units go.
+      across: the whole network has one order of scores, or each group loses the same share.
+      multiple: group sizes are rounded up to multiples of this (8, say, for a GPU); a group smaller
+        than that stays whole.
+
+    Returns:
+      The indices that stay in each scored group, at least one.
+
+    Raises:
+      ValueError: if scores are not those of free groups; if the budget is below what the least network
+        has, which is one unit a group (or ``multiple``).
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.array([[1.0, -3.0, 2.0]]), "b": jnp.ones((3, 1))}
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
+    >>> units.prune(graph, units.scores.l1(graph, params), 4, of=units.costs.parameters)
+    {'a': [1, 2]}
+    """
+    _check_scores(graph, scores)
+    if multiple < 1:
+        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    order = {name: np.argsort(-np.asarray(x), kind="stable") for name, x in scores.items()}
+
+    def left(removed: int) -> Indices:
+        found = {}
+        for name, count in counts(removed).items():
+            size = len(order[name])
+            count = min(size, -(-max(count, 1) // multiple) * multiple)
+            found[name] = np.sort(order[name][:count]).tolist()
+        return found
+
+    if across == "group":
+        most = max(map(len, order.values()))
+
+        def counts(removed: int) -> dict[str, int]:
+            return {name: round(len(x) * (1 - removed / most)) for name, x in order.items()}
+    elif across == "network":
+        every = [(name, s) for name, x in scores.items() for s in np.sort(np.asarray(x))[:-1]]
+        lowest = sorted(every, key=lambda pair: pair[1])
+        most = len(lowest)
+
+        def counts(removed: int) -> dict[str, int]:
+            gone = [name for name, _ in lowest[:removed]]
+            return {name: len(x) - gone.count(name) for name, x in order.items()}
+    else:
+        raise ValueError(f"across must be 'network' or 'group', got {across!r}")
+
+    found = left(0)
+    if of(graph, found) <= budget:
+        return found
+    low, high = 0, most
+    found = left(most)
+    if not (least := of(graph, found)) <= budget:
+        raise ValueError(
+            f"budget is {budget}, but with {multiple} of the units of each group {least:g} are left: "
+            "give more, or score more groups"
+        )
+    while high - low > 1:  # above the budget at low, within it at high
+        middle = (low + high) // 2
+        trial = left(middle)
+        if of(graph, trial) <= budget:
+            high, found = middle, trial
+        else:
+            low = middle
+    return found
+
+
+def merge(
+    graph: UnitGraph,
+    params: Any,
+    sizes: Mapping[str, int],
+    *,
+    likeness: Mapping[str, np.ndarray] | None = None,
+    scores: Mapping[str, np.ndarray] | None = None,
+    incoming: Literal["mean", "best"] = "mean",
+) -> tuple[Any, Indices]:
+    """Makes one unit of several that are alike: incoming weights averaged, outgoing ones summed.
+
+    Exact where the merged units are duplicates: equal incoming weights, any outgoing ones. Units are
+    clustered by Ward's criterion on their incoming weights.
+
+    Args:
+      graph: of :func:`distill_jax.compress.units.trace`.
+      params: the parameters (all that was traced, so that the statistics of a BatchNorm take part).
+      sizes: group → how many units it shall have.
+      likeness: group → vectors ``[size, any]``, equal for units that are alike, in the place of the
+        incoming weights: transposed activations, say.
+      scores: group → ``[size]``, weights of the mean, ≥ 0; or who is the best of a cluster.
+      incoming: the mean of the cluster, or its best unit's.
+
+    Returns:
+      ``params`` of the old shapes, where one unit of each cluster stands for all; and ``kept``, these
+      units: ``keep(graph, params, kept)`` is the merged network. An optimizer's state has no sums to
+      make: ``keep(graph, opt_state, kept)``.
+
+    Raises:
+      ValueError: if a group cannot be merged, with the reason: its units are summed over in another way
+        than with outgoing weights, a parameter is on both sides, or the program treats units
+        differently; if scores are not those of the groups, not finite or negative.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import units
+    >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
+    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
+    >>> merged, kept = units.merge(graph, params, {"a": 2})
+    >>> kept, units.keep(graph, merged, kept)["b"].ravel()
+    ({'a': [0, 1]}, Array([4., 2.], dtype=float32))
+    """
+    known = roles(graph)
+    for name, size in sizes.items():
+        group = _free(graph, name, "sizes")
+        if known[name].reason:
+            raise ValueError(f"sizes: {name!r} cannot be merged: {known[name].reason}")
+        if not 1 <= size <= group.size:
+            raise ValueError(f"sizes[{name!r}] must lie in 1 … {group.size}, got {size}")
+    if incoming not in ("mean", "best"):
+        raise ValueError(f"incoming must be 'mean' or 'best', got {incoming!r}")
+    if scores is not None:
+        _check_scores(graph, scores)
+        if missing := [name for name in sizes if name not in scores]:
+            raise ValueError(f"scores has none of {missing}, only of {list(scores)}")
+        for name in sizes:
+            if (lowest := np.min(scores[name])) < 0:
+                raise ValueError(f"scores[{name!r}] must not be negative, got {lowest}")
+    alike = vectors(graph, params, incoming={name: known[name].incoming for name in sizes})
+    alike |= dict(likeness or {})
+    kept: Indices = {}
+    plans: dict[str, list[tuple[Slice, np.ndarray, np.ndarray]]] = {}
+    for name, size in sizes.items():
+        group = graph.groups[name]
+        cluster = _clusters(alike[name], size, group)
+        weights = np.ones(group.size) if scores is None else np.asarray(scores[name], np.float64)
+        members = [np.flatnonzero(cluster == c) for c in np.unique(cluster)]
+        best = [each[np.argmax(weights[each])] for each in members]
+        kept[name] = sorted(int(unit) for unit in best)
+        made, used = np.eye(group.size), np.eye(group.size)
+        for unit, each in zip(best, members, strict=True):
+            used[unit, each] = 1
+            if incoming == "mean":
+                total = weights[each].sum()
+                made[unit, each] = weights[each] / total if total > 0 else 1 / len(each)
+        for matrix, slices in ((made, known[name].incoming), (used, known[name].outgoing)):
+            for s in slices:
+                places = positions(s.index, group.size)
+                assert places is not None, (name, s)
+                plans.setdefault(s.path, []).append((s, places, matrix))
+
+    def one(leaf: Any, path: str) -> Any:
+        x = np.asarray(leaf, np.float64)
+        for (_, axis, _), places, matrix in plans[path]:
+            x = np.moveaxis(x, axis, 0).copy()
+            x[places] = np.tensordot(matrix, x[places], 1)
+            x = np.moveaxis(x, 0, axis)
+        return numpy_of(leaf).asarray(x, leaf.dtype)
+
+    return map_leaves(graph, one, params, plans), kept
+
+
+def select(
+    graph: UnitGraph,
+    student: UnitGraph,
+    *,
+    how: Literal["uniform", "block"] | Mapping[str, np.ndarray] = "uniform",
+    block: int = 0,
+    layers: Mapping[str, str] | None = None,
+) -> Indices:
+    """Chooses as many of a teacher's units as a student of the same kind has.
+
+    ``keep(graph, teacher_params, kept)`` then has the student's shapes in all layers they share, and
+    :func:`~distill_jax.compress.units.inject` writes it into the student.
+
+    Args:
+      graph: the teacher's units.
+      student: the student's.
+      how: evenly spaced; a block of consecutive ones; or those of the highest scores.
+      block: which block, counted from 0: it starts at ``block`` times the student's size.
+      layers: the student's layers → the teacher's: beginnings of paths, such as
+        ``{"blocks.1": "blocks.3"}``; others have the same name in both.
+
+    Returns:
+      The indices of the teacher's units that stay.
+
+    Raises:
+      ValueError: if a layer is not in the teacher, if widths do not correspond (as those of a student
+        with fewer layers and no ``layers``), if the student is the larger one, or the block ends beyond
+        the teacher's units.
+
+    References:
+      Xu et al., `Initializing Models with Larger Ones`, 2024, §3 (uniform and consecutive selection).
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import units
+    >>> def net(width):
+    ...     params = {"a": jnp.ones((3, width)), "b": jnp.ones((width, 2))}
+    ...     return units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> units.select(net(8), net(4))
+    {'a': [0, 2, 4, 6]}
+    >>> units.select(net(8), net(4), how="block", block=1)
+    {'a': [4, 5, 6, 7]}
+    """
+    if isinstance(how, Mapping):
+        _check_scores(graph, how)
+    elif how not in ("uniform", "block"):
+        raise ValueError(f"how must be 'uniform', 'block' or scores by group, got {how!r}")
+    sizes: dict[str, int] = {}
+    ours, theirs = _by_place(student), _by_place(graph)
+    paths = {path: mapped_path(path, layers) for path in student.shapes}
+    for path, axis in [(p, i) for p, leaf in student.shapes.items() for i in range(len(leaf.shape))]:
+        place = paths[path], axis
+        widths = [(group.name, group.size) for group in ours.get((path, axis), [])]
+        large = theirs.get(place, [])
+        if widths and place[0] not in graph.shapes:
+            raise ValueError(f"layers: the student's {path} has no counterpart {place[0]} in the teacher")
+        # A single unit is no group. All its layer's arrays must be there, for a result may be one, too
+        single = not widths and len(large) == 1 and student.shapes[path].shape[axis] == 1
+        if single and {s.path for s in large[0].slices} <= {*paths.values()}:
+            widths = [(path, 1)]
+        if len(large) != len(widths):
+            raise ValueError(
+                f"student: {path}, axis {axis}, has groups {[name for name, _ in widths]}, but the "
+                f"teacher's {place[0]} has {[g.name for g in large]}: they are of different kinds "
+                "(the model's inputs and outputs, and what is frozen, have none); give layers, or a "
+                "student of another shape"
+            )
+        for group, (name, size) in zip(large, widths, strict=True):
+            if sizes.setdefault(group.name, size) != size:
+                raise ValueError(
+                    f"student: {name} needs {size} of the teacher's units {group.name}, another "
+                    f"group of the student {sizes[group.name]}"
+                )
+    found: Indices = {}
+    for name, size in sizes.items():
+        group = _free(graph, name, "student")
+        if size > group.size:
+            raise ValueError(f"student: it has {size} units where the teacher's {name} has {group.size}")
+        if isinstance(how, Mapping):
+            if name not in how:
+                raise ValueError(f"how has no scores of {name!r}, only of {list(how)}")
+            found[name] = np.sort(np.argsort(-np.asarray(how[name]), kind="stable")[:size]).tolist()
+        elif how == "uniform":
+            found[name] = (np.arange(size) * group.size // size).tolist()
+        elif 0 <= block * size <= group.size - size:
+            found[name] = list(range(block * size, (block + 1) * size))
+        else:
+            raise ValueError(
+                f"block must lie in 0 … {group.size // size - 1} for {name!r} "
+                f"({size} of {group.size} units), got {block}"
+            )
+    return found
+
+
+def mapped_path(path: str, layers: Mapping[str, str] | None) -> str:
+    """The teacher's path of a student's parameter.
+
+    Args:
+      path: of the student.
+      layers: as in :func:`select`; the longest beginning that fits counts.
+
+    >>> mapped_path("blocks.1.kernel", {"blocks.1": "blocks.3"})
+    'blocks.3.kernel'
+    """
+    parts = path.split(".")
+    for i in range(len(parts), 0, -1):
+        if (head := ".".join(parts[:i])) in (layers or {}):
+            return ".".join([(layers or {})[head], *parts[i:]])
+    return path
+
+
+def _by_place(graph: UnitGraph) -> dict[tuple[str, int], list[Group]]:
+    """The free groups on each axis that has some."""
+    found: dict[tuple[str, int], list[Group]] = {}
+    for group in graph.groups.values():
+        for s in group.slices if group.free else ():
+            groups = found.setdefault((s.path, s.axis), [])
+            if group not in groups:
+                groups.append(group)
+    return found
+
+
+def _clusters(x: np.ndarray, size: int, group: Group) -> np.ndarray:
+    """The cluster of each unit, ``[units]``."""
+    if x.shape[0] != group.size or x.ndim != 2:
+        raise ValueError(f"likeness[{group.name!r}] must be [{group.size}, any], got {x.shape}")
+    if size == group.size:
+        return np.arange(size)
+    return hierarchy.cut_tree(hierarchy.ward(x), n_clusters=size).ravel()
+
+
+def _free(graph: UnitGraph, name: str, argument: str) -> Group:
+    group = graph.groups.get(name)
+    if group is None:
+        raise ValueError(f"{argument}: {name!r} is no group; there are {list(graph.groups)}")
+    if not group.free:
+        raise ValueError(f"{argument}: {name!r} is not free: {group.reason}")
+    return group
+
+
+def _check_scores(graph: UnitGraph, scores: Mapping[str, np.ndarray]) -> None:
+    if not scores:
+        raise ValueError("scores are empty: there is no group to choose from")
+    for name, x in scores.items():
+        size = _free(graph, name, "scores").size
+        if np.shape(x) != (size,) or not np.isfinite(x).all():
+            raise ValueError(
+                f"scores[{name!r}] must be [{size}] and finite, got shape {np.shape(x)}"
+                + ("" if np.shape(x) != (size,) else " with numbers that are not")
+            )

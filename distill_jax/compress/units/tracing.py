@@ -1,0 +1,191 @@
+"""From a program to its units."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
+from distill_jax.compress.units._trace.program import Program, flatten
+from distill_jax.compress.units._trace.rules import Tracer, fixed, value
+from distill_jax.compress.units._trace.sizes import groups_in_numbers
+from distill_jax.compress.units.graph import Group, Slice, UnitGraph
+from distill_jax.weights.structure import path_name
+
+Key = tuple[Any, ...]
+
+
+class Traced(NamedTuple):
+    """What running the program with smaller arrays needs to know.
+
+    Args:
+      program: the steps.
+      tracer: the labels of every value.
+      units: for each group, the nodes of its units.
+      structure: of the results.
+      inputs: the tree of parameters and inputs.
+    """
+
+    program: Program
+    tracer: Tracer
+    units: dict[str, np.ndarray]
+    structure: Any
+    inputs: Any
+
+
+def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
+    """Finds which indices of which axes of the parameters belong together, for any network.
+
+    The program ``fn(params, *inputs)`` is run once on labels in the place of numbers. Two positions
+    that meet in a sum, a product, a contraction, belong to one unit; a reshape makes an axis a product
+    of units of two kinds (heads × head size); inputs, results and constants that vary have no units,
+    and what meets them is not free. A primitive without a rule freezes all axes it touches, and is
+    named in ``graph.notes``.
+
+    A group is *exact* if the network without some of its units (:func:`~distill_jax.compress.units.keep`)
+    computes what the network with these units silenced computes
+    (:func:`~distill_jax.compress.units.silence`), wherever that is finite. It is not if what is silenced still
+    counts, as in a mean, a softmax or a normalisation over the units; nor if ``fn`` computes a number
+    from how many there are, as 1/√(head size): then only :func:`~distill_jax.compress.units.shrink`, where that
+    number stays, gives the same.
+
+    Args:
+      fn: ``(params, *inputs) -> results``, arrays or pytrees of them, in evaluation mode (random
+        masks have no rule). For a model with state: ``lambda p, x: apply_fn(p["params"], p["state"],
+        x)[0]``, with ``params={"params": params, "state": model_state}``.
+      params: the pytree whose arrays can shrink; or ``jax.ShapeDtypeStruct``.
+      inputs: likewise. Their axes are tied to the outside.
+
+    Returns:
+      The units.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    >>> graph = trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> group = graph.groups["a"]
+    >>> group.size, group.free, group.exact, [(s.path, s.axis) for s in group.slices]
+    (4, True, True, [('a', 1), ('b', 0)])
+    """
+
+    def fresh(params: Any, inputs: Any) -> Any:  # a new function: no cache of traces answers
+        return fn(params, *inputs)
+
+    closed, results = jax.make_jaxpr(fresh, return_shape=True)(params, inputs)
+    program = flatten(closed)
+    tracer = Tracer()
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for i, number in enumerate(program.inputs):
+        aval = program.avals[number]
+        if i >= len(paths) or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+            tracer.values[number] = value(fixed(n) for n in aval.shape)
+        else:
+            axes = [tracer.fresh(n) for n in aval.shape]
+            # All slices of a silenced unit are 0
+            tracer.values[number] = value((units, np.ones_like(zero)) for units, zero in axes)
+    tracer.run(program)
+    for number in program.outputs:
+        for units in tracer.read(number, program).units:
+            tracer.labels.freeze(units, "a result of the network")
+    groups, members = _groups(tracer, program, paths)
+    shapes = {
+        path: jax.ShapeDtypeStruct(program.avals[n].shape, program.avals[n].dtype)
+        for path, n in zip(paths, program.inputs, strict=False)
+    }
+    traced = Traced(
+        program, tracer, members, jax.tree.structure(results), jax.tree.structure((params, inputs))
+    )
+    notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
+    graph = UnitGraph(groups, shapes, tuple(notes), traced)
+    for name in groups_in_numbers(fn, params, inputs, graph, program):
+        reason = "fn computes a number from its size"
+        groups[name] = groups[name]._replace(exact=False, reason=reason)
+    return graph
+
+
+def _groups(
+    tracer: Tracer, program: Program, paths: list[str]
+) -> tuple[dict[str, Group], dict[str, np.ndarray]]:
+    """Units whose slices lie in the same places, as many in each, are a group."""
+    labels = tracer.labels
+    frozen, inexact = _reasons(tracer, labels.frozen), _reasons(tracer, labels.inexact)
+    births: dict[int, set[int]] = {}
+    for node in np.flatnonzero(labels.birth[: labels.count] >= 0):
+        for root in labels.resolve(np.array([[node]])).ravel().tolist():
+            births.setdefault(root, set()).add(int(labels.birth[node]))
+    first = _first_uses(program)
+    order = sorted(range(len(paths)), key=lambda i: first.get(program.inputs[i], len(program.avals)))
+    places: list[tuple[str, int, np.ndarray]] = []
+    of_node: dict[int, list[tuple[int, int]]] = {}
+    for i in order:
+        for a, units in enumerate(tracer.values[program.inputs[i]].units):
+            nodes = labels.resolve(units)
+            found, where, counts = np.unique(
+                nodes.T.ravel(), return_index=True, return_counts=True
+            )  # fmt: skip
+            for j in np.argsort(where):
+                if found[j] >= 0:
+                    of_node.setdefault(int(found[j]), []).append((len(places), int(counts[j])))
+            places.append((paths[i], a, nodes))
+    kinds: dict[Key, list[int]] = {}
+    for root, lies in of_node.items():
+        kind = (
+            tuple(lies), tuple(sorted(births.get(root, ()))), root in frozen, root in inexact,
+        )  # fmt: skip
+        kinds.setdefault(kind, []).append(root)
+    found_groups: list[tuple[Group, np.ndarray]] = []
+    for (shared, _, is_frozen, is_inexact), roots in kinds.items():
+        members = np.array(roots)
+        reason = frozen.get(roots[0]) or inexact.get(roots[0]) or ""
+        if not reason and len(roots) == 1:
+            reason = "one unit alone"
+        free = not is_frozen and len(roots) > 1
+        lies_in = [places[place] for place, _ in shared]
+        slices = [s for path, a, nodes in lies_in for s in _slices(path, a, nodes, members)]
+        name = slices[0].path
+        group = Group(name, len(roots), tuple(slices), free, not is_inexact, reason)
+        found_groups.append((group, members))
+    names: Counter[str] = Counter()
+    named: dict[int, str] = {}
+    # What can be removed has the first right to a parameter's name
+    for i in sorted(range(len(found_groups)), key=lambda i: not found_groups[i][0].free):
+        name = found_groups[i][0].name
+        named[i] = f"{name}#{names[name]}" if names[name] else name
+        names[name] += 1
+    groups = {named[i]: g._replace(name=named[i]) for i, (g, _) in enumerate(found_groups)}
+    return groups, {named[i]: members for i, (_, members) in enumerate(found_groups)}
+
+
+def _first_uses(program: Program) -> dict[int, int]:
+    """When each value is first an operand, also within loops: in the order of the results."""
+    first: dict[int, int] = {}
+    for step in program.steps:
+        time = step.outputs[0] if step.outputs else 0
+        for body in step.bodies:
+            inner = _first_uses(body)
+            # A loop's bodies take the last of the operands, but for its condition's
+            for number, within in zip(step.inputs[::-1], body.inputs[::-1], strict=False):
+                if within in inner:
+                    first.setdefault(number, inner[within])
+        for number in step.inputs:
+            first.setdefault(number, time)
+    return first
+
+
+def _reasons(tracer: Tracer, marks: list[tuple[np.ndarray, str]]) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for nodes, reason in marks:
+        for root in np.unique(tracer.labels.resolve(nodes[None])):
+            if root >= 0:
+                reasons.setdefault(int(root), reason)
+    return reasons
+
+
+def _slices(path: str, axis: int, nodes: np.ndarray, members: np.ndarray) -> list[Slice]:
+    """Where the members lie on an axis; a position that has two of them needs two slices."""
+    order = np.argsort(members)
+    found = np.minimum(np.searchsorted(members[order], nodes), len(members) - 1)
+    unit = np.where(members[order][found] == nodes, order[found], -1)
+    unit = -np.sort(-unit, axis=0)
+    return [Slice(path, axis, row) for row in unit if (row >= 0).any()]

@@ -1,0 +1,308 @@
+"""Intermediate values of a model, without editing it.
+
+:func:`capture` traces an ``apply_fn`` to a jaxpr, finds the values that carry a name there, and makes
+the chosen ones further results of the same program. What computes them stays as it was: nothing runs
+twice, dropout draws once, and rematerialisation, sharding and custom derivatives keep their rules.
+
+A value has a name where the model says so with ``jax.ad_checkpoint.checkpoint_name``, and each result
+of a module's call has the module's path, ``stages.1.conv``, in models that come from
+:func:`distill_jax.models.from_nnx` or :func:`~distill_jax.models.from_linen`. (These write the names
+down only while a capture traces them.)
+
+- The second call of one module, and any repeated name, is ``name#1``, the third ``name#2``.
+- The parts of a result that is a tuple or a dict are ``name.0``, ``name.1`` or ``name.key``.
+- A value inside ``jax.lax.scan`` is stacked over the iterations, a leading axis.
+"""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+# Distinguishes a module's path from the names that a rematerialisation policy may speak of
+_MARK = "distill_jax:"
+# Part of every jit cache's key: a function traced before without names is traced anew
+_naming = jax.make_user_context(False)
+
+
+def naming() -> bool:
+    """Says whether a capture is tracing, so that modules shall name what they return."""
+    return bool(_naming.value)
+
+
+def name_values(name: str, values: Any) -> Any:
+    """Names a module's result for :func:`capture`: the same values, with a name each.
+
+    Args:
+      name: the module's path.
+      values: a pytree. An array alone gets the name itself, the leaves of a container
+        ``name.<path>``; what is not an array of numbers is left as it is.
+    """
+
+    def one(path, leaf):
+        if not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        inner = jax.tree_util.keystr(path, simple=True, separator=".")
+        return checkpoint_name(leaf, _MARK + (f"{name}.{inner}" if inner else name))
+
+    return jax.tree_util.tree_map_with_path(one, values)
+
+
+def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callable[..., Any]:
+    """Makes an ``apply_fn`` that also returns intermediate values: one forward pass for both.
+
+    It does the operations of ``apply_fn``, each once and in their order, and so gives the same results
+    bit for bit. Compiled, that holds for what layers compute; but a value that XLA would else have
+    fused into the operation after it (dropout's, into a mean) must now be written out, and the
+    last bits of that operation may differ. Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``pmap``
+    and ``shard_map``.
+
+    Args:
+      apply_fn: ``(params, model_state, x, *, key=None) -> (outputs, model_state)``, as in
+        :class:`distill_jax.models.Model`.
+      select: names, or patterns of them as in a shell: ``"stages.*"`` is everything below ``stages``
+        (a ``*`` also stands for dots), ``"stages.?"`` the stages themselves.
+        :func:`layer_shapes` lists the names of a model.
+
+    Returns:
+      ``apply_fn(params, model_state, x, *, key=None) -> ((outputs, {name: array}), model_state)``,
+      the names in the order of computation.
+
+    Raises:
+      ValueError: if ``select`` is empty; or, when the model is traced, if a pattern matches no name
+        (the message lists them), or a value inside a ``while``, a ``cond`` or a function with custom
+        derivatives, which cannot leave it.
+
+    >>> import jax.numpy as jnp
+    >>> def apply_fn(params, model_state, x, *, key=None):
+    ...     hidden = checkpoint_name(jnp.tanh(x), "hidden")
+    ...     return hidden @ params, model_state
+    >>> captured = capture(apply_fn, "hid*")
+    >>> (outputs, features), _ = captured(jnp.eye(2), {}, jnp.zeros((3, 2)))
+    >>> outputs.shape, list(features)
+    ((3, 2), ['hidden'])
+    """
+    patterns = (select,) if isinstance(select, str) else tuple(select)
+    if not patterns:
+        raise ValueError("select must name at least one value, got none: give names or patterns")
+
+    def captured(params, model_state, x, *, key=None):
+        program, results = _trace(apply_fn, params, model_state, x, key)
+        names = _Names(lambda name: any(fnmatch.fnmatchcase(name, p) for p in patterns))
+        jaxpr, found = names.expose(program.jaxpr)
+        for pattern in patterns:
+            if not fnmatch.filter(names.seen, pattern):
+                raise ValueError(
+                    f"select: no value is named {pattern!r}. Named are: "
+                    f"{', '.join(names.seen) or 'none (see the docstring of distill_jax.capture)'}"
+                )
+        program = program.replace(jaxpr=jaxpr.replace(outvars=[*jaxpr.outvars, *(var for _, var in found)]))
+        leaves = jax.tree.leaves((params, model_state, x, key))
+        values = core.jaxpr_as_fun(program)(*leaves)
+        count = len(values) - len(found)
+        outputs, model_state = jax.tree.unflatten(jax.tree.structure(results), values[:count])
+        names_found = [name for name, _ in found]
+        return (outputs, dict(zip(names_found, values[count:], strict=True))), model_state
+
+    return captured
+
+
+def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..., Any]:
+    """Makes the rest of a model: from the value of a name to the outputs.
+
+    With ``capture(apply_fn, name)`` before it, a model is cut in two there.
+
+    Args:
+      apply_fn: as in :func:`capture`.
+      name: of one value, as in :func:`layer_shapes`.
+      example: one input of the whole model, without the batch axis, or its ``jax.ShapeDtypeStruct``:
+        shapes must be known, the values are not used.
+
+    Returns:
+      ``apply_fn(params, model_state, value, *, key=None) -> (outputs, model_state)``, ``value`` being
+      ``[batch, ...]`` as captured. State that the first part would change stays as it is.
+
+    Raises:
+      ValueError: when the rest is traced, if there is no such name, if ``value`` has another shape, or
+        if the outputs do not follow from it alone, as where a connection passes it by.
+
+    >>> def apply_fn(params, model_state, x, *, key=None):
+    ...     return 10 * checkpoint_name(x + 1, "more"), model_state
+    >>> print(resume(apply_fn, "more", jnp.zeros(()))({}, {}, jnp.array([5.0]))[0])
+    [50.]
+    """
+
+    def rest(params, model_state, value, *, key=None):
+        shape, dtype = jnp.shape(example), jnp.result_type(example)
+        x = jax.ShapeDtypeStruct((value.shape[0], *shape), dtype)
+        program, results = _trace(apply_fn, params, model_state, x, key)
+        names = _Names(lambda found: found == name)
+        jaxpr, found = names.expose(program.jaxpr)
+        if not found:
+            raise ValueError(f"name: no value is named {name!r}, only {', '.join(names.seen)}")
+        start = found[0][1]
+        if start.aval.shape != value.shape:
+            raise ValueError(f"value must be of the shape of {name!r}, {start.aval.shape}, got {value.shape}")
+        leaves = jax.tree.leaves((params, model_state))
+        given, other = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) + 1 :]
+        outside = _followers(jaxpr, jaxpr.invars[len(leaves)], start)
+        outputs = list(jaxpr.outvars)
+        count = len(jax.tree.leaves(results[0]))
+        if any(_is_var(out) and out in outside for out in outputs[:count]):
+            raise ValueError(
+                f"the outputs do not follow from {name!r} alone: cut the model where no connection "
+                "passes by, and not within jax.jit (give the function, not the jitted one)"
+            )
+        states = given[len(given) - len(jax.tree.leaves(model_state)) :]
+        outputs[count:] = [
+            old if _is_var(new) and new in outside else new
+            for old, new in zip(states, outputs[count:], strict=True)
+        ]
+        kept = jaxpr.replace(
+            invars=[*given, *other, start],
+            outvars=outputs,
+            eqns=_needed(jaxpr.eqns, outputs, start),
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        values = core.jaxpr_as_fun(program.replace(jaxpr=kept))(*leaves, *jax.tree.leaves(key), value)
+        return jax.tree.unflatten(jax.tree.structure(results), values)
+
+    return rest
+
+
+def _is_var(atom: Any) -> bool:
+    return isinstance(atom, core.Var)
+
+
+def _followers(jaxpr: Any, source: Any, barrier: Any) -> set[Any]:
+    """The variables that depend on ``source`` on a way that does not lead through ``barrier``."""
+    found = {source}
+    for eqn in jaxpr.eqns:
+        if any(_is_var(atom) and atom in found for atom in eqn.invars):
+            found |= {var for var in eqn.outvars if var is not barrier}
+    return found
+
+
+def _needed(eqns: Sequence[Any], outputs: Sequence[Any], given: Any) -> list[Any]:
+    """The equations on which outputs depend, where the value of ``given`` is known."""
+    wanted = {atom for atom in outputs if _is_var(atom)} - {given}
+    kept = []
+    for eqn in reversed(eqns):
+        if any(var in wanted for var in eqn.outvars):
+            kept.append(eqn)
+            wanted |= {atom for atom in eqn.invars if _is_var(atom)} - {given}
+    return kept[::-1]
+
+
+def layer_shapes(
+    apply_fn: Callable[..., Any], params: Any, model_state: Any, x: Any, *, key: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Lists what :func:`capture` can give: names and shapes, in the order of computation.
+
+    Nothing is computed. Values that cannot be captured (inside a ``while``, say) are left out.
+
+    Args:
+      apply_fn: as in :func:`capture`.
+      params: arrays, or ``jax.ShapeDtypeStruct``.
+      model_state: likewise.
+      x: likewise, a batch of inputs.
+      key: likewise; None for evaluation mode.
+    """
+    program, _ = _trace(apply_fn, params, model_state, x, key)
+    names = _Names(lambda name: True, strict=False)
+    return {
+        name: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        for name, var in names.expose(program.jaxpr)[1]
+    }
+
+
+def _trace(apply_fn: Callable[..., Any], params: Any, model_state: Any, x: Any, key: Any) -> Any:
+    def fresh(params, model_state, x, key):  # a new function, so that no cache of traces answers
+        return apply_fn(params, model_state, x, key=key)
+
+    with _naming(True):
+        return jax.make_jaxpr(fresh, return_shape=True)(params, model_state, x, key)
+
+
+class _Names:
+    """Walks through a program once, numbers its names, and leads the wanted ones out of it."""
+
+    def __init__(self, wanted: Callable[[str], bool], *, strict: bool = True):
+        self.wanted = wanted
+        self.strict = strict
+        self.seen: list[str] = []
+        self.counts: Counter[str] = Counter()
+
+    def expose(self, jaxpr: Any, closed: str = "") -> tuple[Any, list[tuple[str, Any]]]:
+        """A jaxpr in which the wanted values are variables at the top, and these.
+
+        ``closed`` says what encloses the jaxpr, if nothing can be led out of that.
+        """
+        eqns, found = [], []
+        for eqn in jaxpr.eqns:
+            kind = eqn.primitive.name
+            if kind == "name":
+                name = self.number(eqn.params["name"].removeprefix(_MARK))
+                if self.wanted(name) and self.allowed(name, closed):
+                    if isinstance(eqn.outvars[0], core.DropVar):
+                        eqn = eqn.replace(outvars=[core.Var(eqn.outvars[0].aval)])
+                    found.append((name, eqn.outvars[0]))
+            elif kind in _OPEN and not closed:
+                inner = eqn.params["jaxpr"]
+                body, values = self.expose(getattr(inner, "jaxpr", inner))
+                if values:
+                    body = body.replace(outvars=[*body.outvars, *(var for _, var in values)])
+                    inner = inner.replace(jaxpr=body) if hasattr(inner, "jaxpr") else body
+                    avals = [_OPEN[kind](eqn.params, var.aval) for _, var in values]
+                    params = {**eqn.params, "jaxpr": inner}
+                    for option, value in _UNSPECIFIED.items():
+                        if option in params:
+                            params[option] = (*params[option], *[value()] * len(values))
+                    outer = [core.Var(aval) for aval in avals]
+                    eqn = eqn.replace(params=params, outvars=[*eqn.outvars, *outer])
+                    found += [(name, var) for (name, _), var in zip(values, outer, strict=True)]
+            else:
+                for inner in core.jaxprs_in_params(eqn.params):
+                    self.expose(inner, closed or kind)
+            eqns.append(eqn)
+        return jaxpr.replace(eqns=eqns), found
+
+    def number(self, name: str) -> str:
+        count = self.counts[name]
+        self.counts[name] += 1
+        self.seen.append(f"{name}#{count}" if count else name)
+        return self.seen[-1]
+
+    def allowed(self, name: str, closed: str) -> bool:
+        if closed and self.strict:
+            raise ValueError(
+                f"select: the value named {name!r} is computed inside a {closed!r}, which it cannot "
+                "leave: choose one outside, such as the result of the whole"
+            )
+        return not closed
+
+
+def _stacked(params: Mapping[str, Any], aval: Any) -> Any:
+    return core.unmapped_aval(params["length"], 0, aval)
+
+
+# Primitives whose bodies may have further results, and how those look from outside
+_OPEN: dict[str, Callable[[Mapping[str, Any], Any], Any]] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), lambda _, aval: aval),
+    "scan": _stacked,
+}
+
+
+@cache
+def _unspecified(option: str) -> Any:
+    """What ``jit`` writes for a result of which nothing was said."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params[option][0]
+
+
+_UNSPECIFIED = {option: partial(_unspecified, option) for option in ("out_shardings", "out_layouts")}

@@ -1,0 +1,287 @@
+"""The teacher as a function from batch to batch, and the store of its soft labels.
+
+Called inside the student's step, a label function is online distillation; mapped over the data set
+and saved, it is the soft-label store; averaged over several teachers, it is an ensemble.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from distill_jax._files import write_atomically, write_json
+
+PyTree = Any
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def fingerprint(tree: PyTree) -> str:
+    """SHA-256 of a pytree's paths, shapes, dtypes and bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, str):
+            leaf = np.frombuffer(leaf.encode(), np.uint8)
+        array = np.ascontiguousarray(leaf)
+        head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};"
+        digest.update(head.encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class LabelStore:
+    """Soft labels on disk, read by memory map and found by example id.
+
+    Open one with :func:`open_labels`, write one with :func:`write_labels`. A directory holds
+    ``store.json`` (what it is, and a checksum a file), ``ids.npy`` (sorted) and ``00000.bin`` … (the
+    logits in order of id, a fixed number of rows a file).
+
+    Attributes:
+      count: how many examples.
+      classes: how many logits each.
+      fingerprint: what the labels were made of and from: names → strings.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.count: int = manifest["count"]
+        self.classes: int = manifest["classes"]
+        self.fingerprint: dict[str, str] = manifest["fingerprint"]
+        self._rows: int = manifest["shard_rows"]
+        self._ids = np.load(path / "ids.npy", mmap_mode="r")
+        self._shards = [
+            np.memmap(path / _shard_name(i), DTYPES[manifest["dtype"]], mode="r").reshape(-1, self.classes)
+            for i in range(len(manifest["shards"]))
+        ]
+
+    def __getitem__(self, ids: Any) -> np.ndarray:
+        """Reads the logits of examples: float32 ``[len(ids), classes]``, in the order of ``ids``.
+
+        Raises:
+          KeyError: if an id has no label.
+        """
+        ids = np.asarray(ids, np.int64)
+        rows = np.minimum(np.searchsorted(self._ids, ids), self.count - 1)
+        missing = ids[self._ids[rows] != ids]
+        if missing.size:
+            raise KeyError(
+                f"{missing.size} of {ids.size} examples have no soft label in {self.path}, for "
+                f"instance ids {missing[:5].tolist()}: label them with the teacher first"
+            )
+        result = np.empty((*ids.shape, self.classes), np.float32)
+        for i in np.unique(rows // self._rows):
+            here = rows // self._rows == i
+            result[here] = self._shards[i][rows[here] - i * self._rows]
+        return result
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:05d}.bin"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_labels(
+    path: str | Path,
+    ids: Any,
+    logits: Callable[[np.ndarray], Any],
+    *,
+    fingerprint: Mapping[str, str],
+    dtype: str = "float32",
+    shard_rows: int = 8192,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> LabelStore:
+    """Writes a store, or finishes one whose writing was interrupted.
+
+    Args:
+      path: the directory; made where it does not exist.
+      ids: int ``[n]``, the examples' ids, each once.
+      logits: ``positions -> [len(positions), classes]``, where position i means ``ids[i]``.
+      fingerprint: what the labels depend on, for instance
+        ``{"teacher": fingerprint(params), "preprocessing": "x / 255", "data": fingerprint(images)}``.
+      dtype: "float32", "bfloat16" or "float16".
+      shard_rows: examples a file. An interrupted writing loses at most one file.
+      progress: called with (examples written, all examples).
+
+    Returns:
+      The store, opened as by :func:`open_labels`. A complete one that fits is returned as it is.
+
+    Raises:
+      ValueError: if the directory holds other labels (naming what differs), a file's checksum is
+        wrong, ids repeat, or logits have the wrong shape, are NaN, or overflow ``dtype``.
+    """
+    path, ids = Path(path), np.asarray(ids, np.int64)
+    order = np.argsort(ids, kind="stable")
+    if ids.ndim != 1 or not len(ids) or (np.diff(ids[order]) == 0).any():
+        raise ValueError(f"ids must be a non-empty list without repetition, got shape {ids.shape}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows must be at least 1, got {shard_rows}")
+    total = -(-len(ids) // shard_rows)
+    described = {
+        "format": 1,
+        "count": len(ids),
+        "dtype": dtype,
+        "shard_rows": shard_rows,
+        "ids": hashlib.sha256(ids[order].tobytes()).hexdigest(),
+        "fingerprint": dict(fingerprint),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    manifest = path / "store.json"
+    if manifest.exists():
+        state = _read_manifest(path)
+        _refuse_differences(path, {k: state.get(k) for k in described}, described)
+        _verify(path, state)
+    else:
+        # A kill before the first manifest leaves the ids, or a part of them
+        if any(file.name != "ids.npy" and file.suffix != ".tmp" for file in path.iterdir()):
+            raise ValueError(f"{path} is not empty and holds no label store: choose another")
+        write_atomically(path / "ids.npy", lambda tmp: _save_array(tmp, ids[order]))
+        state = {**described, "classes": None, "shards": []}
+        write_json(manifest, state)
+    for shard in range(len(state["shards"]), total):
+        rows = order[shard * shard_rows : (shard + 1) * shard_rows]
+        values = np.asarray(logits(rows), np.float32)
+        classes = state["classes"] or values.shape[-1]
+        if values.shape != (len(rows), classes):
+            raise ValueError(f"expected logits {(len(rows), classes)}, got {values.shape}")
+        with np.errstate(over="ignore"):
+            stored = values.astype(DTYPES[dtype])
+        lost = ~np.isfinite(stored.astype(np.float32)) & (values != -np.inf)
+        if lost.any():
+            raise ValueError(
+                f"{int(lost.any(-1).sum())} of {len(rows)} examples have logits that are NaN, "
+                f"infinite, or too large for {dtype}: check the teacher, or store float32"
+            )
+        target = path / _shard_name(shard)
+        write_atomically(target, stored.tofile)
+        checksum = hashlib.sha256(stored.tobytes()).hexdigest()
+        state = {**state, "classes": classes, "shards": [*state["shards"], checksum]}
+        write_json(manifest, state)
+        progress(min((shard + 1) * shard_rows, len(ids)), len(ids))
+    return LabelStore(path, state)
+
+
+def import_labels(
+    path: str | Path, ids: Any, logits: Any, *, source: str, data: str, dtype: str = "float32"
+) -> LabelStore:
+    """Stores the outputs of a teacher from another framework.
+
+    Args:
+      path: the directory.
+      ids: int ``[n]``, the examples' ids as the data set gives them.
+      logits: ``[n, classes]``, row i for ``ids[i]``, as an array (log-probabilities will do).
+      source: which teacher, with version and preprocessing: it stands in the fingerprint, along with
+        a checksum of the logits.
+      data: fingerprint of the data (see :func:`fingerprint`), to be checked when the store is read.
+      dtype: as in :func:`write_labels`.
+
+    Returns:
+      The store.
+    """
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or len(logits) != len(np.asarray(ids)):
+        raise ValueError(f"expected logits [{len(np.asarray(ids))}, classes], got {logits.shape}")
+    described = {"teacher": f"{source} ({fingerprint(logits)[:16]})", "data": data}
+    return write_labels(path, ids, lambda rows: logits[rows], fingerprint=described, dtype=dtype)
+
+
+def open_labels(
+    path: str | Path, *, expect: Mapping[str, str] | None = None, verify: bool = True
+) -> LabelStore:
+    """Opens a store that is complete.
+
+    Args:
+      path: the directory.
+      expect: entries that its fingerprint must have.
+      verify: read every file once and compare checksums.
+
+    Raises:
+      ValueError: if there is no complete store, the fingerprint differs (naming how), or a file is
+        not as it was written.
+    """
+    path = Path(path)
+    state = _read_manifest(path)
+    if expect is not None:
+        _refuse_differences(path, {k: state["fingerprint"].get(k) for k in expect}, dict(expect))
+    if len(state["shards"]) * state["shard_rows"] < state["count"]:
+        done = len(state["shards"]) * state["shard_rows"]
+        raise ValueError(
+            f"{path} holds {done} of {state['count']} soft labels: its writing was interrupted; "
+            "run it again to finish it"
+        )
+    if verify:
+        _verify(path, state)
+    return LabelStore(path, state)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # by handle: np.save adds ".npy" to a name without it
+        np.save(file, array)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "store.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no soft-label store (no store.json)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}/store.json cannot be read ({error}): delete the store") from None
+    if state.get("format") != 1:
+        raise ValueError(f"{path} has store format {state.get('format')}, expected 1")
+    return state
+
+
+def _refuse_differences(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    found = dict(_leaves(found))
+    differing = [
+        f"{name} is {_brief(found.get(name))}, expected {_brief(value)}"
+        for name, value in _leaves(expected)
+        if found.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the soft labels in {path} were made otherwise: {'; '.join(differing)}. "
+            "Use another directory, or delete this one"
+        )
+
+
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        flat += _leaves(value) if isinstance(value, Mapping) else [(name, value)]
+    return flat
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"
+
+
+def _verify(path: Path, state: Mapping[str, Any]) -> None:
+    wrong = []
+    ids = path / "ids.npy"
+    try:
+        if hashlib.sha256(np.load(ids).tobytes()).hexdigest() != state["ids"]:
+            wrong.append(ids.name)
+    except (OSError, ValueError):
+        wrong.append(ids.name)
+    for index, checksum in enumerate(state["shards"]):
+        shard, rows = path / _shard_name(index), state["shard_rows"]
+        rows = min(rows, state["count"] - index * rows)
+        size = rows * state["classes"] * np.dtype(DTYPES[state["dtype"]]).itemsize
+        if not shard.exists() or shard.stat().st_size != size or _sha256(shard) != checksum:
+            wrong.append(shard.name)
+    if wrong:
+        raise ValueError(
+            f"damaged or missing in {path}: {', '.join(wrong)}. Delete the directory and write the "
+            "labels again"
+        )

@@ -1,0 +1,191 @@
+"""The way between two trained networks, and what BatchNorm needs wherever one stops on it."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.weights.means import lerp
+from distill_jax.weights.structure import by_path, is_float
+
+PyTree = Any
+Variables = tuple[PyTree, PyTree]
+
+
+class StaleStatisticsWarning(UserWarning):
+    """Running statistics belong to other parameters than those they are used with."""
+
+
+def recalibrate(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    model_state: PyTree,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    key: jax.Array | None = None,
+) -> PyTree:
+    """Estimates BatchNorm's running statistics anew: after any averaging of parameters.
+
+    The statistics of an average are not the average of statistics: they belong to activations that no
+    network had before. In training mode a running statistic becomes m·s + (1 − m)·x with the batch's x,
+    whatever the library. Two starts, s = 0 and s = c, tell m and so x; the result is the mean of x over
+    the batches, weighted by their sizes, with nothing left of the old.
+
+    Args:
+      apply_fn: as in :class:`distill_jax.models.Model`.
+      params: the averaged parameters.
+      model_state: any that fits; its values do not matter.
+      batches: training batches with ``"image"``, the model's input; a few hundred examples are enough.
+      key: for what is random in training mode, dropout.
+
+    Returns:
+      A new ``model_state``. What training mode does not change, and what is no float, stays.
+
+    Raises:
+      ValueError: if there are no batches, or a statistic is no running mean (its path is named).
+
+    References:
+      Izmailov et al., `Averaging Weights Leads to Wider Optima and Better Generalization`, 2018, §3.2.
+    """
+    key = jax.random.key(0) if key is None else key
+    total, count = None, 0
+    for number, batch in enumerate(batches):
+        images, size = batch["image"], len(batch["image"])
+        found = _statistics(apply_fn, params, model_state, images, jax.random.fold_in(key, number))
+        found = jax.tree.map(lambda x, n=size: n * x, found)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += size
+    if total is None:
+        raise ValueError("batches must have at least one batch, got none")
+    values, spread = jax.tree.map(lambda x: x / count, total)
+    wrong = [path for path, x in by_path(spread).items() if not x < 1e-3]
+    if wrong:
+        raise ValueError(f"model_state: no running means, so they cannot be recalibrated: {wrong}")
+    return jax.tree.map(
+        lambda s, x: x.astype(jnp.asarray(s).dtype) if is_float(s) else s, model_state, values
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(apply_fn, params, model_state, x, key):
+    """The batch's statistics, and by how much each leaf's momentum differs between its entries."""
+
+    def after(state):
+        return apply_fn(params, state, x, key=key)[1]
+
+    def start(scales):
+        return jax.tree.map(lambda s, c: jnp.full_like(s, c) if is_float(s) else s, model_state, scales)
+
+    low = after(start(jax.tree.map(lambda s: 0.0, model_state)))
+    # As large as what is added to it, so that the difference has all its digits
+    scales = jax.tree.map(lambda s: 1 + jnp.max(jnp.abs(s)) if is_float(s) else 0.0, low)
+    high = after(start(scales))
+
+    def solve(s, a, b, c):
+        if not is_float(s):
+            return jnp.float32(0), jnp.float32(0)
+        momentum = (b - a) / c
+        m = jnp.mean(momentum)
+        # What the network does not change: each start stayed what it was
+        constant = jnp.all((a == 0) & (b == c))
+        value = jnp.where(constant, s, a / jnp.where(constant, 1, 1 - m))
+        possible = constant | ((m > -1e-3) & (m < 1 - 1e-6))
+        spread = jnp.where(possible, jnp.max(jnp.abs(momentum - m)), jnp.nan)
+        return value.astype(jnp.float32), spread.astype(jnp.float32)
+
+    solved = jax.tree.map(solve, model_state, low, high, scales)
+    outer, inner = jax.tree.structure(model_state), jax.tree.structure((0, 0))
+    return jax.tree.transpose(outer, inner, solved)
+
+
+def along(
+    evaluate: Callable[[PyTree, PyTree], Any],
+    start: Variables,
+    end: Variables,
+    ts: Sequence[float] | np.ndarray,
+    *,
+    refresh: Callable[[PyTree, PyTree], PyTree] | None = None,
+) -> list[Any]:
+    """Evaluates the networks on the straight line between two: (1 − t)·start + t·end.
+
+    Args:
+      evaluate: ``(params, model_state) -> figures``, such as
+        :func:`distill_jax.train.make_validation` gives.
+      start: ``(params, model_state)``.
+      end: likewise.
+      ts: the points, each in [0, 1].
+      refresh: ``(params, model_state) -> model_state``: :func:`recalibrate`, with ``apply_fn`` and
+        batches filled in. Networks with running statistics need it.
+
+    Returns:
+      What ``evaluate`` returned, one a point.
+
+    Raises:
+      ValueError: if the two do not fit.
+
+    Warns:
+      StaleStatisticsWarning: if there are running statistics, and no ``refresh``.
+
+    >>> along(lambda w, state: round(float(w) ** 2, 2), (-1.0, {}), (1.0, {}), [0, 0.5, 0.75])
+    [1.0, 0.0, 0.25]
+    """
+    if refresh is None:
+        warn_if_stale(start[1])
+    results = []
+    for t in ts:
+        params, model_state = lerp(start, end, float(t))
+        if refresh is not None:
+            model_state = refresh(params, model_state)
+        results.append(evaluate(params, model_state))
+    return results
+
+
+def barrier(ts: Any, losses: Any) -> float:
+    """The highest rise of the loss above the chord: max L(t) − ((1 − t)·L(0) + t·L(1)).
+
+    Args:
+      ts: the points ``[n]``, rising from 0 to 1.
+      losses: one a point.
+
+    Returns:
+      0 or more: at the ends the rise is 0.
+
+    Raises:
+      ValueError: if the points do not rise from 0 to 1, or are not as many as the losses.
+
+    References:
+      Entezari et al., `The Role of Permutation Invariance in Linear Mode Connectivity of Neural
+      Networks`, 2022, Eq. 1.
+
+    >>> barrier([0, 0.5, 1], [1.0, 4.0, 2.0])
+    2.5
+    """
+    t, values = np.asarray(ts, np.float64), np.asarray(losses, np.float64)
+    if t.ndim != 1 or t.shape != values.shape or not t.size:
+        raise ValueError(f"ts and losses must be [n], got shapes {t.shape} and {values.shape}")
+    if t[0] != 0 or t[-1] != 1 or not (np.diff(t) > 0).all():
+        raise ValueError(f"ts must rise from 0 to 1, got {t}")
+    return float(np.max(values - ((1 - t) * values[0] + t * values[-1])))
+
+
+def warn_if_stale(model_state: PyTree) -> None:
+    """Warns that running statistics, if there are any, do not belong to averaged parameters.
+
+    Args:
+      model_state: the average's.
+
+    Warns:
+      StaleStatisticsWarning: naming every path.
+    """
+    paths = [path for path, leaf in by_path(model_state).items() if is_float(leaf)]
+    if paths:
+        warnings.warn(
+            "running statistics were averaged, and are not those of the averaged parameters: "
+            f"re-estimate them with distill_jax.connectivity.recalibrate; {', '.join(paths)}",
+            StaleStatisticsWarning,
+            stacklevel=3,
+        )

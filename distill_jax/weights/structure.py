@@ -1,0 +1,154 @@
+"""What two trees must have in common, and which leaf a path pattern means."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax.losses._numerics import check_fractions
+
+PyTree = Any
+Scalar = float | jax.Array
+Scalars = Scalar | Mapping[str, Scalar]
+
+
+def path_name(path: Any) -> str:
+    """Writes the path of a leaf as this library does everywhere: ``dense.0.kernel``.
+
+    >>> path_name(jax.tree_util.tree_leaves_with_path({"dense": [{"kernel": 1}]})[0][0])
+    'dense.0.kernel'
+    """
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, in the tree's order.
+
+    >>> by_path({"b": 1, "a": [2, 3]})
+    {'a.0': 2, 'a.1': 3, 'b': 1}
+    """
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether arithmetic concerns a leaf: floating point, real or complex."""
+    return jnp.issubdtype(_dtype(leaf), jnp.inexact)
+
+
+def map_floats(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """``jax.tree.map`` over the float leaves; others are those of the first tree."""
+    return jax.tree.map(lambda x, *xs: function(x, *xs) if is_float(x) else x, tree, *rest)
+
+
+def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = True) -> str:
+    """Says where trees differ in structure, shape or dtype, or hold values that are not finite.
+
+    Args:
+      trees: one or more. The leaves of the first are what those of the others are held to.
+      names: what the report calls them; by default ``tree_a``, ``tree_b`` and so on.
+      dtypes: whether dtypes must agree.
+
+    Returns:
+      A line a difference, with its path; empty if there is none. Traced values count as finite.
+
+    >>> import numpy as np
+    >>> print(mismatch_report({"w": np.ones(2), "b": np.ones(1)}, {"w": np.ones(3)}))
+    b: missing in tree_b
+    w: shape (2,) in tree_a, (3,) in tree_b
+    """
+    names = names or [f"tree_{chr(ord('a') + i)}" for i in range(len(trees))]
+    first, *others = leaves = [by_path(tree) for tree in trees]
+    lines = []
+    for name, other in zip(names[1:], others, strict=True):
+        lines += [f"{path}: missing in {name}" for path in first if path not in other]
+        lines += [f"{path}: missing in {names[0]}" for path in other if path not in first]
+        for path in [path for path in first if path in other]:
+            a, b = first[path], other[path]
+            if np.shape(a) != np.shape(b):
+                lines.append(f"{path}: shape {np.shape(a)} in {names[0]}, {np.shape(b)} in {name}")
+            if dtypes and _dtype(a) != _dtype(b):
+                lines.append(f"{path}: dtype {_dtype(a)} in {names[0]}, {_dtype(b)} in {name}")
+    if not lines:
+        structures: list[Any] = [jax.tree.structure(tree) for tree in trees]
+        lines += [
+            f"containers: {structures[0]} in {names[0]}, {structure} in {name}"
+            for name, structure in zip(names[1:], structures[1:], strict=True)
+            if structure != structures[0]
+        ]
+    for name, tree in zip(names, leaves, strict=True):
+        for path, leaf in tree.items():
+            if not isinstance(leaf, jax.core.Tracer) and is_float(leaf):
+                with jax.ensure_compile_time_eval():  # a constant is known inside jit, too
+                    bad = np.size(leaf) - int(jnp.sum(jnp.isfinite(leaf)))
+                if bad:
+                    lines.append(f"{path}: {bad} of {np.size(leaf)} values not finite in {name}")
+    return "\n".join(lines)
+
+
+def check(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = True) -> None:
+    """Raises ``ValueError`` with :func:`mismatch_report` if there is something to report.
+
+    Args:
+      trees: as in :func:`mismatch_report`.
+      names: likewise.
+      dtypes: likewise.
+    """
+    if report := mismatch_report(*trees, names=names, dtypes=dtypes):
+        raise ValueError(
+            "the trees must have the same structure, shapes and dtypes, and finite values:\n" + report
+        )
+
+
+def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = True) -> PyTree:
+    """Gives each leaf its scalar, from one for all or from one for each path pattern.
+
+    Args:
+      value: a scalar; or regular expressions with a scalar each, such as ``{"dense.0": 0.2, "": 0.5}``.
+        A leaf has the scalar of the expression that is found in its path, and where there is none,
+        that of the empty expression. (That no order decides is on purpose: a dict that has been through
+        ``jit`` is sorted.)
+      tree: the leaves.
+      name: of the argument, for messages.
+      fraction: whether values must lie in [0, 1].
+
+    Returns:
+      A tree of scalars.
+
+    Raises:
+      ValueError: if a value is no scalar or out of range, an expression is found in no path, or a leaf
+        has no scalar or several. All such expressions and paths are named.
+
+    >>> scalars({"a": 0.2, "": 0.5}, {"a": 7.0, "b": 8.0})
+    {'a': 0.2, 'b': 0.5}
+    """
+    given = value if isinstance(value, Mapping) else {"": value}
+    labelled = {}
+    for pattern, scalar in given.items():
+        label = f"{name}[{pattern!r}]" if isinstance(value, Mapping) else name
+        if np.ndim(scalar):
+            raise ValueError(
+                f"{label} must be a scalar, got shape {np.shape(scalar)}: use jax.vmap for several values"
+            )
+        labelled[label] = scalar
+    if fraction:
+        check_fractions(labelled)
+    patterns = [pattern for pattern in given if pattern]
+    paths = list(by_path(tree))
+    found = {path: [p for p in patterns if re.search(p, path)] for path in paths}
+    lines = [f"{p!r} is found in no path" for p in patterns if not any(p in x for x in found.values())]
+    for path, matches in found.items():
+        if len(matches) > 1:
+            lines.append(f"{path}: found by {', '.join(map(repr, matches))}")
+        if not matches and "" not in given:
+            lines.append(f"{path}: found by none; the expression '' stands for the rest")
+    if lines:
+        lines.append(f"the paths are {', '.join(paths)}")
+        raise ValueError(f"{name}: each path must be found by one expression:\n" + "\n".join(lines))
+    return jax.tree.unflatten(jax.tree.structure(tree), [given[(found[path] or [""])[0]] for path in paths])
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

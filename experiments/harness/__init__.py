@@ -1,0 +1,1 @@
+"""What all experiments share: options, run directory, training with checkpoints, results, pictures."""

@@ -1,0 +1,21 @@
+"""The pictures of a report.
+
+PNG files, 200 dots an inch, as wide as a column (3.4 inches) or a page (7 inches) of a paper, in
+colours (Okabe and Ito's) and lines that colour-blind readers and grey print keep apart.
+"""
+
+from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
+from harness.pictures.comparisons import code_widths, comparison, curves, tradeoffs
+from harness.pictures.insides import reconstructions
+
+__all__ = [
+    "code_widths",
+    "comparison",
+    "confusion",
+    "curves",
+    "gallery",
+    "learning_curves",
+    "reconstructions",
+    "reliability",
+    "tradeoffs",
+]

@@ -1,0 +1,211 @@
+"""Pictures of many models, or of one against what was varied."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from harness.pictures.style import LOOKS, check, log_ticks, looks_of, save, style
+
+
+@style
+def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, baseline: str) -> None:
+    """Draws the errors of several models, best last: a point a seed, mean and standard error.
+
+    A model whose mean differs from the baseline's by more than two standard errors of the paired
+    difference is drawn in colour, others in grey.
+
+    Args:
+      path: of the PNG.
+      errors: model → a value a seed, the same seeds in each.
+      baseline: one of the models; its mean is a line across.
+
+    Raises:
+      ValueError: if the baseline is missing, or a model has not as many seeds as it.
+    """
+    if baseline not in errors:
+        raise ValueError(f"baseline must be one of {list(errors)}, got {baseline!r}")
+    seeds = len(errors[baseline])
+    for name, values in errors.items():
+        check(f"errors of {name}", np.shape(values), "[seeds]", (seeds,))
+    order = sorted(errors, key=lambda name: -np.mean(errors[name]))
+    base = np.asarray(errors[baseline], np.float64)
+    picture = Figure((3.4, 0.22 * len(order) + 0.55), layout="constrained")
+    axes = picture.subplots()
+    axes.axvline(base.mean(), color=LOOKS["scratch"][0], linewidth=0.8, zorder=0)
+    for row, name in enumerate(order):
+        points = np.asarray(errors[name], np.float64)
+        differences = points - base
+        error = differences.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else math.inf
+        clear = bool(abs(differences.mean()) > 2 * error)
+        colour = LOOKS["distilled" if clear else "teacher"][0]
+        colour = LOOKS["scratch"][0] if name == baseline else colour
+        spread = points.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
+        axes.plot(points, np.full(seeds, row), "o", color=colour, alpha=0.35, markersize=3, mew=0)
+        axes.errorbar(points.mean(), row, xerr=spread, color=colour, marker="|", markersize=9, capsize=0)
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="test errors", ylim=(-0.7, len(order) - 0.3))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    save(path, picture)
+
+
+@style
+def curves(
+    path: str | Path,
+    x: Sequence[float] | np.ndarray,
+    series: Mapping[str, np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> None:
+    """Draws curves over one variable: means over seeds; the band is one standard deviation.
+
+    Args:
+      path: of the PNG.
+      x: ``[points]``.
+      series: name → values ``[seeds, points]``.
+      xlabel: of the axis.
+      ylabel: likewise; the axis is logarithmic where values > 0 span more than a factor of 20.
+      log_x: whether x is on a logarithmic axis; then each of its points is marked.
+
+    Raises:
+      ValueError: if a series has other points.
+    """
+    picture = Figure((3.4, 2.7), layout="constrained")
+    axes = picture.subplots()
+    looks = looks_of(series)
+    for name, values in series.items():
+        values = np.asarray(values, np.float64)
+        check(name, values.shape, "[seeds, points]", (len(values), len(x)))
+        mean, sd = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        axes.plot(x, mean, label=name, **looks[name])
+        low, high = np.maximum(mean - sd, values.min(0)), mean + sd
+        axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.2, linewidth=0)
+    lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
+    if lowest > 0 and highest > 20 * lowest:
+        axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y")
+    handles, columns = axes.get_legend_handles_labels(), 1 if max(map(len, series)) > 18 else 2
+    picture.legend(*handles, loc="outside upper center", ncols=columns)
+    save(path, picture)
+
+
+@style
+def tradeoffs(
+    path: str | Path,
+    figures: Mapping[str, Mapping[str, np.ndarray]],
+    costs: Mapping[str, Mapping[str, np.ndarray]],
+    reference: tuple[Mapping[str, float], Mapping[str, float]],
+) -> None:
+    """Draws what models can do against what they cost: a row a figure, a column a cost.
+
+    Points are means over seeds, bars one standard deviation, crosses the reference; lines join models
+    in the order of the first cost.
+
+    Args:
+      path: of the PNG.
+      figures: figure → series → values ``[models, seeds]``, in per cent.
+      costs: cost → series → ``[models]``, all > 0, drawn on a logarithmic axis.
+      reference: figure → value and cost → value of the model that all are held against.
+
+    Raises:
+      ValueError: if a series has not as many figures as costs.
+    """
+    size = (7, 0.6 + 1.5 * len(figures))
+    picture = Figure(size, layout="constrained")
+    grid = picture.subplots(len(figures), len(costs), sharex="col", sharey="row", squeeze=False)
+    looks = looks_of(next(iter(figures.values())))
+    for row, (figure, series) in zip(grid, figures.items(), strict=True):
+        for axes, (cost, places) in zip(row, costs.items(), strict=True):
+            for name, values in series.items():
+                x, y = np.asarray(places[name]), np.asarray(values, np.float64)
+                check(f"{figure} of {name}", y.shape[:1], "[models, seeds]", x.shape)
+                order = np.argsort(next(iter(costs.values()))[name])
+                sd = y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
+                axes.errorbar(x[order], y.mean(1)[order], sd[order], label=name, marker=".",
+                              markersize=3, elinewidth=0.6, **looks[name])  # fmt: skip
+            axes.plot(reference[1][cost], reference[0][figure], "x", color="black", label="original")
+            axes.set_xscale("log")
+            low, high = axes.get_xlim()
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+            marks = [d * 10.0**p for p in powers for d in (1, 2, 5)]
+            marks = [mark for mark in marks if low <= mark <= high]
+            if len(marks) < 2:  # a narrow range: near its ends, to two digits
+                marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.9)]
+            axes.set_xticks(marks)
+            axes.set_xlim(low, high)
+            axes.xaxis.set_major_formatter(
+                ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
+            )
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            axes.grid(axis="y")
+        row[0].set_ylabel(f"{figure}, %")
+    for axes, cost in zip(grid[-1], costs, strict=True):
+        axes.set_xlabel(cost)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper center", ncols=5)
+    save(path, picture)
+
+
+@style
+def code_widths(
+    path: str | Path,
+    widths: Sequence[float],
+    curves: Mapping[str, Any],
+    *,
+    ylabel: str,
+    xlabel: str = "width of the code",
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Draws an error against the width of the code, on log scales; bars are one standard deviation.
+
+    Args:
+      path: of the PNG.
+      widths: ``[widths]``, rising.
+      curves: name → ``[widths]``, or ``[widths, seeds]``; the first with points (joined, if it is the
+        only one), others as lines. What is not above 0 is left out.
+      ylabel: the error and its unit.
+      xlabel: of the widths.
+      levels: name → an error that depends on no width, such as the original's.
+
+    Raises:
+      ValueError: if a curve is not as long as the widths.
+    """
+    picture = Figure((3.4, 2.6), layout="constrained")
+    axes = picture.subplots()
+    for i, (name, look) in enumerate(looks_of([*curves, *(levels or {})]).items()):
+        if levels and name in levels:
+            axes.axhline(levels[name], label=name, zorder=0, **look)
+            continue
+        values = np.asarray(curves[name], np.float64).reshape(len(curves[name]), -1)
+        check(name, values.shape[:1], "[widths]", (len(widths),))
+        mean = np.where(values.mean(1) > 0, values.mean(1), np.nan)
+        spread = values.std(1, ddof=1) if values.shape[1] > 1 else None
+        if i:
+            axes.plot(widths, mean, label=name, **look)
+        else:
+            look["linestyle"] = "none" if len(curves) > 1 else "-"
+            axes.errorbar(widths, mean, spread, label=name, marker="o", markersize=3, **look)
+    axes.set(yscale="log", xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(shown := [w for w in widths if len(widths) < 9 or math.log2(w) % 1 == 0])
+    axes.set_xticklabels([f"{w:g}" for w in shown])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    bottom, top = axes.get_ylim()
+    if top < 1000 * bottom:
+        axes.set_yticks([y for y in log_ticks(bottom, top) if bottom <= y <= top])
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid()
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    save(path, picture)
