@@ -1,12 +1,16 @@
-"""Programs run with something else in the place of a parameter: what :mod:`factors` is made with.
+"""Reads a traced program (a jaxpr), and runs it with some of its inputs replaced.
 
-A model is traced to a jaxpr and run equation by equation. Parameters may enter as a :class:`View`; an
-equation that meets one is given to a function, all others run as they are.
+Here stand the three things that every reader of a program needs: :func:`trace`, the table
+:data:`CALLS` of calls that only compute what their body computes, and :func:`primitives`.
+
+:func:`run` runs a traced model equation by equation with some parameters replaced, for example by
+low-rank factors. A replaced parameter enters as a :class:`View`; an equation that uses a view is given to
+a function of the caller, and all other equations run as they are.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +18,69 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+# Calls that compute what their body computes, and the name of the parameter that holds the body. Where a
+# body is written out in place of the call, what the call says of derivatives and memory is lost.
+CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr",
+}  # fmt: skip
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """Traces a function to a program, as if it had never been traced before.
+
+    JAX remembers the trace of a function object. A new function object is traced here each time, so that
+    a change that JAX does not know of (a capture that asks for names, for example) is seen.
+
+    Args:
+      function: the function.
+      arguments: arrays or ``jax.ShapeDtypeStruct``, in pytrees.
+
+    Returns:
+      The closed jaxpr, and the results as a pytree of ``jax.ShapeDtypeStruct``.
+    """
+
+    def fresh(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return jax.make_jaxpr(fresh, return_shape=True)(*arguments)
+
+
+def body_of(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """Returns the body of a call, as a jaxpr and its constants; None for any other equation."""
+    if eqn.primitive.name not in CALLS:
+        return None
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
+def primitives(program: Any) -> set[str]:
+    """Lists the names of all primitives in a program, those of inner programs included.
+
+    Args:
+      program: a closed jaxpr, or a jaxpr.
+
+    >>> sorted(primitives(jax.make_jaxpr(jax.jit(jax.numpy.sin))(1.0)))
+    ['jit', 'sin']
+    """
+    found: set[str] = set()
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        found.add(eqn.primitive.name)
+        for inner in core.jaxprs_in_params(eqn.params):
+            found |= primitives(inner)
+    return found
+
 
 @dataclass(frozen=True)
 class View:
-    """A parameter on its way through a program, by then transposed or converted.
+    """A replaced parameter on its way through a program, where it may have been transposed or converted.
 
     Attributes:
-      value: what stands for it.
-      path: its name.
-      axes: its own axes in their present order; None for the order they had.
-      dtype: what it was converted to, or None.
+      value: what the parameter is replaced by.
+      path: the parameter's name.
+      axes: the parameter's axes in their present order; None for the original order.
+      dtype: the dtype that the parameter was converted to, or None.
     """
 
     value: Any
@@ -32,49 +89,41 @@ class View:
     dtype: Any = None
 
     def order(self, rank: int) -> tuple[int, ...]:
-        """The present order of ``rank`` axes."""
+        """Returns the axes of a parameter of ``rank`` axes in their present order."""
         return tuple(range(rank)) if self.axes is None else self.axes
 
     def array(self, x: Any) -> Any:
-        """Does to an array what was done to the parameter."""
+        """Transposes and converts an array as the parameter was transposed and converted."""
         x = x if self.axes is None else jnp.transpose(x, self.axes)
         return x if self.dtype is None else x.astype(self.dtype)
 
 
 def run(apply_fn: Callable[..., Any], arguments: Any, values: list[Any], use: Any) -> Any:
-    """Runs a model's program with something else in the place of its parameters.
+    """Runs a traced model with some parameters replaced, for example by low-rank factors.
 
     Args:
       apply_fn: as in :class:`distill_jax.models.Model`.
-      arguments: ``[params, model_state, x, key]``, arrays or ``jax.ShapeDtypeStruct``: what is traced.
-      values: in the place of the parameters' leaves, arrays or :class:`View`.
-      use: ``(jaxpr, eqn, inputs, places) -> outputs``, for equations of which the inputs at ``places``
-        are views.
+      arguments: ``[params, state, x, key]``, arrays or ``jax.ShapeDtypeStruct``, from which the program
+        is traced.
+      values: the leaves of the parameters to run with, each an array or a :class:`View`.
+      use: ``(jaxpr, eqn, inputs, places) -> outputs``, called for each equation that has views among
+        its inputs, at ``places``.
 
     Returns:
-      What ``apply_fn`` returns.
+      The outputs and the state that ``apply_fn`` returns.
     """
 
-    def fresh(params, model_state, x, key):  # a new function, so that no cache of traces answers
-        return apply_fn(params, model_state, x, key=key)
+    def function(params, state, x, key):
+        return apply_fn(params, state, x, key=key)
 
-    program, results = jax.make_jaxpr(fresh, return_shape=True)(*arguments)
+    program, results = trace(function, *arguments)
     rest = jax.tree.leaves(arguments[1:])
     outputs = evaluate(program.jaxpr, program.consts, [*values, *rest], use)
     return jax.tree.unflatten(jax.tree.structure(results), outputs)
 
 
-# Calls that compute what their body does, and where it is. What they say of derivatives and memory is
-# lost where the body is written out.
-CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr",
-}  # fmt: skip
-
-
 def evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> list[Any]:
-    """Runs a program: :func:`run` on a jaxpr."""
+    """Runs a jaxpr as :func:`run` does, and returns its outputs as a list."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def read(atom):
@@ -86,9 +135,8 @@ def evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> l
         views = [i for i, x in enumerate(inputs) if isinstance(x, View)]
         if not views:
             outputs = alone(jaxpr, eqn, inputs)
-        elif kind in CALLS:
-            inner = eqn.params[CALLS[kind]]
-            outputs = evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs, use)
+        elif body := body_of(eqn):
+            outputs = evaluate(*body, inputs, use)
         elif kind == "transpose":
             view, axes = inputs[0], eqn.params["permutation"]
             old = view.order(len(axes))
@@ -102,7 +150,7 @@ def evaluate(jaxpr: Any, consts: Any, values: Any, use: Callable[..., Any]) -> l
 
 
 def alone(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
-    """Runs one equation of a program, whatever its primitive takes."""
+    """Runs a single equation of a program, whatever arguments its primitive takes."""
     places = {atom: i for i, atom in enumerate(eqn.invars) if isinstance(atom, core.Var)}
     program = jaxpr.replace(
         constvars=[], invars=list(places), eqns=[eqn], outvars=eqn.outvars, effects=eqn.effects,
@@ -112,12 +160,15 @@ def alone(jaxpr: Any, eqn: Any, inputs: list[Any]) -> list[Any]:
 
 
 def product(eqn: Any, operands: list[Any]) -> Any:
-    """Runs a product, perhaps of other sizes than it was traced with."""
+    """Runs a product of two arrays, whose sizes may differ from the traced ones."""
     return eqn.primitive.bind(*operands, **eqn.params)
 
 
 def outputs_axis(eqn: Any, place: int, rank: int) -> int | None:
-    """Which axis of operand ``place`` of a product is its outputs'; None if it is no such product."""
+    """Finds the axis of operand ``place`` that becomes the outputs of a matrix product or convolution.
+
+    None if the equation is no product of this form: with several free axes, or in groups.
+    """
     if eqn.primitive.name == "dot_general":
         contracted, batch = eqn.params["dimension_numbers"]
         free = set(range(rank)) - {*contracted[place], *batch[place]}
@@ -129,14 +180,14 @@ def outputs_axis(eqn: Any, place: int, rank: int) -> int | None:
 
 
 def summed_axes(eqn: Any, place: int) -> tuple[int, ...]:
-    """The axes that are summed over, as they lie in the rows that :func:`rows_of` makes."""
+    """Lists the axes of operand ``place`` that are summed over, in the order of :func:`rows_of`."""
     if eqn.primitive.name == "dot_general":
         return tuple(eqn.params["dimension_numbers"][0][place])
     return tuple(eqn.params["dimension_numbers"].rhs_spec[1:])
 
 
 def rows_of(eqn: Any, arrays: list[Any], place: int) -> jax.Array:
-    """What operand ``place`` of a product multiplies: a row ``[inputs]`` for each of its outputs."""
+    """Returns what operand ``place`` of a product is multiplied by: one row ``[inputs]`` per output."""
     if eqn.primitive.name == "dot_general":
         other, summed = arrays[1 - place], eqn.params["dimension_numbers"][0][1 - place]
         rest = [i for i in range(other.ndim) if i not in summed]

@@ -10,9 +10,9 @@ import optax
 import pytest
 from test_units_architectures import block_shapes, language_model, numbers, pruned_equals_silenced, shapes
 
-from distill_jax import models
+from distill_jax import _jaxpr, models
 from distill_jax.compress import units
-from distill_jax.compress.units._trace import labels, program, rules
+from distill_jax.compress.units._trace import labels, rules
 
 # By name, for `units.shrink` is the function
 ADAPTED = importlib.import_module("distill_jax.compress.units.shrinking").ADAPTED
@@ -303,7 +303,7 @@ def test_without_any_one_rule_there_are_frozen_axes_or_an_error_never_other_numb
         for name in used:
             with monkeypatch.context() as patch:
                 patch.delitem(rules.RULES, name, raising=False)
-                patch.delitem(program.CALLS, name, raising=False)
+                patch.delitem(_jaxpr.CALLS, name, raising=False)
                 maimed = units.trace(everything, params, x)
             assert any(name in note for note in maimed.notes)
             counts.append(sum(sizes(maimed).values()))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from distill_jax._jaxpr import CALLS
+from distill_jax import _jaxpr
 
 BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 
@@ -63,10 +63,9 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
 
         for eqn in jaxpr.eqns:
             name, operands = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-            if name in CALLS and not _is_relu(eqn):
-                inner = eqn.params[CALLS[name]]
-                body = getattr(inner, "jaxpr", inner)
-                outputs = run(body, [(c,) for c in getattr(inner, "consts", ())], operands)
+            body = _jaxpr.body_of(eqn)
+            if body and not _is_relu(eqn):
+                outputs = run(body[0], [(c,) for c in body[1]], operands)
             else:
                 outputs = [new(var.aval) for var in eqn.outvars]
                 bodies: tuple[Program, ...] = ()
