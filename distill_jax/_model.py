@@ -19,7 +19,7 @@ class ApplyFn(Protocol):
     given. With a key the model is in training mode, and all its randomness comes from that key.
     """
 
-    def __call__(  # noqa: D102
+    def __call__(
         self, params: PyTree, state: PyTree, x: Any, *, key: jax.Array | None = None
     ) -> tuple[Any, PyTree]: ...
 

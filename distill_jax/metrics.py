@@ -1,6 +1,6 @@
-"""Honest evaluation: errors, precision, recall, F1, calibration, fidelity to a teacher, cost.
+"""Evaluation of classifiers: errors, precision, recall, F1, calibration, fidelity to a teacher, cost.
 
-Functions of one value an example take logits ``[n, classes]`` and integer labels ``[n]``.
+Logits are ``[n, classes]``, labels are integer classes ``[n]``.
 """
 
 import functools
@@ -11,20 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from distill_jax import losses
-
-Array = Any  # jax.Array or np.ndarray
-Network = tuple[Callable[..., Any], Any, Any]  # apply_fn, params, model_state
+from distill_jax._model import Model, identity, predict
 
 
-def errors(logits: Array, labels: Array) -> Array:
-    """1 where the top class is not the label, else 0: float32 ``[n]``."""
+def errors(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Marks wrong predictions: 1 where the top class is not the label, else 0; float32 ``[n]``."""
     return (jnp.argmax(logits, -1) != labels).astype(jnp.float32)
 
 
-def brier(logits: Array, labels: Array) -> Array:
-    """Squared distance of the probabilities from the one-hot label: float32 ``[n]`` in [0, 2].
+def brier(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Computes the Brier score: the squared distance of the probabilities from the one-hot label.
+
+    Returns:
+      One value per example in [0, 2], float32 ``[n]``.
 
     References:
       Brier, `Verification of Forecasts Expressed in Terms of Probability`, 1950, Eq. 2.
@@ -33,11 +35,11 @@ def brier(logits: Array, labels: Array) -> Array:
     [0.5]
     """
     probabilities = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
-    return jnp.sum(jnp.square(probabilities - jax.nn.one_hot(labels, logits.shape[-1])), -1)
+    return jnp.sum(jnp.square(probabilities - jax.nn.one_hot(labels, probabilities.shape[-1])), -1)
 
 
-def agreement(student_logits: Array, teacher_logits: Array) -> Array:
-    """1 where student and teacher choose the same class, else 0: float32 ``[n]``.
+def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> jax.Array:
+    """Marks agreement: 1 where student and teacher choose the same class, else 0; float32 ``[n]``.
 
     References:
       Stanton et al., `Does Knowledge Distillation Really Work?`, 2021, Eq. 6.
@@ -46,8 +48,8 @@ def agreement(student_logits: Array, teacher_logits: Array) -> Array:
     return same.astype(jnp.float32)
 
 
-def confusion(logits: Any, labels: Any) -> np.ndarray:
-    """Counts (true class, predicted class): int64 ``[classes, classes]``."""
+def confusion(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Computes the confusion matrix: counts of (true class, predicted class), int64 ``[classes, classes]``."""
     logits, labels = np.asarray(logits), np.asarray(labels)
     classes = logits.shape[-1]
     pairs = labels * classes + logits.argmax(-1)
@@ -55,10 +57,10 @@ def confusion(logits: Any, labels: Any) -> np.ndarray:
 
 
 def precision_recall_f1(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class, from the :func:`confusion` matrix: ``[classes]`` each.
+    """Computes precision, recall and F1 of each class from a :func:`confusion` matrix: ``[classes]`` each.
 
     A ratio 0/0 is 0 (a class never predicted has precision 0), and NaN for a class that neither
-    occurs nor is predicted: it has no value, and macro averages (``np.nanmean``) leave it out.
+    occurs nor is predicted. Such a class has no value, and macro averages (``np.nanmean``) leave it out.
 
     >>> precision_recall_f1(np.array([[3, 1], [0, 4]]))["precision"]
     array([1. , 0.8])
@@ -77,11 +79,13 @@ def precision_recall_f1(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def calibration_bins(logits: Any, labels: Any, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def calibration_bins(
+    logits: ArrayLike, labels: ArrayLike, bins: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sorts predictions by confidence into bins of equal mass (their counts differ by at most 1).
 
     Returns:
-      mean confidence, accuracy (float64) and count (int64) of each bin, ``[bins]``, in rising order
+      Mean confidence, accuracy (float64) and count (int64) of each bin, ``[bins]``, in rising order
       of confidence; fewer bins where there are fewer examples.
     """
     probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)), np.float64)
@@ -96,8 +100,10 @@ def calibration_bins(logits: Any, labels: Any, bins: int = 15) -> tuple[np.ndarr
     )
 
 
-def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> float:
-    """ECE: the mean over examples of |accuracy − confidence| of their bin; equal-mass bins.
+def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
+    """Computes the expected calibration error: the mean over examples of |accuracy − confidence| per bin.
+
+    The bins have equal mass.
 
     References:
       Naeini, Cooper, Hauskrecht, 2015 (equal-width bins there); Nixon et al., `Measuring Calibration
@@ -107,8 +113,10 @@ def expected_calibration_error(logits: Any, labels: Any, bins: int = 15) -> floa
     return float(np.sum(count * np.abs(accuracy - confidence)) / count.sum())
 
 
-def evaluate(logits: Any, labels: Any, teacher_logits: Any = None) -> dict[str, float]:
-    """All figures of one model on one data set.
+def figures(
+    logits: ArrayLike, labels: ArrayLike, teacher_logits: ArrayLike | None = None
+) -> dict[str, float]:
+    """Computes all figures of one classifier on one data set from its logits.
 
     Args:
       logits: ``[n, classes]``.
@@ -152,12 +160,40 @@ def evaluate(logits: Any, labels: Any, teacher_logits: Any = None) -> dict[str, 
     return result
 
 
-def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:
-    """Times calls in turn, so that what else the machine does slows down all of them.
+def evaluate(
+    model: Model,
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    teacher: Model | None = None,
+    prepare: Callable[[Any], Any] = identity,
+    batch_size: int = 500,
+) -> dict[str, float]:
+    """Evaluates a classifier on a data set: runs it batch by batch and computes all :func:`figures`.
 
     Args:
-      calls: each gives what is waited for.
-      repeats: rounds, after three that are not counted.
+      model: the classifier; its outputs are logits ``[batch, classes]``.
+      inputs: the inputs, ``[n, ...]``.
+      labels: integer classes, ``[n]``.
+      teacher: a teacher to compare with, for agreement and KL divergence.
+      prepare: applied to each batch of inputs inside the compiled program.
+      batch_size: the number of examples per batch.
+
+    Returns:
+      The figures by name.
+    """
+    logits, *others = (
+        predict(each, inputs, prepare=prepare, batch_size=batch_size) for each in (model, teacher) if each
+    )
+    return figures(logits, labels, *others)
+
+
+def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:
+    """Times several calls in turn, so that other load on the machine slows down all of them.
+
+    Args:
+      calls: functions without arguments; their results are waited for.
+      repeats: the number of rounds, after three that are not counted.
 
     Returns:
       Seconds, ``[repeats, calls]``.
@@ -171,28 +207,28 @@ def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:
     return seconds[3:]
 
 
-def costs(models: Sequence[Network], example: Any, *, repeats: int = 30) -> list[dict[str, Any]]:
-    """What models cost in evaluation mode on the default device, compared with each other.
+def costs(models: Sequence[Model], example: ArrayLike, *, repeats: int = 30) -> list[dict[str, Any]]:
+    """Measures what models cost in evaluation mode on the default device, in comparison.
 
     Args:
-      models: ``(apply_fn, params, model_state)`` of each, as in :class:`distill_jax.models.Model`.
+      models: the models; their calls are timed in turn, see :func:`timings`.
       example: one input, without the batch axis.
-      repeats: timed calls a batch size, see :func:`timings`.
+      repeats: the number of timed calls per batch size.
 
     Returns:
-      Of each model ``parameters`` (a count), ``bytes`` (of parameters and state), ``flops`` an example
-      (XLA's count for the compiled program at batch 256, divided by 256; absent where XLA has none, or
-      there is a loop, whose body it counts once) and ``latency_ms``, the median wall time of a call at
-      batch ``"1"`` and ``"256"``, in milliseconds.
+      For each model ``parameters`` (their number), ``bytes`` (of parameters and state), ``flops`` per
+      example (XLA's count for the compiled program at batch 256, divided by 256; absent where XLA has none,
+      or where there is a loop, whose body it counts once) and ``latency_ms``, the median wall time of a
+      call at batch ``"1"`` and ``"256"``, in milliseconds.
     """
-    results: list[dict[str, Any]] = []
-    for _, *variables in models:
-        leaves = jax.tree.leaves(variables)
-        results.append({
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables[0])),
-            "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    results: list[dict[str, Any]] = [
+        {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+            "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model)),
             "latency_ms": {},
-        })  # fmt: skip
+        }
+        for model in models
+    ]
     for batch in (1, 256):
         programs = _compiled(models, example, batch)
         medians = np.median(timings([call for call, _ in programs], repeats=repeats), 0) * 1e3
@@ -204,29 +240,28 @@ def costs(models: Sequence[Network], example: Any, *, repeats: int = 30) -> list
     return results
 
 
-def speed_ratio(model: Network, other: Network, example: Any, *, batch: int, repeats: int = 100) -> float:
-    """How many times as long a call of ``other`` takes: above 1, ``model`` is the faster one.
+def speed_ratio(model: Model, other: Model, example: ArrayLike, *, batch: int, repeats: int = 100) -> float:
+    """Measures the speed-up of ``model`` over ``other``: above 1, ``model`` is faster.
 
     The two are called in turn (:func:`timings`), and the median of the quotients is taken.
 
     Args:
-      model: ``(apply_fn, params, model_state)``.
-      other: likewise.
+      model: the first model.
+      other: the model it is compared with.
       example: one input, without the batch axis.
-      batch: examples a call.
-      repeats: calls of each.
+      batch: the number of examples per call.
+      repeats: the number of calls of each.
     """
     calls = [call for call, _ in _compiled((model, other), example, batch)]
     seconds = timings(calls, repeats=repeats)
     return float(np.median(seconds[:, 1] / seconds[:, 0]))
 
 
-def _compiled(models: Sequence[Network], example: Any, batch: int) -> list[tuple[Callable[[], Any], Any]]:
+def _compiled(models: Sequence[Model], example: ArrayLike, batch: int) -> list[tuple[Callable[[], Any], Any]]:
     """Each model on a batch of the example: a call without arguments, and the program."""
     inputs = jnp.repeat(jnp.asarray(example)[None], batch, 0)
     found: list[tuple[Callable[[], Any], Any]] = []
-    for apply_fn, *variables in models:
-        program = jax.jit(lambda *args, apply_fn=apply_fn: apply_fn(*args)[0])
-        compiled = program.lower(*variables, inputs).compile()
-        found.append((functools.partial(compiled, *variables, inputs), compiled))
+    for model in models:
+        compiled = jax.jit(lambda model, x: model(x)).lower(model, inputs).compile()
+        found.append((functools.partial(compiled, model, inputs), compiled))
     return found

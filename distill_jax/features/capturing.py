@@ -1,8 +1,8 @@
 """Intermediate values of a model, without editing it.
 
-:func:`capture` traces an ``apply_fn`` to a jaxpr, finds the values that carry a name there, and makes
-the chosen ones further results of the same program. What computes them stays as it was: nothing runs
-twice, dropout draws once, and rematerialisation, sharding and custom derivatives keep their rules.
+:func:`capture` traces a model to a jaxpr, finds the values that have a name there, and makes the chosen
+ones further results of the same program. The rest of the program does not change: nothing runs twice,
+dropout draws once, and rematerialisation, sharding and custom derivatives keep their rules.
 
 A value has a name where the model says so with ``jax.ad_checkpoint.checkpoint_name``, and each result
 of a module's call has the module's path, ``stages.1.conv``, in models that come from
@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+
+from distill_jax._model import Model
 
 # Distinguishes a module's path from the names that a rematerialisation policy may speak of
 _MARK = "distill_jax:"
@@ -54,25 +56,24 @@ def name_values(name: str, values: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, values)
 
 
-def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callable[..., Any]:
-    """Makes an ``apply_fn`` that also returns intermediate values: one forward pass for both.
+def capture(model: Model, select: str | Sequence[str]) -> Model:
+    """Makes a model that also returns intermediate values, in the same forward pass.
 
-    It does the operations of ``apply_fn``, each once and in their order, and so gives the same results
-    bit for bit. Compiled, that holds for what layers compute; but a value that XLA would else have
-    fused into the operation after it (dropout's, into a mean) must now be written out, and the
-    last bits of that operation may differ. Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``pmap``
-    and ``shard_map``.
+    The new model performs the operations of the old one, each once and in the same order, so its
+    outputs are the same bit for bit. Compiled, this holds for what layers compute. A value that XLA
+    would have fused into the next operation (dropout's output into a mean) must now be written to
+    memory, and the last bits of that operation may differ. Works under ``jit``, ``grad``, ``vmap``,
+    ``scan``, ``pmap`` and ``shard_map``.
 
     Args:
-      apply_fn: ``(params, model_state, x, *, key=None) -> (outputs, model_state)``, as in
-        :class:`distill_jax.models.Model`.
-      select: names, or patterns of them as in a shell: ``"stages.*"`` is everything below ``stages``
-        (a ``*`` also stands for dots), ``"stages.?"`` the stages themselves.
+      model: the model whose values are wanted.
+      select: names, or shell patterns of names: ``"stages.*"`` selects everything below ``stages``
+        (a ``*`` also matches dots), ``"stages.?"`` the stages themselves.
         :func:`layer_shapes` lists the names of a model.
 
     Returns:
-      ``apply_fn(params, model_state, x, *, key=None) -> ((outputs, {name: array}), model_state)``,
-      the names in the order of computation.
+      A model with the same parameters and state whose outputs are ``(outputs, {name: array})``, with the
+      names in the order of computation.
 
     Raises:
       ValueError: if ``select`` is empty; or, when the model is traced, if a pattern matches no name
@@ -80,17 +81,20 @@ def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callab
         derivatives, which cannot leave it.
 
     >>> import jax.numpy as jnp
-    >>> def apply_fn(params, model_state, x, *, key=None):
+    >>> from distill_jax.models import from_function
+    >>> def fn(params, x):
     ...     hidden = checkpoint_name(jnp.tanh(x), "hidden")
-    ...     return hidden @ params, model_state
-    >>> captured = capture(apply_fn, "hid*")
-    >>> (outputs, features), _ = captured(jnp.eye(2), {}, jnp.zeros((3, 2)))
+    ...     return hidden @ params
+    >>> captured = capture(from_function(fn, jnp.eye(2)), "hid*")
+    >>> outputs, features = captured(jnp.zeros((3, 2)))
     >>> outputs.shape, list(features)
     ((3, 2), ['hidden'])
     """
     patterns = (select,) if isinstance(select, str) else tuple(select)
     if not patterns:
         raise ValueError("select must name at least one value, got none: give names or patterns")
+
+    apply_fn = model.apply_fn
 
     def captured(params, model_state, x, *, key=None):
         program, results = _trace(apply_fn, params, model_state, x, key)
@@ -100,7 +104,7 @@ def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callab
             if not fnmatch.filter(names.seen, pattern):
                 raise ValueError(
                     f"select: no value is named {pattern!r}. Named are: "
-                    f"{', '.join(names.seen) or 'none (see the docstring of distill_jax.capture)'}"
+                    f"{', '.join(names.seen) or 'none (see the docstring of distill_jax.features.capture)'}"
                 )
         program = program.replace(jaxpr=jaxpr.replace(outvars=[*jaxpr.outvars, *(var for _, var in found)]))
         leaves = jax.tree.leaves((params, model_state, x, key))
@@ -110,33 +114,34 @@ def capture(apply_fn: Callable[..., Any], select: str | Sequence[str]) -> Callab
         names_found = [name for name, _ in found]
         return (outputs, dict(zip(names_found, values[count:], strict=True))), model_state
 
-    return captured
+    return model.replace(apply_fn=captured)
 
 
-def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..., Any]:
-    """Makes the rest of a model: from the value of a name to the outputs.
+def resume(model: Model, name: str, example: Any) -> Model:
+    """Makes the second part of a model: from a named intermediate value to the outputs.
 
-    With ``capture(apply_fn, name)`` before it, a model is cut in two there.
+    Together with ``capture(model, name)`` this cuts a model in two.
 
     Args:
-      apply_fn: as in :func:`capture`.
-      name: of one value, as in :func:`layer_shapes`.
-      example: one input of the whole model, without the batch axis, or its ``jax.ShapeDtypeStruct``:
-        shapes must be known, the values are not used.
+      model: the whole model.
+      name: the name of one value, as :func:`layer_shapes` lists them.
+      example: one input of the whole model without the batch axis, or its ``jax.ShapeDtypeStruct``.
+        Only its shape and dtype are used.
 
     Returns:
-      ``apply_fn(params, model_state, value, *, key=None) -> (outputs, model_state)``, ``value`` being
-      ``[batch, ...]`` as captured. State that the first part would change stays as it is.
+      A model with the same parameters and state whose input is the value, ``[batch, ...]`` as captured.
+      State that the first part would change stays as it is.
 
     Raises:
       ValueError: when the rest is traced, if there is no such name, if ``value`` has another shape, or
         if the outputs do not follow from it alone, as where a connection passes it by.
 
-    >>> def apply_fn(params, model_state, x, *, key=None):
-    ...     return 10 * checkpoint_name(x + 1, "more"), model_state
-    >>> print(resume(apply_fn, "more", jnp.zeros(()))({}, {}, jnp.array([5.0]))[0])
+    >>> from distill_jax.models import from_function
+    >>> model = from_function(lambda params, x: 10 * checkpoint_name(x + 1, "more"), {})
+    >>> print(resume(model, "more", jnp.zeros(()))(jnp.array([5.0])))
     [50.]
     """
+    apply_fn = model.apply_fn
 
     def rest(params, model_state, value, *, key=None):
         shape, dtype = jnp.shape(example), jnp.result_type(example)
@@ -173,7 +178,7 @@ def resume(apply_fn: Callable[..., Any], name: str, example: Any) -> Callable[..
         values = core.jaxpr_as_fun(program.replace(jaxpr=kept))(*leaves, *jax.tree.leaves(key), value)
         return jax.tree.unflatten(jax.tree.structure(results), values)
 
-    return rest
+    return model.replace(apply_fn=rest)
 
 
 def _is_var(atom: Any) -> bool:
@@ -200,21 +205,21 @@ def _needed(eqns: Sequence[Any], outputs: Sequence[Any], given: Any) -> list[Any
     return kept[::-1]
 
 
-def layer_shapes(
-    apply_fn: Callable[..., Any], params: Any, model_state: Any, x: Any, *, key: Any = None
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Lists what :func:`capture` can give: names and shapes, in the order of computation.
+def layer_shapes(model: Model, x: Any, *, key: jax.Array | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Lists the values that :func:`capture` can return: names and shapes, in the order of computation.
 
-    Nothing is computed. Values that cannot be captured (inside a ``while``, say) are left out.
+    Nothing is computed, so the arrays of the model and of ``x`` may be ``jax.ShapeDtypeStruct``. Values
+    that cannot be captured, such as those inside a ``while``, are left out.
 
     Args:
-      apply_fn: as in :func:`capture`.
-      params: arrays, or ``jax.ShapeDtypeStruct``.
-      model_state: likewise.
-      x: likewise, a batch of inputs.
-      key: likewise; None for evaluation mode.
+      model: the model.
+      x: a batch of inputs.
+      key: a random key for training mode; None for evaluation mode.
+
+    Returns:
+      A dict from name to shape and dtype; the shapes include the batch axis.
     """
-    program, _ = _trace(apply_fn, params, model_state, x, key)
+    program, _ = _trace(model.apply_fn, model.params, model.state, x, key)
     names = _Names(lambda name: True, strict=False)
     return {
         name: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)

@@ -1,8 +1,9 @@
-"""Reference models (Flax NNX), and the way from a module to a function and pytrees."""
+"""Models: the one form that all functions of this library take, conversions to it, and reference networks."""
 
-from distill_jax.models.build import build, feature_names, module
+from distill_jax._model import ApplyFn, Model, from_function, predict
+from distill_jax.models.by_name import build, feature_names, nnx_module
+from distill_jax.models.convert import compose, from_linen, from_nnx, side_by_side
 from distill_jax.models.convnet import ConvNet
-from distill_jax.models.functional import Model, from_linen, from_nnx
 from distill_jax.models.mlp import MLP
 from distill_jax.models.mobilenet import MobileNetV2
 from distill_jax.models.resnet import ResNet
@@ -11,18 +12,7 @@ from distill_jax.models.vgg import VGG
 from distill_jax.models.wrn import WideResNet
 
 __all__ = [
-    "MLP",
-    "VGG",
-    "ConvNet",
-    "MobileNetV2",
-    "Model",
-    "ResNet",
-    "ShuffleNetV1",
-    "ShuffleNetV2",
-    "WideResNet",
-    "build",
-    "feature_names",
-    "from_linen",
-    "from_nnx",
-    "module",
-]
+    "MLP", "VGG", "ApplyFn", "ConvNet", "MobileNetV2", "Model", "ResNet", "ShuffleNetV1", "ShuffleNetV2",
+    "WideResNet", "build", "compose", "feature_names", "from_function", "from_linen", "from_nnx", "nnx_module",
+    "predict", "side_by_side",
+]  # fmt: skip

@@ -1,113 +1,90 @@
-"""The teacher as a function from batch to batch."""
+"""Teachers as functions from batch to batch: they add soft labels to a batch of examples."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-PyTree = Any
+from distill_jax._model import ApplyFn, Model, PyTree
 
 
-def make_label(apply_fn: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
-    """Makes a teacher's label function: ``label((params, model_state), batch) -> batch``.
+def label(teacher: Model, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the teacher's logits to a batch.
+
+    Called inside the student's train step (as the ``transform`` of :func:`distill_jax.train.make_epoch`)
+    this is online distillation. The teacher runs in evaluation mode, and no gradient flows to it.
 
     Args:
-      apply_fn: the teacher's, as in :class:`distill_jax.models.Model`. It always runs in evaluation
-        mode.
+      teacher: the teacher. Under ``jit``, pass it as an argument of the jitted function: a model that
+        is closed over is compiled into the program.
+      batch: a dict with ``"image"``, the teacher's input.
 
     Returns:
-      ``label``, which adds ``"teacher"``, the logits of ``batch["image"]``; of an ``apply_fn`` that
-      also gives intermediate values (:func:`distill_jax.features.capture`), the dict
-      ``{"logits": …, "features": {name: …}}``. The teacher's arrays are its argument: closed over, they
-      would be compiled into the program. What it adds is a constant of whatever is differentiated
-      after.
+      The batch with ``"teacher"``: the logits, or for a captured teacher
+      (:func:`distill_jax.features.capture`) the dict ``{"logits": ..., "features": {name: ...}}``.
+
+    >>> from distill_jax.models import from_function
+    >>> teacher = from_function(lambda w, x: x @ w, jnp.eye(2))
+    >>> print(label(teacher, {"image": jnp.ones((1, 2))})["teacher"])
+    [[1. 1.]]
     """
-
-    def label(teacher, batch):
-        outputs, _ = apply_fn(*teacher, batch["image"])
-        if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Mapping):
-            outputs = {"logits": outputs[0], "features": outputs[1]}
-        return {**batch, "teacher": jax.lax.stop_gradient(outputs)}
-
-    return label
+    outputs = teacher(batch["image"])
+    if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[1], Mapping):
+        outputs = {"logits": outputs[0], "features": outputs[1]}
+    return {**batch, "teacher": jax.lax.stop_gradient(outputs)}
 
 
-def ensemble(*apply_fns: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Any]]:
-    """Averages the *probabilities* of several models: an ``apply_fn`` in their place.
+def label_each(teachers: Sequence[Model], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the logits of several teachers to a batch, for :func:`distill_jax.train.distill_each`.
 
     Args:
-      apply_fns: one a member; the same one may stand there several times.
+      teachers: the teachers, run in evaluation mode.
+      batch: a dict with ``"image"``.
 
     Returns:
-      ``apply_fn(params, model_state, x)`` over tuples of the members' params and states. It returns
-      log-probabilities, log((1/n)·Σ softmax(zᵢ)), which are logits like any other.
+      The batch with ``"teacher"``, ``{"logits": (...)}``: a tuple with one array per teacher.
+
+    Raises:
+      ValueError: if there is no teacher.
+    """
+    if not teachers:
+        raise ValueError("label_each needs at least one teacher, got none")
+    logits = tuple(teacher(batch["image"]) for teacher in teachers)
+    return {**batch, "teacher": {"logits": jax.lax.stop_gradient(logits)}}
+
+
+def ensemble(*models: Model) -> Model:
+    """Averages the *probabilities* of several classifiers: a model in the place of all of them.
+
+    Args:
+      models: the members; their outputs are logits ``[batch, classes]``.
+
+    Returns:
+      A model whose params and state are tuples with one entry per member, and whose outputs are
+      log-probabilities, log((1/n)·Σ softmax(zᵢ)). These are logits like any other.
+
+    Raises:
+      ValueError: if there is no member.
 
     References:
       Hinton, Vinyals, Dean, 2015, §4 (ensembles as teachers).
     """
-    if not apply_fns:
-        raise ValueError("ensemble needs at least one apply_fn")
+    if not models:
+        raise ValueError("ensemble needs at least one model, got none")
+    apply_fn = _Ensemble(tuple(model.apply_fn for model in models))
+    return Model(apply_fn, tuple(model.params for model in models), tuple(model.state for model in models))
 
-    def apply_fn(params, model_state, x, *, key=None):
-        members = zip(apply_fns, params, model_state, strict=True)
-        outputs = [apply(p, s, x, key=key) for apply, p, s in members]
+
+@dataclasses.dataclass(frozen=True)
+class _Ensemble:
+    """The ``apply_fn`` of :func:`ensemble`; equal for equal members."""
+
+    members: tuple[ApplyFn, ...]
+
+    def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
+        outputs = [fn(p, s, x, key=key) for fn, p, s in zip(self.members, params, state, strict=True)]
         logits = jnp.stack([jnp.asarray(z, jnp.float32) for z, _ in outputs])
-        mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(apply_fns))
+        mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(self.members))
         return mean, tuple(state for _, state in outputs)
-
-    return apply_fn
-
-
-def predict(
-    apply_fn: Callable[..., Any],
-    params: PyTree,
-    model_state: PyTree,
-    inputs: Any,
-    *,
-    prepare: Callable[[Any], Any] = lambda x: x,
-    batch_size: int = 500,
-) -> np.ndarray:
-    """Runs a model over a data set in evaluation mode: logits float32 ``[n, classes]``.
-
-    Args:
-      apply_fn: as in :class:`distill_jax.models.Model`.
-      params: its parameters.
-      model_state: its state.
-      inputs: ``[n, ...]``.
-      prepare: applied to each batch of inputs inside the compiled program.
-      batch_size: examples at a time. The last batch is padded, so the program is compiled once.
-    """
-    run = jax.jit(lambda p, s, x: apply_fn(p, s, prepare(x))[0])
-    inputs = np.asarray(inputs)
-    batch_size = min(batch_size, len(inputs))
-    outputs = []
-    for start in range(0, len(inputs), batch_size):
-        part = inputs[start : start + batch_size]
-        padded = np.concatenate([part, inputs[: batch_size - len(part)]])
-        outputs.append(np.asarray(run(params, model_state, padded), np.float32)[: len(part)])
-    return np.concatenate(outputs)
-
-
-def label_each(*apply_fns: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """Makes the label function of several teachers: ``label(teachers, batch) -> batch``.
-
-    Args:
-      apply_fns: one a teacher, run in evaluation mode.
-
-    Returns:
-      ``label``, which takes a tuple of ``(params, model_state)`` and adds ``"teacher"``,
-      ``{"logits": (…,)}``, a tuple with one array a teacher.
-    """
-    if not apply_fns:
-        raise ValueError("label_each needs at least one apply_fn")
-
-    def label(teachers, batch):
-        logits = tuple(
-            apply_fn(*teacher, batch["image"])[0]
-            for apply_fn, teacher in zip(apply_fns, teachers, strict=True)
-        )
-        return {**batch, "teacher": {"logits": jax.lax.stop_gradient(logits)}}
-
-    return label

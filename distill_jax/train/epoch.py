@@ -11,10 +11,14 @@ from distill_jax.train.step import Batch, Metrics, PyTree, Step, TrainState, ste
 
 
 def scan_is_fast(fn: Callable[..., Any], *args: Any) -> bool:
-    """Tells whether ``fn`` may stand in a ``scan``, judging by its jaxpr at ``args``.
+    """Says whether ``fn`` runs fast inside a ``scan``, judging by its jaxpr at ``args``.
 
-    A convolution inside any loop runs 55 to 95 times slower on XLA's CPU backend; everything else,
-    and everything on other backends, is fastest in a ``scan``.
+    A convolution inside any loop runs 55 to 95 times slower on XLA's CPU backend. Everything else, and
+    everything on other backends, is fastest in a ``scan``.
+
+    Args:
+      fn: a function of ``args``.
+      args: its arguments; only shapes and dtypes are used.
     """
     if jax.default_backend() != "cpu":
         return True
@@ -28,20 +32,20 @@ def make_epoch(
     transform: Callable[[PyTree, Batch, jax.Array], Batch] | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes many steps one call: ``epoch(state, data, order, context=None) -> (state, metrics)``.
+    """Makes one call of many steps: ``epoch(state, data, order, context=None) -> (state, metrics)``.
 
     Args:
-      step: see :func:`make_train_step`.
-      transform: ``(context, batch, key) -> batch``, applied to each batch inside the compiled step:
-        augmentation, a teacher that labels online. What it needs (the teacher's parameters) comes
-        as ``context``, an argument, so that it is not compiled into the program.
-      sharding: how the batch is laid over devices (see :mod:`distill_jax.train.parallel`).
+      step: a train step, from :func:`make_train_step`.
+      transform: ``(context, batch, key) -> batch``, applied to each batch inside the compiled step, for
+        augmentation or for a teacher that labels online. Arrays that it needs, such as the teacher,
+        are passed as ``context``: an argument, so that they are not compiled into the program.
+      sharding: how each batch is laid over devices, from :func:`sharded`.
 
     Returns:
       ``epoch``. ``data`` is a dict of arrays ``[examples, ...]``; ``order`` is int32
       ``[steps, batch]``, the rows of each batch; ``metrics`` are arrays ``[steps]``. The state is
-      donated: use the one that comes back. The steps run as one ``scan`` where :func:`scan_is_fast`,
-      else as a loop over the jitted step, with the same results up to rounding.
+      donated: use the one that is returned. The steps run as one ``scan`` where :func:`scan_is_fast`,
+      and otherwise as a loop over the jitted step, with the same results up to rounding.
     """
 
     def one(state, rows, data, context):
@@ -61,7 +65,7 @@ def make_epoch(
 
     def epoch(state, data, order, context=None):
         order = np.asarray(order)
-        shapes = tuple(map(np.shape, jax.tree.leaves((state.params, data)))), order.shape[1:]
+        shapes = tuple(map(np.shape, jax.tree.leaves((state, data)))), order.shape[1:]
         if shapes not in fast:
             fast[shapes] = scan_is_fast(one, state, order[0], data, context)
         if fast[shapes]:
@@ -76,9 +80,21 @@ def make_epoch(
 
 
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
-    """Shuffles an epoch: rows int32 ``[steps, batch_size]``, a pure function of its arguments.
+    """Shuffles the examples of an epoch; a pure function of its arguments.
 
-    The remainder that fills no batch sits the epoch out, another one in each.
+    Examples that do not fill a whole batch are left out of the epoch, different ones in each.
+
+    Args:
+      seed: the seed of the shuffling.
+      epoch: the number of the epoch.
+      examples: the number of examples.
+      batch_size: the number of examples per batch.
+
+    Returns:
+      The rows of each batch, int32 ``[steps, batch_size]``.
+
+    Raises:
+      ValueError: if ``batch_size`` does not lie between 1 and the number of examples.
     """
     if not 1 <= batch_size <= examples:
         raise ValueError(

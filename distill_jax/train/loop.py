@@ -1,4 +1,4 @@
-"""The one training loop: epochs, validation, checkpoints, resume."""
+"""The training loop: epochs, validation, checkpoints, resume."""
 
 import math
 import time
@@ -11,65 +11,64 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import losses, metrics
+from distill_jax._model import Model, PyTree, identity, padded_batches
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order
-from distill_jax.train.step import TrainState, make_eval_step
+from distill_jax.train.step import make_eval_step
 
-PyTree = Any
 History = dict[str, list[float]]
 
 
 class Fit(NamedTuple):
-    """What training gave.
+    """The result of a training.
 
     Attributes:
-      state: after the last epoch.
-      best: ``(params, model_state)`` of the epoch with the fewest validation errors (or the lowest of
-        another figure), the latest of equals; those of ``state`` without validation.
-      history: ``"epoch"``, ``"loss"`` (mean over the epoch), the other metrics, and the validation
-        figures, a value an epoch.
+      state: the training state after the last epoch.
+      best: the model of the epoch with the fewest validation errors (or the lowest of another figure),
+        the latest of equal ones; the last model where there is no validation.
+      history: ``"epoch"``, ``"loss"`` (mean over the epoch), the other metrics and the validation figures,
+        each a list with one value per epoch.
       seconds: wall time of the epochs, over all restarts.
     """
 
-    state: TrainState
-    best: tuple[PyTree, PyTree]
+    state: Any
+    best: Model
     history: History
     seconds: float
 
+    @property
+    def model(self) -> Model:
+        """The model after the last epoch."""
+        return self.state.model
+
 
 def make_validation(
-    apply_fn: Callable[..., Any],
-    data: Mapping[str, Any],
-    *,
-    prepare: Callable[[Any], Any] = lambda x: x,
-    batch_size: int = 1000,
-) -> Callable[[PyTree, PyTree], dict[str, float]]:
-    """Makes ``(params, model_state) -> {"validation_errors", "validation_nll"}``: a count, and nats.
+    data: Mapping[str, Any], *, prepare: Callable[[Any], Any] = identity, batch_size: int = 1000
+) -> Callable[[Model], dict[str, float]]:
+    """Makes the validation of a classifier: ``model -> {"validation_errors", "validation_nll"}``.
 
     Args:
-      apply_fn: as in :class:`distill_jax.models.Model`.
-      data: ``"image"`` and integer ``"label"``, ``[n, ...]``.
+      data: ``"image"`` and integer ``"label"``, arrays ``[n, ...]``.
       prepare: applied to each batch of images inside the compiled program.
-      batch_size: examples at a time.
+      batch_size: the number of examples per batch.
+
+    Returns:
+      A function that gives the number of wrong examples and the mean negative log-likelihood in nats.
     """
+    batches = [
+        {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(counted, jnp.float32)}
+        for batch, counted in padded_batches({n: data[n] for n in ("image", "label")}, batch_size)
+    ]
     step = make_eval_step(
-        lambda params, model_state, x: apply_fn(params, model_state, prepare(x)),
         {
             "errors": lambda logits, batch: metrics.errors(logits, batch["label"]),
             "nll": lambda logits, batch: losses.cross_entropy(logits, batch["label"]),
-        },
+        }
     )
-    run = jax.jit(step)
-    count = len(data["label"])
-    size = min(batch_size, count)
-    batches = []
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)
-        batch = {name: jnp.asarray(data[name][rows % count]) for name in ("image", "label")}
-        batches.append({**batch, "weight": jnp.asarray(rows < count, jnp.float32)})
+    run = jax.jit(lambda model, batch: step(model, {**batch, "image": prepare(batch["image"])}))
 
-    def validate(params, model_state):
-        parts = [run(params, model_state, batch) for batch in batches]
+    def validate(model: Model) -> dict[str, float]:
+        parts = [run(model, batch) for batch in batches]
         totals = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
         return {"validation_errors": totals["errors"], "validation_nll": totals["nll"] / totals["weight"]}
 
@@ -77,15 +76,15 @@ def make_validation(
 
 
 def fit(
-    state: TrainState,
-    epoch: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    state: Any,
+    epoch: Callable[..., tuple[Any, dict[str, jax.Array]]],
     data: Mapping[str, Any],
     *,
     epochs: int,
     batch_size: int,
     seed: int,
     context: PyTree = None,
-    validate: Callable[[PyTree, PyTree], dict[str, float]] | None = None,
+    validate: Callable[[Model], dict[str, float]] | None = None,
     best_by: str = "validation_errors",
     stop: Callable[[History], bool] = lambda history: False,
     directory: str | Path | None = None,
@@ -94,33 +93,38 @@ def fit(
 ) -> Fit:
     """Trains for a number of epochs; continues where an earlier, interrupted call stopped.
 
-    The result does not depend on where, or how often, it was interrupted: the order of examples is
-    a function of ``seed`` and the epoch, every other random number of ``state.key`` and the step.
+    The result does not depend on where, or how often, it was interrupted: the order of the examples is
+    a function of ``seed`` and the epoch, and every other random number of the state's key and the step.
 
     Args:
-      state: the start (donated: use what comes back).
-      epoch: see :func:`distill_jax.train.make_epoch`.
-      data: arrays ``[examples, ...]`` by name, or trees of them.
-      epochs: how many, in all.
-      batch_size: examples a step.
-      seed: of the shuffling.
-      context: passed to ``epoch``.
-      validate: ``(params, model_state) -> figures``, after each epoch.
-      best_by: the figure that is lowest in the best epoch.
-      stop: ``history -> bool``, asked after each epoch whether to end before ``epochs``. A function of
-        the history alone, so that a resumed training ends where an undisturbed one does.
+      state: the state at the start, from :func:`distill_jax.train.init_state` (donated: use the one that is
+        returned). Any pytree with ``step``, ``key`` and ``model`` will do, such as the ``Pair`` of
+        :mod:`distill_jax.train.interpolation`.
+      epoch: a function from :func:`distill_jax.train.make_epoch`.
+      data: name → array ``[examples, ...]``, or a pytree of such arrays.
+      epochs: the number of epochs in all.
+      batch_size: the number of examples per step.
+      seed: the seed of the shuffling.
+      context: passed to ``epoch``, for its ``transform``.
+      validate: ``model -> figures``, called after each epoch.
+      best_by: the name of the figure that is lowest in the best epoch.
+      stop: ``history -> bool``, called after each epoch; True ends the training before ``epochs``. It must be
+        a function of the history alone, so that a resumed training ends where an undisturbed one does.
       directory: where checkpoints are kept; None keeps none.
-      save_seconds: the least time between two checkpoints. The last epoch is always saved.
+      save_seconds: the shortest time between two checkpoints, in seconds. The last epoch is always saved.
       on_epoch: called with the number of epochs done and the figures, once at a resume too.
 
+    Returns:
+      The final state, the best model, the history and the time.
+
     Raises:
-      ValueError: if the loss is no longer finite; or the directory holds the checkpoint of another
-        model, optimizer, seed, batch size or number of examples. (Other differences, such as a learning
-        rate, it cannot see: :func:`harness.runs.open_run` keeps a run's options.)
+      ValueError: if the loss is no longer finite; or if the directory holds the checkpoint of another
+        model, optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
+        learning rate: use another directory for another run.)
     """
     data = jax.tree.map(jnp.asarray, dict(data))
     examples = len(jax.tree.leaves(data)[0])
-    best = jax.tree.map(jnp.copy, (state.params, state.model_state))
+    best = jax.tree.map(jnp.copy, state.model)
     run = {"seed": seed, "batch_size": batch_size, "examples": examples}
     info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run
     checkpoints = Checkpoints(directory) if directory is not None else None
@@ -157,10 +161,10 @@ def fit(
                     f"diverged; use a smaller learning rate{kept}"
                 )
             if validate:
-                figures |= validate(state.params, state.model_state)
+                figures |= validate(state.model)
             rank = figures.get(best_by, -math.inf)
             if rank <= info["best"]:
-                best = jax.tree.map(jnp.copy, (state.params, state.model_state))
+                best = jax.tree.map(jnp.copy, state.model)
             history = {
                 name: [*info["history"].get(name, []), value]
                 for name, value in {"epoch": number + 1, **figures}.items()

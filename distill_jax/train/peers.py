@@ -1,65 +1,55 @@
-"""Learning from peers, from one's own exits, from a running mean of oneself, and in chains.
+"""Objectives without a separate teacher: learning from peers, from own exits, from a running mean.
 
-Each scheme is a ``loss_fn`` for :func:`distill_jax.train.make_train_step`, or what goes with one; see
-:mod:`distill_jax.train.objectives` for batches and their names, and
-:func:`distill_jax.train.distill_each` for several teachers.
+Each is a ``loss_fn`` for :func:`distill_jax.train.make_train_step`; see
+:mod:`distill_jax.train.objectives` for the batches and their names.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, weights
+from distill_jax._model import ApplyFn, Model, PyTree
 from distill_jax.losses._numerics import check_fraction, to_float
-from distill_jax.train.objectives import Schedule, at, check_options, errors, soft_mean
+from distill_jax.train.objectives import Schedule, at, check_options, error_rate, soft_mean
 from distill_jax.train.step import LossFn, weighted_mean
 
 
 def mutual(
-    apply_fns: Sequence[Callable[..., Any]],
-    *,
-    weight: Schedule = 1.0,
-    temperature: Schedule = 1.0,
-    soft: Callable[..., jax.Array] = losses.kl,
+    *, weight: Schedule = 1.0, temperature: Schedule = 1.0, soft: Callable[..., jax.Array] = losses.kl
 ) -> LossFn:
-    """Deep mutual learning: students that learn from labels and from each other.
+    """Builds the objective of deep mutual learning: students learn from labels and from each other.
 
-    Lₖ = hardₖ + w/(K − 1)·Σ_{l≠k} KL(p_l‖p_k), and the loss is Σₖ Lₖ. What others predict is a constant
-    to each student, so each one's gradient is that of its own Lₖ.
+    Lₖ = hardₖ + w/(K − 1)·Σ_{l≠k} KL(p_l‖p_k), and the loss is Σₖ Lₖ. To each student the predictions of
+    the others are constants, so its gradient is that of its own Lₖ.
 
     Args:
-      apply_fns: one a student, at least two; the same one may stand there several times.
-      weight: w ≥ 0, or a schedule of it; the paper has 1.
-      temperature: as in :func:`distill_jax.train.distill`; the paper has 1.
-      soft: likewise.
+      weight: w ≥ 0, or a schedule of it; 1 in the paper.
+      temperature: T > 0, or a schedule of it; 1 in the paper.
+      soft: the soft loss, as in :func:`distill_jax.train.distill`.
 
     Returns:
-      A ``loss_fn`` over tuples of the students' params and model states, with the metrics ``"hard"``,
-      ``"soft"``, ``"errors"`` (means over students) and ``"errors_0"`` …. All students take their
-      step at once; the paper lets them take turns within a batch.
+      A ``loss_fn`` for a model whose outputs are a tuple of logits, one entry per student, as
+      :func:`distill_jax.models.side_by_side` makes it. Its metrics are ``"hard"``, ``"soft"`` and
+      ``"errors"`` (means over the students), ``"errors_0"``, ``"errors_1"`` and so on. All students take
+      their step at once; in the paper they take turns within a batch.
 
     Raises:
-      ValueError: if there are fewer than two students, or ``weight`` is negative.
+      ValueError: if ``weight`` is negative; when traced, if there are fewer than two students.
 
     References:
       Zhang, Xiang, Hospedales, Lu, `Deep Mutual Learning`, 2018 (the loss of K networks).
     """
-    count = len(apply_fns)
-    if count < 2:
-        raise ValueError(f"mutual needs at least two students, got {count} apply_fns")
-    if not callable(weight) and not weight >= 0:
-        raise ValueError(f"weight must not be negative, got {weight}")
+    _check_weight(weight)
     check_options(0.0, temperature)
 
-    def loss_fn(params, model_state, batch, *, key, step):
-        keys = [None] * count if key is None else jax.random.split(key, count)
-        results = [
-            apply_fn(p, s, batch["image"], key=k)
-            for apply_fn, p, s, k in zip(apply_fns, params, model_state, keys, strict=True)
-        ]
-        logits = [z for z, _ in results]
+    def loss_fn(model, batch, *, key, step):
+        logits, state = model.apply(batch["image"], key=key)
+        _check_exits(logits, "mutual", "one per student: join the students by models.side_by_side")
+        count = len(logits)
         options = {"temperature": at(temperature, step)}
         hard: Any = 0.0
         peers: Any = 0.0
@@ -69,43 +59,40 @@ def mutual(
                 if other != number:
                     theirs = jax.lax.stop_gradient(theirs)
                     peers += soft_mean(soft, ours, theirs, batch, **options) / (count - 1)
-        wrong = [errors(z, batch) for z in logits]
+        wrong = [error_rate(z, batch) for z in logits]
         metrics = {
             "hard": hard / count,
             "soft": peers / count,
             "errors": sum(wrong) / count,
             **{f"errors_{number}": value for number, value in enumerate(wrong)},
         }
-        states = tuple(state for _, state in results)
-        return hard + at(weight, step) * peers, (states, metrics)
+        return hard + at(weight, step) * peers, (state, metrics)
 
     return loss_fn
 
 
 def self_distillation(
-    apply_fn: Callable[..., Any],
-    *,
-    temperature: Schedule = 3.0,
-    alpha: Schedule = 0.7,
-    soft: Callable[..., jax.Array] = losses.kl,
+    *, temperature: Schedule = 3.0, alpha: Schedule = 0.7, soft: Callable[..., jax.Array] = losses.kl
 ) -> LossFn:
-    """A network whose deepest exit teaches the earlier ones.
+    """Builds the objective of self-distillation: the deepest exit of a network teaches the earlier ones.
 
-    The sum over exits of α·hardᵢ + (1 − α)·soft(exitᵢ, deepest); the deepest has hard alone, and
-    is a constant in the other terms.
+    The loss is the sum over the earlier exits of α·hardᵢ + (1 − α)·soft(exitᵢ, deepest), plus the hard loss
+    of the deepest exit, which is a constant in the other terms.
 
     Args:
-      apply_fn: gives a list or tuple of logits, one an exit, the deepest last; an exit is whatever
-        the model makes of an intermediate value.
-      temperature: as in :func:`distill_jax.train.distill`.
-      alpha: likewise, the labels' share in the earlier exits' loss. (The paper's α is 1 − ours.)
-      soft: likewise.
+      temperature: T > 0, or a schedule of it.
+      alpha: α in [0, 1], the weight of the labels in the loss of the earlier exits, or a schedule of it.
+        (The paper's α is 1 − ours.)
+      soft: the soft loss, as in :func:`distill_jax.train.distill`.
 
     Returns:
-      A ``loss_fn`` with the metrics ``"hard"`` and ``"soft"`` (sums over exits, unweighted),
-      ``"errors"`` (the deepest exit's) and ``"errors_0"`` …. The paper's third
-      term, ‖Fᵢ − F_deepest‖², is what
+      A ``loss_fn`` for a model whose outputs are a list or tuple of logits, one per exit, the deepest last.
+      Its metrics are ``"hard"`` and ``"soft"`` (sums over exits, unweighted), ``"errors"`` (of the deepest
+      exit), ``"errors_0"``, ``"errors_1"`` and so on. The paper's third term, ‖Fᵢ − F_deepest‖², is what
       :func:`distill_jax.train.distill_features` computes between captured layers.
+
+    Raises:
+      ValueError: if α or T is a constant outside its range; when traced, if there are fewer than two exits.
 
     References:
       Zhang et al., `Be Your Own Teacher`, 2019, §3.2. That the deepest exit is a constant follows the
@@ -113,74 +100,115 @@ def self_distillation(
     """
     check_options(alpha, temperature)
 
-    def loss_fn(params, model_state, batch, *, key, step):
-        exits, model_state = apply_fn(params, model_state, batch["image"], key=key)
-        if not isinstance(exits, list | tuple) or len(exits) < 2:
-            raise ValueError(
-                "self_distillation needs an apply_fn that gives a list of logits, two or more, the "
-                f"deepest last; got {jax.tree.structure(exits)}"
-            )
+    def loss_fn(model, batch, *, key, step):
+        exits, state = model.apply(batch["image"], key=key)
+        _check_exits(exits, "self_distillation", "one per exit, the deepest last")
         deepest, options = exits[-1], {"temperature": at(temperature, step)}
         hards = [weighted_mean(losses.cross_entropy(z, batch["label"]), batch) for z in exits]
         softs = [soft_mean(soft, z, jax.lax.stop_gradient(deepest), batch, **options) for z in exits[:-1]]
         share = at(alpha, step)
         loss = share * sum(hards[:-1]) + (1 - share) * sum(softs) + hards[-1]
-        metrics = {"hard": sum(hards), "soft": sum(softs), "errors": errors(deepest, batch)}
+        metrics = {"hard": sum(hards), "soft": sum(softs), "errors": error_rate(deepest, batch)}
         for number, logits in enumerate(exits):
-            metrics[f"errors_{number}"] = errors(logits, batch)
-        return loss, (model_state, metrics)
+            metrics[f"errors_{number}"] = error_rate(logits, batch)
+        return loss, (state, metrics)
 
     return loss_fn
 
 
-def init_mean_teacher(params: Any, model_state: Any) -> dict[str, Any]:
-    """Makes the ``model_state`` of :func:`mean_teacher`: the teacher starts as the student.
+def _check_weight(weight: Schedule) -> None:
+    if not callable(weight) and not weight >= 0:
+        raise ValueError(f"weight must not be negative, got {weight}")
+
+
+def _check_exits(outputs: Any, objective: str, which: str) -> None:
+    if not isinstance(outputs, list | tuple) or len(outputs) < 2:
+        raise ValueError(
+            f"{objective} needs a model whose outputs are a list of at least two arrays of logits, {which}; "
+            f"got {jax.tree.structure(outputs)}"
+        )
+
+
+def attach_mean_teacher(student: Model) -> Model:
+    """Makes the model that :func:`mean_teacher` trains: a student with the running mean of itself.
 
     Args:
-      params: the student's.
-      model_state: the student's.
+      student: the student; the teacher starts as its copy.
 
     Returns:
-      ``{"student": model_state, "teacher": (params, model_state), "step"}``; the teacher in float32 at
-      least, since a mean over many steps moves by less than bfloat16 can hold. ``step`` is the
-      last one whose parameters are in the mean.
+      A model with the student's parameters that computes what the student computes. Its state is
+      ``{"student": state, "teacher": (params, state), "step"}``. The teacher is kept in float32 at least,
+      since the mean over many steps moves by less than bfloat16 can hold. ``step`` is the last one whose
+      parameters are in the mean. :func:`detach_mean_teacher` takes student and teacher out.
     """
 
     def precise(x):
         return to_float(x) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
 
-    teacher = jax.tree.map(precise, (params, model_state))
-    return {"student": model_state, "teacher": teacher, "step": jnp.full((), -1, jnp.int32)}
+    teacher = jax.tree.map(precise, (student.params, student.state))
+    state = {"student": student.state, "teacher": teacher, "step": jnp.full((), -1, jnp.int32)}
+    return Model(_WithMeanTeacher(student.apply_fn), student.params, state)
+
+
+def detach_mean_teacher(model: Model) -> tuple[Model, Model]:
+    """Takes student and teacher out of a model from :func:`attach_mean_teacher`.
+
+    Args:
+      model: the model in training, or after it.
+
+    Returns:
+      The student, and the teacher, which is often the better of the two.
+    """
+    student = Model(_student_fn(model), model.params, model.state["student"])
+    return student, Model(student.apply_fn, *model.state["teacher"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithMeanTeacher:
+    """The ``apply_fn`` of a student whose state is one entry of a dict."""
+
+    student_fn: ApplyFn
+
+    def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
+        outputs, student = self.student_fn(params, state["student"], x, key=key)
+        return outputs, {**state, "student": student}
+
+
+def _student_fn(model: Model) -> ApplyFn:
+    if not isinstance(model.apply_fn, _WithMeanTeacher):
+        raise ValueError("expected a model from attach_mean_teacher, got another one")
+    return model.apply_fn.student_fn
 
 
 def mean_teacher(
-    apply_fn: Callable[..., Any],
     *,
     decay: Schedule = 0.999,
     weight: Schedule = 1.0,
     soft: Callable[..., jax.Array] | None = None,
     teacher_input: str = "image",
 ) -> LossFn:
-    """Learning from labels and from the running mean of oneself: the mean of hard + w·soft.
+    """Builds the objective of the mean teacher: the mean of hard + w·soft against a running mean.
 
     θ′ₜ = d·θ′ₜ₋₁ + (1 − d)·θₜ, the mean of the student's parameters *before* the step, so that it
-    holds all updates made so far; its float statistics (BatchNorm's) are averaged likewise. The teacher
-    predicts in evaluation mode, and is a constant to the student.
+    holds all updates made so far; floating-point statistics (BatchNorm's) are averaged in the same way.
+    The teacher predicts in evaluation mode, and is a constant to the student.
 
     Args:
-      apply_fn: the student's and the teacher's.
       decay: d in [0, 1], or a schedule of it, such as ``lambda t: jnp.minimum(0.999, t / (t + 1))``,
-        the plain mean at first.
+        which is the plain mean at first.
       weight: w ≥ 0, or a schedule of it (the paper ramps it up).
-      soft: ``(student_logits, teacher_logits) -> [batch]``; by default the paper's, the sum over
-        classes of the squared difference of probabilities.
-      teacher_input: the batch's name of what the teacher sees, where that is another view than
+      soft: ``(student_logits, teacher_logits) -> values``, one value per example. By default the loss of
+        the paper, the sum over classes of the squared difference of probabilities.
+      teacher_input: the name in the batch of the teacher's input, where that is another view than
         ``"image"``.
 
     Returns:
-      A ``loss_fn`` whose ``model_state`` comes from :func:`init_mean_teacher`, with the metrics
-      ``"hard"``, ``"soft"`` and ``"errors"``. The mean moves once a step, also where gradients are
-      accumulated over parts of the batch.
+      A ``loss_fn`` for a model from :func:`attach_mean_teacher`, with the metrics ``"hard"``, ``"soft"`` and
+      ``"errors"``. The mean moves once per step, also where gradients are accumulated over parts of the
+      batch.
+
+    Raises:
+      ValueError: if d is a constant outside [0, 1], or w a negative one.
 
     References:
       Tarvainen, Valpola, `Mean Teachers Are Better Role Models`, 2017, §2: the consistency cost J(θ)
@@ -188,56 +216,27 @@ def mean_teacher(
     """
     if not callable(decay):
         check_fraction("decay", decay)
-    if not callable(weight) and not weight >= 0:
-        raise ValueError(f"weight must not be negative, got {weight}")
+    _check_weight(weight)
 
-    def loss_fn(params, model_state, batch, *, key, step):
-        student_state, now = model_state["student"], jnp.asarray(step, jnp.int32)
-        new = now != model_state["step"]  # false for the later parts of an accumulated batch
-
-        current = jax.lax.stop_gradient((params, student_state))
+    def loss_fn(model, batch, *, key, step):
+        student_fn = _student_fn(model)
+        student_state, now = model.state["student"], jnp.asarray(step, jnp.int32)
+        new = now != model.state["step"]  # false for the later parts of an accumulated batch
+        current = jax.lax.stop_gradient((model.params, student_state))
         keep = jnp.where(new, at(decay, step), 1.0)
-        teacher = weights.ema(model_state["teacher"], current, keep)
-        as_model = jax.tree.map(lambda x, like: x.astype(like.dtype), teacher, current)
-        theirs = jax.lax.stop_gradient(apply_fn(*as_model, batch[teacher_input])[0])
-        ours, student_state = apply_fn(params, student_state, batch["image"], key=key)
+        teacher = weights.ema(model.state["teacher"], current, keep)
+        params, state = jax.tree.map(lambda x, like: x.astype(like.dtype), teacher, current)
+        theirs = jax.lax.stop_gradient(student_fn(params, state, batch[teacher_input])[0])
+        ours, student_state = student_fn(model.params, student_state, batch["image"], key=key)
         metrics = {
             "hard": weighted_mean(losses.cross_entropy(ours, batch["label"]), batch),
             "soft": soft_mean(soft or _squared_difference, ours, theirs, batch),
-            "errors": errors(ours, batch),
+            "errors": error_rate(ours, batch),
         }
         loss = metrics["hard"] + at(weight, step) * metrics["soft"]
-        state = {"student": student_state, "teacher": teacher, "step": now}
-        return loss, (state, metrics)
+        return loss, ({"student": student_state, "teacher": teacher, "step": now}, metrics)
 
     return loss_fn
-
-
-def chain(models: Iterable[Any], train: Callable[[Any, Any], Any]) -> list[Any]:
-    """Trains models in a row, each one taught by the one before: teacher assistants, generations.
-
-    Models of falling size are teacher assistants; one architecture several times is born-again
-    training, whose last step is often the ensemble of all generations
-    (:func:`distill_jax.teachers.ensemble`).
-
-    Args:
-      models: whatever ``train`` understands, first the teacher's.
-      train: ``(teacher, model) -> trained``, where teacher is the last one trained, None for the first.
-
-    Returns:
-      What ``train`` returned, one a model.
-
-    References:
-      Mirzadeh et al., `Improved Knowledge Distillation via Teacher Assistant`, 2020, §3; Furlanello et
-      al., `Born-Again Neural Networks`, 2018, §3.
-
-    >>> chain([30, 20, 10], lambda teacher, size: (size, teacher and teacher[0]))
-    [(30, None), (20, 30), (10, 20)]
-    """
-    trained: list[Any] = []
-    for model in models:
-        trained.append(train(trained[-1] if trained else None, model))
-    return trained
 
 
 def _squared_difference(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Training an encoder and a decoder in turn: the encoder, the decoder, then both, each to its end."""
+"""Encoder and decoder: their objective, and training in stages: the encoder, the decoder, then both."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,24 +10,111 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from distill_jax import losses
+from distill_jax._model import Model, PyTree, identity, padded_batches
+from distill_jax.models import compose
 from distill_jax.train.epoch import make_epoch
 from distill_jax.train.loop import History, fit
-from distill_jax.train.step import LossFn, batch_weight, init_state, make_train_step
+from distill_jax.train.objectives import (
+    Schedule,
+    add_hard,
+    at,
+    check_options,
+    error_rate,
+    is_zero,
+    soft_mean,
+    teacher_of,
+)
+from distill_jax.train.step import Batch, LossFn, batch_weight, init_state, make_train_step, weighted_mean
 
-PyTree = Any
-# stage → what stands still in it
+# stage → the part that does not change in it
 STAGES: Mapping[str, str | None] = {"encoder": "decoder", "decoder": "encoder", "joint": None}
 
 
+def mean_squares(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Computes the mean squared error per example, over all axes but the first.
+
+    Args:
+      outputs: ``[batch, ...]``.
+      targets: an array of the same shape.
+
+    Returns:
+      One value per example, ``[batch]``.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> print(mean_squares(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])))
+    [5.]
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}")
+    return jnp.square(outputs - targets).reshape(outputs.shape[0], -1).mean(-1)
+
+
+def encoder_decoder(
+    *,
+    soft: Callable[..., jax.Array] = mean_squares,
+    alpha: Schedule = 0.0,
+    hard: Callable[..., jax.Array] = losses.cross_entropy,
+    inputs_weight: Schedule = 0.0,
+) -> LossFn:
+    """Builds the objective of learning an original model through a narrow code.
+
+    The loss is the mean of α·hard + (1 − α)·soft + ι·inputs. With ŷ = decoder(code(encoder(x))), soft compares
+    ŷ with the outputs of the original in ``batch["teacher"]``, hard compares it with ``batch["label"]``, and
+    inputs is the mean squared error of x itself, where the decoder returns ``(ŷ, x̂)``.
+
+    Args:
+      soft: ``(outputs, teacher) -> values``, one value per example: mean squares, or for a classifier
+        :func:`distill_jax.losses.kl`.
+      alpha: α in [0, 1], the weight of the labels, or a schedule of it. With a constant 0 no labels are
+        needed.
+      hard: ``(outputs, labels) -> values``, one value per example.
+      inputs_weight: ι ≥ 0, or a schedule of it.
+
+    Returns:
+      A ``loss_fn`` for a model from :func:`distill_jax.models.compose`, with the metrics ``"soft"``, ``"hard"``
+      and ``"inputs"`` (each unweighted) and, where labels are classes, ``"errors"``.
+
+    Raises:
+      ValueError: for options outside these bounds; when traced, if shapes do not fit, or if the decoder
+        returns no x̂ where it is needed.
+    """
+    check_options(alpha, None)
+    if not callable(inputs_weight) and not inputs_weight >= 0:
+        raise ValueError(f"inputs_weight must not be negative, got {inputs_weight}")
+
+    def loss_fn(model, batch, *, key, step):
+        teacher = teacher_of(batch)["logits"]
+        outputs, state = model.apply(batch["image"], key=key)
+        outputs, inputs = outputs if isinstance(outputs, tuple) else (outputs, None)
+        metrics = {"soft": soft_mean(soft, outputs, teacher, batch)}
+        loss = add_hard(metrics, hard, outputs, batch, at(alpha, step), is_zero(alpha))
+        if not is_zero(inputs_weight):
+            if inputs is None:
+                raise ValueError(
+                    "inputs_weight needs a decoder that returns (outputs, inputs), got outputs alone"
+                )
+            flat = batch["image"].reshape(inputs.shape)
+            metrics["inputs"] = weighted_mean(mean_squares(inputs, flat), batch)
+            loss += at(inputs_weight, step) * metrics["inputs"]
+        if "label" in batch and jnp.issubdtype(batch["label"].dtype, jnp.integer):
+            metrics["errors"] = error_rate(outputs, batch)
+        return loss, (state, metrics)
+
+    return loss_fn
+
+
 class Stage(NamedTuple):
-    """How one stage went.
+    """Facts about one stage of training.
 
     Attributes:
       name: ``"encoder"``, ``"decoder"`` or ``"joint"``: what was trained.
-      epochs: how many it took.
-      converged: whether it ended because validation no longer improved, not at its maximum.
+      epochs: the number of epochs it took.
+      converged: whether it ended because validation no longer improved, and not at its maximum.
       before: the validation loss at its start.
-      after: at its end, not above ``before``.
+      after: the validation loss at its end, never above ``before``.
     """
 
     name: str
@@ -38,32 +125,30 @@ class Stage(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """What training in stages gave.
+    """The result of training in stages.
 
     Attributes:
-      params: ``{"encoder": …, "decoder": …}``.
-      model_state: likewise.
-      stages: in their order.
-      history: of all epochs, as in :class:`distill_jax.train.Fit`.
+      model: the trained encoder and decoder, as :func:`distill_jax.models.compose` joins them.
+      stages: facts about each stage, in their order.
+      history: the figures of all epochs, as in :class:`distill_jax.train.Fit`.
       seconds: wall time of the epochs.
     """
 
-    params: PyTree
-    model_state: PyTree
+    model: Model
     stages: tuple[Stage, ...]
     history: History
     seconds: float
 
 
 def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.GradientTransformation:
-    """Restricts an optimizer to all entries of a dict of parameters but one, which stays as it is.
+    """Restricts an optimizer to all entries of a dict of parameters except one, which does not change.
 
     Args:
-      tx: any optax transformation; what it keeps, it keeps for the trained entries alone.
-      frozen: the key of the other one, or None.
+      tx: any optax transformation; it keeps state for the trained entries only.
+      frozen: the key of the entry that does not change, or None.
 
     Raises:
-      ValueError: at its start, if the parameters have no such key.
+      ValueError: when the optimizer is initialised, if the parameters have no such key.
 
     >>> tx = only(optax.sgd(1.0), "decoder")
     >>> params = {"encoder": jnp.ones(()), "decoder": jnp.ones(())}
@@ -83,15 +168,15 @@ def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradient
 
 
 def converged(history: History, *, tolerance: float, patience: int) -> bool:
-    """Says whether the last epochs no longer made the validation loss lower.
+    """Says whether the last epochs brought no relative improvement of the validation loss.
 
-    That is: the lowest of the last ``patience`` epochs is not below (1 − tolerance) times the lowest
-    before them.
+    Training has converged if the lowest loss of the last ``patience`` epochs is not below
+    (1 − tolerance) times the lowest loss before them.
 
     Args:
-      history: with ``"validation_loss"``, a value an epoch.
+      history: a history with ``"validation_loss"``, one value per epoch.
       tolerance: the least relative improvement, in [0, 1).
-      patience: epochs in which it must be made.
+      patience: the number of epochs in which it must be made.
 
     >>> converged({"validation_loss": [4.0, 2.0, 1.99]}, tolerance=0.01, patience=1)
     True
@@ -105,39 +190,36 @@ def make_measure(
     loss_fn: LossFn,
     data: Mapping[str, Any],
     *,
-    prepare: Callable[[Any], Any] = lambda x: x,
+    prepare: Callable[[Any], Any] = identity,
     batch_size: int = 1000,
-) -> Callable[[PyTree, PyTree], dict[str, float]]:
-    """Makes ``(params, model_state) -> figures``: an objective and its metrics on validation data.
+) -> Callable[[Model], dict[str, float]]:
+    """Makes a function that evaluates an objective on validation data: ``model -> figures``.
 
     Args:
-      loss_fn: run in evaluation mode, at step 0 of its schedules.
-      data: arrays ``[n, ...]`` by name, ``"weight"`` among them where examples count unequally.
-      prepare: applied to each batch's ``"image"`` inside the compiled program.
-      batch_size: examples at a time.
+      loss_fn: the objective, run in evaluation mode at step 0 of its schedules.
+      data: name → array ``[n, ...]``, with ``"weight"`` where examples count unequally.
+      prepare: applied to the images of each batch inside the compiled program.
+      batch_size: the number of examples per batch.
 
     Returns:
       A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``:
-      means, except for the errors, which are counted.
+      means over the examples, except for the errors, which are counted.
     """
-    count = len(data["image"])
-    size = min(batch_size, count)
-    weights = np.asarray(data.get("weight", np.ones(count)), np.float32)
-    batches = []
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size)
-        batch = {name: jnp.asarray(values[rows % count]) for name, values in data.items()}
-        batches.append({**batch, "weight": jnp.asarray(weights[rows % count] * (rows < count))})
+    data = {"weight": np.ones(len(data["image"]), np.float32), **data}
+    batches = [
+        {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(batch["weight"] * counted, jnp.float32)}
+        for batch, counted in padded_batches(data, batch_size)
+    ]
 
     @jax.jit
-    def sums(params, model_state, batch):
+    def sums(model: Model, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
         batch = {**batch, "image": prepare(batch["image"])}
-        loss, (_, metrics) = loss_fn(params, model_state, batch, key=None, step=jnp.int32(0))
+        loss, (_, metrics) = loss_fn(model, batch, key=None, step=jnp.int32(0))
         weight = batch_weight(batch)
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
 
-    def measure(params, model_state):
-        parts = [sums(params, model_state, batch) for batch in batches]
+    def measure(model: Model) -> dict[str, float]:
+        parts = [sums(model, batch) for batch in batches]
         totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
         return {
             f"validation_{name}": total if name == "errors" else total / weight
@@ -149,9 +231,9 @@ def make_measure(
 
 def train_stages(
     key: jax.Array,
-    params: Mapping[str, PyTree],
-    model_state: Mapping[str, PyTree],
-    objective: Callable[..., LossFn],
+    encoder: Model,
+    decoder: Model,
+    loss_fn: LossFn,
     data: Mapping[str, Any],
     validation: Mapping[str, Any],
     *,
@@ -159,44 +241,45 @@ def train_stages(
     epochs: int,
     batch_size: int,
     seed: int,
+    code: Callable[[jax.Array], jax.Array] = identity,
     tolerance: float = 1e-3,
     patience: int = 5,
     stages: Mapping[str, str | None] = STAGES,
     transform: Callable[..., Any] | None = None,
     context: PyTree = None,
-    prepare: Callable[[Any], Any] = lambda x: x,
+    prepare: Callable[[Any], Any] = identity,
     directory: str | Path | None = None,
     save_seconds: float = 20.0,
     on_stage: Callable[[str], Callable[[int, dict[str, float]], Any]] | None = None,
 ) -> Staged:
-    """Trains the encoder, then the decoder, then both, each until it has converged on validation.
+    """Trains the encoder, then the decoder, then both, each until validation no longer improves.
 
-    A stage ends as :func:`converged` says, or after ``epochs``, and gives the parameters of its best
-    epoch, or those it began with if no epoch was better: no stage is worse than the one before.
-    Where ``directory`` is given, an interrupted training goes on in the stage where it was.
+    A stage ends when :func:`converged` says so, or after ``epochs``. It gives the parameters of its best
+    epoch, or those that it began with if no epoch was better: no stage is worse than the one before.
+    Where a directory is given, an interrupted training continues in the stage where it was.
 
     Args:
-      key: of all that is random in a step.
-      params: the start, ``{"encoder": …, "decoder": …}``.
-      model_state: likewise.
-      objective: ``(frozen=…) -> loss_fn``, such as a ``functools.partial`` of
-        :func:`distill_jax.train.encoder_decoder`.
-      data: ``"image"``, ``"teacher"`` (the original's outputs, unless ``transform`` adds them) and
-        perhaps ``"label"``, ``[examples, ...]``.
-      validation: likewise, always with ``"teacher"``.
-      tx: the optimizer, from the number of steps an epoch.
-      epochs: the most that a stage may take.
-      batch_size: examples a step.
-      seed: of the shuffling.
-      tolerance: see :func:`converged`.
-      patience: likewise.
-      stages: stage → the part that stands still in it, or None.
+      key: a random key for all that is random in a step.
+      encoder: the first model.
+      decoder: the second model.
+      loss_fn: the objective of the composed model, usually :func:`encoder_decoder`.
+      data: ``"image"``, ``"teacher"`` (the outputs of the original, unless ``transform`` adds them) and
+        perhaps ``"label"``, arrays ``[examples, ...]``.
+      validation: the same for validation, always with ``"teacher"``.
+      tx: makes the optimizer from the number of steps per epoch.
+      epochs: the largest number of epochs of a stage.
+      batch_size: the number of examples per step.
+      seed: the seed of the shuffling.
+      code: applied between encoder and decoder, see :func:`distill_jax.models.compose`.
+      tolerance: the least relative improvement, see :func:`converged`.
+      patience: the number of epochs in which it must be made, see :func:`converged`.
+      stages: stage → the part that does not change in it, or None.
       transform: see :func:`distill_jax.train.make_epoch`.
-      context: for ``transform``.
+      context: arrays for ``transform``.
       prepare: what ``transform`` does to images, without what is random in it.
-      directory: where checkpoints are kept, a directory a stage; None keeps none.
-      save_seconds: the least time between two checkpoints.
-      on_stage: called with a stage's name, returns the ``on_epoch`` of :func:`distill_jax.train.fit`.
+      directory: where checkpoints are kept, one directory per stage; None keeps none.
+      save_seconds: the shortest time between two checkpoints, in seconds.
+      on_stage: called with the name of a stage; returns the ``on_epoch`` of :func:`distill_jax.train.fit`.
 
     Raises:
       ValueError: if an output of the original is not finite, an option lies outside its bounds, or the
@@ -210,16 +293,19 @@ def train_stages(
     for name, part in {"data": data, "validation": validation}.items():
         if "teacher" in part:
             check_original(part["teacher"], name)
-    measure = make_measure(objective(frozen=None), validation, prepare=prepare)
-    current: tuple[Any, Any] = (dict(params), dict(model_state))
-    level = measure(*current)["validation_loss"]
+    measure = make_measure(loss_fn, validation, prepare=prepare)
+    model = compose(encoder, decoder, code=code)
+    level = measure(model)["validation_loss"]
     history: dict[str, Any] = {}
     done, seconds = [], 0.0
     for number, (name, frozen) in enumerate(stages.items()):
         optimizer = only(tx(max(1, len(data["image"]) // batch_size)), frozen)
+        in_stage = compose(encoder, decoder, code=code, frozen=frozen).replace(
+            params=model.params, state=model.state
+        )
         result = fit(
-            init_state(current[0], optimizer, jax.random.fold_in(key, number), current[1]),
-            make_epoch(make_train_step(objective(frozen=frozen), optimizer), transform=transform),
+            init_state(in_stage, optimizer, jax.random.fold_in(key, number)),
+            make_epoch(make_train_step(loss_fn, optimizer), transform=transform),
             data,
             epochs=epochs,
             batch_size=batch_size,
@@ -232,9 +318,10 @@ def train_stages(
             save_seconds=save_seconds,
             on_epoch=on_stage(name) if on_stage else lambda done, figures: None,
         )
-        before, after = level, measure(*result.best)["validation_loss"]
+        best = model.replace(params=result.best.params, state=result.best.state)
+        before, after = level, measure(best)["validation_loss"]
         if after <= before or not math.isfinite(before):
-            current, level = result.best, after
+            model, level = best, after
         taken = len(result.history["epoch"])
         ended = converged(result.history, tolerance=tolerance, patience=patience)
         done.append(Stage(name, taken, ended, before, level))
@@ -242,7 +329,7 @@ def train_stages(
             shift = len(history.get("epoch", ())) if figure == "epoch" else 0
             history[figure] = [*history.get(figure, []), *(value + shift for value in values)]
         seconds += result.seconds
-    return Staged(*current, tuple(done), history, seconds)
+    return Staged(model, tuple(done), history, seconds)
 
 
 def check_original(outputs: Any, where: str) -> None:

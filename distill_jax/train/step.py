@@ -1,8 +1,8 @@
-"""One step for every model, and the epoch made of it.
+"""The train step, ``(state, batch) -> (state, metrics)``: one for every model.
 
-A step is ``(state, batch) -> (state, metrics)``. Teacher, student, encoder and decoder differ in
-their ``loss_fn`` alone (see :mod:`distill_jax.train.objectives`); ``jit``, ``vmap``, ``pmap``,
-``shard_map`` and ``scan`` around the step are the caller's choice.
+Teacher, student, encoder and decoder differ only in their ``loss_fn`` (see
+:mod:`distill_jax.train.objectives`). Whether the step runs under ``jit``, ``vmap``, ``pmap``,
+``shard_map`` or ``scan`` is the caller's choice.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,73 +12,80 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from distill_jax._model import Model, PyTree
+
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a training run is: arrays alone, so it shards, scans, vmaps and is saved whole.
+    """The whole state of a training run, as a pytree: it can be sharded, scanned, mapped and saved.
 
     Attributes:
       step: int32 scalar, the number of updates made.
-      params: the pytree that is trained.
-      opt_state: the optimizer's.
-      model_state: what the model itself changes, such as BatchNorm's statistics.
-      key: every random number of the run derives from it and from ``step``.
+      model: the model in training.
+      opt_state: the optimizer's state.
+      key: a random key. Every random number of the run derives from it and from ``step``.
     """
 
     step: jax.Array
-    params: PyTree
+    model: Model
     opt_state: PyTree
-    model_state: PyTree
     key: jax.Array
 
 
 class LossFn(Protocol):
-    """What is minimised.
+    """A training objective: ``(model, batch, *, key, step) -> (loss, (state, metrics))``.
 
-    It returns ``(loss, (model_state, metrics))``. The loss and every metric are scalars, and *means
-    over the batch's examples*, weighted by ``batch["weight"]`` where there is one: from the parts of
-    a batch (accumulation, devices) the step then makes the mean of the whole.
+    The loss and every metric are scalars and *means over the examples of the batch*, weighted by
+    ``batch["weight"]`` where there is one: from the parts of a batch (accumulation, devices) the step
+    computes the mean over the whole. ``state`` is the model's state after the forward pass. With ``key``
+    None the model runs in evaluation mode.
     """
 
     def __call__(  # noqa: D102
-        self, params: PyTree, model_state: PyTree, batch: Batch, *, key: jax.Array | None, step: jax.Array
+        self, model: Model, batch: Batch, *, key: jax.Array | None, step: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, Metrics]]: ...
 
 
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Step = Callable[[Any, Any], tuple[Any, Metrics]]
 
 
-def init_state(
-    params: PyTree, tx: optax.GradientTransformation, key: jax.Array, model_state: PyTree | None = None
-) -> TrainState:
-    """Makes the state of a run that has made no step.
+def init_state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Makes the state of a training run before its first step.
 
-    The arrays are copied, so that a step which donates its state leaves the caller's own intact.
+    The arrays are copied, so that a step that donates its state leaves the caller's model intact.
+
+    Args:
+      model: the model to train.
+      tx: the optimizer.
+      key: a random key for the whole run.
     """
-    model_state = {} if model_state is None else model_state
-    params, model_state, key = jax.tree.map(jnp.copy, (params, model_state, key))
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state, key)
+    model, key = jax.tree.map(jnp.copy, (model, key))
+    return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model.params), key)
 
 
-def step_key(state: TrainState, stream: int) -> jax.Array:
-    """Derives the key of a step; stream 0 is the model's, 1 the data's."""
+def step_key(state: Any, stream: int) -> jax.Array:
+    """Derives the random key of the current step.
+
+    Args:
+      state: the training state.
+      stream: 0 for the model (dropout), 1 for the data (augmentation).
+    """
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), stream)
 
 
 def batch_weight(batch: Batch) -> jax.Array:
-    """Sums the weights of a batch: float32 scalar, the number of examples where none has one."""
+    """Sums the weights of a batch: a float32 scalar, the number of examples where there are no weights."""
     if "weight" in batch:
         return jnp.sum(batch["weight"], dtype=jnp.float32)
     return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
 
 
 def weighted_mean(values: jax.Array, batch: Batch) -> jax.Array:
-    """Averages values ``[batch, ...]`` over examples, weighted by ``batch["weight"]`` if there.
+    """Averages values ``[batch, ...]`` over the examples, weighted by ``batch["weight"]`` if it exists.
 
-    An example of weight 0 counts for nothing, whatever its value. A batch of weight 0 has mean 0.
+    An example of weight 0 does not count, whatever its value. The mean over a batch of weight 0 is 0.
     """
     values = values.reshape(values.shape[0], -1).mean(-1) if values.ndim > 1 else values
     if "weight" not in batch:
@@ -90,27 +97,20 @@ def weighted_mean(values: jax.Array, batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    tx: optax.GradientTransformation,
-    *,
-    axis_name: str | None = None,
-    accumulate: int = 1,
-    accumulate_axis: str | None = None,
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, axis_name: str | None = None, accumulate: int = 1
 ) -> Step:
-    """Makes ``(state, batch) -> (state, metrics)``: one update by gradient descent.
+    """Makes a train step, ``(state, batch) -> (state, metrics)``: one update by gradient descent.
 
     Args:
-      loss_fn: see :class:`LossFn`.
+      loss_fn: the objective, see :class:`LossFn`.
       tx: any optax transformation; schedules and clipping belong to it. It sees the gradient of the
-        whole batch's mean loss.
-      axis_name: the mapped axis that splits the batch, under ``pmap`` and ``shard_map``; None under
-        ``jit``, also with a sharded batch. State and metrics are the same on every device.
-      accumulate: into how many parts to split the batch, one after another, to save memory. The
-        update is the whole batch's, for unequal weights too, except for models that look across
-        examples: BatchNorm then sees its part only, and dropout draws anew in each.
-      accumulate_axis: run the parts in lockstep instead, as a mapped axis of this name. It saves no
-        memory, but a model with ``BatchNorm(axis_name=…)`` written for that many devices then
-        computes on one what it would compute on all of them.
+        mean loss over the whole batch.
+      axis_name: the name of the mapped axis that splits the batch under ``pmap`` and ``shard_map``; None
+        under ``jit``, also with a sharded batch. State and metrics are the same on every device.
+      accumulate: the number of parts that the batch is split into. They are computed one after another,
+        which saves memory. The update is that of the whole batch, for unequal weights too, except for
+        models that look across examples: BatchNorm sees one part at a time, and dropout draws anew in
+        each.
 
     Returns:
       The step. It adds ``"loss"`` and ``"gradient_norm"`` to the metrics of ``loss_fn``.
@@ -122,70 +122,68 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
 
-    def weighted_sums(params, model_state, batch, key, step):
-        """Sums over a part's examples, which parts and devices can add up."""
-        weight = batch_weight(batch)
-
-        def scaled_loss(params):
-            loss, aux = loss_fn(params, model_state, batch, key=key, step=step)
-            return loss * weight, (loss, aux)
-
-        gradients, (loss, (model_state, metrics)) = jax.grad(scaled_loss, has_aux=True)(params)
-        metrics = jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss})
-        return model_state, (gradients, metrics, weight)
-
-    def sums(params, model_state, batch, key, step):
-        if accumulate == 1:
-            return weighted_sums(params, model_state, batch, key, step)
-        parts = jax.tree.map(lambda x: _split(x, accumulate), dict(batch))
-        keys = jax.random.split(key, accumulate)
-        if accumulate_axis:
-            states, totals = jax.vmap(
-                lambda part, key: weighted_sums(params, model_state, part, key, step),
-                axis_name=accumulate_axis,
-            )(parts, keys)
-            return _mean_inexact(states, lambda x: x.mean(0), lambda x: x[0]), jax.tree.map(
-                lambda x: x.sum(0), totals
-            )
-
-        def add(carry, part_and_key):
-            model_state, totals = carry
-            part, key = part_and_key
-            model_state, new = weighted_sums(params, model_state, part, key, step)
-            return (model_state, jax.tree.map(jnp.add, totals, new)), None
-
-        first, rest = (jax.tree.map(lambda x, s=s: x[s], (parts, keys)) for s in (0, slice(1, None)))
-        start = weighted_sums(params, model_state, first[0], first[1], step)
-        # Unrolled on a CPU, where a convolution inside a loop is 50 times slower
-        unroll = accumulate - 1 if jax.default_backend() == "cpu" else 1
-        return jax.lax.scan(add, start, rest, unroll=unroll)[0]
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        params, model_state = state.params, state.model_state
-        key = step_key(state, 0)
+        model, key = state.model, step_key(state, 0)
         if axis_name:
             # Each device differentiates its own copy. Without the cast, `shard_map` would sum the
             # gradients of replicated parameters by itself, and `psum` would sum them again.
-            params, model_state = jax.tree.map(
-                lambda x: jax.lax.pcast(x, axis_name, to="varying"), (params, model_state)
-            )
+            model = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), model)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        model_state, totals = sums(params, model_state, batch, key, state.step)
+        model_state, totals = _accumulated_sums(loss_fn, model, batch, key, state.step, accumulate)
         if axis_name:
             totals = jax.lax.psum(totals, axis_name)
-            model_state = _mean_inexact(
-                model_state, lambda x: jax.lax.pmean(x, axis_name), lambda x: jax.lax.pmax(x, axis_name)
-            )
+            model_state = _mean_over_devices(model_state, axis_name)
         gradients, metrics, weight = totals
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
         metrics = {name: value * scale for name, value in metrics.items()}
         metrics["gradient_norm"] = optax.tree.norm(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, model_state, state.key), metrics
+        updates, opt_state = tx.update(gradients, state.opt_state, state.model.params)
+        params = optax.apply_updates(state.model.params, updates)
+        model = state.model.replace(params=params, state=model_state)
+        return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
     return train_step
+
+
+Totals = tuple[PyTree, Metrics, jax.Array]  # sums of gradients and of metrics, and the total weight
+
+
+def _weighted_sums(
+    loss_fn: LossFn, model: Model, batch: Batch, key: jax.Array, step: jax.Array
+) -> tuple[PyTree, Totals]:
+    """Sums over the examples of one part of a batch, which parts and devices can add up."""
+    weight = batch_weight(batch)
+
+    def scaled_loss(params):
+        loss, aux = loss_fn(model.replace(params=params), batch, key=key, step=step)
+        return loss * weight, (loss, aux)
+
+    gradients, (loss, (model_state, metrics)) = jax.grad(scaled_loss, has_aux=True)(model.params)
+    metrics = jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss})
+    return model_state, (gradients, metrics, weight)
+
+
+def _accumulated_sums(
+    loss_fn: LossFn, model: Model, batch: Batch, key: jax.Array, step: jax.Array, parts: int
+) -> tuple[PyTree, Totals]:
+    """Adds up the sums over ``parts`` equal parts of the batch, one after another."""
+    if parts == 1:
+        return _weighted_sums(loss_fn, model, batch, key, step)
+    split = jax.tree.map(lambda x: _split(x, parts), dict(batch))
+    keys = jax.random.split(key, parts)
+
+    def add(carry, part_and_key):
+        model_state, totals = carry
+        part, key = part_and_key
+        model_state, new = _weighted_sums(loss_fn, model.replace(state=model_state), part, key, step)
+        return (model_state, jax.tree.map(jnp.add, totals, new)), None
+
+    first, rest = (jax.tree.map(lambda x, s=s: x[s], (split, keys)) for s in (0, slice(1, None)))
+    start = _weighted_sums(loss_fn, model, first[0], first[1], step)
+    # Unrolled on a CPU, where a convolution inside a loop is 50 times slower
+    unroll = parts - 1 if jax.default_backend() == "cpu" else 1
+    return jax.lax.scan(add, start, rest, unroll=unroll)[0]
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
@@ -194,30 +192,32 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
 
 
-def _mean_inexact(tree: PyTree, mean: Callable, other: Callable) -> PyTree:
-    return jax.tree.map(lambda x: mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else other(x), tree)
+def _mean_over_devices(tree: PyTree, axis_name: str) -> PyTree:
+    """Averages floating-point leaves over a mapped axis; counters and the like are equal everywhere."""
+
+    def one(x):
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jax.lax.pmean(x, axis_name) if inexact else jax.lax.pmax(x, axis_name)
+
+    return jax.tree.map(one, tree)
 
 
 def make_eval_step(
-    apply_fn: Callable[..., Any],
-    metrics: Mapping[str, Callable[[jax.Array, Batch], jax.Array]],
-    *,
-    axis_name: str | None = None,
-) -> Callable[[PyTree, PyTree, Batch], Metrics]:
-    """Makes ``(params, model_state, batch) -> sums``: a model's metrics in evaluation mode.
+    metrics: Mapping[str, Callable[[jax.Array, Batch], jax.Array]], *, axis_name: str | None = None
+) -> Callable[[Model, Batch], Metrics]:
+    """Makes an evaluation step, ``(model, batch) -> sums``, for a model in evaluation mode.
 
     Args:
-      apply_fn: as in :class:`distill_jax.models.Model`.
-      metrics: name → ``(outputs, batch) -> [batch]`` values, one an example.
-      axis_name: as in :func:`make_train_step`.
+      metrics: name → ``(outputs, batch) -> values``, one value per example, ``[batch]``.
+      axis_name: the name of the mapped axis that splits the batch, as in :func:`make_train_step`.
 
     Returns:
-      The step. Its result holds for each metric the weighted *sum* over the batch's examples, and
-      ``"weight"``, their total weight: sums of batches add up, whatever their sizes.
+      The step. Its result holds for each metric the weighted *sum* over the examples of the batch, and
+      in ``"weight"`` their total weight: sums of batches add up, whatever the sizes of the batches.
     """
 
-    def eval_step(params: PyTree, model_state: PyTree, batch: Batch) -> Metrics:
-        outputs, _ = apply_fn(params, model_state, batch["image"])
+    def eval_step(model: Model, batch: Batch) -> Metrics:
+        outputs = model(batch["image"])
         weight = batch_weight(batch)
         sums = {
             name: weighted_mean(metric(outputs, batch), batch) * weight for name, metric in metrics.items()

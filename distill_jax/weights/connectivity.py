@@ -1,49 +1,39 @@
-"""The way between two trained networks, and what BatchNorm needs wherever one stops on it."""
+"""The straight line between two trained networks: its barrier, and new BatchNorm statistics on it."""
 
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from distill_jax._model import Model, PyTree
 from distill_jax.weights.means import lerp
 from distill_jax.weights.structure import by_path, is_float
-
-PyTree = Any
-Variables = tuple[PyTree, PyTree]
 
 
 class StaleStatisticsWarning(UserWarning):
     """Running statistics belong to other parameters than those they are used with."""
 
 
-def recalibrate(
-    apply_fn: Callable[..., Any],
-    params: PyTree,
-    model_state: PyTree,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    key: jax.Array | None = None,
-) -> PyTree:
-    """Estimates BatchNorm's running statistics anew: after any averaging of parameters.
+def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]], *, key: jax.Array | None = None) -> Model:
+    """Estimates BatchNorm's running statistics anew, as every averaging of parameters requires.
 
-    The statistics of an average are not the average of statistics: they belong to activations that no
-    network had before. In training mode a running statistic becomes m·s + (1 − m)·x with the batch's x,
-    whatever the library. Two starts, s = 0 and s = c, tell m and so x; the result is the mean of x over
-    the batches, weighted by their sizes, with nothing left of the old.
+    The statistics of an averaged network are not the average of statistics: they belong to activations
+    that no network had before. In training mode a running statistic becomes m·s + (1 − m)·x with the
+    batch's statistic x, in every library. Two starts, s = 0 and s = c, give m and therefore x. The
+    result is the mean of x over the batches, weighted by their sizes, and independent of the old value.
 
     Args:
-      apply_fn: as in :class:`distill_jax.models.Model`.
-      params: the averaged parameters.
-      model_state: any that fits; its values do not matter.
-      batches: training batches with ``"image"``, the model's input; a few hundred examples are enough.
-      key: for what is random in training mode, dropout.
+      model: the model with averaged parameters; the values of its state do not matter.
+      batches: training batches with ``"image"``, the model's input. A few hundred examples are enough.
+      key: a random key for dropout and the like in training mode.
 
     Returns:
-      A new ``model_state``. What training mode does not change, and what is no float, stays.
+      The model with a new state. Leaves that training mode does not change, or that are no
+      floating-point numbers, stay as they are. A model without such statistics is returned unchanged.
 
     Raises:
       ValueError: if there are no batches, or a statistic is no running mean (its path is named).
@@ -55,7 +45,7 @@ def recalibrate(
     total, count = None, 0
     for number, batch in enumerate(batches):
         images, size = batch["image"], len(batch["image"])
-        found = _statistics(apply_fn, params, model_state, images, jax.random.fold_in(key, number))
+        found = _statistics(model, images, jax.random.fold_in(key, number))
         found = jax.tree.map(lambda x, n=size: n * x, found)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         count += size
@@ -64,18 +54,22 @@ def recalibrate(
     values, spread = jax.tree.map(lambda x: x / count, total)
     wrong = [path for path, x in by_path(spread).items() if not x < 1e-3]
     if wrong:
-        raise ValueError(f"model_state: no running means, so they cannot be recalibrated: {wrong}")
-    return jax.tree.map(
-        lambda s, x: x.astype(jnp.asarray(s).dtype) if is_float(s) else s, model_state, values
+        raise ValueError(
+            f"the state has leaves that are no running means and cannot be recalibrated: {wrong}"
+        )
+    state = jax.tree.map(
+        lambda s, x: x.astype(jnp.asarray(s).dtype) if is_float(s) else s, model.state, values
     )
+    return model.replace(state=state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _statistics(apply_fn, params, model_state, x, key):
+@jax.jit
+def _statistics(model: Model, x: Any, key: jax.Array) -> Any:
     """The batch's statistics, and by how much each leaf's momentum differs between its entries."""
+    model_state = model.state
 
     def after(state):
-        return apply_fn(params, state, x, key=key)[1]
+        return model.replace(state=state).apply(x, key=key)[1]
 
     def start(scales):
         return jax.tree.map(lambda s, c: jnp.full_like(s, c) if is_float(s) else s, model_state, scales)
@@ -103,53 +97,47 @@ def _statistics(apply_fn, params, model_state, x, key):
 
 
 def along(
-    evaluate: Callable[[PyTree, PyTree], Any],
-    start: Variables,
-    end: Variables,
-    ts: Sequence[float] | np.ndarray,
+    evaluate: Callable[[Any], Any],
+    start: PyTree,
+    end: PyTree,
+    ts: ArrayLike,
     *,
-    refresh: Callable[[PyTree, PyTree], PyTree] | None = None,
+    refresh: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
     """Evaluates the networks on the straight line between two: (1 − t)·start + t·end.
 
     Args:
-      evaluate: ``(params, model_state) -> figures``, such as
-        :func:`distill_jax.train.make_validation` gives.
-      start: ``(params, model_state)``.
-      end: likewise.
+      evaluate: ``model -> figures``, for example from :func:`distill_jax.train.make_validation`.
+      start: the model (or any pytree) at t = 0.
+      end: the model at t = 1.
       ts: the points, each in [0, 1].
-      refresh: ``(params, model_state) -> model_state``: :func:`recalibrate`, with ``apply_fn`` and
-        batches filled in. Networks with running statistics need it.
+      refresh: ``model -> model``: :func:`recalibrate` with the batches filled in. Networks with running
+        statistics need it.
 
     Returns:
-      What ``evaluate`` returned, one a point.
+      What ``evaluate`` returned, one entry per point.
 
     Raises:
-      ValueError: if the two do not fit.
+      ValueError: if the two models do not fit.
 
     Warns:
-      StaleStatisticsWarning: if there are running statistics, and no ``refresh``.
+      StaleStatisticsWarning: if there are running statistics and no ``refresh``.
 
-    >>> along(lambda w, state: round(float(w) ** 2, 2), (-1.0, {}), (1.0, {}), [0, 0.5, 0.75])
+    >>> along(lambda w: round(float(w) ** 2, 2), -1.0, 1.0, [0, 0.5, 0.75])
     [1.0, 0.0, 0.25]
     """
-    if refresh is None:
-        warn_if_stale(start[1])
-    results = []
-    for t in ts:
-        params, model_state = lerp(start, end, float(t))
-        if refresh is not None:
-            model_state = refresh(params, model_state)
-        results.append(evaluate(params, model_state))
-    return results
+    if refresh is None and isinstance(start, Model):
+        warn_if_stale(start.state)
+    between = (lerp(start, end, float(t)) for t in np.asarray(ts))
+    return [evaluate(model if refresh is None else refresh(model)) for model in between]
 
 
-def barrier(ts: Any, losses: Any) -> float:
-    """The highest rise of the loss above the chord: max L(t) − ((1 − t)·L(0) + t·L(1)).
+def barrier(ts: ArrayLike, losses: ArrayLike) -> float:
+    """Computes the loss barrier: the highest rise above the chord, max L(t) − ((1 − t)·L(0) + t·L(1)).
 
     Args:
       ts: the points ``[n]``, rising from 0 to 1.
-      losses: one a point.
+      losses: the loss at each point, ``[n]``.
 
     Returns:
       0 or more: at the ends the rise is 0.
@@ -172,20 +160,20 @@ def barrier(ts: Any, losses: Any) -> float:
     return float(np.max(values - ((1 - t) * values[0] + t * values[-1])))
 
 
-def warn_if_stale(model_state: PyTree) -> None:
+def warn_if_stale(state: PyTree) -> None:
     """Warns that running statistics, if there are any, do not belong to averaged parameters.
 
     Args:
-      model_state: the average's.
+      state: the state of the averaged model.
 
     Warns:
       StaleStatisticsWarning: naming every path.
     """
-    paths = [path for path, leaf in by_path(model_state).items() if is_float(leaf)]
+    paths = [path for path, leaf in by_path(state).items() if is_float(leaf)]
     if paths:
         warnings.warn(
             "running statistics were averaged, and are not those of the averaged parameters: "
-            f"re-estimate them with distill_jax.connectivity.recalibrate; {', '.join(paths)}",
+            f"re-estimate them with distill_jax.weights.recalibrate; {', '.join(paths)}",
             StaleStatisticsWarning,
             stacklevel=3,
         )

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from distill_jax._model import Model
+from distill_jax.models.convert import from_nnx
 from distill_jax.models.convnet import ConvNet
-from distill_jax.models.functional import Model, from_nnx
 from distill_jax.models.layers import Network
 from distill_jax.models.mlp import MLP
 from distill_jax.models.mobilenet import MobileNetV2
@@ -41,7 +42,7 @@ NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
 }
 
 
-def module(
+def nnx_module(
     description: str, shape: tuple[int, int, int], classes: int, *, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Module:
     """Makes a model's NNX module.
@@ -100,18 +101,18 @@ def build(
 
     Args:
       description: such as ``mlp:1200,1200``, ``convnet:16,32``, ``vgg8:0.25`` or ``resnet20``; see
-        :func:`module`.
+        :func:`nnx_module`.
       shape: ``(height, width, channels)`` of an image.
       classes: outputs.
       key: initialises the parameters.
       dropout: dropped fraction of hidden units, in training.
-      options: further arguments of the module, as in :func:`module`.
+      options: further arguments of the module, as in :func:`nnx_module`.
 
     Raises:
       ValueError: if the description is not of that form, or there is no network of that depth.
     """
     rngs = nnx.Rngs(key)
-    return from_nnx(module(description, shape, classes, rngs=rngs, dropout=dropout, **options))
+    return from_nnx(nnx_module(description, shape, classes, rngs=rngs, dropout=dropout, **options))
 
 
 def feature_names(
@@ -120,7 +121,7 @@ def feature_names(
     """Names the layers of a network that the literature distils, shallow to deep.
 
     Args:
-      description: a network by name, as in :func:`module`.
+      description: a network by name, as in :func:`nnx_module`.
       shape: ``(height, width, channels)`` of an image.
       preactivation: the stages' values before their last ReLU instead of after it, as OFD wants.
 
@@ -134,7 +135,7 @@ def feature_names(
     >>> feature_names("resnet20", (32, 32, 3))
     ('stem', 'stages.0', 'stages.1', 'stages.2', 'pool')
     """
-    network = nnx.eval_shape(lambda: module(description, shape, 2, rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: nnx_module(description, shape, 2, rngs=nnx.Rngs(0)))
     if not isinstance(network, Network):
         raise ValueError(f"{description!r} has no list of features: capture its layers by their own names")
     return network.feature_names(preactivation=preactivation)
