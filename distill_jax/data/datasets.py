@@ -72,6 +72,11 @@ class Dataset(NamedTuple):
     classes: int
     class_names: tuple[str, ...]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and number of channels of an image."""
+        return self.train.image.shape[1:]
+
 
 def load(
     name: str = "auto",

@@ -1,1 +1,22 @@
-"""What all experiments share: options, run directory, training with checkpoints, results, pictures."""
+"""What all experiments share: options, the run with its checkpoints, results, pictures."""
+
+from harness.experiment import (
+    Run,
+    Trained,
+    adam,
+    arrays,
+    jittered,
+    labelled,
+    load,
+    mnist_or_digits,
+    plain,
+    prepare,
+    progress,
+)
+from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, read
+from harness.runs import run_main
+
+__all__ = [
+    "Amount", "Count", "Dropout", "Options", "Positive", "Run", "Share", "Trained", "Whole", "adam", "arrays",
+    "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress", "read", "run_main",
+]  # fmt: skip

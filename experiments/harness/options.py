@@ -1,7 +1,8 @@
-"""Options that the experiments share: what they may be, and how a command line becomes a config."""
+"""Options that all experiments share, their checks, and named configs on the command line."""
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,15 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_
 
 import tyro
 
-from distill_jax import data
-
 C = TypeVar("C", bound="Options")
 
 
 class Allowed(NamedTuple):
-    """What an option's values may be: part of its type, as in ``Annotated[int, Allowed(…)]``.
+    """The values that an option may have; a part of its type, as in ``Annotated[int, Allowed(...)]``.
 
     Attributes:
-      words: what it must do, such as "be at least 1".
-      test: whether a value does.
+      words: what a value must do, such as "be at least 1".
+      test: says whether a value is allowed.
     """
 
     words: str
@@ -36,30 +35,30 @@ Dropout = Annotated[float, Allowed("lie in [0, 1)", lambda v: 0 <= v < 1)]
 
 @dataclass(frozen=True)
 class Options:
-    """What every experiment is told: its data, how often to repeat it, and where its run lies.
+    """The options of every experiment: its data, the number of repetitions, the run's directory.
 
-    An experiment's own options are fields of a subclass. Those whose type is one of this module's
-    (``Count``, ``Share``, …; also in a tuple, or beside None) are checked when they are read.
+    An experiment's own options are fields of a subclass. Values of the types of this module (``Count``,
+    ``Share`` and so on, also in a tuple or beside None) are checked when they are read.
 
     Attributes:
-      PRACTICAL: the options that change where and how a run works, but not its results.
+      PRACTICAL: options that change where and how a run works, but not its results.
     """
 
-    dataset: str = "auto"
-    """auto (MNIST where it can be had, else digits), digits, mnist, fashion_mnist, kmnist, or any
-    image-classification data set of TFDS"""
+    dataset: str = "mnist"
+    """data set: digits, mnist, fashion_mnist, kmnist, another image classification data set of TensorFlow Datasets,
+    or the path of an .npz file with x_train, y_train, x_test and y_test"""
     data_dir: Path | None = None
-    """where the data lie: prepared by TFDS, or as IDX files (default: TFDS_DATA_DIR)"""
+    """directory of the data, prepared by TensorFlow Datasets or as IDX files (default: TFDS_DATA_DIR)"""
     validation: Count | None = None
-    """examples held out of the training set (default: the data set's own)"""
+    """number of training examples held out for validation (default: chosen by the data set)"""
     seeds: Count = 5
-    """how many repetitions"""
+    """number of repetitions, each with its own initial parameters and order of examples"""
     out: Path | None = None
-    """the run's directory (default: under runs/, named after the options)"""
+    """directory of the run (default: a directory under runs/, named after the options)"""
     restart: bool = False
-    """delete what an earlier run left in --out instead of going on from it"""
+    """delete the earlier run in the directory instead of continuing it"""
     save_seconds: Amount = 20.0
-    """the least time between two checkpoints"""
+    """shortest time between two checkpoints, in seconds"""
 
     PRACTICAL: ClassVar = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
 
@@ -68,12 +67,12 @@ class Options:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.PRACTICAL}
 
     def need(self, name: str, ok: bool, expected: str) -> None:
-        """Refuses an option's value.
+        """Refuses the value of an option.
 
         Args:
-          name: the field's.
-          ok: whether the value will do.
-          expected: what it must do.
+          name: the name of the field.
+          ok: whether the value is allowed.
+          expected: what the value must do, such as "be at least 1".
 
         Raises:
           ValueError: unless ``ok``.
@@ -83,12 +82,12 @@ class Options:
             given = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
             raise ValueError(f"--{name.replace('_', '-')} must {expected}, got {given}")
 
-    def fit(self, examples: int, *names: str) -> None:
-        """Refuses a batch, or another number of training examples, of more than there are.
+    def at_most(self, examples: int, *names: str) -> None:
+        """Refuses options, such as a batch size, that exceed the number of training examples.
 
         Args:
-          examples: how many there are.
-          *names: fields; None stands for all.
+          examples: the number of training examples.
+          *names: the names of the fields; the value None means all examples.
         """
         for name in names:
             value = getattr(self, name)
@@ -96,17 +95,17 @@ class Options:
             self.need(name, value is None or value <= examples, expected)
 
     def among(self, name: str, known: Sequence[str]) -> None:
-        """Refuses names, or one, that are not known."""
+        """Refuses an option whose value (or one of whose values) is not among the known ones."""
         value = getattr(self, name)
         given = value if isinstance(value, tuple) else (value,)
-        some = "of" if isinstance(value, tuple) else "one of"
+        some = "from" if isinstance(value, tuple) else "one of"
         self.need(name, set(given) <= set(known), f"be {some} {', '.join(known)}")
 
     def verify(self) -> None:
-        """Refuses values that their types do not allow.
+        """Refuses values that the types of the options do not allow.
 
         Raises:
-          ValueError: naming the option, what it must do, and its value.
+          ValueError: if a value is not allowed; it names the option, what is expected, and the value.
         """
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
@@ -120,45 +119,46 @@ def _rules(hint: Any) -> list[Allowed]:
     return own + [rule for part in get_args(hint) for rule in _rules(part)]
 
 
-def load(config: Options) -> data.Dataset:
-    """Loads the data set of the options."""
-    return data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+def read(
+    configs: Mapping[str, tuple[str, C]],
+    description: str,
+    default: Callable[[], str] | str,
+    arguments: Sequence[str] | None = None,
+) -> tuple[str, C]:
+    """Reads the command line: the name of a config, then options that change its values.
 
-
-def parse(
-    kind: type[C],
-    description: str | None,
-    defaults: Mapping[tuple[str, bool], Mapping[str, Any]],
-    *,
-    by: str = "preset",
-    load: Callable[[C], data.Dataset | None] = load,
-) -> tuple[C, Any]:
-    """Reads the command line; what it leaves out depends on the preset and on the data found.
+    ``--help`` lists the configs; ``NAME --help`` lists all options with the values of that config.
 
     Args:
-      kind: the experiment's options.
-      description: for ``--help``.
-      defaults: (value of the option ``by``, whether the images are smaller than 16 pixels) → what
-        differs from the defaults of ``kind``. Where it has nothing for small images, what it has for
-        others holds.
-      by: the option that names a set of defaults; an experiment without it has the one set ``""``.
-      load: gives the data set, or None where there is none.
+      configs: name → (a line of description, the config).
+      description: the description of the experiment, usually its module docstring.
+      default: the config that is used where none is named, or a function that chooses it.
+      arguments: the command line; that of this process by default.
 
     Returns:
-      The options, and the data set.
+      The name of the config, and the config with the changes of the command line.
 
     Raises:
-      ValueError: if an option's value is not allowed.
+      ValueError: if the value of an option is not allowed.
     """
-
-    def read(small: bool) -> C:
-        chosen = getattr(first, by, "")
-        changes = defaults.get((chosen, small)) or defaults.get((chosen, False), {})
-        config = tyro.cli(kind, default=dataclasses.replace(kind(), **changes))
-        config.verify()
-        return config
-
-    first = tyro.cli(kind, description=description)
-    dataset = load(read(small=False))
-    small = dataset is not None and max(dataset.train.image.shape[1:3]) < 16
-    return read(small), dataset
+    program, *given = [Path(sys.argv[0]).name, *(sys.argv[1:] if arguments is None else arguments)]
+    if given[:1] in (["-h"], ["--help"]):
+        print(f"usage: {program} [CONFIG] [OPTIONS]\n\n{(description or '').strip()}\n\nConfigs:")
+        print(*(f"  {name:<14}{line}" for name, (line, _) in configs.items()), sep="\n")
+        print(f"\n{program} CONFIG --help lists all options, with the values that they have in that config.")
+        sys.exit(0)
+    if given and not given[0].startswith("-"):
+        name = given.pop(0)
+        if name not in configs:
+            raise ValueError(
+                f"the config must be one of {', '.join(configs)}, got {name!r}: see {program} --help"
+            )
+    else:
+        name = default if isinstance(default, str) else default()
+    line, config = configs[name]
+    config = tyro.cli(
+        type(config), prog=f"{program} {name}", description=line, default=config, args=given,
+        config=(tyro.conf.AvoidSubcommands,),
+    )  # fmt: skip
+    config.verify()
+    return name, config

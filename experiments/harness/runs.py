@@ -1,4 +1,4 @@
-"""What every experiment needs around its training: a run directory, a progress bar, plain errors."""
+"""The directory of a run, the environment it ran in, and errors in plain words."""
 
 import fcntl
 import hashlib
@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 
 from distill_jax._files import write_json
 
@@ -25,16 +25,16 @@ _held: dict[Path, int] = {}
 
 
 def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = False) -> Path:
-    """Makes a run's directory, or opens the one that an interrupted run with this config left.
+    """Makes the directory of a run, or opens the one that an interrupted run with this config left.
 
     Args:
       out: the directory.
-      config: JSON values: all that the results depend on.
-      restart: delete what an earlier run left there, instead of going on from it.
+      config: JSON values: everything that the results depend on.
+      restart: delete what an earlier run left there instead of continuing it.
 
     Raises:
-      ValueError: if ``out`` is a file, cannot be written, holds other files, or a run with another
-        config (naming what differs).
+      ValueError: if ``out`` is a file, cannot be written, holds other files, or holds a run with another
+        config (the message names the differences).
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -61,7 +61,7 @@ def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = Fals
 
 
 def _lock(out: Path) -> None:
-    """Holds the directory until this process ends: two in one would mix their checkpoints."""
+    """Locks the directory until this process ends: two processes in it would mix their checkpoints."""
     if out.resolve() in _held:
         return
     descriptor = os.open(out / LOCK, os.O_CREAT | os.O_RDWR)
@@ -93,17 +93,22 @@ def _refuse_other_config(saved: Path, config: Mapping[str, Any]) -> None:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Eight hex digits that tell one configuration from another."""
+    """Computes eight hexadecimal digits that tell one configuration from another."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def file_name(name: str) -> str:
+    """Makes a name for a file or directory of the name of a model, such as "without 3, shifted"."""
+    return re.sub(r"[^\w.×+=-]+", "-", name)
+
+
 def command() -> str:
-    """The command line of this process, to be pasted into a shell."""
+    """Returns the command line of this process, ready to be pasted into a shell."""
     return shlex.join(["python", *sys.argv])
 
 
 def environment() -> dict[str, Any]:
-    """Versions, backend and devices, for results.json."""
+    """Lists versions, backend and devices, for results.json."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "distill_jax")
     return {
         **{name: version(name) for name in packages},
@@ -114,60 +119,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-class Progress:
-    """One bar over all the training of an experiment, with the time left.
-
-    Args:
-      total: the work in all, in any unit that is proportional to time.
-    """
-
-    def __init__(self, total: float):
-        self._bar = tqdm.tqdm(
-            total=total,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} + {remaining} left{postfix}",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            disable=None,
-            leave=False,
-        )
-
-    def stage(self, name: str, unit: float) -> Callable[[int, Mapping[str, float]], None]:
-        """Begins a stage; returns the ``on_epoch`` of :func:`distill_jax.train.fit` for it.
-
-        Args:
-          name: what is shown.
-          unit: the work of one epoch.
-        """
-        self._bar.set_description_str(name)
-        done = 0
-
-        def on_epoch(number: int, figures: Mapping[str, float]) -> None:
-            nonlocal done
-            shown = f"epoch {number}, loss {figures['loss']:.4f}"
-            if "validation_errors" in figures:
-                shown += f", validation errors {figures['validation_errors']:.0f}"
-            self._bar.set_postfix_str(shown, refresh=False)
-            work = (number - done) * unit
-            if number - done > 1 and not self._bar.disable:
-                self._bar.initial += work  # what a checkpoint restored says nothing about the speed
-            self._bar.update(work)
-            done = number
-
-        return on_epoch
-
-    def close(self) -> None:
-        """Removes the bar."""
-        self._bar.close()
-
-
 def run_main(main: Callable[[], int | None]) -> None:
-    """Calls an experiment's main; what a user can mend ends as one line and exit status 2."""
+    """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     # Orbax logs what it raises as well, with tracebacks
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         status = main()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except (ValueError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error

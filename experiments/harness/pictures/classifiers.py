@@ -119,13 +119,18 @@ def reliability(path: str | Path, bins: Mapping[str, tuple[np.ndarray, np.ndarra
     save(path, picture)
 
 
+def _short(value: float) -> str:
+    """A count, or a mean of counts with one decimal."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
 @style
 def confusion(path: str | Path, matrix: np.ndarray, class_names: Sequence[str], title: str = "") -> None:
     """Draws a confusion matrix where only errors have colour; the diagonal is grey.
 
     Args:
       path: of the PNG.
-      matrix: counts (true class, predicted class), ``[classes, classes]``.
+      matrix: counts of (true class, predicted class), or their means over seeds, ``[classes, classes]``.
       class_names: ``[classes]``.
       title: the model; the number of errors is added.
 
@@ -145,9 +150,9 @@ def confusion(path: str | Path, matrix: np.ndarray, class_names: Sequence[str], 
     norm = colors.PowerNorm(0.5, vmin=0, vmax=max(9, wrong.max()))
     axes.imshow(np.ma.masked_equal(wrong, 0), cmap="YlOrRd", norm=norm)
     for i, j in np.argwhere(counts if classes <= 20 else wrong):
-        longest = len(str(counts.max() if i == j else max(10, wrong.max())))
+        longest = max(2, len(_short(counts[i, j])))
         colour = "0.4" if i == j else "white" if norm(counts[i, j]) > 0.6 else "black"
-        axes.text(j, i, str(counts[i, j]), size=min(8, cell / (0.75 * longest)), color=colour,
+        axes.text(j, i, _short(counts[i, j]), size=min(8, cell / (0.75 * longest)), color=colour,
                   ha="center", va="center_baseline")  # fmt: skip
     size = min(8, 0.8 * cell)
     axes.set_xticks(range(classes), class_names, size=size, rotation=90 * turned)
@@ -158,7 +163,7 @@ def confusion(path: str | Path, matrix: np.ndarray, class_names: Sequence[str], 
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="predicted class", ylabel="true class")
-    heading = f"{wrong.sum():,} errors of {counts.sum():,}"
+    heading = f"{_short(wrong.sum())} errors of {counts.sum():,.0f}"
     axes.set_title(f"{title}: {heading}" if title else heading, size=8)
     save(path, picture)
 

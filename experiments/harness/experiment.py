@@ -1,0 +1,338 @@
+"""A run of an experiment: its data, its directory, training with checkpoints, and the report at the end."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import tqdm
+
+from distill_jax import _files, data, teachers, train
+from distill_jax.models import Model, predict
+from harness import results, runs
+from harness.options import Options
+
+PROBE = np.arange(256, dtype=np.uint8)  # its preparation tells one preprocessing from another
+
+
+def prepare(images: Any) -> Any:
+    """Turns uint8 images into the network's input, numbers in [0, 1]."""
+    return images.astype(np.float32) / 255
+
+
+def arrays(split: data.Split) -> dict[str, np.ndarray]:
+    """Takes the images and labels of a split, named as in a training batch."""
+    return {"image": split.image, "label": split.label}
+
+
+def plain(context: Any, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+    """Prepares the images of a batch without augmentation: a ``transform`` for an epoch."""
+    return {**batch, "image": prepare(batch["image"])}
+
+
+def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
+    """Makes a ``transform`` that shifts each image at random by up to ``pixels`` in both directions."""
+
+    def transform(context, batch, key):
+        return {**batch, "image": prepare(data.random_shift(key, batch["image"], pixels))}
+
+    return transform
+
+
+def labelled(transform: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Makes a ``transform`` whose context is a teacher, which labels the transformed images online."""
+    return lambda teacher, batch, key: teachers.label(teacher, transform(None, batch, key))
+
+
+def adam(learning_rate: float, epochs: int, steps: int) -> optax.GradientTransformation:
+    """Makes Adam with a learning rate that rises over the first epoch and then falls as a cosine to 0.
+
+    Args:
+      learning_rate: the highest learning rate.
+      epochs: the number of epochs.
+      steps: the number of steps per epoch.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
+    )
+    return optax.adam(schedule)
+
+
+class Trained(NamedTuple):
+    """A trained model.
+
+    Attributes:
+      model: the model.
+      history: figures of its training, one value per epoch (see :class:`distill_jax.train.Fit`).
+      seconds: wall time of its training.
+      validation_logits: its logits for the validation images, float32 ``[examples, classes]``.
+      opt_state: the state of its optimizer at the end, None where there is none.
+    """
+
+    model: Model
+    history: train.History
+    seconds: float
+    validation_logits: np.ndarray
+    opt_state: Any = None
+
+
+@dataclasses.dataclass
+class Run:
+    """What is the same in every experiment.
+
+    Attributes:
+      name: the name of the experiment.
+      config: its options.
+      dataset: its data.
+      directory: where everything is written.
+      started: the time at which the run began.
+      sharding: how a batch is laid over several devices; None on one.
+    """
+
+    name: str
+    config: Any
+    dataset: data.Dataset
+    directory: Path
+    started: float
+    sharding: jax.sharding.Sharding | None = None
+
+    @classmethod
+    def start(
+        cls,
+        experiment: str,
+        config_name: str,
+        config: Any,
+        check: Callable[[Any, data.Dataset], None] = lambda config, dataset: None,
+        dataset: data.Dataset | None = None,
+    ) -> "Run":
+        """Loads the data, checks the options, and opens the directory of the run.
+
+        Args:
+          experiment: the name of the experiment.
+          config_name: the name of the config.
+          config: the options, an instance of a subclass of ``Options``.
+          check: ``(config, dataset)``: raises ``ValueError`` for options that do not fit the data.
+          dataset: the data; loaded as the options say by default.
+        """
+        started = time.monotonic()
+        dataset = dataset or load(config)
+        check(config, dataset)
+        print(f"Config: {config_name}. Data: {dataset.name}, {dataset.source}.")
+        identity = {
+            **config.recorded(),
+            "distill_jax": runs.environment()["distill_jax"],
+            "data": teachers.fingerprint([dataset.train._asdict(), dataset.test._asdict()])[:16],
+        }
+        folder = f"{experiment}-{config_name}-{dataset.name.replace('/', '-')}-{runs.config_digest(identity)}"
+        directory = config.out or Path("runs") / folder
+        runs.open_run(directory, identity, restart=config.restart)
+        print(f"Run: {directory} (the same command continues it if it is interrupted)")
+        run = cls(experiment, config, dataset, directory, started)
+        if getattr(config, "devices", 1) > 1:
+            run.sharding = train.sharded(train.data_mesh(config.devices))
+        return run
+
+    def key(self, seed: int, order: int) -> jax.Array:
+        """Makes the random key of one training."""
+        return jax.random.fold_in(jax.random.key(seed, impl="rbg"), order)
+
+    def fit(
+        self,
+        name: str,
+        seed: int,
+        state: Any,
+        epoch: Callable[..., Any],
+        examples: Mapping[str, Any],
+        *,
+        epochs: int,
+        batch_size: int,
+        order: int,
+        context: Any = None,
+        **options: Any,
+    ) -> train.Fit:
+        """Trains with validation, checkpoints and a progress bar; see :func:`distill_jax.train.fit`.
+
+        Args:
+          name: the name of the model; its checkpoints are in ``seed0/<name>`` and so on.
+          seed: the number of the repetition, from 0.
+          state: the state at the start.
+          epoch: from :func:`distill_jax.train.make_epoch`.
+          examples: the training arrays, images as uint8.
+          epochs: the number of epochs.
+          batch_size: the number of examples per step.
+          order: the seed of the shuffling.
+          context: arrays for the ``transform`` of the epoch.
+          options: further options of :func:`distill_jax.train.fit`.
+        """
+        if self.sharding is not None:
+            mesh = self.sharding.mesh  # type: ignore[attr-defined]
+            state, context = jax.device_put((state, context), train.replicated(mesh))
+        options.setdefault(
+            "validate", train.make_validation(arrays(self.dataset.validation), prepare=prepare)
+        )
+        with progress(f"seed {seed + 1}/{self.config.seeds}, {name}", epochs) as on_epoch:
+            return train.fit(
+                state,
+                epoch,
+                examples,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=order,
+                context=context,
+                directory=self.directory / f"seed{seed}" / runs.file_name(name),
+                save_seconds=self.config.save_seconds,
+                on_epoch=on_epoch,
+                **options,
+            )
+
+    def judge(
+        self, model: Model, history: train.History | None = None, seconds: float = 0.0, opt_state: Any = None
+    ) -> Trained:
+        """Makes the record of a model: computes its logits for the validation images."""
+        model = jax.device_put(model, jax.devices()[0])
+        logits = predict(model, self.dataset.validation.image, prepare=prepare)
+        return Trained(model, history or {}, seconds, logits, opt_state)
+
+    def store_labels(self, seed: int, teacher: Model, *, dtype: str = "float32") -> np.ndarray:
+        """Stores the teacher's soft labels for the training images, and reads them back by example id.
+
+        Args:
+          seed: the number of the repetition; the store is in ``seed0/labels`` and so on.
+          teacher: the teacher.
+          dtype: of the stored numbers.
+
+        Returns:
+          Logits, float32 ``[examples, classes]``, in the order of the training images.
+        """
+        split = self.dataset.train
+        described = {
+            "teacher": teachers.fingerprint((teacher.params, teacher.state)),
+            "preprocessing": teachers.fingerprint(prepare(PROBE))[:16],
+            "data": teachers.fingerprint({"id": split.id, "image": split.image}),
+        }
+        store = teachers.write_labels(
+            self.directory / f"seed{seed}" / "labels",
+            split.id,
+            lambda rows: predict(teacher, split.image[rows], prepare=prepare),
+            fingerprint=described,
+            dtype=dtype,
+        )
+        return store[split.id]
+
+    def test_logits(self, trained: Sequence[Mapping[str, Trained]]) -> list[dict[str, np.ndarray]]:
+        """Computes the logits of all models for the test images: for the report, at the very end."""
+        images = self.dataset.test.image
+        return [
+            {name: predict(entry.model, images, prepare=prepare) for name, entry in models.items()}
+            for models in trained
+        ]
+
+    def evaluate(
+        self,
+        trained: Sequence[Mapping[str, Trained]],
+        logits: Sequence[Mapping[str, np.ndarray]],
+        *,
+        reference: str = "teacher",
+    ) -> dict[str, Any]:
+        """Evaluates all models on the test set; see :func:`harness.results.evaluate_all`."""
+        table = results.evaluate_all(self.dataset, trained, logits, reference=reference, prepare=prepare)
+        times = {name: [seed[name].seconds for seed in trained] for name in trained[0]}
+        return self.record(table, **times)
+
+    def record(self, table: Mapping[str, Any], **seconds: Any) -> dict[str, Any]:
+        """Makes the contents of results.json: the models' entries, the data, the options, the environment."""
+        splits = {s: len(getattr(self.dataset, s).id) for s in ("train", "validation", "test")}
+        return {
+            "experiment": self.name,
+            "dataset": {"name": self.dataset.name, "source": self.dataset.source, **splits},
+            "config": self.config.recorded(),
+            "command": runs.command(),
+            "environment": runs.environment(),
+            "seconds": {**seconds, "total": time.monotonic() - self.started},
+            "models": dict(table),
+        }
+
+    def finish(
+        self,
+        found: Mapping[str, Any],
+        pictures: Mapping[str, str],
+        *,
+        headline: str,
+        notes: Sequence[str] = (),
+        columns: Mapping[str, results.Column] = results.COLUMNS,
+    ) -> None:
+        """Writes results.json and report.md, and prints the table, the notes and the headline.
+
+        Args:
+          found: the contents of results.json, from :meth:`evaluate` or :meth:`record`.
+          pictures: caption → file name, already drawn in the directory of the run.
+          headline: what was found, in one sentence.
+          notes: paragraphs for the report.
+          columns: the columns of the table.
+        """
+        found = _files.plain(found, "results")
+        _files.write_json(self.directory / "results.json", found)
+        results.write_report(self.directory, found, pictures, notes, columns=columns, headline=headline)
+        print("", results.table(found, columns), "", *notes, headline, sep="\n")
+        print(f"Report with pictures: {self.directory / 'report.md'}")
+
+    def check(self, ok: bool, complaint: str) -> int:
+        """Returns the exit status for the option ``--check``: 1, with a message, if it is set and not ``ok``."""
+        if not self.config.check or ok:
+            return 0
+        print(f"check failed: {complaint}", file=sys.stderr)
+        return 1
+
+
+def load(config: Options) -> data.Dataset:
+    """Loads the data set that the options name."""
+    return data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
+
+
+def mnist_or_digits() -> str:
+    """Chooses the config where none is named: ``mnist`` where the data can be had, else ``digits``."""
+    try:
+        data.load("mnist")
+    except data.DataError as error:
+        print(f"The config is digits, with embedded data, since MNIST cannot be had: {error}")
+        return "digits"
+    return "mnist"
+
+
+@contextmanager
+def progress(name: str, epochs: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Shows the progress of one training: a bar in a terminal, else a line every 30 seconds.
+
+    Args:
+      name: what is shown.
+      epochs: the number of epochs.
+
+    Yields:
+      The ``on_epoch`` of :func:`distill_jax.train.fit`.
+    """
+    bar = tqdm.tqdm(total=epochs, desc=name, unit=" epochs", disable=None, leave=False, dynamic_ncols=True)
+    shown = start = time.monotonic()
+    line = ""
+
+    def on_epoch(number: int, figures: Mapping[str, float]) -> None:
+        nonlocal shown, line
+        line = f"{name}: epoch {number} of {epochs}, loss {figures['loss']:.4f}"
+        if "validation_errors" in figures:
+            line += f", {figures['validation_errors']:.0f} validation errors"
+        bar.set_postfix_str(line.partition(", ")[2], refresh=False)
+        bar.update(number - bar.n)
+        if bar.disable and time.monotonic() - shown > 30:
+            shown = time.monotonic()
+            print(line, flush=True)
+
+    try:
+        yield on_epoch
+    finally:
+        bar.close()
+    print(f"{line}, {time.monotonic() - start:.1f} s", flush=True)
