@@ -46,6 +46,7 @@ def standardized_kl(student: jax.Array, teacher: jax.Array, where: Any) -> jax.A
 
 
 kl = functools.partial(losses.kl, temperature=4.0)  # as RepDistiller has it
+attention = functools.partial(losses.attention_transfer, mean=True)
 
 
 class Method(NamedTuple):
@@ -73,16 +74,16 @@ METHODS: dict[str, Method] = {
     "ranking": Method(1.0, 1.0, on_logits(losses.ranking_logistic), "logits"),
     "jensen_shannon": Method(0.1, 4.0, on_logits(losses.jensen_shannon), "logits"),
     "total_variation": Method(0.1, 0.9, on_logits(losses.total_variation), "logits"),
-    "fitnet": Method(1.0, 100.0, features.hint, "map"),
-    "at": Method(1.0, 1000.0, lambda: features.attention_transfer(mean=True), "maps"),
-    "nst": Method(1.0, 50.0, features.nst, "maps"),
+    "fitnet": Method(1.0, 100.0, lambda: features.project(losses.hint), "map"),
+    "at": Method(1.0, 1000.0, lambda: features.project_maps(attention), "maps"),
+    "nst": Method(1.0, 50.0, lambda: features.project_maps(losses.nst), "maps"),
     "vid": Method(1.0, 1.0, lambda: features.vid(mean=True), "maps"),
     "ft": Method(1.0, 200.0, lambda: features.factor_transfer(mean=True), "map"),
     "review": Method(1.0, 1.0, features.review_kd, "maps"),
-    "cka": Method(1.0, 1.0, features.cka, "vector"),
-    "sp": Method(1.0, 3000.0, features.similarity_preserving, "map"),
+    "cka": Method(1.0, 1.0, lambda: features.relation(losses.cka), "vector"),
+    "sp": Method(1.0, 3000.0, lambda: features.relation(losses.similarity_preserving), "map"),
     "rkd": Method(1.0, 1.0, lambda: features.rkd(distance=25.0, angle=50.0), "vector"),
-    "pkt": Method(1.0, 30000.0 / 64, features.pkt, "vector"),
+    "pkt": Method(1.0, 30000.0 / 64, lambda: features.relation(losses.pkt, pool=True), "vector"),
     "cc": Method(1.0, 1.0, features.correlation_congruence, "vector"),
     "ickd": Method(1.0, 1.0, features.ickd, "map"),
     "info_nce": Method(1.0, 0.8, features.info_nce, "vector"),

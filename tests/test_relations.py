@@ -592,9 +592,9 @@ def test_no_negative_is_made_up():
 # --- learned ---------------------------------------------------------------------------------
 
 PARTS = {
-    "similarity_preserving": features.similarity_preserving(),
+    "similarity_preserving": features.relation(losses.similarity_preserving),
     "rkd": features.rkd(),
-    "pkt": features.pkt(),
+    "pkt": features.relation(losses.pkt, pool=True),
     "correlation_congruence": features.correlation_congruence(features=6),
     "ickd": features.ickd(),
     "info_nce": features.info_nce(features=6, temperature=0.5),
@@ -732,5 +732,5 @@ def test_misuse_is_named():
     part = features.crd()
     with pytest.raises(ValueError, match="crd takes one layer"):
         part.init(jax.random.key(0), [(1, 3)] * 2, [(1, 3)] * 2)
-    with pytest.raises(ValueError, match="as many student layers as teacher layers"):
-        features.pkt().init(jax.random.key(0), [(1, 3)], [(1, 3)] * 2)
+    with pytest.raises(ValueError, match="must have the same number of layers"):
+        features.relation(losses.pkt).init(jax.random.key(0), [(1, 3)], [(1, 3)] * 2)

@@ -1,4 +1,11 @@
-"""Learned parts of a distillation loss: projectors and whatever else is trained beside the student."""
+"""Features of any two networks: capture named layers, pair them, and compare them with a loss.
+
+- :func:`capture` makes a model also return the values of named layers; nothing in the model is edited.
+- :func:`match_layers` pairs the layers of a student with those of a teacher.
+- :func:`project`, :func:`project_maps` and :func:`relation` turn a loss of :mod:`distill_jax.losses` into
+  one between layers of any shapes; methods with more of their own have a builder each, such as
+  :func:`vid` or :func:`review_kd`. The result is a :class:`Learned`, a pair of functions.
+"""
 
 from distill_jax.features.capturing import capture, layer_shapes, name_values, naming, resume
 from distill_jax.features.curriculum import (
@@ -7,32 +14,12 @@ from distill_jax.features.curriculum import (
     curriculum_temperature,
     reverse_gradient,
 )
-from distill_jax.features.learned import Learned
+from distill_jax.features.learned import Learned, LearnedWithState
 from distill_jax.features.matching import Layer, Pairing, match_layers
-from distill_jax.features.methods import (
-    activation_boundary,
-    attention_transfer,
-    cat_kd,
-    cka,
-    factor_transfer,
-    fsp,
-    hint,
-    nst,
-    ofd,
-    vid,
-)
+from distill_jax.features.methods import cat_kd, factor_transfer, fsp, ofd, vid
 from distill_jax.features.networks import mgd, review_kd, semckd, simkd, simkd_features
-from distill_jax.features.projection import project, project_maps
-from distill_jax.features.relational import (
-    LearnedWithState,
-    correlation_congruence,
-    crd,
-    ickd,
-    info_nce,
-    pkt,
-    rkd,
-    similarity_preserving,
-)
+from distill_jax.features.projection import project, project_maps, relation
+from distill_jax.features.relational import correlation_congruence, crd, ickd, info_nce, rkd
 
 __all__ = [
     "Layer",
@@ -40,18 +27,14 @@ __all__ = [
     "LearnedTemperature",
     "LearnedWithState",
     "Pairing",
-    "activation_boundary",
-    "attention_transfer",
     "capture",
     "cat_kd",
-    "cka",
     "correlation_congruence",
     "crd",
     "curriculum_strength",
     "curriculum_temperature",
     "factor_transfer",
     "fsp",
-    "hint",
     "ickd",
     "info_nce",
     "layer_shapes",
@@ -59,17 +42,15 @@ __all__ = [
     "mgd",
     "name_values",
     "naming",
-    "nst",
     "ofd",
-    "pkt",
     "project",
     "project_maps",
+    "relation",
     "resume",
     "reverse_gradient",
     "review_kd",
     "rkd",
     "semckd",
-    "similarity_preserving",
     "simkd",
     "simkd_features",
     "vid",

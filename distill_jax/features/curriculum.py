@@ -1,36 +1,41 @@
-"""A temperature learned against the student: curriculum temperature."""
+"""Curriculum temperature (CTKD): a temperature that is trained to make distillation harder."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from distill_jax._model import PyTree
 from distill_jax.losses._numerics import check_positive
 
 
 class LearnedTemperature(NamedTuple):
-    """A temperature with parameters of its own, trained beside the student's and dropped at the end.
+    """A trainable temperature, as a pair of functions ``(init, apply)``.
+
+    Its parameters are trained beside the student's and dropped after training.
 
     Attributes:
       init: ``(key) -> params``.
-      apply: ``(params, strength) -> temperature``, a float32 scalar; its gradient is reversed and
-        multiplied by ``strength`` (λ ≥ 0), so that descent on the loss *raises* the loss through it.
+      apply: ``(params, strength) -> temperature``, a float32 scalar. Its gradient is reversed and
+        multiplied by ``strength`` (λ ≥ 0), so an optimizer that lowers the loss changes the temperature
+        in the direction that *raises* the loss.
     """
 
-    init: Callable[[jax.Array], Any]
-    apply: Callable[[Any, Any], jax.Array]
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[[PyTree, ArrayLike], jax.Array]
 
 
-def reverse_gradient(x: Any, strength: Any = 1.0) -> Any:
-    """x, whose gradient is multiplied by −λ: a gradient reversal layer.
+def reverse_gradient(x: PyTree, strength: ArrayLike = 1.0) -> PyTree:
+    """Gradient reversal layer: returns x, and multiplies its gradient by −λ.
 
     Args:
       x: a pytree of float arrays.
       strength: λ, a scalar; 0 stops the gradient. It gets no gradient itself.
 
     Returns:
-      As ``x``.
+      A pytree equal to ``x``.
 
     References:
       Ganin, Lempitsky, `Unsupervised Domain Adaptation by Backpropagation`, 2015, Eq. 8 (the
@@ -51,19 +56,19 @@ def reverse_gradient(x: Any, strength: Any = 1.0) -> Any:
 def curriculum_temperature(
     *, lowest: float = 1.0, width: float = 20.0, start: float = 1.0
 ) -> LearnedTemperature:
-    """CTKD's global temperature: T = lowest + width·sigmoid(raw), learned to make the task harder.
+    """Curriculum temperature (CTKD): T = lowest + width·sigmoid(raw), trained to make the task harder.
 
-    Use its value as the ``temperature`` of any logit loss, and give its parameters to the same
-    optimizer as the student's: the reversed gradient turns descent into ascent for them alone. With
-    λ from :func:`curriculum_strength` the student meets an easy task first.
+    Use its value as the ``temperature`` of any loss on logits, and train its parameters with the
+    student's optimizer: the reversed gradient makes them alone climb. With λ from
+    :func:`curriculum_strength` the task is easy at first and gets harder.
 
     Args:
-      lowest: of the temperature, > 0 (paper: 1).
-      width: the temperature lies in (lowest, lowest + width), > 0 (paper: 20).
-      start: ``raw`` at first; 1, as in the authors' code, is T = 15.6.
+      lowest: lower bound of the temperature, > 0 (1 in the paper).
+      width: the temperature lies in (lowest, lowest + width); > 0 (20 in the paper).
+      start: value of ``raw`` at the start; 1, as in the authors' code, means T = 15.6.
 
     Returns:
-      A :class:`LearnedTemperature`; its parameters are ``{"raw": float32 scalar}``.
+      A :class:`LearnedTemperature` whose parameters are ``{"raw": float32 scalar}``.
 
     Raises:
       ValueError: if ``lowest`` or ``width`` is not positive.
@@ -82,7 +87,6 @@ def curriculum_temperature(
     check_positive("width", width)
 
     def init(key):
-        del key  # nothing is drawn
         return {"raw": jnp.asarray(start, jnp.float32)}
 
     def apply(params, strength):
@@ -91,13 +95,13 @@ def curriculum_temperature(
     return LearnedTemperature(init, apply)
 
 
-def curriculum_strength(epoch: Any, *, ramp: float = 10.0, most: float = 1.0) -> jax.Array:
-    """CTKD's λ: most·½·(1 − cos(π·min(epoch/ramp, 1))), from 0 to ``most``.
+def curriculum_strength(epoch: ArrayLike, *, ramp: float = 10.0, most: float = 1.0) -> jax.Array:
+    """Schedule of CTKD's λ: most·½·(1 − cos(π·min(epoch/ramp, 1))), rising from 0 to ``most``.
 
     Args:
-      epoch: how far training is, ≥ 0, a scalar; fractions and traced values too.
-      ramp: the epoch at which λ is at its most, > 0.
-      most: λ from then on.
+      epoch: number of epochs done so far, ≥ 0, a scalar; it may be a fraction, and traced.
+      ramp: the epoch at which λ reaches ``most``, > 0.
+      most: λ from that epoch on.
 
     Returns:
       λ, a float32 scalar.

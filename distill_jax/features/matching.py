@@ -1,19 +1,23 @@
-"""Which layer of the student learns from which layer of the teacher."""
+"""Pairs the layers of a student with layers of a teacher, by resolution and depth."""
 
 import itertools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+ShapeAndDtype = jax.ShapeDtypeStruct | jax.Array | np.ndarray
 
 
 class Layer(NamedTuple):
-    """A layer as the matching sees it.
+    """One layer in a :class:`Pairing`.
 
     Attributes:
-      name: as in :func:`distill_jax.features.layer_shapes`.
+      name: the layer's name, as :func:`distill_jax.features.layer_shapes` lists it.
       shape: ``(batch, *spatial, channels)``.
       depth: its place in the order of computation, from 0 (first) to 1 (last).
     """
@@ -24,7 +28,11 @@ class Layer(NamedTuple):
 
 
 class Pairing(list[tuple[str, str]]):
-    """Pairs ``(student_name, teacher_name)``; printed, a table with shapes and depths."""
+    """A list of pairs ``(student_name, teacher_name)`` that prints as a table with shapes and depths.
+
+    Attributes:
+      layers: the pairs as :class:`Layer` tuples ``(student, teacher)``.
+    """
 
     def __init__(self, pairs: list[tuple[Layer, Layer]]):
         super().__init__((student.name, teacher.name) for student, teacher in pairs)
@@ -40,32 +48,37 @@ class Pairing(list[tuple[str, str]]):
 
 
 def match_layers(
-    student_shapes: Mapping[str, Any], teacher_shapes: Mapping[str, Any], *, count: int | None = None
+    student_shapes: Mapping[str, ShapeAndDtype],
+    teacher_shapes: Mapping[str, ShapeAndDtype],
+    *,
+    count: int | None = None,
 ) -> Pairing:
     """Pairs layers of two networks by spatial resolution, then by relative depth.
 
-    A stage is a run of consecutive layers of one resolution, and its last layer stands for it, as in
-    FitNets, attention transfer and most that followed. Of all pairings that keep the order of both
-    networks, that with the smallest differences in resolution (octaves) is chosen, and among equals
-    that with the smallest differences in relative depth. Maps are paired with maps of the same number
-    of axes, vectors with vectors; only where that gives no pairs (or not ``count``), also with one
-    another, as few as can be, a vector being a map of one position. Where both networks end in vectors
-    of one width, these are taken to be the logits and left out.
+    A stage is a run of consecutive layers of one resolution. Its last layer represents it, as in
+    FitNets, attention transfer and most later papers. Among all pairings that keep the order of both
+    networks, this chooses the one with the smallest differences in resolution (in octaves); where
+    several are equal, the one with the smallest differences in relative depth.
+
+    Maps are paired with maps of the same number of axes, and vectors with vectors. Only where this gives
+    no pairs (or fewer than ``count``) is a map paired with a vector, as rarely as possible; a vector then
+    counts as a map of one position. If both networks end in vectors of one width, these are taken to be
+    the logits and left out.
 
     Args:
-      student_shapes: name → anything with ``shape`` ``(batch, *spatial, channels)`` and ``dtype``, in
-        the order of computation, as :func:`distill_jax.features.layer_shapes` gives. Layers
-        without a batch and a channel axis, or not of floats, are left out.
-      teacher_shapes: likewise.
-      count: how many pairs; by default one a stage of the network that has fewer. More than there are
-        stages takes further layers inside the stages, evenly spaced.
+      student_shapes: the student's layers in the order of computation, as a mapping from names to
+        arrays or shapes, such as :func:`distill_jax.features.layer_shapes` returns. Shapes are ``(batch,
+        *spatial, channels)``. Values with fewer than two axes, or not of floats, are left out.
+      teacher_shapes: the teacher's layers, in the same form.
+      count: number of pairs; by default one per stage of the network that has fewer stages. With more
+        pairs than stages, further layers inside the stages are used, evenly spaced.
 
     Returns:
-      The pairs, shallow to deep: a list of ``(student_name, teacher_name)``. ``print`` it to see shapes
-      and depths.
+      The pairs from shallow to deep, a list of ``(student_name, teacher_name)``. ``print`` it to see
+      shapes and depths.
 
     Raises:
-      ValueError: if a network has no layer, or not ``count`` of them.
+      ValueError: if ``count`` is less than 1, or the two networks do not have ``count`` layers to pair.
 
     >>> import jax
     >>> def net(*sizes):
@@ -98,7 +111,7 @@ def match_layers(
     )
 
 
-def _layers(shapes: Mapping[str, Any]) -> list[Layer]:
+def _layers(shapes: Mapping[str, ShapeAndDtype]) -> list[Layer]:
     last = max(len(shapes) - 1, 1)
     return [
         Layer(name, tuple(value.shape), place / last)
@@ -118,13 +131,13 @@ def _stages(layers: list[Layer]) -> list[list[Layer]]:
 
 
 def _spaced(stage: list[Layer], most: int) -> list[Layer]:
-    """At most so many layers of a stage, evenly spaced, the last one included."""
+    """Picks at most ``most`` layers of a stage, evenly spaced, the last one included."""
     count = min(most, len(stage))
     return [stage[(i + 1) * len(stage) // count - 1] for i in range(count)]
 
 
 def _cost(student: Layer, teacher: Layer) -> tuple[float, ...]:
-    """Whether the axes differ in number; the distance in octaves; that in depth."""
+    """Returns whether the numbers of axes differ, the distance in octaves, and the distance in depth."""
     spatial = student.shape[1:-1], teacher.shape[1:-1]
     across = len(spatial[0]) != len(spatial[1])
     if across:
@@ -135,7 +148,7 @@ def _cost(student: Layer, teacher: Layer) -> tuple[float, ...]:
 
 
 def _align(student: list[Layer], teacher: list[Layer], count: int, across: bool) -> list[tuple[Layer, Layer]]:
-    """The cheapest ``count`` pairs that keep both orders, by dynamic programming; [] if none."""
+    """Finds the cheapest ``count`` pairs that keep both orders, by dynamic programming; [] if none."""
     Best = tuple[tuple[float, ...], list[tuple[Layer, Layer]]]
     none: Best = ((math.inf,) * 3, [])
     # best[j]: the cheapest way to make `made` pairs of the first i student and j teacher layers

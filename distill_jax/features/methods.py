@@ -1,129 +1,71 @@
-"""The feature methods for any two networks: each builds a :class:`~distill_jax.features.Learned` part.
+"""Feature distillation methods with parameters or steps of their own, for any two networks.
 
-Lists of a student's and a teacher's features, one entry a matched layer and from shallow to deep,
-may be of any shapes: convolutional ``[batch, *spatial, channels]`` or flat ``[batch, channels]``,
-of unequal width and resolution. The values of the layers are summed, unweighted: to weigh them,
-build one part a layer. The formulas stand in :mod:`distill_jax.losses`; the builders here say what
-is added to them. Methods with networks of their own are in :mod:`distill_jax.features.networks`.
+Each builder returns a :class:`~distill_jax.features.Learned`. Its ``apply`` takes lists of the student's
+and the teacher's features, one entry per matched layer, from shallow to deep; they may be convolutional
+``[batch, *spatial, channels]`` or flat ``[batch, channels]``, of different width and resolution. The
+values of the layers are added without weights: to weight them, build one method per layer. The formulas
+are in :mod:`distill_jax.losses`; a builder adds what the method needs around its loss.
 
-``where`` in ``apply`` is None, ``[batch]`` for the examples that count, or, unless a builder says
-otherwise, a list with a mask a layer, as in :func:`~distill_jax.features.align`.
+``where`` in ``apply`` is None, bool ``[batch]`` for the examples that count, or, unless a builder says
+otherwise, a list with one mask per layer, broadcastable to ``[batch, *spatial]``.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax.features.learned import Learned
-from distill_jax.features.projection import (
+from distill_jax.features._layers import (
     align,
     check_layers,
     clear,
     dense,
     dense_init,
     example_mask,
+    init_layers,
+    init_maps,
     map_channels,
-    map_init,
-    project,
-    project_maps,
+    over_aligned,
+    over_pairs,
     sum_layers,
 )
+from distill_jax.features.learned import Learned
 from distill_jax.losses._numerics import check_positive
 from distill_jax.losses._space import common_space, count, features_of
 
 
-def hint(*, space: str = "pool", always: bool = False) -> Learned:
-    """FitNets: :func:`distill_jax.losses.hint` after :func:`~distill_jax.features.project`.
+def ofd(*, margins: Sequence[ArrayLike] | None = None, mean: bool = False) -> Learned:
+    """Overhaul of feature distillation (OFD): ``losses.ofd`` after a linear map of the student's channels.
+
+    Give layers *before* their activation. Every layer has a linear map (in the paper followed by
+    BatchNorm), also where the numbers of channels agree.
 
     Args:
-      space: ``"pool"`` or ``"resize"``. (The paper's regressor is a convolution whose size depends
-        on both maps.)
-      always: a linear map also between layers of one width.
+      margins: one margin per layer, a scalar or ``[channels]``, at most 0; None estimates the margins
+        from each batch.
+      mean: whether to average over positions and channels instead of adding up.
 
-    References:
-      Romero et al., `FitNets: Hints for Thin Deep Nets`, 2015, Eq. 3.
-    """
-    return project(losses.hint, space=space, always=always)
-
-
-def attention_transfer(*, p: float = 2.0, mean: bool = False) -> Learned:
-    """Attention transfer: :func:`distill_jax.losses.attention_transfer`; maps meet at the smaller size.
-
-    Without parameters between maps of more than one position. Where there is no space, as between
-    flat layers, the attention is over units, by :func:`~distill_jax.features.project_maps`.
-
-    Args:
-      p: as in the loss.
-      mean: as in the loss.
-
-    References:
-      Zagoruyko, Komodakis, `Paying More Attention to Attention`, 2017, Eq. 2.
-    """
-    return project_maps(functools.partial(losses.attention_transfer, p=p, mean=mean))
-
-
-def nst(*, kernel: str = "polynomial", bandwidth: Any = None) -> Learned:
-    """Neuron selectivity transfer: :func:`distill_jax.losses.nst`; maps meet at the smaller size.
-
-    Without parameters between maps of more than one position. Where there is no space, the units
-    take the place of positions, by :func:`~distill_jax.features.project_maps`.
-
-    Args:
-      kernel: as in the loss.
-      bandwidth: as in the loss.
-
-    References:
-      Huang, Wang, `Like What You Like`, 2017, §4.
-    """
-    return project_maps(functools.partial(losses.nst, kernel=kernel, bandwidth=bandwidth))
-
-
-def activation_boundary(*, margin: float = 1.0, mean: bool = False) -> Learned:
-    """Activation boundaries: :func:`distill_jax.losses.activation_boundary` after a linear map.
-
-    Give layers *before* their activation. The connector is linear at every layer, as in the paper
-    (there with BatchNorm), also where the widths agree.
-
-    Args:
-      margin: as in the loss.
-      mean: as in the loss.
-
-    References:
-      Heo et al., `Knowledge Transfer via Distillation of Activation Boundaries`, 2019.
-    """
-    check_positive("margin", margin)
-    loss = functools.partial(losses.activation_boundary, margin=margin, mean=mean)
-    return project(loss, always=True)
-
-
-def ofd(*, margins: Sequence[Any] | None = None, mean: bool = False) -> Learned:
-    """Overhaul of feature distillation: :func:`distill_jax.losses.ofd` after a linear map.
-
-    Give layers *before* their activation. The connector is linear at every layer (in the paper
-    followed by BatchNorm).
-
-    Args:
-      margins: one a layer, as the loss takes it; None estimates them from each batch.
-      mean: as in the loss.
+    Raises:
+      ValueError: from ``apply``, if there is not one margin per layer, or the shapes do not fit.
 
     References:
       Heo et al., `A Comprehensive Overhaul of Feature Distillation`, 2019, §3.
     """
 
     def init(key, student_shapes, teacher_shapes):
-        return map_init(key, student_shapes, teacher_shapes, always=True)
+        return init_maps(key, student_shapes, teacher_shapes, always=True)
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
         layers = align(student_features, teacher_features, where)
         if margins is not None and len(margins) != len(layers):
-            raise ValueError(f"margins must be one a layer, {len(layers)}, got {len(margins)}")
+            raise ValueError(
+                f"margins must have one entry per layer, {len(layers)} in all, got {len(margins)}"
+            )
         each = [None] * len(layers) if margins is None else margins
         return sum_layers(
             losses.ofd(map_channels(params, layer), layer.teacher, margin=m, mean=mean, where=layer.where)
@@ -134,16 +76,16 @@ def ofd(*, margins: Sequence[Any] | None = None, mean: bool = False) -> Learned:
 
 
 def vid(*, mean: bool = False, initial_variance: float = 5.0, least_variance: float = 1e-5) -> Learned:
-    """Variational information distillation: :func:`distill_jax.losses.vid` with a learned variance.
+    """Variational information distillation (VID): ``losses.vid`` with a learned mean and variance.
 
-    μ is a linear map of the student's features (RepDistiller: three, with ReLUs between); the
-    variance of a teacher's channel is softplus(α) + least variance, with α trained beside the map.
-    mdistiller hands α to no optimizer, so that its variance stays as it began.
+    The mean μ is a linear map of the student's features (RepDistiller has three maps with ReLUs between
+    them). The variance of a teacher's channel is softplus(α) + ``least_variance``, and α is trained
+    together with the map. mdistiller gives α to no optimizer, so its variance never changes.
 
     Args:
-      mean: as in the loss.
-      initial_variance: σ² at the start, as in RepDistiller.
-      least_variance: its lower bound, below which a channel that is constant would draw it.
+      mean: whether to average over positions and channels instead of adding up.
+      initial_variance: σ² at the start; RepDistiller's value is the default.
+      least_variance: lower bound of σ², so that a constant channel cannot drive it to 0.
 
     Raises:
       ValueError: unless initial_variance > least_variance > 0.
@@ -161,39 +103,35 @@ def vid(*, mean: bool = False, initial_variance: float = 5.0, least_variance: fl
     alpha = spread + math.log(-math.expm1(-spread))  # softplus⁻¹
 
     def init(key, student_shapes, teacher_shapes):
-        params = map_init(key, student_shapes, teacher_shapes, always=True)
+        params = init_maps(key, student_shapes, teacher_shapes, always=True)
         for i, shape in enumerate(teacher_shapes):
             params[f"layer{i}"]["alpha"] = jnp.full(shape[-1], alpha)
         return params
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
-        values = []
-        for layer in align(student_features, teacher_features, where):
-            variance = jax.nn.softplus(params[layer.name]["alpha"]) + least_variance
-            mu = map_channels(params, layer)
-            values.append(losses.vid(mu, layer.teacher, variance=variance, mean=mean, where=layer.where))
-        return sum_layers(values)
+    def value(params, layer):
+        variance = jax.nn.softplus(params[layer.name]["alpha"]) + least_variance
+        mu = map_channels(params, layer)
+        return losses.vid(mu, layer.teacher, variance=variance, mean=mean, where=layer.where)
 
-    return Learned(init, apply)
+    return over_aligned(init, value)
 
 
 def factor_transfer(
     *, p: int = 1, mean: bool = False, rate: float = 0.5, reconstruction: float = 1.0
 ) -> Learned:
-    """Factor transfer: :func:`distill_jax.losses.factor_transfer` of learned factors.
+    """Factor transfer (FT): ``losses.factor_transfer`` between learned factors of both networks.
 
-    A paraphraser compresses the teacher's channels to factors and is trained by reconstruction
-    alone; a translator makes the student's factors, trained by factor transfer alone. The paper
-    trains the paraphraser first; here both run side by side, kept apart by a stopped gradient, so
-    that the factors cannot collapse to what is easy to match. Each is a linear map with a leaky
-    ReLU of slope 0.1 (the paper: three convolutions).
+    A paraphraser compresses the teacher's channels to factors and learns from reconstruction alone. A
+    translator makes factors of the student's features and learns from factor transfer alone. The paper
+    trains the paraphraser first; here both are trained at the same time, and a stopped gradient keeps
+    the factors from collapsing to something that is easy to match. Each is a linear map with a leaky
+    ReLU of slope 0.1 (in the paper three convolutions).
 
     Args:
-      p: as in the loss.
-      mean: as in the loss.
-      rate: factors per teacher channel, the paper's k.
-      reconstruction: the weight of the paraphraser's mean squared error in the value.
+      p: the norm of the difference between factors, 1 or 2.
+      mean: for p = 1, whether to average over positions and factors instead of adding up.
+      rate: number of factors per teacher channel, the paper's k.
+      reconstruction: weight of the paraphraser's mean squared error in the value.
 
     Raises:
       ValueError: if ``rate`` is not positive.
@@ -204,45 +142,40 @@ def factor_transfer(
     check_positive("rate", rate)
     activate = functools.partial(jax.nn.leaky_relu, negative_slope=0.1)
 
-    def init(key, student_shapes, teacher_shapes):
-        check_layers(student_shapes, teacher_shapes)
-        params = {}
-        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
-            factors = math.ceil(rate * t[-1])
-            keys = jax.random.split(jax.random.fold_in(key, i), 3)
-            params[f"layer{i}"] = {
-                "translator": dense_init(keys[0], s[-1], factors),
-                "paraphraser": dense_init(keys[1], t[-1], factors),
-                "decoder": dense_init(keys[2], factors, t[-1]),
-            }
-        return params
+    def init_layer(key, s, t):
+        factors = math.ceil(rate * t[-1])
+        keys = jax.random.split(key, 3)
+        return {
+            "translator": dense_init(keys[0], s[-1], factors),
+            "paraphraser": dense_init(keys[1], t[-1], factors),
+            "decoder": dense_init(keys[2], factors, t[-1]),
+        }
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
-        values = []
-        for layer in align(student_features, teacher_features, where):
-            part = params[layer.name]
-            factor = activate(dense(part["paraphraser"], layer.teacher))
-            error = losses.hint(dense(part["decoder"], factor), layer.teacher, where=layer.where)
-            translated = activate(dense(part["translator"], layer.student))
-            target = jax.lax.stop_gradient(factor)
-            transfer = losses.factor_transfer(translated, target, p=p, mean=mean, where=layer.where)
-            values.append(transfer + reconstruction * error)
-        return sum_layers(values)
+    def value(params, layer):
+        part = params[layer.name]
+        factor = activate(dense(part["paraphraser"], layer.teacher))
+        error = losses.hint(dense(part["decoder"], factor), layer.teacher, where=layer.where)
+        translated = activate(dense(part["translator"], layer.student))
+        target = jax.lax.stop_gradient(factor)
+        transfer = losses.factor_transfer(translated, target, p=p, mean=mean, where=layer.where)
+        return transfer + reconstruction * error
 
-    return Learned(init, apply)
+    return over_aligned(functools.partial(init_layers, init=init_layer), value)
 
 
 def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
-    """Flow of solution procedure: :func:`distill_jax.losses.fsp` between each layer and the next.
+    """Flow of solution procedure (FSP): ``losses.fsp`` between each layer and the next.
 
-    Needs at least two layers. A linear map takes the student's channels to the teacher's where they
-    differ. Student and teacher need not meet in space; a flat layer is one position, and a map
-    beside one is pooled globally. ``where`` must be ``[batch]``.
+    This needs at least two layers. A linear map takes the student's channels to the teacher's where
+    their numbers differ. Student and teacher may differ in space; a flat layer counts as one position,
+    and a map next to a flat layer is averaged over all positions. ``where`` must be ``[batch]``.
 
     Args:
-      pool: as in the loss.
-      mean: as in the loss.
+      pool: how two layers of different resolution are brought together, ``"max"`` or ``"mean"``.
+      mean: whether to average over the matrix's entries instead of adding up.
+
+    Raises:
+      ValueError: for fewer than two layers.
 
     References:
       Yim et al., `A Gift from Knowledge Distillation`, 2017, Eqs. 1 and 2.
@@ -250,10 +183,9 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
 
     def init(key, student_shapes, teacher_shapes):
         check_layers(student_shapes, teacher_shapes, least=2)
-        return map_init(key, student_shapes, teacher_shapes, always=False)
+        return init_maps(key, student_shapes, teacher_shapes, always=False)
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
         check_layers(student_features, teacher_features, least=2)
         where = example_mask(where, jnp.shape(student_features[0])[0])
         mapped = [clear(x, where) for x in student_features]
@@ -264,49 +196,23 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
     return Learned(init, apply)
 
 
-def cka(*, debiased: bool = False) -> Learned:
-    """Centred kernel alignment: :func:`distill_jax.losses.cka`, 1 − CKA; without parameters.
+def cat_kd(
+    *, teacher_kernel: ArrayLike | None = None, resolution: int | None = 2, normalise: bool = True
+) -> Learned:
+    """Class attention transfer (CAT-KD): ``losses.cat_kd`` between class activation maps.
 
-    Features of any shapes are compared as they are. ``where`` must be ``[batch]``.
-
-    Args:
-      debiased: as in the loss.
-
-    References:
-      Kornblith et al., `Similarity of Neural Network Representations Revisited`, 2019, §3.
-    """
-
-    def init(key, student_shapes, teacher_shapes):
-        check_layers(student_shapes, teacher_shapes)
-        return {}
-
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del params, labels, key
-        check_layers(student_features, teacher_features)
-        where = example_mask(where, jnp.shape(student_features[0])[0])
-        return sum_layers(
-            losses.cka(s, t, debiased=debiased, where=where)
-            for s, t in zip(student_features, teacher_features, strict=True)
-        )
-
-    return Learned(init, apply)
-
-
-def cat_kd(*, teacher_kernel: Any = None, resolution: int | None = 2, normalise: bool = True) -> Learned:
-    """Class attention transfer: :func:`distill_jax.losses.cat_kd` between class activation maps.
-
-    Features whose channels are the classes are class activation maps already, and are compared as
-    they are: the paper's method, for which :func:`distill_jax.losses.class_activation_maps` makes
-    such maps of a network's last features and its own classifier. Otherwise a linear map of the
-    student's channels takes the place of its classifier's kernel. Where there is no space, as with
-    flat layers, the classes' scores are normalised over the classes. ``where`` must be ``[batch]``.
+    Features with one channel per class are taken as class activation maps and compared as they are;
+    this is the paper's method, and ``losses.class_activation_maps`` makes such maps from a network's
+    last features and its classifier. Otherwise a linear map of the student's channels takes the place
+    of the classifier's kernel. Where there is only one position, as with flat layers, the scores are
+    normalised over the classes. ``where`` must be ``[batch]``.
 
     Args:
-      teacher_kernel: the teacher's classifier's kernel, ``[channels, classes]``, to make class
-        activation maps of its features (of every layer given, so give the last alone). It is a
-        constant of the compiled program. None where the teacher's channels are to serve as classes.
-      resolution: as in the loss.
-      normalise: as in the loss.
+      teacher_kernel: the kernel of the teacher's classifier, ``[channels, classes]``, which turns its
+        features into class activation maps (in every layer given, so give only the last). It is a
+        constant of the compiled program. None uses the teacher's channels as classes.
+      resolution: number of positions along each axis to which the maps are pooled; None keeps them.
+      normalise: whether each class's map is divided by its norm.
 
     References:
       Guo et al., `Class Attention Transfer Based Knowledge Distillation`, 2023, §3.2.
@@ -316,24 +222,18 @@ def cat_kd(*, teacher_kernel: Any = None, resolution: int | None = 2, normalise:
         if teacher_kernel is not None:
             classes = jnp.shape(teacher_kernel)[1]
             teacher_shapes = [(*shape[:-1], classes) for shape in teacher_shapes]
-        return map_init(key, student_shapes, teacher_shapes, always=False)
+        return init_maps(key, student_shapes, teacher_shapes, always=False)
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
-        check_layers(student_features, teacher_features)
-        where = example_mask(where, jnp.shape(student_features[0])[0])
-        values = []
-        for i, (s, t) in enumerate(zip(student_features, teacher_features, strict=True)):
-            s, t = clear(s, where), features_of("teacher", t)
-            if teacher_kernel is not None:
-                t = losses.class_activation_maps(t, teacher_kernel)
-            if f"layer{i}" in params:
-                s = dense(params[f"layer{i}"], s)
-            size = resolution
-            if count(common_space(s.shape, t.shape)) == 1:
-                s, t = (x.mean(tuple(range(1, x.ndim - 1)))[..., None] for x in (s, t))
-                size = None
-            values.append(losses.cat_kd(s, t, resolution=size, normalise=normalise, where=where))
-        return sum_layers(values)
+    def value(params, student, teacher, where):
+        s, t = clear(student, where), features_of("teacher", teacher)
+        if teacher_kernel is not None:
+            t = losses.class_activation_maps(t, teacher_kernel)
+        if params is not None:
+            s = dense(params, s)
+        size = resolution
+        if count(common_space(s.shape, t.shape)) == 1:
+            s, t = (x.mean(tuple(range(1, x.ndim - 1)))[..., None] for x in (s, t))
+            size = None
+        return losses.cat_kd(s, t, resolution=size, normalise=normalise, where=where)
 
-    return Learned(init, apply)
+    return over_pairs(init, value)

@@ -1,19 +1,21 @@
-"""Feature methods whose loss holds a small network: ReviewKD, SimKD, MGD, SemCKD.
+"""Feature methods that train a small network of their own: ReviewKD, SimKD, MGD, SemCKD.
 
-As in :mod:`distill_jax.features.methods`, features may be of any shapes. The networks have biases
-and no BatchNorm, where the authors' have: a learned part holds no state, and one example's value
-does not depend on the others of its batch.
+Features may be of any shapes, as in :mod:`distill_jax.features.methods`. The small networks have biases
+where the authors' have BatchNorm: so a method has no state, and the value of one example does not depend
+on the other examples in the batch.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax.features.learned import Learned
-from distill_jax.features.projection import (
+from distill_jax._model import PyTree
+from distill_jax.features._layers import (
     align,
     check_layers,
     clear,
@@ -22,10 +24,13 @@ from distill_jax.features.projection import (
     dense,
     dense_init,
     example_mask,
+    init_layers,
+    init_maps,
     map_channels,
-    map_init,
+    over_aligned,
     sum_layers,
 )
+from distill_jax.features.learned import Learned
 from distill_jax.losses._numerics import check_fraction, check_positive
 from distill_jax.losses._space import common_space, direction, features_of, pool_mean, total
 
@@ -33,7 +38,7 @@ Array = jax.Array
 
 
 def _to_space(x: Array, space: Sequence[int]) -> Array:
-    """Features at another spatial shape: the nearest position, or all through their mean."""
+    """Brings features to another spatial shape: by the nearest position, or all positions by their mean."""
     if x.shape[1:-1] == tuple(space):
         return x
     if len(space) == x.ndim - 2:
@@ -43,16 +48,17 @@ def _to_space(x: Array, space: Sequence[int]) -> Array:
 
 
 def review_kd(*, width: int = 512, levels: tuple[int, ...] = (4, 2, 1)) -> Learned:
-    """Knowledge review: :func:`distill_jax.losses.hierarchical_context` of features fused downwards.
+    """Knowledge review (ReviewKD): ``losses.hierarchical_context`` of layers fused from deep to shallow.
 
-    From the deepest layer to the shallowest, attention-based fusion (ABF) mixes a student's layer
-    with what was fused of the deeper ones: a linear map to ``width`` channels, two attention maps,
-    a convolution to the teacher's channels. ``where`` must be ``[batch]``. The paper raises the
-    weight of this loss over the first epochs; so may the ``loss_fn``.
+    From the deepest layer to the shallowest, attention-based fusion (ABF) mixes a layer of the student
+    with the result of the deeper ones: a linear map to ``width`` channels, two attention maps, and a
+    convolution to the teacher's channels. ``where`` must be ``[batch]``. The paper raises the weight of
+    this loss over the first epochs; use a schedule as its weight to do the same.
 
     Args:
-      width: the greatest width of the fused features; it is the deepest student layer's if smaller.
-      levels: as in the loss.
+      width: greatest number of channels of the fused features; the deepest student layer's number of
+        channels is used if it is smaller.
+      levels: resolutions to which features are pooled for comparison, after the full one.
 
     Raises:
       ValueError: if ``width`` is not positive.
@@ -65,19 +71,20 @@ def review_kd(*, width: int = 512, levels: tuple[int, ...] = (4, 2, 1)) -> Learn
     def init(key, student_shapes, teacher_shapes):
         check_layers(student_shapes, teacher_shapes)
         middle = min(width, student_shapes[-1][-1])
-        params: dict[str, Any] = {}
-        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
-            keys = jax.random.split(jax.random.fold_in(key, i), 3)
-            params[f"layer{i}"] = {
+
+        def init_layer(key, s, t):
+            keys = jax.random.split(key, 3)
+            return {
                 "enter": dense_init(keys[0], s[-1], middle),
                 "leave": conv_init(keys[1], len(t) - 2, middle, t[-1]),
+                "attend": dense_init(keys[2], 2 * middle, 2),
             }
-            if i < len(student_shapes) - 1:
-                params[f"layer{i}"]["attend"] = dense_init(keys[2], 2 * middle, 2)
+
+        params = init_layers(key, student_shapes, teacher_shapes, init_layer)
+        del params[f"layer{len(student_shapes) - 1}"]["attend"]  # nothing is deeper than the deepest
         return params
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
         check_layers(student_features, teacher_features)
         where = example_mask(where, jnp.shape(student_features[0])[0])
         values, deeper = [], None
@@ -98,16 +105,17 @@ def review_kd(*, width: int = 512, levels: tuple[int, ...] = (4, 2, 1)) -> Learn
 
 
 def simkd(*, factor: int = 2, rectify: bool = False) -> Learned:
-    """SimKD: the mean squared error of the student's last features, projected, to the teacher's.
+    """SimKD: ``losses.hint`` between the student's last features, projected, and the teacher's.
 
     The projector has a bottleneck: a linear map to 1/``factor`` of the teacher's channels, a
-    convolution, a linear map to the teacher's channels, with ReLUs between. The student is then
-    used *with* the projector and the teacher's classifier on what :func:`simkd_features` returns.
-    Both maps meet at the smaller size.
+    convolution, and a linear map to the teacher's channels, with ReLUs between them. After training, the
+    student is used *with* the projector and the teacher's classifier, which takes what
+    :func:`simkd_features` returns. Both maps are compared at the smaller spatial size.
 
     Args:
-      factor: how many times the bottleneck is narrower than the teacher.
-      rectify: a ReLU at the end too, as in the authors' program, for a teacher's features ≥ 0.
+      factor: how many times narrower the bottleneck is than the teacher's features.
+      rectify: whether a ReLU ends the projector, as in the authors' program, for teachers whose features
+        are never negative.
 
     Raises:
       ValueError: if ``factor`` is not positive.
@@ -117,34 +125,23 @@ def simkd(*, factor: int = 2, rectify: bool = False) -> Learned:
     """
     check_positive("factor", factor)
 
-    def init(key, student_shapes, teacher_shapes):
-        check_layers(student_shapes, teacher_shapes)
-        params = {}
-        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
-            middle, rank = max(1, t[-1] // factor), len(common_space(s, t))
-            keys = jax.random.split(jax.random.fold_in(key, i), 3)
-            params[f"layer{i}"] = {
-                "enter": dense_init(keys[0], s[-1], middle),
-                "middle": conv_init(keys[1], rank, middle, middle),
-                "leave": dense_init(keys[2], middle, t[-1]),
-            }
-        return params
+    def init_layer(key, s, t):
+        middle, rank = max(1, t[-1] // factor), len(common_space(s, t))
+        keys = jax.random.split(key, 3)
+        return {
+            "enter": dense_init(keys[0], s[-1], middle),
+            "middle": conv_init(keys[1], rank, middle, middle),
+            "leave": dense_init(keys[2], middle, t[-1]),
+        }
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
-        return sum_layers(
-            losses.hint(
-                _bottleneck(params[layer.name], layer.student, layer.where, rectify),
-                layer.teacher,
-                where=layer.where,
-            )
-            for layer in align(student_features, teacher_features, where)
-        )
+    def value(params, layer):
+        projected = _bottleneck(params[layer.name], layer.student, layer.where, rectify)
+        return losses.hint(projected, layer.teacher, where=layer.where)
 
-    return Learned(init, apply)
+    return over_aligned(functools.partial(init_layers, init=init_layer), value)
 
 
-def _bottleneck(params: Any, x: Array, where: Array | None, rectify: bool) -> Array:
+def _bottleneck(params: PyTree, x: Array, where: Array | None, rectify: bool) -> Array:
     for name, layer in (("enter", dense), ("middle", conv)):
         x = jax.nn.relu(layer(params[name], x))
         x = x if where is None else jnp.where(where[..., None], x, 0.0)
@@ -153,24 +150,24 @@ def _bottleneck(params: Any, x: Array, where: Array | None, rectify: bool) -> Ar
 
 
 def simkd_features(
-    params: Any, features: Any, teacher_shape: Sequence[int], *, rectify: bool = False
+    params: PyTree, features: ArrayLike, teacher_shape: Sequence[int], *, rectify: bool = False
 ) -> Array:
-    """What the teacher's classifier is given of a student trained by :func:`simkd`.
+    """Computes the input of the teacher's classifier from a student trained by :func:`simkd`.
 
     Args:
-      params: of one layer, such as ``params["layer0"]``.
-      features: the student's, ``[batch, *spatial, channels]``.
+      params: the projector's parameters for one layer, such as ``params["layer0"]``.
+      features: the student's features, ``[batch, *spatial, channels]``.
       teacher_shape: the shape of the teacher's features, ``(batch, *spatial, channels)``.
-      rectify: as it was in :func:`simkd`.
+      rectify: the value that :func:`simkd` was given.
 
     Returns:
-      ``[batch, teacher's channels]``, the mean over positions, for the teacher's classifier.
+      The mean over positions, ``[batch, teacher's channels]``.
 
     References:
       Chen et al., `Knowledge Distillation with the Reused Teacher Classifier`, 2022, §3.2.
 
-    >>> part = simkd()
-    >>> params = part.init(jax.random.key(0), [(1, 8, 8, 3)], [(1, 4, 4, 6)])
+    >>> learned = simkd()
+    >>> params = learned.init(jax.random.key(0), [(1, 8, 8, 3)], [(1, 4, 4, 6)])
     >>> simkd_features(params["layer0"], jnp.ones((2, 8, 8, 3)), (1, 4, 4, 6)).shape
     (2, 6)
     """
@@ -180,18 +177,18 @@ def simkd_features(
 
 
 def mgd(*, masked: float = 0.15, mask: str | None = None, mean: bool = False) -> Learned:
-    """Masked generative distillation: Σ (t − G(m·s))², the teacher's features made from a part of s.
+    """Masked generative distillation (MGD): Σ (t − G(m·s))², the teacher's features from a part of s.
 
-    m drops positions or channels of the student's features at random, after a linear map to the
-    teacher's channels where they differ; G is two convolutions with a ReLU between. ``apply`` takes
-    ``key=``, from which the masks are drawn, or ``masks=``, a list of arrays broadcastable to the
-    mapped features, one a layer.
+    The mask m drops positions or channels of the student's features at random, after a linear map to
+    the teacher's channels where their numbers differ. The generator G is two convolutions with a ReLU
+    between them. ``apply`` draws the masks from ``key``, or takes them as ``masks``: a list with one
+    array per layer, broadcastable to the mapped features.
 
     Args:
       masked: λ in [0, 1], the probability that a position or channel is dropped.
-      mask: ``"positions"``, as in the paper, or ``"channels"``, as in the authors' program for
-        classification; None for positions, and channels where a layer has no space.
-      mean: the mean over positions and channels instead of the sum.
+      mask: what is dropped: ``"positions"``, as in the paper, or ``"channels"``, as in the authors'
+        program for classification. None drops positions, or channels where a layer has no space.
+      mean: whether to average over positions and channels instead of adding up.
 
     Raises:
       ValueError: if ``masked`` is outside [0, 1] or ``mask`` is unknown; from ``apply``, without a
@@ -204,26 +201,27 @@ def mgd(*, masked: float = 0.15, mask: str | None = None, mean: bool = False) ->
     if mask not in (None, "positions", "channels"):
         raise ValueError(f"mask must be None, 'positions' or 'channels', got {mask!r}")
 
+    def init_generator(key, s, t):
+        first, second = jax.random.split(key, 2)
+        rank = len(common_space(s, t))
+        return {
+            "first": conv_init(first, rank, t[-1], t[-1]),
+            "second": conv_init(second, rank, t[-1], t[-1]),
+        }
+
     def init(key, student_shapes, teacher_shapes):
         key, map_key = jax.random.split(key)
-        params = map_init(map_key, student_shapes, teacher_shapes, always=False)
-        generators = {}
-        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
-            keys = jax.random.split(jax.random.fold_in(key, i), 2)
-            rank = len(common_space(s, t))
-            generators[f"layer{i}"] = {
-                name: conv_init(k, rank, t[-1], t[-1])
-                for name, k in zip(("first", "second"), keys, strict=True)
-            }
-        return {"map": params, "generate": generators}
+        return {
+            "map": init_maps(map_key, student_shapes, teacher_shapes, always=False),
+            "generate": init_layers(key, student_shapes, teacher_shapes, init_generator),
+        }
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None, masks=None):
-        del labels
         layers = align(student_features, teacher_features, where)
         if masks is None and key is None:
             raise ValueError("mgd draws its masks from a key: give apply key=, or masks=")
         if masks is not None and len(masks) != len(layers):
-            raise ValueError(f"masks must be one a layer, {len(layers)}, got {len(masks)}")
+            raise ValueError(f"masks must have one entry per layer, {len(layers)} in all, got {len(masks)}")
         values = []
         for i, layer in enumerate(layers):
             x = map_channels(params["map"], layer)
@@ -245,16 +243,17 @@ def mgd(*, masked: float = 0.15, mask: str | None = None, mean: bool = False) ->
 
 
 def semckd(*, width: int = 64, temperature: float = 1.0) -> Learned:
-    """Semantic calibration: every student layer regresses every teacher layer, weighted by attention.
+    """Semantic calibration (SemCKD): each student layer learns from all teacher layers, by attention.
 
-    1/S · Σ_i Σ_j a_ij·mean (P_ij(s_i) − t_j)²: a_i is the softmax over teacher layers of q_i·k_j/τ,
-    where a query and a key are learned directions made from the pooled features of *one* example;
-    P_ij is a linear map. The student's and the teacher's layers may differ in number. The authors
-    make queries and keys from rows of the batch's similarity matrix, so that theirs work for one
-    batch size only, and P_ij of three convolutions. ``where`` must be ``[batch]``.
+    1/S · Σ_i Σ_j a_ij·mean (P_ij(s_i) − t_j)² over S student layers i and all teacher layers j. a_i is
+    the softmax over teacher layers of q_i·k_j/τ, where the query q_i and the key k_j are learned
+    directions, computed from the pooled features of *one* example; P_ij is a linear map. The number of
+    layers may differ between student and teacher. The authors compute queries and keys from rows of the
+    batch's similarity matrix, which fixes the batch size, and their P_ij has three convolutions.
+    ``where`` must be ``[batch]``.
 
     Args:
-      width: the number of entries of queries and keys.
+      width: number of entries of queries and keys.
       temperature: τ > 0.
 
     Raises:
@@ -279,7 +278,6 @@ def semckd(*, width: int = 64, temperature: float = 1.0) -> Learned:
         return params
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
         where = example_mask(where, jnp.shape(student_features[0])[0])
         students = [clear(x, where) for x in student_features]
         teachers = [clear(x, where) for x in teacher_features]

@@ -1,106 +1,80 @@
-"""Relation losses as learned parts: what embeds the features, and the loss of the embeddings.
+"""Relation and contrastive methods for any two networks: RKD, and those with embeddings of their own.
 
-Each builder returns a pair for matched layers, whose losses are *summed* over the layers. ``where`` is
-``bool [batch]``. Methods of :mod:`distill_jax.losses.relations` that compare relations only need no
-parameters, whatever the widths.
+Each builder returns a :class:`~distill_jax.features.Learned` whose values are added up over the matched
+layers. ``where`` in ``apply`` is None or bool ``[batch]``. Losses that need no parameters, such as
+``losses.pkt`` and ``losses.similarity_preserving``, become methods by
+:func:`~distill_jax.features.relation`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from distill_jax import losses
-from distill_jax.features.learned import Learned, Shape
-from distill_jax.features.projection import (
+from distill_jax._model import PyTree
+from distill_jax.features._layers import (
     check_layers,
     clear,
     dense,
     dense_init,
     example_mask,
-    map_init,
+    init_layers,
+    init_maps,
+    over_pairs,
     sum_layers,
 )
+from distill_jax.features.learned import Learned, LearnedWithState
+from distill_jax.features.projection import relation
 from distill_jax.losses._numerics import to_float
 from distill_jax.losses._space import pool_mean
-
-Params = Any
-
-
-def similarity_preserving() -> Learned:
-    """Similarity-preserving distillation of flattened feature maps; no parameters.
-
-    References:
-      Tung, Mori, 2019, Eq. 4 (the sum over layers); see
-      :func:`distill_jax.losses.similarity_preserving`.
-    """
-    return _without_params(losses.similarity_preserving)
 
 
 def rkd(
     *, distance: float = 1.0, angle: float = 2.0, pool: bool = True, include_self: bool = False
 ) -> Learned:
-    """Relational distillation: distance·RKD-D + angle·RKD-A; no parameters.
+    """Relational knowledge distillation (RKD): distance·``rkd_distance`` + angle·``rkd_angle``.
+
+    It has no parameters.
 
     Args:
-      distance: the weight of the distances; RepDistiller has 25.
-      angle: the weight of the angles, for which the paper takes twice that of distances; RepDistiller
-        has 50.
+      distance: weight of the distances; RepDistiller has 25.
+      angle: weight of the angles. The paper takes twice the weight of the distances; RepDistiller has 50.
       pool: whether feature maps are first averaged over positions, as the last features of an image
-        model are; flattened otherwise.
-      include_self: as in :func:`distill_jax.losses.rkd_distance`.
+        model usually are; otherwise they are flattened.
+      include_self: whether pairs of an example with itself count in the means.
 
     References:
-      Park et al., 2019, §3.2 and §4; see :func:`distill_jax.losses.rkd_angle`.
+      Park et al., `Relational Knowledge Distillation`, 2019, §3.2 and §4.
     """
 
     def loss(student, teacher, *, where):
-        if pool:
-            student, teacher = pool_mean(to_float(student), ()), pool_mean(to_float(teacher), ())
         options = {"include_self": include_self, "where": where}
         return distance * losses.rkd_distance(student, teacher, **options) + (
             angle * losses.rkd_angle(student, teacher, **options)
         )
 
-    return _without_params(loss)
-
-
-def pkt(*, pool: bool = True, include_self: bool = False) -> Learned:
-    """Probabilistic knowledge transfer; no parameters.
-
-    Args:
-      pool: as in :func:`rkd`.
-      include_self: as in :func:`distill_jax.losses.pkt`.
-
-    References:
-      Passalis, Tefas, 2018; see :func:`distill_jax.losses.pkt`.
-    """
-
-    def loss(student, teacher, *, where):
-        if pool:
-            student, teacher = pool_mean(to_float(student), ()), pool_mean(to_float(teacher), ())
-        return losses.pkt(student, teacher, include_self=include_self, where=where)
-
-    return _without_params(loss)
+    return relation(loss, pool=pool)
 
 
 def correlation_congruence(
     *, features: int = 128, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2
 ) -> Learned:
-    """Correlation congruence of linear embeddings of pooled features, one for each network.
+    """Correlation congruence (CC): ``losses.correlation_congruence`` of linear embeddings.
 
-    The teacher's embedding is trained too, as in the reference implementations. Alone, the loss has a
-    trivial minimum, embeddings that are all alike: use it beside a loss on the logits.
+    Each network's features are averaged over positions and mapped to an embedding by a linear map of
+    its own. The teacher's map is trained too, as in the reference implementations. Alone, the loss has a
+    trivial minimum, where all embeddings are alike: use it together with a loss on the logits.
 
     Args:
-      features: the width of the embeddings.
-      kernel: as in :func:`distill_jax.losses.correlation_congruence`.
-      gamma: as there.
-      order: as there.
+      features: width of the embeddings.
+      kernel: ``"gaussian"`` or ``"bilinear"``.
+      gamma: γ > 0 of the Gaussian kernel.
+      order: highest power of the Gaussian's Taylor series, at least 1.
 
     References:
-      Peng et al., 2019, §3; see :func:`distill_jax.losses.correlation_congruence`.
+      Peng et al., `Correlation Congruence for Knowledge Distillation`, 2019, §3.
     """
 
     def loss(student, teacher, *, labels, where):
@@ -112,48 +86,51 @@ def correlation_congruence(
 
 
 def ickd(*, normalize: bool = True) -> Learned:
-    """Inter-channel correlation, with a linear map of the student's channels where they are unequal.
+    """Inter-channel correlation (ICKD): ``losses.ickd`` after a linear map where channels differ.
 
     Args:
-      normalize: as in :func:`distill_jax.losses.ickd`.
+      normalize: whether the rows of the correlation matrices are divided by their length.
 
     Note:
-      The authors' code always maps the student's channels, and follows with BatchNorm; the division by
-      the rows' lengths makes most of the latter's work unnecessary.
+      The authors' code always maps the student's channels, and adds BatchNorm; dividing the rows by
+      their length does most of what BatchNorm does there.
 
     References:
-      Liu et al., 2021, §3.2; see :func:`distill_jax.losses.ickd`.
+      Liu et al., `Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation`,
+      2021, §3.2.
     """
 
     def init(key, student_shapes, teacher_shapes):
-        return map_init(key, student_shapes, teacher_shapes, always=False)
+        return init_maps(key, student_shapes, teacher_shapes, always=False)
 
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del labels, key
-        check_layers(student_features, teacher_features)
-        values = []
-        for i, (s, t) in enumerate(zip(student_features, teacher_features, strict=True)):
-            if f"layer{i}" in params:
-                s = dense(params[f"layer{i}"], clear(s, example_mask(where, jnp.shape(s)[0])))
-            values.append(losses.ickd(s, t, normalize=normalize, where=where))
-        return sum_layers(values)
+    def value(params, student, teacher, where):
+        if params is not None:
+            student = dense(params, clear(student, where))
+        return losses.ickd(student, teacher, normalize=normalize, where=where)
 
-    return Learned(init, apply)
+    return over_pairs(init, value)
 
 
 def info_nce(
     *, features: int = 128, temperature: float = 0.07, symmetric: bool = False, other_classes: bool = False
 ) -> Learned:
-    """Contrastive distillation within the batch, of linear embeddings of pooled features.
+    """Contrastive distillation within the batch: ``losses.info_nce`` of linear embeddings.
+
+    Each network's features are averaged over positions and mapped to an embedding by a linear map of
+    its own; both maps are trained.
 
     Args:
-      features: the width of the embeddings.
-      temperature: as in :func:`distill_jax.losses.info_nce`.
-      symmetric: as there.
-      other_classes: whether ``apply`` takes its negatives from other classes only, by its ``labels``.
+      features: width of the embeddings.
+      temperature: τ > 0, divides the cosines.
+      symmetric: whether to average the loss with the one in which the teacher's embeddings choose among
+        the student's.
+      other_classes: whether negatives come from other classes only; then ``apply`` needs ``labels``.
+
+    Raises:
+      ValueError: from ``apply``, if ``other_classes`` is set and no labels are given.
 
     References:
-      van den Oord et al., 2018, Eq. 4; see :func:`distill_jax.losses.info_nce`.
+      van den Oord et al., `Representation Learning with Contrastive Predictive Coding`, 2018, Eq. 4.
     """
 
     def loss(student, teacher, *, labels, where):
@@ -171,22 +148,6 @@ def info_nce(
     return _embedded(features, loss)
 
 
-class LearnedWithState(NamedTuple):
-    """A distillation loss with parameters, and with a state that is not trained.
-
-    Attributes:
-      init: ``(key, student_shapes, teacher_shapes) -> params``, as of
-        :class:`distill_jax.features.Learned`.
-      init_state: ``(key, *, examples) -> state``, a pytree of arrays.
-      apply: ``(params, state, student_features, teacher_features, ids, *, key, labels=None,
-        where=None) -> (values, state)``.
-    """
-
-    init: Callable[[jax.Array, Sequence[Shape], Sequence[Shape]], Params]
-    init_state: Callable[..., Any]
-    apply: Callable[..., tuple[jax.Array, Any]]
-
-
 def crd(
     *,
     features: int = 128,
@@ -195,32 +156,31 @@ def crd(
     momentum: float = 0.5,
     axis_name: str | None = None,
 ) -> LearnedWithState:
-    """Contrastive representation distillation, of linear embeddings of pooled features of one layer.
+    """Contrastive representation distillation (CRD): ``losses.crd`` of linear embeddings of one layer.
 
-    The state, a :class:`distill_jax.losses.CRDState`, belongs where a model's BatchNorm statistics do:
-    in the ``model_state`` of the train state, say as ``{"student": …, "crd": …}``. The ``loss_fn``
-    takes it from there, gives it to ``apply`` and returns the new one. The batch must carry ``ids``,
-    its examples' places in the training set.
+    Keep its state, a :class:`distill_jax.losses.CRDState`, where a model's BatchNorm statistics are: in
+    the model's ``state``, for instance as ``{"student": …, "crd": …}``. The ``loss_fn`` passes it to
+    ``apply`` and returns the new one. The batch must contain the examples' places in the training set.
 
     Args:
-      features: the width of the embeddings.
-      negatives: how many an example.
-      temperature: as in :func:`distill_jax.losses.crd`.
-      momentum: as there.
-      axis_name: as there; without it the parts' memories would be averaged, and belong to none.
+      features: width of the embeddings.
+      negatives: number of negatives per example.
+      temperature: τ > 0, divides the cosines.
+      momentum: share of the old value when an entry of the memory is updated, in [0, 1].
+      axis_name: name of the mapped axis over which a batch is spread (``pmap``, ``shard_map``); all
+        devices then keep the same memory.
 
     Returns:
-      A :class:`LearnedWithState`. ``apply``'s ``key`` draws the negatives; its ``labels``, if given,
-      are those of the *whole training set*, ``[examples]``, and negatives are then of other classes.
+      A :class:`LearnedWithState`. ``apply`` draws the negatives from ``key``; its ``labels``, if given,
+      are those of the *whole training set*, ``[examples]``, and negatives then come from other classes.
 
     References:
-      Tian et al., 2020; see :func:`distill_jax.losses.crd`.
+      Tian et al., `Contrastive Representation Distillation`, 2020.
     """
-    embed = _embedded(features, lambda student, teacher, **_: (student, teacher))
 
     def init(key, student_shapes, teacher_shapes):
         _check_one(student_shapes, teacher_shapes)
-        return embed.init(key, student_shapes, teacher_shapes)
+        return _init_embeddings(features, key, student_shapes, teacher_shapes)
 
     def init_state(key, *, examples):
         return losses.crd_init(key, examples, features)
@@ -248,49 +208,37 @@ def crd(
 def _check_one(student: Sequence[Any], teacher: Sequence[Any]) -> None:
     if len(student) != 1 or len(teacher) != 1:
         raise ValueError(
-            f"crd takes one layer of each network, got {len(student)} and {len(teacher)}: give each "
-            "layer a pair and a state of its own"
+            f"crd takes one layer of each network, got {len(student)} and {len(teacher)}: build one crd, "
+            "with its own state, per pair of layers"
         )
 
 
-def _without_params(loss: Callable[..., jax.Array]) -> Learned:
-    def init(key, student_shapes, teacher_shapes):
-        check_layers(student_shapes, teacher_shapes)
-        return {}
-
-    def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del params, labels, key
-        check_layers(student_features, teacher_features)
-        pairs = zip(student_features, teacher_features, strict=True)
-        return sum_layers(loss(s, t, where=where) for s, t in pairs)
-
-    return Learned(init, apply)
-
-
-def _embedded(features: int, loss: Callable[..., Any]) -> Learned:
-    """A loss of linear embeddings of pooled features: one for the student, one for the teacher."""
+def _embedded(features: int, loss: Callable[..., jax.Array]) -> Learned:
+    """Makes a method of a loss between linear embeddings of pooled features, one map per network."""
 
     def init(key, student_shapes, teacher_shapes):
-        check_layers(student_shapes, teacher_shapes)
-        params = {}
-        for i, (s, t) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
-            keys = jax.random.split(jax.random.fold_in(key, i))
-            params[f"layer{i}"] = {
-                "student": dense_init(keys[0], s[-1], features),
-                "teacher": dense_init(keys[1], t[-1], features),
-            }
-        return params
+        return _init_embeddings(features, key, student_shapes, teacher_shapes)
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
-        del key
         pairs = _embeddings(params, student_features, teacher_features, where)
         return sum_layers(loss(s, t, labels=labels, where=where) for s, t in pairs)
 
     return Learned(init, apply)
 
 
+def _init_embeddings(features: int, key: jax.Array, student_shapes: Any, teacher_shapes: Any) -> PyTree:
+    def init_layer(key, s, t):
+        keys = jax.random.split(key)
+        return {
+            "student": dense_init(keys[0], s[-1], features),
+            "teacher": dense_init(keys[1], t[-1], features),
+        }
+
+    return init_layers(key, student_shapes, teacher_shapes, init_layer)
+
+
 def _embeddings(
-    params: Params, student_features: Any, teacher_features: Any, where: Any
+    params: PyTree, student_features: Any, teacher_features: Any, where: Any
 ) -> list[tuple[jax.Array, jax.Array]]:
     check_layers(student_features, teacher_features)
 

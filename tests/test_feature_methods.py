@@ -1,4 +1,4 @@
-"""Learned parts: any features against any others, masks, keys, and what each method promises."""
+"""Feature methods: any features against any others, masks, keys, and what each method promises."""
 
 import functools
 import importlib.util
@@ -19,10 +19,22 @@ NETS = {
     "mixed": [(B, 7, 7, 4), (B, 4, 4, 12), (B, 10)],
     "sequence": [(B, 9, 5), (B, 9, 5), (B, 9, 10)],
 }
-BUILDERS = [
-    "activation_boundary", "attention_transfer", "cat_kd", "cka", "factor_transfer", "fsp", "hint",
-    "mgd", "nst", "ofd", "review_kd", "semckd", "simkd", "vid",
-]  # fmt: skip
+BUILDERS = {
+    "activation_boundary": lambda: features.project(losses.activation_boundary, always=True),
+    "attention_transfer": lambda: features.project_maps(losses.attention_transfer),
+    "cat_kd": features.cat_kd,
+    "cka": lambda: features.relation(losses.cka),
+    "factor_transfer": features.factor_transfer,
+    "fsp": features.fsp,
+    "hint": lambda: features.project(losses.hint),
+    "mgd": features.mgd,
+    "nst": lambda: features.project_maps(losses.nst),
+    "ofd": features.ofd,
+    "review_kd": features.review_kd,
+    "semckd": features.semckd,
+    "simkd": features.simkd,
+    "vid": features.vid,
+}
 PAIRS = [("mlp", "cnn"), ("cnn", "mlp"), ("cnn", "mixed"), ("sequence", "cnn"), ("mlp", "mlp")]
 KEY = jax.random.key(0)
 parametrize = functools.partial(pytest.mark.parametrize, "name")
@@ -34,7 +46,7 @@ def draw(shapes, seed=0):
 
 
 def build(name, student, teacher, seed=0):
-    part = getattr(features, name)()
+    part = BUILDERS[name]()
     return part, part.init(jax.random.key(seed), NETS[student], NETS[teacher])
 
 
@@ -81,7 +93,7 @@ def test_any_network_into_any_other(name):
 
 @parametrize(BUILDERS)
 def test_parameters(name):
-    part = getattr(features, name)()
+    part = BUILDERS[name]()
     shapes = [[(n, *s[1:]) for s in NETS["cnn"]] for n in (1, 256)]
     small, large = (part.init(KEY, s, NETS["mixed"]) for s in shapes)  # no batch size in them
     other = part.init(jax.random.key(1), shapes[0], NETS["mixed"])
@@ -147,8 +159,8 @@ SPATIAL = ["activation_boundary", "attention_transfer", "factor_transfer", "hint
 
 @parametrize(SPATIAL)
 def test_padded_sequences(name):
-    """One mask a layer: what is cut off and what is masked are the same."""
-    part = getattr(features, name)()
+    """One mask per layer: what is cut off and what is masked are the same."""
+    part = BUILDERS[name]()
     shapes = [[(2, 9, 3)], [(2, 9, 4)]]
     params = part.init(KEY, *shapes)
     student, teacher = (draw(shape, seed=i) for i, shape in enumerate(shapes))
@@ -167,12 +179,12 @@ def test_padded_sequences(name):
 def test_project_is_the_identity_where_shapes_agree():
     shapes = NETS["cnn"]
     student, teacher = draw(shapes), draw(shapes, seed=1)
-    part = features.hint()
+    part = features.project(losses.hint)
     params = part.init(KEY, shapes, shapes)
     assert params == {}
     expected = sum(losses.hint(s, t) for s, t in zip(student, teacher, strict=True))
     np.testing.assert_allclose(part.apply(params, student, teacher), expected, rtol=1e-6)
-    always = features.hint(always=True).init(KEY, shapes, shapes)
+    always = features.project(losses.hint, always=True).init(KEY, shapes, shapes)
     assert {k: v["kernel"].shape for k, v in always.items()} == {
         "layer0": (4, 4), "layer1": (8, 8), "layer2": (10, 10),
     }  # fmt: skip
@@ -181,12 +193,12 @@ def test_project_is_the_identity_where_shapes_agree():
 def test_project_pools_or_resizes():
     student, teacher = draw([(2, 4, 4, 3)]), draw([(2, 2, 2, 3)], seed=1)
     pooled = student[0].reshape(2, 2, 2, 2, 2, 3).mean((2, 4))
-    value = features.hint().apply({}, student, teacher)
+    value = features.project(losses.hint).apply({}, student, teacher)
     np.testing.assert_allclose(value, losses.hint(pooled, teacher[0]), rtol=1e-5)
-    upwards = features.hint(space="resize").apply({}, teacher, student)
+    upwards = features.project(losses.hint, space="resize").apply({}, teacher, student)
     resized = jax.image.resize(teacher[0], (2, 4, 4, 3), "linear")
     np.testing.assert_allclose(upwards, losses.hint(resized, student[0]), rtol=1e-6)
-    flat = features.hint().apply({}, student, [teacher[0].mean((1, 2))])
+    flat = features.project(losses.hint).apply({}, student, [teacher[0].mean((1, 2))])
     np.testing.assert_allclose(flat, losses.hint(student[0].mean((1, 2)), teacher[0].mean((1, 2))), rtol=1e-5)
 
 
@@ -281,7 +293,7 @@ def test_semckd_attends_to_the_teachers_layers():
     params = part.init(KEY, *shapes)
     student, teacher = draw(shapes[0]), draw(shapes[1], seed=1)
     value = part.apply(params, student, teacher)
-    project = features.hint(always=True)
+    project = features.project(losses.hint, always=True)
     expected = sum(
         project.apply({"layer0": params["map"][f"layer{i}to{j}"]}, [s], [t])
         for i, s in enumerate(student)
@@ -304,7 +316,7 @@ def test_cat_kd_reads_features_by_the_teachers_classifier():
 
 def test_flat_layers_are_maps_over_units():
     student, teacher = draw([(3, 5)]), draw([(3, 5)], seed=1)
-    value = features.attention_transfer().apply({}, student, teacher)
+    value = features.project_maps(losses.attention_transfer).apply({}, student, teacher)
     expected = losses.attention_transfer(student[0][..., None], teacher[0][..., None])
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert np.all(value > 0)
@@ -314,27 +326,35 @@ def test_flat_layers_are_maps_over_units():
 
 
 def test_errors_say_what_is_wrong():
-    part = features.hint()
+    part = features.project(losses.hint)
     maps, smaller = draw([(2, 4, 4, 3)]), draw([(2, 2, 2, 3)])
-    with pytest.raises(ValueError, match="as many student layers as teacher layers"):
+    with pytest.raises(ValueError, match="must have the same number of layers, at least 1, got 1 and 2"):
         part.apply({}, maps, maps * 2)
     with pytest.raises(ValueError, match="at least 2, got 1 and 1"):
         features.fsp().init(KEY, [(2, 3)], [(2, 3)])
     with pytest.raises(ValueError, match="put a single layer into a list"):
         part.apply({}, maps[0], maps[0])
-    with pytest.raises(ValueError, match="layer 0: where must be"):
+    with pytest.raises(ValueError, match="layer 0: where must have shape"):
         part.apply({}, maps, smaller, where=[np.ones((2, 4, 4), bool)])
-    with pytest.raises(ValueError, match="one mask a layer"):
+    with pytest.raises(ValueError, match="one mask per layer, 1 in all, got 2"):
         part.apply({}, maps, maps, where=[None, None])
-    with pytest.raises(ValueError, match="this part rearranges space"):
-        features.cka().apply({}, maps, maps, where=np.ones((2, 4, 4), bool))
-    with pytest.raises(ValueError, match="space must be pool or resize"):
-        features.hint(space="crop")
+    with pytest.raises(ValueError, match="does not keep positions apart; got shape"):
+        features.relation(losses.cka).apply({}, maps, maps, where=np.ones((2, 4, 4), bool))
+    with pytest.raises(ValueError, match="space must be 'pool' or 'resize', got 'crop'"):
+        features.project(losses.hint, space="crop")
     with pytest.raises(ValueError, match="initial_variance"):
         features.vid(initial_variance=0.0)
     with pytest.raises(ValueError, match="mask must be"):
         features.mgd(mask="pixels")
-    with pytest.raises(ValueError, match="margins must be one a layer, 1, got 2"):
+    with pytest.raises(ValueError, match="margins must have one entry per layer, 1 in all, got 2"):
         features.ofd(margins=[0.0, 0.0]).apply(
             features.ofd().init(KEY, [(2, 3)], [(2, 3)]), draw([(2, 3)]), draw([(2, 3)])
         )
+
+
+def test_a_relation_compares_pooled_features_or_whole_ones():
+    student, teacher = draw([(B, 4, 4, 3)]), draw([(B, 5)], seed=1)
+    pooled = features.relation(losses.pkt, pool=True).apply({}, student, teacher)
+    np.testing.assert_allclose(pooled, losses.pkt(student[0].mean((1, 2)), teacher[0]), rtol=1e-5)
+    whole = features.relation(losses.pkt).apply({}, student, teacher)
+    np.testing.assert_array_equal(whole, losses.pkt(student[0], teacher[0]))
