@@ -1,4 +1,8 @@
-"""Units of any network, found in its jaxpr: what belongs together when one of them is removed."""
+"""Finds the units of any network (neurons, channels, heads), and removes, merges, selects or reorders them.
+
+:func:`trace` reads a model's program once and finds which indices of which arrays belong to one unit. All
+other functions take its result.
+"""
 
 from distill_jax.compress.units import costs, scores
 from distill_jax.compress.units.alignment import Brought, bring, match_activations, match_weights

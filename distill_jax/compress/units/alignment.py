@@ -1,9 +1,9 @@
-"""Two networks of one shape, and the order of units in which the one is nearest to the other.
+"""Finds the order of units in which one network is nearest to another.
 
-Networks trained from different starts find similar units in different orders. Between them the
-straight line leads over a barrier of the loss, which becomes lower, or goes, once the units of the one
-stand where those of the other do. The groups of a :class:`~distill_jax.compress.units.UnitGraph` are all that
-has to be known of an architecture.
+Networks trained from different starts find similar units in different orders. On the straight line between
+two such networks the loss has a barrier. It becomes lower, or vanishes, when the units of one network are put
+into the order of the other. All that has to be known of an architecture is the groups of its
+:class:`~distill_jax.compress.units.UnitGraph`.
 """
 
 from collections import Counter
@@ -14,76 +14,85 @@ import numpy as np
 import scipy.optimize
 
 from distill_jax import weights
+from distill_jax._model import Model
 from distill_jax.compress.units._trace.roles import positions
+from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.injection import inject
-from distill_jax.compress.units.permutation import chosen, permute, position_orders
+from distill_jax.compress.units.injection import inject, leaves_by_name
+from distill_jax.compress.units.permutation import permutable_groups, permute, position_orders
 from distill_jax.compress.units.removal import keep
 from distill_jax.compress.units.selection import Indices, mapped_path, select
-from distill_jax.compress.units.values import activations, real_leaves
+from distill_jax.compress.units.values import activations
 
+PyTree = Any
 Found = dict[str, np.ndarray]
 
 
 def match_weights(
-    graph: UnitGraph, tree: Any, reference: Any, *, groups: Iterable[str] | None = None, seed: int = 0
+    graph: UnitGraph, model: PyTree, reference: PyTree, *, groups: Iterable[str] | None = None, seed: int = 0
 ) -> Found:
-    """Finds the order of a network's units in which its weights are nearest to a reference's.
+    """Finds the order of a network's units in which its weights are nearest to those of a reference.
 
-    Maximises Σ ⟨θ_reference, π(θ)⟩ over all float leaves, which minimises ‖θ_reference − π(θ)‖, by
-    coordinate descent: one group after another, in random order, is assigned the best permutation
-    given all others, until none rises the sum. Begins twice, once with the order as it is, and
-    once with the best assignment of each group if all others could be chosen anew for each unit;
-    the better end is the result. From the second, a permuted copy of the reference is found exactly.
+    Maximises Σ ⟨θ_reference, π(θ)⟩ over all parameters, which minimises ‖θ_reference − π(θ)‖, by coordinate
+    descent: one group after another, in random order, gets its best permutation given all others, until
+    none increases the sum. The descent begins twice: with the order as it is, and with the best permutation
+    of each group under the assumption that all others could be chosen anew for each unit. The better of the
+    two ends is the result. The second start finds a permuted copy of the reference exactly.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      tree: parameters, or also a model's state; as in :func:`distill_jax.compress.units.keep`.
-      reference: of the same structure and shapes.
-      groups: which to reorder; None for all that are permutable.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``. The state does not count.
+      reference: another one, of the same structure and shapes.
+      groups: the groups to reorder; None for all whose units can be reordered.
       seed: of the order in which groups are visited.
 
     Returns:
-      group → π, for :func:`distill_jax.compress.units.permute` on ``tree``.
+      group → π, for ``units.permute(graph, model, π)``.
 
     Raises:
-      ValueError: if the two do not fit or are not finite, or a group is not permutable.
+      ValueError: if the two do not fit together or are not finite, or a group cannot be reordered.
 
     References:
       Ainsworth, Hayase, Srinivasa, `Git Re-Basin: Merging Models modulo Permutation Symmetries`, 2023,
       §3.2 and Algorithm 1.
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
-    >>> shuffled = units.permute(graph, params, {"a": [2, 0, 1]})
-    >>> match_weights(graph, shuffled, params)
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
+    >>> shuffled = units.permute(graph, model, {"a": [2, 0, 1]})
+    >>> match_weights(graph, shuffled, model)
     {'a': array([1, 2, 0])}
     """
-    weights.check(reference, tree, names=("the reference", "the tree"))
-    matching = _Matching(graph, tree, reference, chosen(graph, groups))
+    weights.check(_parameters(reference), _parameters(model), names=("the reference", "the model"))
+    matching = _Matching(graph, model, reference, permutable_groups(graph, groups))
     ends = [matching.descend(start, seed) for start in (matching.identity(), matching.loose())]
     return max(ends, key=lambda end: end[1])[0]
 
 
-class _Matching:
-    """Two trees as arrays by path, and the sum of products between them."""
+def _parameters(tree: PyTree) -> PyTree:
+    return tree.params if isinstance(tree, Model) else tree
 
-    def __init__(self, graph: UnitGraph, tree: Any, reference: Any, names: Sequence[str]):
+
+class _Matching:
+    """The parameters of two networks as arrays by name, and the sum of products between them."""
+
+    def __init__(self, graph: UnitGraph, model: PyTree, reference: PyTree, names: Sequence[str]):
         self.graph = graph
-        self.ours, self.theirs = real_leaves(graph, reference), real_leaves(graph, tree)
+        self.ours, self.theirs = float_leaves(graph, reference), float_leaves(graph, model)
         self.touched = {
             name: {s.path for s in graph.groups[name].slices if s.path in self.ours} for name in names
         }
-        # Those of which the trees have something
+        # Those of which the parameters have something
         self.names = [name for name in names if self.touched[name]]
 
     def identity(self) -> Found:
         return {name: np.arange(self.graph.groups[name].size) for name in self.names}
 
     def loose(self) -> Found:
-        """Each group by the upper bound of a pair's gain: what other groups may move has any order."""
+        """Orders each group by an upper bound of a pair's gain, in which other groups may have any order."""
         axes = Counter(s.path for name in self.names for s in self.graph.groups[name].slices)
         alone = {path for path, count in axes.items() if count == 1}
         return {
@@ -133,25 +142,25 @@ class _Matching:
 
 
 def match_activations(
-    graph: UnitGraph, tree: Any, reference: Any, *inputs: Any, groups: Iterable[str] | None = None
+    graph: UnitGraph, model: Model, reference: Model, x: PyTree, *, groups: Iterable[str] | None = None
 ) -> Found:
-    """Finds the order of a network's units in which their activations correlate with a reference's.
+    """Finds the order of units in which a network's activations correlate best with those of a reference.
 
-    Maximises the sum over units of the correlation, over examples and places, between the values that
-    :func:`distill_jax.compress.units.activations` gives; each group by itself.
+    Maximises, for each group by itself, the sum over units of the correlation, over examples and places,
+    between the values that :func:`distill_jax.compress.units.activations` returns.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      tree: all that was traced, parameters and state.
-      reference: likewise, of the same structure and shapes.
-      inputs: of the traced shapes: trace with as many examples as shall be looked at.
-      groups: which to reorder; None for all that are permutable.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
+      reference: another one, of the same structure and shapes.
+      x: inputs of the traced shapes: trace with as many examples as are to be compared.
+      groups: the groups to reorder; None for all whose units can be reordered.
 
     Returns:
-      group → π, for :func:`distill_jax.compress.units.permute` on ``tree``.
+      group → π, for ``units.permute(graph, model, π)``.
 
     Raises:
-      ValueError: if the two do not fit or are not finite; if a group is not permutable, has no
+      ValueError: if the two do not fit together or are not finite; if a group cannot be reordered, has no
         activations outside of loops, or lies across another one on an axis.
 
     References:
@@ -159,16 +168,21 @@ def match_activations(
       Srinivasa, 2023, §3.1.
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
     >>> x = jnp.sin(jnp.arange(27.0) ** 2).reshape(9, 3)
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x)
-    >>> shuffled = units.permute(graph, params, {"a": [2, 0, 1]})
-    >>> match_activations(graph, shuffled, params, x)
+    >>> graph = units.trace(model, x)
+    >>> shuffled = units.permute(graph, model, {"a": [2, 0, 1]})
+    >>> match_activations(graph, shuffled, model, x)
     {'a': array([1, 2, 0])}
     """
-    weights.check(reference, tree, names=("the reference", "the tree"))
-    names = chosen(graph, groups)
+    weights.check(
+        (reference.params, reference.state), (model.params, model.state),
+        names=("the reference", "the model"),
+    )  # fmt: skip
+    names = permutable_groups(graph, groups)
     shared: dict[tuple[str, int], set[str]] = {}
     for name in names:
         for path, axis, _ in graph.groups[name].slices:
@@ -178,7 +192,7 @@ def match_activations(
             f"groups: {sorted(both)} lie across each other on one axis, as heads and places in a head "
             "do, and cannot be matched one without the other: use match_weights, or name fewer groups"
         )
-    ours, theirs = (activations(graph, each, *inputs) for each in (reference, tree))
+    ours, theirs = (activations(graph, each, x) for each in (reference, model))
     missing = [name for name in names if name not in ours]
     if missing:
         raise ValueError(
@@ -189,37 +203,37 @@ def match_activations(
 
 
 def _by_unit(array: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
-    """``[size, rest]``: the entries of each unit, in the order of its positions."""
+    """Returns the entries of each unit, in the order of its positions: ``[size, rest]``."""
     size = int(index.max()) + 1
     places = positions(index, size)
-    assert places is not None, "a group that is not permutable"
+    assert places is not None, "a group whose units cannot be reordered"
     return np.moveaxis(array, axis, 0)[places].reshape(size, -1)
 
 
 def _standardized(x: np.ndarray) -> np.ndarray:
-    """With mean 0 and variance 1 over samples; 0 for a unit that does not vary."""
+    """Scales units to mean 0 and variance 1 over samples; a unit that does not vary becomes 0."""
     spread = x.std(0)
     return (x - x.mean(0)) / np.where(spread > 0, spread, 1.0)
 
 
 def _assign(gains: Any) -> np.ndarray:
-    """π with the largest sum of gains: our unit i is their unit π(i)."""
+    """Finds the π with the largest sum of gains: our unit i is their unit π(i)."""
     return scipy.optimize.linear_sum_assignment(gains, maximize=True)[1]
 
 
 class Brought(NamedTuple):
-    """What :func:`bring` did; ``print`` shows it.
+    """What :func:`bring` returns. ``print`` shows it.
 
     Attributes:
-      params: the teacher's numbers, of the student's structure and shapes.
-      selected: the teacher's group → the units that stayed.
+      model: the student with the teacher's numbers.
+      selected: the teacher's group → the units that were selected.
       permutations: the student's group → π.
-      kept: the student's leaf → why it is still the student's own.
+      kept: the student's array → the reason why it kept its own values.
       distance: ‖θ_student − θ‖ after the selection, and after the alignment.
-      cosine: of the angle between the two, likewise.
+      cosine: of the angle between the two, after the selection, and after the alignment.
     """
 
-    params: Any
+    model: Model
     selected: Indices
     permutations: Found
     kept: dict[str, str]
@@ -227,7 +241,7 @@ class Brought(NamedTuple):
     cosine: tuple[float, float]
 
     def __str__(self) -> str:
-        """A line a group, then the distances."""
+        """One line per group, then the distances."""
         lines = [f"{name}: {len(kept)} of the teacher's units" for name, kept in self.selected.items()]
         for name, order in self.permutations.items():
             moved = np.count_nonzero(order != np.arange(len(order)))
@@ -240,56 +254,56 @@ class Brought(NamedTuple):
 
 def bring(
     student_graph: UnitGraph,
-    student: Any,
+    student: Model,
     teacher_graph: UnitGraph,
-    teacher: Any,
+    teacher: Model,
     *,
     how: Literal["uniform", "block"] | Mapping[str, np.ndarray] = "uniform",
     block: int = 0,
     layers: Mapping[str, str] | None = None,
-    inputs: Sequence[Any] | None = None,
+    x: PyTree | None = None,
     groups: Iterable[str] | None = None,
     seed: int = 0,
 ) -> Brought:
-    """Brings a teacher to a student's shape, and to its basin: what is then to be interpolated.
+    """Brings a teacher to a student's shape and as near to the student as possible, to interpolate them.
 
-    As many of the teacher's units as the student has are selected, written into the student's
-    structure, and put into the order in which they are nearest to the student's. After that
-    :func:`distill_jax.weights.lerp`, :func:`distill_jax.train.interpolation.pull` and
-    :func:`~distill_jax.train.interpolation.through` can have both.
+    As many of the teacher's units as the student has are selected, written into the student's structure,
+    and put into the order in which they are nearest to the student's units. After that
+    :func:`distill_jax.weights.lerp` and the functions of :mod:`distill_jax.train.interpolation` can be
+    applied to both.
 
     Args:
-      student_graph: of :func:`distill_jax.compress.units.trace`.
-      student: what was traced there (without its model state, if that shall not count).
-      teacher_graph: of the same or a wider network of the kind.
-      teacher: what was traced there, likewise.
-      how: as in :func:`distill_jax.compress.units.select`.
-      block: likewise.
-      layers: likewise.
-      inputs: to align by the activations on these, of the shapes traced in ``student_graph``; None to
-        align by weights.
-      groups: the student's groups to align; None for all that are permutable, none of them for a
+      student_graph: the student's units, from :func:`distill_jax.compress.units.trace`.
+      student: the student.
+      teacher_graph: the teacher's units.
+      teacher: the teacher, a network of the same kind and at least as wide.
+      how: which units are selected, as in :func:`distill_jax.compress.units.select`.
+      block: which block, as in :func:`distill_jax.compress.units.select`.
+      layers: the student's layers → the teacher's, as in :func:`distill_jax.compress.units.select`.
+      x: inputs of the shapes traced in ``student_graph``, to align by activations; None to align by
+        weights.
+      groups: the student's groups to align; None for all whose units can be reordered, ``()`` for a
         selection alone.
-      seed: as in :func:`match_weights`.
+      seed: of the order in which groups are visited.
 
     Returns:
-      The teacher's numbers for the student, and a report.
+      The student with the teacher's numbers, and a report.
 
     Raises:
-      ValueError: if the networks do not correspond; if the student is the wider one, or smaller in
-        units that cannot be selected (they are not free), with every path where it is; as
-        :func:`match_weights` does.
+      ValueError: if the networks do not correspond; if the student is the wider one, or smaller in units
+        that cannot be selected because they are not free, with the name of every such array; or in the
+        cases of :func:`match_weights`.
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> def net(width):
     ...     params = {"a": jnp.eye(4)[:, :width], "b": jnp.arange(2.0 * width).reshape(width, 2)}
-    ...     def fn(p, x):
-    ...         return jnp.tanh(x @ p["a"]) @ p["b"]
-    ...     return units.trace(fn, params, jnp.ones((1, 4))), params
+    ...     model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    ...     return units.trace(model, jnp.ones((1, 4))), model
     >>> (graph, student), (wide, teacher) = net(2), net(4)
     >>> done = bring(graph, student, wide, teacher, how="block", block=1)
-    >>> done.params["b"].shape, done.selected
+    >>> done.model.params["b"].shape, done.selected
     ((2, 2), {'a': [2, 3]})
     """
     _check_widths(student_graph, teacher_graph, layers)
@@ -297,16 +311,16 @@ def bring(
     cut = keep(teacher_graph, teacher, selected)
     _check_shapes(student, cut, layers)
     written = inject(student, cut, layers=layers)
-    if inputs is None:
-        orders = match_weights(student_graph, written.params, student, groups=groups, seed=seed)
+    if x is None:
+        orders = match_weights(student_graph, written.model, student, groups=groups, seed=seed)
     else:
-        orders = match_activations(student_graph, written.params, student, *inputs, groups=groups)
-    params = permute(student_graph, written.params, orders)
+        orders = match_activations(student_graph, written.model, student, x, groups=groups)
+    model = permute(student_graph, written.model, orders)
     distance, cosine = (
-        (float(measure(student, written.params)), float(measure(student, params)))
+        (float(measure(student.params, written.model.params)), float(measure(student.params, model.params)))
         for measure in (weights.distance, weights.cosine)
     )
-    return Brought(params, selected, orders, written.kept, distance, cosine)
+    return Brought(model, selected, orders, written.kept, distance, cosine)
 
 
 def _check_widths(student: UnitGraph, teacher: UnitGraph, layers: Mapping[str, str] | None) -> None:
@@ -322,11 +336,11 @@ def _check_widths(student: UnitGraph, teacher: UnitGraph, layers: Mapping[str, s
         )
 
 
-def _check_shapes(student: Any, cut: Any, layers: Mapping[str, str] | None) -> None:
-    """Of what selection has left larger, :func:`inject` would take some indices of each axis."""
-    found = weights.by_path(cut)
+def _check_shapes(student: Model, cut: Model, layers: Mapping[str, str] | None) -> None:
+    """Refuses arrays that the selection has left larger: :func:`inject` would take some of their indices."""
+    found = leaves_by_name(cut)
     lines = []
-    for path, leaf in weights.by_path(student).items():
+    for path, leaf in leaves_by_name(student).items():
         theirs = found.get(mapped_path(path, layers))
         if theirs is not None and np.shape(theirs) != np.shape(leaf):
             lines.append(f"{path}: {np.shape(leaf)} in the student, {np.shape(theirs)} selected")

@@ -1,4 +1,4 @@
-"""What a network costs without some of its units, and what describes the rest."""
+"""What a network costs without some of its units, and a description of the smaller network."""
 
 import contextlib
 import functools
@@ -13,73 +13,56 @@ from jax.extend import core
 from distill_jax import metrics
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.removal import Kept, check, position_masks
-from distill_jax.compress.units.shrinking import shrink
+from distill_jax.compress.units.removal import Kept, shapes_of, unit_masks
+from distill_jax.compress.units.shrinking import ShrunkFn
 
 Cost = Callable[[UnitGraph, Kept], float]
 
 
-def shapes(graph: UnitGraph, kept: Kept) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of all leaves with these units, by path.
-
-    Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      kept: as in :func:`distill_jax.compress.units.keep`.
-    """
-    masks = position_masks(graph, kept)
-    found = {}
-    for path, like in graph.shapes.items():
-        axes = masks.get(path, {})
-        shape = [int(axes[a].sum()) if a in axes else n for a, n in enumerate(like.shape)]
-        found[path] = jax.ShapeDtypeStruct(tuple(shape), like.dtype)
-    return found
-
-
 def share(graph: UnitGraph, kept: Kept) -> float:
-    """The share of the units that stay, of those of the groups that ``kept`` names.
+    """Returns the share of units that stay, among the units of the groups that ``kept`` names.
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
     """
     total = sum(graph.groups[name].size for name in kept)
     return sum(len(indices) for indices in kept.values()) / max(total, 1)
 
 
 def parameters(graph: UnitGraph, kept: Kept) -> int:
-    """The number of parameters: as :func:`distill_jax.metrics.costs` counts them, without model state.
-
-    If what was traced has a first key ``params``, these are the numbers below it, else all.
+    """Counts the parameters that are left. The model's state does not count.
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
 
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
     >>> parameters(graph, {}), parameters(graph, {"a": [0, 3]})
     (20, 10)
     """
-    sizes = {path: int(np.prod(like.shape)) for path, like in shapes(graph, kept).items()}
-    below = [size for path, size in sizes.items() if path.startswith("params.")]
-    return sum(below or sizes.values())
+    shapes = shapes_of(graph, kept)
+    return sum(int(np.prod(shapes[name].shape)) for name in jax.tree.leaves(graph.names.params))
 
 
 def flops(graph: UnitGraph, kept: Kept) -> float:
-    """Operations of a call with the traced inputs, as XLA counts them. Trace with one example.
+    """Counts the operations of a call with the traced inputs, as XLA counts them.
 
-    The body of a ``scan`` counts as often as it runs; of a ``cond``, the dearest branch.
+    For the operations per example, trace with one example. The body of a ``scan`` counts as often as it
+    runs; of a ``cond``, the dearest branch counts.
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
 
     Raises:
-      ValueError: if XLA has no count, or there is a ``while`` loop, of no known number of rounds.
+      ValueError: if XLA has no count, or if there is a ``while`` loop, whose number of rounds is unknown.
     """
-    params, inputs = _arguments(graph, kept, jax.ShapeDtypeStruct)
-    return _counted(jax.make_jaxpr(shrink(graph, kept))(params, *inputs))
+    return _counted(jax.make_jaxpr(_evaluation(graph, kept))(*_arguments(graph, kept, jax.ShapeDtypeStruct)))
 
 
 def _counted(closed: Any) -> float:
@@ -91,7 +74,7 @@ def _counted(closed: Any) -> float:
 
 
 def _uncounted(program: Program) -> float:
-    """The rounds of loops that XLA leaves out: it counts the body once, unrolled as it is."""
+    """Counts the rounds of loops that XLA leaves out: it counts the body once, unrolled as it is."""
     total = 0.0
     for step in program.steps:
         if step.name == "while":
@@ -111,27 +94,27 @@ def _uncounted(program: Program) -> float:
 
 
 def latency(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> float:
-    """Median milliseconds of a compiled call with the traced inputs, here and now.
+    """Measures a compiled call with the traced inputs, here and now: the median in milliseconds.
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
-      repeats: timed calls, after three that are not counted.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      repeats: number of timed calls, after three that are not counted.
     """
     return _latencies(graph, [kept], repeats)[0]
 
 
 def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tuple[float, float]]:
-    """What the network costs before and after.
+    """Compares what the network costs before and after units are removed.
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
-      repeats: timed calls of each, in turn.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      repeats: number of timed calls of each network, in turn.
 
     Returns:
-      ``units``, ``parameters``, ``bytes``, ``latency_ms`` and ``flops`` (absent where :func:`flops`
-      has no count) of a call with the traced inputs → before, after.
+      ``units``, ``parameters``, ``bytes``, ``latency_ms`` and ``flops`` of a call with the traced inputs
+      → (before, after). ``flops`` is absent where :func:`flops` has no count.
     """
     free = {name: range(g.size) for name, g in graph.groups.items() if g.free}
     both: tuple[Kept, Kept] = free, free | dict(kept)
@@ -145,7 +128,7 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
         "parameters": pair(lambda kept: parameters(graph, kept)),
         "bytes": pair(
             lambda kept: sum(
-                int(np.prod(like.shape)) * like.dtype.itemsize for like in shapes(graph, kept).values()
+                int(np.prod(like.shape)) * like.dtype.itemsize for like in shapes_of(graph, kept).values()
             )
         ),
         "latency_ms": (times[0], times[1]),
@@ -156,43 +139,46 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
 
 
 def architecture(graph: UnitGraph, kept: Kept) -> dict[str, Any]:
-    """All that a fresh process must know of the smaller network, as JSON values.
+    """Describes the smaller network in JSON values, for who has the network's code.
 
-    With the code of the large one, ``keep(graph, like, record["kept"])`` makes the tree of shapes
-    that a checkpoint is read into, and ``shrink(graph, record["kept"])`` the function. A module whose
-    widths are arguments is built anew from ``record["widths"]``.
+    A network whose widths are arguments is built anew from ``record["widths"]``. (To write a model to a
+    file and read it without its code, use :func:`distill_jax.models.save`.)
 
     Args:
-      graph: as in :func:`shapes`.
-      kept: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
 
     Returns:
-      ``kept``: group → indices, of the groups that lost units; ``widths``: free group → units left;
-      ``shapes``: path → shape.
+      ``kept``: group → indices, for the groups that lost units; ``widths``: free group → number of units
+      left; ``shapes``: name of an array → shape.
     """
-    masks = check(graph, kept)
+    masks = unit_masks(graph, kept)
     sizes = {name: group.size for name, group in graph.groups.items() if group.free}
     return {
         "kept": {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()},
         "widths": sizes | {name: int(mask.sum()) for name, mask in masks.items()},
-        "shapes": {path: list(like.shape) for path, like in shapes(graph, kept).items()},
+        "shapes": {path: list(like.shape) for path, like in shapes_of(graph, kept).items()},
     }
 
 
+def _evaluation(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
+    """The function ``(params, state, x) -> outputs`` of the smaller network."""
+    apply_fn = ShrunkFn(graph, kept)
+    return lambda params, state, x: apply_fn(params, state, x)[0]
+
+
 def _arguments(graph: UnitGraph, kept: Kept, make: Callable[..., Any]) -> Any:
-    """Parameters and inputs of a call: ``make(shape, dtype)`` for each."""
-    traced = graph.program
-    avals = [traced.program.avals[number] for number in traced.program.inputs]
-    small = list(shapes(graph, kept).values())
-    leaves = [make(like.shape, like.dtype) for like in [*small, *avals[len(small) :]]]
-    return jax.tree.unflatten(traced.inputs, leaves)
+    """Makes ``(params, state, x)`` for a call, of ``make(shape, dtype)`` each."""
+    traced = graph.traced
+    leaves = [*shapes_of(graph, kept).values(), *jax.tree.leaves(traced.x)]
+    return jax.tree.unflatten(traced.arguments, [make(like.shape, like.dtype) for like in leaves])
 
 
 def _latencies(graph: UnitGraph, each: Sequence[Kept], repeats: int) -> list[float]:
-    """Medians, of calls in turn: what else the machine does slows down all of them."""
+    """Medians of calls in turn, so that what else the machine does slows down all of them."""
     calls = []
     for kept in each:
-        params, inputs = _arguments(graph, kept, jnp.zeros)
-        compiled = jax.jit(shrink(graph, kept)).lower(params, *inputs).compile()
-        calls.append(functools.partial(compiled, params, *inputs))
+        arguments = _arguments(graph, kept, jnp.zeros)
+        compiled = jax.jit(_evaluation(graph, kept)).lower(*arguments).compile()
+        calls.append(functools.partial(compiled, *arguments))
     return (np.median(metrics.timings(calls, repeats=repeats), 0) * 1e3).tolist()

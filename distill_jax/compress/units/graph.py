@@ -1,4 +1,4 @@
-"""Which indices of which axes of a network's arrays belong together: the result of a trace."""
+"""The result of a trace: which indices of which axes of a network's arrays belong together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,18 +7,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distill_jax._model import Model
+from distill_jax.weights.structure import path_name
+
+PyTree = Any
+
 
 class Slice(NamedTuple):
-    """Where a group's units lie along one axis of one array.
+    """Where the units of a group lie along one axis of one array.
 
-    Two groups may have slices on the same axis: one of heads × head size has a slice in the group of
-    the heads and one in that of the head size. A position stays only if all its units do.
+    Two groups may have slices on the same axis: an axis of heads × head size has a slice in the group
+    of heads and one in the group of head sizes. A position stays only if all its units stay.
 
-    Args:
-      path: of the leaf: :func:`distill_jax.weights.path_name`.
-      axis: of the leaf.
+    Attributes:
+      path: the name of the array, see :attr:`UnitGraph.names`.
+      axis: the axis of the array.
       index: ``[positions]``, the unit, from 0 to the group's size, to which each position along the
-        axis belongs; −1 where it belongs to none of the group.
+        axis belongs; −1 for positions that belong to no unit of the group.
     """
 
     path: str
@@ -27,16 +32,17 @@ class Slice(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Units of one kind: any of them can be removed, together with all its slices.
+    """Units of one kind. Each can be removed by itself, and then all its slices are removed.
 
-    Args:
-      name: the path of the first parameter in the program that has these units, such as
-        ``layers.0.kernel``; ``#1`` and so on tell groups of one parameter apart.
+    Attributes:
+      name: the name of the first parameter in the program that has these units, such as
+        ``layers.0.kernel``; a suffix ``#1``, ``#2`` and so on tells groups of one parameter apart.
       size: the number of units.
-      slices: where they lie.
-      free: whether units may be removed; else they are tied to the outside, or frozen.
-      exact: whether the network without some of them equals the one in which they are silenced.
-      reason: why they are not free or not exact, with the name of the primitive; else empty.
+      slices: where the units lie.
+      free: whether units can be removed. If not, they are tied to the network's inputs or outputs, or
+        an operation without a rule uses them.
+      exact: whether removing units gives the same outputs as setting them to zero.
+      reason: why the group is not free or not exact, with the name of the operation; else empty.
     """
 
     name: str
@@ -47,26 +53,57 @@ class Group(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class UnitGraph:
-    """The units of a network.
+class Names(NamedTuple):
+    """The names of a model's arrays, in trees of the same structure as ``params`` and ``state``."""
 
-    ``print(graph)`` shows a table.
+    params: PyTree
+    state: PyTree
+
+
+def names_of(model: Model) -> Names:
+    """Names the arrays of a model by their paths.
+
+    A parameter has its path in ``params`` as its name, such as ``layers.0.kernel``. An array of the state
+    has its path in ``state``, with ``state.`` before it if a parameter has the same path.
 
     Args:
-      groups: by name, in the order of the program.
-      shapes: the shape and dtype of every leaf, by path.
-      notes: the primitives without a rule, and which axes they froze.
-      program: what was traced, for :func:`distill_jax.compress.units.shrink`.
+      model: the model.
+
+    >>> names_of(Model(print, {"norm": {"scale": 1.0}}, {"norm": {"scale": 2.0, "mean": 0.0}})).state
+    {'norm': {'mean': 'norm.mean', 'scale': 'state.norm.scale'}}
+    """
+    params = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) or "params", model.params)
+    taken = set(jax.tree.leaves(params))
+
+    def name(path: Any, _: Any) -> str:
+        found = path_name(path) or "state"
+        while found in taken:
+            found = f"state.{found}"
+        return found
+
+    return Names(params, jax.tree_util.tree_map_with_path(name, model.state))
+
+
+@dataclass(frozen=True)
+class UnitGraph:
+    """The units of a network. ``print(graph)`` shows them as a table.
+
+    Attributes:
+      groups: the groups by name, in the order of the program.
+      shapes: the shape and dtype of each array of the model, by name.
+      names: the name of each array, in trees of the structure of the model's ``params`` and ``state``.
+      notes: the operations without a rule, and how many axes they froze.
+      traced: what was traced; other functions of this package read it.
     """
 
     groups: Mapping[str, Group]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
+    names: Names
     notes: tuple[str, ...] = ()
-    program: Any = field(default=None, repr=False, compare=False)
+    traced: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        """The table: a line a group, then the notes."""
+        """The table: one line per group, then the notes."""
         rows = [("group", "units", "removable", "where", "why not")]
         for group in self.groups.values():
             state = "no" if not group.free else "exactly" if group.exact else "inexactly"

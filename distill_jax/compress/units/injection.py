@@ -1,4 +1,4 @@
-"""A teacher's numbers written into a student."""
+"""Writes a teacher's values into a student of the same or smaller shapes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,44 +6,46 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from distill_jax._model import Model
+from distill_jax.compress.units.graph import names_of
 from distill_jax.compress.units.selection import mapped_path
-from distill_jax.weights.structure import by_path, path_name
 
 
 class Injected(NamedTuple):
-    """What :func:`inject` did.
+    """What :func:`inject` returns.
 
     Attributes:
-      params: the student's tree.
-      taken: its leaf → the teacher's, for those whose values are the teacher's now.
-      kept: its leaf → why it stayed the student's own.
+      model: the student with the teacher's values.
+      taken: the student's array → the teacher's array from which its values were taken.
+      kept: the student's array → the reason why it kept its own values.
     """
 
-    params: Any
+    model: Model
     taken: dict[str, str]
     kept: dict[str, str]
 
     def __str__(self) -> str:
-        """A line a leaf."""
+        """One line per array."""
         lines = [f"{path}: from {source}" for path, source in self.taken.items()]
         return "\n".join(lines + [f"{path}: kept, {why}" for path, why in self.kept.items()])
 
 
-def inject(student: Any, teacher: Any, *, layers: Mapping[str, str] | None = None) -> Injected:
+def inject(student: Model, teacher: Model, *, layers: Mapping[str, str] | None = None) -> Injected:
     """Writes a teacher's values into a student of the same or smaller shapes.
 
-    Leaves of equal shapes are taken whole: those of ``keep(graph, teacher, select(…))`` all are, and
-    their units belong together. Of a larger leaf of the teacher evenly spaced indices of each axis are
-    taken, ⌊i·N/n⌋: axes of equal sizes agree, but not one behind a flattening with one before it:
-    there, select units first. Where the student is the larger, it keeps its own.
+    Arrays of equal shapes are taken whole. This is the case for all arrays of
+    ``keep(graph, teacher, select(graph, student_graph))``, and their units belong together. From a larger
+    array of the teacher, evenly spaced indices ⌊i·N/n⌋ of each axis are taken. These agree between axes of
+    equal sizes, but not between an axis before a flattening and one behind it: there, select units first.
+    Where the student's array is the larger one, it keeps its own values.
 
     Args:
-      student: a pytree of arrays.
-      teacher: another.
+      student: the model that is written into.
+      teacher: the model whose values are taken.
       layers: the student's layers → the teacher's, as in :func:`distill_jax.compress.units.select`.
 
     Returns:
-      The student's tree, and what was taken and kept.
+      The student with the teacher's values, and a report of what was taken and kept.
 
     Raises:
       ValueError: if nothing can be taken.
@@ -52,15 +54,18 @@ def inject(student: Any, teacher: Any, *, layers: Mapping[str, str] | None = Non
       Xu et al., `Initializing Models with Larger Ones`, 2024, §3 (uniform selection).
 
     >>> import jax.numpy as jnp
-    >>> done = inject({"a": jnp.zeros(2), "b": jnp.zeros(3)}, {"a": jnp.arange(4.0)})
-    >>> done.params["a"], done.taken, done.kept
+    >>> from distill_jax import models
+    >>> def fn(params, x):
+    ...     return x * params["a"].sum()
+    >>> student = models.from_function(fn, {"a": jnp.zeros(2), "b": jnp.zeros(3)})
+    >>> done = inject(student, models.from_function(fn, {"a": jnp.arange(4.0)}))
+    >>> done.model.params["a"], done.taken, done.kept
     (Array([0., 2.], dtype=float32), {'a': 'a'}, {'b': 'the teacher has no b'})
     """
-    found = by_path(teacher)
+    found = leaves_by_name(teacher)
     taken, kept = {}, {}
 
-    def one(key: Any, leaf: Any) -> Any:
-        path = path_name(key)
+    def new(path: str, leaf: Any) -> Any:
         source = mapped_path(path, layers)
         if source not in found:
             kept[path] = f"the teacher has no {source}"
@@ -75,7 +80,13 @@ def inject(student: Any, teacher: Any, *, layers: Mapping[str, str] | None = Non
             values = values if n == m else values.take(np.arange(n) * m // n, axis=axis)
         return values.astype(leaf.dtype)
 
-    params = jax.tree_util.tree_map_with_path(one, student)
+    params, state = jax.tree.map(new, tuple(names_of(student)), (student.params, student.state))
     if not taken:
         raise ValueError(f"teacher: nothing of it fits into the student: {kept}")
-    return Injected(params, taken, kept)
+    return Injected(student.replace(params=params, state=state), taken, kept)
+
+
+def leaves_by_name(model: Model) -> dict[str, Any]:
+    """Returns a model's arrays by name, see :func:`~distill_jax.compress.units.graph.names_of`."""
+    names = jax.tree.leaves(names_of(model))
+    return dict(zip(names, jax.tree.leaves((model.params, model.state)), strict=True))

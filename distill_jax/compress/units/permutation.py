@@ -1,4 +1,4 @@
-"""The order of units: a network does not depend on it, and this is what alignment makes use of."""
+"""Reorders the units of a network, which changes nothing that the network computes."""
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,72 +8,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.removal import map_leaves, numpy_of
-from distill_jax.compress.units.shrinking import shrink
+from distill_jax.compress.units.shrinking import ShrunkFn
 from distill_jax.compress.units.tracing import Traced
 
+PyTree = Any
 Permutations = Mapping[str, Sequence[int] | np.ndarray]
 
 
-def permute(graph: UnitGraph, tree: Any, permutations: Permutations) -> Any:
+def permute(graph: UnitGraph, tree: PyTree, permutations: Permutations) -> PyTree:
     """Puts units into another order: new unit i is old unit π(i), in all slices.
 
-    The network's function stays the same. What a position is among several of one unit, as the places
-    of an image behind a flattened channel, also stays.
+    The outputs of the network stay the same. Where several positions belong to one unit, such as the
+    places of an image behind a flattened channel, they keep their order within the unit.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      tree: the parameters, or any pytree as in :func:`distill_jax.compress.units.keep`.
-      permutations: group → π, each of 0 … size − 1 once; all units of groups not named stay.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      tree: the model, or any pytree as in :func:`distill_jax.compress.units.keep`.
+      permutations: group → π, each of 0 … size − 1 once. All units of groups that are not named stay.
 
     Returns:
       A pytree of the same structure and shapes.
 
     Raises:
       ValueError: if a group does not exist, its π is no permutation, or the order of its units matters
-        (see :func:`permutable`); if a leaf has another shape than its parameter.
+        (see :func:`permutable`); if nothing in the tree has the traced structure and shapes.
 
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.eye(3), "b": jnp.arange(6.0).reshape(3, 2)}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
-    >>> permute(graph, params, {"a": [2, 0, 1]})["b"][:, 0]
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
+    >>> permute(graph, model, {"a": [2, 0, 1]}).params["b"][:, 0]
     Array([4., 0., 2.], dtype=float32)
     """
-    moving = {name: order for name, order in check(graph, permutations).items() if _moves(order)}
-    chosen(graph, moving)
+    moving = {name: order for name, order in checked_orders(graph, permutations).items() if _moves(order)}
+    permutable_groups(graph, moving)
     orders = position_orders(graph, moving)
 
-    def one(leaf: Any, path: str) -> Any:
-        for axis, order in orders[path].items():
+    def edit(leaf: Any, name: str) -> Any:
+        for axis, order in orders.get(name, {}).items():
             leaf = numpy_of(leaf).take(leaf, order, axis=axis)
         return leaf
 
-    return map_leaves(graph, one, tree, orders)
+    return map_leaves(graph, edit, tree)
 
 
 def permutable(graph: UnitGraph) -> tuple[str, ...]:
     """Names the groups whose units may stand in any order.
 
-    They are free, and the program with random parameters gives on random inputs the same results in
-    another order of the units (one of ``cumsum`` over units, say, does not). The answer is kept with
-    the graph; to find it takes a compilation of the program.
+    These groups are free, and the program with random parameters gives the same results on random inputs
+    when their units stand in another order. (A program that takes a ``cumsum`` over units does not.) The
+    answer is kept with the graph. To find it, the program is compiled.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
     """
     return tuple(name for name, reason in _reasons(graph).items() if not reason)
 
 
-def chosen(graph: UnitGraph, groups: Iterable[str] | None) -> list[str]:
-    """The groups asked for, or all that are permutable.
+def permutable_groups(graph: UnitGraph, groups: Iterable[str] | None) -> list[str]:
+    """Returns the names of the groups asked for, or of all groups whose units can be reordered.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      groups: names; None for all.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      groups: names, or None for all.
 
     Raises:
-      ValueError: if one of them does not exist, or is not permutable.
+      ValueError: if a group does not exist, or its units cannot be reordered.
     """
     if groups is None:
         return list(permutable(graph))
@@ -88,15 +91,15 @@ def chosen(graph: UnitGraph, groups: Iterable[str] | None) -> list[str]:
     return names
 
 
-def check(graph: UnitGraph, permutations: Permutations) -> dict[str, np.ndarray]:
-    """The permutations as arrays.
+def checked_orders(graph: UnitGraph, permutations: Permutations) -> dict[str, np.ndarray]:
+    """Checks permutations, and returns them as integer arrays.
 
     Args:
-      graph: as in :func:`permute`.
-      permutations: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      permutations: group → π, as in :func:`permute`.
 
     Raises:
-      ValueError: if one is none, or its group does not exist.
+      ValueError: if a π is no permutation, or its group does not exist.
     """
     orders = {}
     for name, order in permutations.items():
@@ -111,15 +114,15 @@ def check(graph: UnitGraph, permutations: Permutations) -> dict[str, np.ndarray]
 def position_orders(
     graph: UnitGraph, orders: Mapping[str, np.ndarray], paths: Iterable[str] | None = None
 ) -> dict[str, dict[int, np.ndarray]]:
-    """Where the positions come from: path → axis → the old position of each new one.
+    """Says where positions come from: name of an array → axis → the old position of each new one.
 
-    The k-th position of a unit goes to the k-th of the other. (That this is right, and not the
-    (k + 1)-th, is what :func:`permutable` finds out.)
+    The k-th position of a unit goes to the k-th position of the other. (:func:`permutable` finds out
+    whether this is right.)
 
     Args:
-      graph: as in :func:`permute`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       orders: group → π.
-      paths: the leaves that matter; None for all.
+      paths: the names of the arrays that are wanted; None for all.
     """
     wanted = None if paths is None else set(paths)
     parts: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
@@ -159,24 +162,24 @@ _FOUND: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictiona
 
 
 def _reasons(graph: UnitGraph) -> dict[str, str]:
-    """For each free group why its units cannot be put into another order, or the empty string."""
-    key = graph.program.tracer
+    """Says for each free group why its units cannot be reordered; the empty string if they can be."""
+    key = graph.traced.tracer
     if key not in _FOUND:
         _FOUND[key] = _try_all(graph)
     return _FOUND[key]
 
 
 def _try_all(graph: UnitGraph) -> dict[str, str]:
-    traced: Traced = graph.program
+    traced: Traced = graph.traced
     rng = np.random.default_rng(0)
-    avals = [traced.program.avals[number] for number in traced.program.inputs]
-    params, inputs = jax.tree.unflatten(traced.inputs, avals)
-    params = jax.tree.map(lambda aval: _random(rng, aval, np.prod(aval.shape[:-1])), params)
-    inputs = jax.tree.map(lambda aval: _random(rng, aval), inputs)
-    fn = shrink(graph, {})
+    params, state = jax.tree.map(
+        lambda like: _random(rng, like, np.prod(like.shape[:-1])), (traced.model.params, traced.model.state)
+    )
+    x = jax.tree.map(lambda like: _random(rng, like), traced.x)
+    model = traced.model.replace(apply_fn=ShrunkFn(graph, {}), params=params, state=state)
     options: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    run = jax.jit(fn).lower(params, *inputs).compile(compiler_options=options)
-    expected = [np.asarray(x) for x in jax.tree.leaves(run(params, *inputs))]
+    run = jax.jit(lambda model, x: model(x)).lower(model, x).compile(compiler_options=options)
+    expected = [np.asarray(y) for y in jax.tree.leaves(run(model, x))]
 
     def fails(names: list[str]) -> str:
         orders = {name: _without_fixed_point(rng, graph.groups[name].size) for name in names}
@@ -185,12 +188,12 @@ def _try_all(graph: UnitGraph) -> dict[str, str]:
         except ValueError as error:
             return str(error)
 
-        def one(leaf: Any, path: str) -> Any:
-            for axis, order in found[path].items():
+        def edit(leaf: Any, name: str) -> Any:
+            for axis, order in found.get(name, {}).items():
                 leaf = jnp.take(leaf, order, axis=axis)
             return leaf
 
-        results = jax.tree.leaves(run(map_leaves(graph, one, params, found), *inputs))
+        results = jax.tree.leaves(run(map_leaves(graph, edit, model), x))
         same = all(_same(x, np.asarray(y)) for x, y in zip(expected, results, strict=True))
         return "" if same else "in another one the results are others"
 
@@ -201,7 +204,7 @@ def _try_all(graph: UnitGraph) -> dict[str, str]:
 
 
 def _random(rng: np.random.Generator, aval: Any, fan_in: float = 1.0) -> Any:
-    """Numbers with which nothing overflows in a deep network; what may be a variance is positive."""
+    """Draws numbers with which a deep network does not overflow; those of vectors are positive."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
         return jnp.broadcast_to(jax.random.key(0), aval.shape)
     if not jnp.issubdtype(aval.dtype, jnp.inexact):
@@ -212,7 +215,7 @@ def _random(rng: np.random.Generator, aval: Any, fan_in: float = 1.0) -> Any:
 
 
 def _without_fixed_point(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random cycle through all."""
+    """Draws a random cycle through all units."""
     cycle = rng.permutation(size)
     order = np.empty_like(cycle)
     order[cycle] = np.roll(cycle, 1)
@@ -220,7 +223,7 @@ def _without_fixed_point(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Up to rounding; what is not finite shows nothing."""
+    """Says whether two results are equal up to rounding, and finite."""
     if not jnp.issubdtype(a.dtype, jnp.inexact):
         return np.array_equal(a, b)
     tolerance = 8 * float(jnp.finfo(a.dtype).eps) ** 0.5

@@ -1,10 +1,9 @@
-"""How much each unit matters: one number a unit, of which the lowest are pruned first.
+"""Scores how much each unit matters: one number per unit, of which the lowest are pruned first.
 
-Every score sums over *all* slices of a unit, incoming and outgoing, each element once. Layers are made
-comparable by ``normalize``: scores of a group are divided by their ``"mean"`` (the default), their
-``"max"``, their ``"norm"`` √Σs²; ``"none"`` leaves them. Trees (parameters, gradients) may be of
-all that was traced or of a part, as in :func:`distill_jax.compress.units.keep`; what is missing does not
-count: give ``params`` alone where BatchNorm's statistics should not.
+Every score sums over *all* slices of a unit, incoming and outgoing, each element once. Only parameters
+count, not the model's state (BatchNorm's statistics). ``normalize`` makes layers comparable: the scores of a
+group are divided by their ``"mean"`` (the default), their ``"max"`` or their ``"norm"`` √Σs²; ``"none"``
+leaves them as they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,57 +13,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import Model
+from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, UnitGraph
-from distill_jax.compress.units.values import activations, free_groups, real_leaves, vectors
+from distill_jax.compress.units.values import activations, free_groups, vectors
 
+PyTree = Any
 Scores = dict[str, np.ndarray]
 Normalize = Literal["mean", "max", "norm", "none"]
 
 
-def l1(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Scores:
-    """Sum of absolute weights: Σ|w|.
+def l1(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Sums the absolute weights of each unit: Σ|w|.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      params: the weights.
-      normalize: see above.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
-      Free group → float64 ``[size]``.
+      For each free group, float64 ``[size]``.
 
     References:
       Li et al., `Pruning Filters for Efficient ConvNets`, 2017, §3.1 (of incoming weights there).
 
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.ones((3, 2)) * jnp.array([1.0, -2.0]), "b": jnp.ones((2, 1))}
-    >>> graph = units.trace(lambda p, x: (x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
-    >>> units.scores.l1(graph, params, normalize="none")
+    >>> model = models.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
+    >>> units.scores.l1(graph, model, normalize="none")
     {'a': array([4., 7.])}
     """
-    return normalized(_sums(graph, real_leaves(graph, params), np.abs), normalize)
+    return normalized(_sums(graph, float_leaves(graph, model), np.abs), normalize)
 
 
-def l2(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Scores:
-    """Euclidean norm of the weights: √Σw².
+def l2(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Takes the Euclidean norm of the weights of each unit: √Σw².
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      normalize: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
     """
-    squares = _sums(graph, real_leaves(graph, params), np.square)
+    squares = _sums(graph, float_leaves(graph, model), np.square)
     return normalized({name: np.sqrt(x) for name, x in squares.items()}, normalize)
 
 
-def lamp(graph: UnitGraph, params: Any, *, normalize: Normalize = "none") -> Scores:
-    """A unit's share in the energy of those of its group that are no smaller: w_u² / Σ_{v ≥ u} w_v².
+def lamp(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "none") -> Scores:
+    """Scores a unit by its share of the energy of all larger units: w_u² / Σ_{v ≥ u} w_v².
 
-    It is comparable across layers as it is; the largest unit of every group has 1.
+    The sum is over the units of the group that are not smaller. The scores are comparable between layers
+    as they are: the largest unit of every group has 1.
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      normalize: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     References:
       Lee et al., `Layer-Adaptive Sparsity for the Magnitude-based Pruning`, 2021 (of single weights
@@ -78,63 +83,72 @@ def lamp(graph: UnitGraph, params: Any, *, normalize: Normalize = "none") -> Sco
         found[order] = energy[order] / np.where(rest > 0, rest, 1)
         return found
 
-    squares = _sums(graph, real_leaves(graph, params), np.square)
+    squares = _sums(graph, float_leaves(graph, model), np.square)
     return normalized({name: share(x) for name, x in squares.items()}, normalize)
 
 
-def taylor(graph: UnitGraph, params: Any, gradients: Any, *, normalize: Normalize = "mean") -> Scores:
-    """The change of the loss without the unit, to first order: |Σ g·w|.
+def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Estimates how the loss changes without the unit, to first order: |Σ g·w|.
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      gradients: of the loss, shaped like ``params``.
-      normalize: as in :func:`l1`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      gradients: the gradients of the loss: a tree of the structure of ``params``, or a Model of them.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     References:
       Molchanov et al., `Importance Estimation for Neural Network Pruning`, 2019 (squared there).
     """
-    products = _products(graph, params, gradients, "gradients")
+    weights, slopes = float_leaves(graph, model), float_leaves(graph, gradients, argument="gradients")
+    products = {path: w * slopes[path] for path, w in weights.items()}
     return normalized({n: np.abs(x) for n, x in _sums(graph, products).items()}, normalize)
 
 
-def fisher(graph: UnitGraph, params: Any, diagonal: Any, *, normalize: Normalize = "mean") -> Scores:
-    """The change of the loss without the unit, to second order: ½ Σ h·w².
+def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Estimates how the loss changes without the unit, to second order: ½ Σ h·w².
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      diagonal: of the Hessian, or of the Fisher matrix (:func:`squared_gradients`), shaped like
-        ``params``.
-      normalize: as in :func:`l1`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      diagonal: the diagonal h of the Hessian or of the Fisher matrix (:func:`squared_gradients`), as a
+        tree of the structure of ``params``.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     References:
       LeCun, Denker, Solla, `Optimal Brain Damage`, 1990; Theis et al., 2018 (the Fisher).
     """
-    squared = {path: w * w for path, w in real_leaves(graph, params).items()}
-    products = _products(graph, squared, diagonal, "diagonal")
+    weights, curvature = float_leaves(graph, model), float_leaves(graph, diagonal, argument="diagonal")
+    products = {path: w * w * curvature[path] for path, w in weights.items()}
     return normalized({n: x / 2 for n, x in _sums(graph, products).items()}, normalize)
 
 
 def squared_gradients(
-    loss_fn: Callable[[Any, Any], jax.Array], params: Any, examples: Any, *, chunk: int = 64
-) -> Any:
-    """Averages the squared gradients of single examples: the diagonal of the (empirical) Fisher matrix.
+    loss_fn: Callable[[Model, Any], jax.Array], model: Model, examples: PyTree, *, chunk: int = 64
+) -> PyTree:
+    """Averages the squared gradients of single examples: the diagonal of the empirical Fisher matrix.
 
     Args:
-      loss_fn: ``(params, example) -> loss`` of one example, without a batch axis.
-      params: any pytree.
+      loss_fn: ``(model, example) -> loss`` of one example, without a batch axis.
+      model: the model. The gradients are those of its parameters.
       examples: a pytree of arrays ``[examples, ...]``.
-      chunk: examples whose gradients are held at once.
+      chunk: number of examples whose gradients are held at once.
 
-    >>> squared_gradients(lambda p, x: p * x, jnp.array(1.0), jnp.array([1.0, 3.0])).item()
+    Returns:
+      A tree of the structure of ``model.params``.
+
+    >>> from distill_jax import models
+    >>> model = models.from_function(lambda p, x: p * x, jnp.array(1.0))
+    >>> squared_gradients(lambda model, x: model(x), model, jnp.array([1.0, 3.0])).item()
     5.0
     """
     count = len(jax.tree.leaves(examples)[0])
 
+    def loss(params: PyTree, example: Any) -> jax.Array:
+        return loss_fn(model.replace(params=params), example)
+
     @jax.jit
-    def total(part: Any) -> Any:
-        gradients = jax.vmap(jax.grad(loss_fn), (None, 0))(params, part)
+    def total(part: PyTree) -> PyTree:
+        gradients = jax.vmap(jax.grad(loss), (None, 0))(model.params, part)
         return jax.tree.map(lambda g: jnp.square(g).sum(0), gradients)
 
     parts = [total(jax.tree.map(lambda x, i=i: x[i : i + chunk], examples)) for i in range(0, count, chunk)]
@@ -142,24 +156,28 @@ def squared_gradients(
 
 
 def batch_norm_scale(
-    graph: UnitGraph, params: Any, *, names: Sequence[str] = ("scale", "gamma"), normalize: Normalize = "none"
+    graph: UnitGraph,
+    model: PyTree,
+    *,
+    names: Sequence[str] = ("scale", "gamma"),
+    normalize: Normalize = "none",
 ) -> Scores:
-    """|γ|, the factor after a normalisation; only of groups that have one.
+    """Scores units by |γ|, the factor after a normalisation, in groups that have one.
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      names: what the last part of such a parameter's path is.
-      normalize: as in :func:`l1`. The factors are of one kind in all layers: "none" compares them as
-        they are.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      names: the last part of the name of such a parameter.
+      normalize: how the scores of a group are made comparable. The factors are of one kind in all layers,
+        so "none" compares them as they are.
 
     Raises:
-      ValueError: if no parameter is called so.
+      ValueError: if no parameter of the model has such a name.
 
     References:
       Liu et al., `Learning Efficient Convolutional Networks through Network Slimming`, 2017, §3.
     """
-    leaves = real_leaves(graph, params)
+    leaves = float_leaves(graph, model)
     factors = {p: w for p, w in leaves.items() if p.rpartition(".")[2] in names and w.ndim == 1}
     found = {
         name: score
@@ -167,55 +185,62 @@ def batch_norm_scale(
         if any(s.path in factors for s in graph.groups[name].slices)
     }
     if not found:
-        raise ValueError(f"names: no vector of params that has units is called {tuple(names)}")
+        raise ValueError(f"names: no vector among the parameters that has units is called {tuple(names)}")
     return normalized(found, normalize)
 
 
-def mean_activation(graph: UnitGraph, params: Any, *inputs: Any, normalize: Normalize = "mean") -> Scores:
-    """Mean absolute value of what the unit hands on.
+def mean_activation(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Takes the mean absolute value of what each unit hands on.
 
     Args:
-      graph: as in :func:`l1`.
-      params: all that was traced.
-      inputs: of the shapes that were traced: trace with the batch to be looked at.
-      normalize: as in :func:`l1`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
+      x: inputs of the traced shapes: trace with the batch that is to be looked at.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
-      As :func:`l1`, without groups that have no :func:`activations`.
+      For each free group that has :func:`~distill_jax.compress.units.activations`, float64 ``[size]``.
     """
-    values = activations(graph, params, *inputs)
-    return normalized({name: np.abs(x).mean(0) for name, x in values.items()}, normalize)
+    values = activations(graph, model, x)
+    return normalized({name: np.abs(a).mean(0) for name, a in values.items()}, normalize)
 
 
-def apoz(graph: UnitGraph, params: Any, *inputs: Any, normalize: Normalize = "none") -> Scores:
-    """The share of non-zero activations, 1 − APoZ: units that are nearly always 0 have the lowest.
+def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "none") -> Scores:
+    """Takes the share of activations that are not zero, 1 − APoZ.
+
+    Units that are nearly always zero have the lowest score.
 
     Args:
-      graph: as in :func:`mean_activation`.
-      params: likewise.
-      inputs: likewise.
-      normalize: as in :func:`l1`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
+      x: inputs of the traced shapes: trace with the batch that is to be looked at.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
+
+    Returns:
+      For each free group that has :func:`~distill_jax.compress.units.activations`, float64 ``[size]``.
 
     References:
       Hu et al., `Network Trimming`, 2016, Eq. 1 (APoZ: the average percentage of zeros).
     """
-    values = activations(graph, params, *inputs)
-    return normalized({name: (x != 0).mean(0) for name, x in values.items()}, normalize)
+    values = activations(graph, model, x)
+    return normalized({name: (a != 0).mean(0) for name, a in values.items()}, normalize)
 
 
-def fpgm(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Scores:
-    """Distance to the other units: Σ_v ‖w_u − w_v‖; what is near the geometric median can be spared.
+def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+    """Sums the distances of a unit's weights to those of the other units: Σ_v ‖w_u − w_v‖.
+
+    A unit near the geometric median of its group has the lowest score, for others can replace it.
 
     Args:
-      graph: as in :func:`l1`.
-      params: likewise.
-      normalize: likewise.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, or a tree of the structure of its ``params``.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     References:
       He et al., `Filter Pruning via Geometric Median`, 2019 (of incoming weights there).
     """
     found = {}
-    for name, x in vectors(graph, params).items():
+    for name, x in vectors(graph, model).items():
         squares = (x * x).sum(1)
         distances = squares[:, None] + squares - 2 * x @ x.T
         np.fill_diagonal(distances, 0)
@@ -224,11 +249,11 @@ def fpgm(graph: UnitGraph, params: Any, *, normalize: Normalize = "mean") -> Sco
 
 
 def random(key: jax.Array, graph: UnitGraph) -> Scores:
-    """Uniform on [0, 1): what any other score must beat.
+    """Draws scores uniformly from [0, 1): what any other score must beat.
 
     Args:
-      key: of the draw.
-      graph: as in :func:`l1`.
+      key: the random key.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
     """
     free = free_groups(graph)
     ends = np.cumsum([group.size for group in free])
@@ -238,14 +263,14 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
 
 
 def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores:
-    """Makes the scores of several groups comparable, as the module's first lines say.
+    """Makes the scores of several groups comparable.
 
     Args:
       scores: group → ``[size]``.
-      normalize: how.
+      normalize: how the scores of a group are made comparable, see the module's first lines.
 
     Raises:
-      ValueError: if there is no such way, or a score is not finite.
+      ValueError: if ``normalize`` is unknown, or a score is not finite.
     """
     measures: dict[str, Callable[[np.ndarray], Any]] = {
         "mean": np.mean, "max": np.max, "norm": np.linalg.norm, "none": lambda x: 1.0,
@@ -258,19 +283,12 @@ def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores
     return {name: x / (measures[normalize](x) or 1.0) for name, x in scores.items()}
 
 
-def _products(graph: UnitGraph, a: Any, b: Any, name: str) -> dict[str, np.ndarray]:
-    left, right = real_leaves(graph, a), real_leaves(graph, b)
-    if missing := sorted(left.keys() - right.keys()):
-        raise ValueError(f"{name} must be shaped like params, but has no {missing[0]}")
-    return {path: x * right[path] for path, x in left.items()}
-
-
 def _sums(
     graph: UnitGraph,
     leaves: Mapping[str, np.ndarray],
     function: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> Scores:
-    """Σ over all elements that go with a unit, each once."""
+    """Sums over all elements that belong to a unit, each once."""
     values = {path: function(x) for path, x in leaves.items()}
     return {group.name: _sum(group, values) for group in free_groups(graph)}
 

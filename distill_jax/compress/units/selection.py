@@ -1,10 +1,10 @@
-"""Which units stay: by scores, as one of each kind, as many as a smaller network has.
+"""Chooses which units stay: by scores, or as many as a smaller network has.
 
-Each function *decides*, and returns ``kept``, the indices that stay in each group; what makes arrays
-smaller is :func:`~distill_jax.compress.units.keep` alone, for parameters, model state and optimizer state:
+:func:`prune` and :func:`select` return ``kept``, the indices that stay in each group. Arrays become smaller
+only by :func:`~distill_jax.compress.units.keep`, which takes the model, the optimizer's state, or both:
 
-    kept = units.prune(graph, units.scores.l2(graph, params), 0.5)
-    params, opt_state = (units.keep(graph, tree, kept) for tree in (params, opt_state))
+    kept = units.prune(graph, units.scores.l2(graph, model), 0.5)
+    model, opt_state = units.keep(graph, (model, opt_state), kept)
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy.cluster import hierarchy
 
+from distill_jax._model import Model
 from distill_jax.compress.units._trace.roles import positions, roles
 from distill_jax.compress.units.costs import Cost, share
+from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph
-from distill_jax.compress.units.removal import map_leaves, numpy_of
 from distill_jax.compress.units.values import vectors
 
 Indices = dict[str, list[int]]
@@ -31,32 +32,36 @@ def prune(
     across: Literal["network", "group"] = "network",
     multiple: int = 1,
 ) -> Indices:
-    """Removes units of the lowest scores, as few as bring a cost down to a budget.
+    """Chooses the units to keep so that a cost fits into a budget: those of the lowest scores go.
+
+    No more units go than the budget demands.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      scores: group → ``[size]``, of :mod:`distill_jax.compress.units.scores`; groups not named are left whole.
-      budget: the most that may be left, in the unit of ``of``.
-      of: what is counted: :func:`~distill_jax.compress.units.share` of the scored groups' units,
-        :func:`~distill_jax.compress.units.parameters`, :func:`~distill_jax.compress.units.flops`, the
-        measured :func:`~distill_jax.compress.units.latency`, or any other ``(graph, kept) -> number``
-        that falls as units go.
-      across: the whole network has one order of scores, or each group loses the same share.
-      multiple: group sizes are rounded up to multiples of this (8, say, for a GPU); a group smaller
-        than that stays whole.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      scores: group → ``[size]``, from :mod:`distill_jax.compress.units.scores`. Groups that are not named
+        stay whole.
+      budget: the highest cost that may be left, in the unit of ``of``.
+      of: the cost: ``units.costs.share`` of the scored groups' units, ``units.costs.parameters``,
+        ``units.costs.flops``, the measured ``units.costs.latency``, or any other
+        ``(graph, kept) -> number`` that falls when units go.
+      across: ``"network"``: all units are ranked together; ``"group"``: each group loses the same share.
+      multiple: group sizes are rounded up to multiples of this number (8, for example, for a GPU). A group
+        smaller than that stays whole.
 
     Returns:
       The indices that stay in each scored group, at least one.
 
     Raises:
-      ValueError: if scores are not those of free groups; if the budget is below what the least network
-        has, which is one unit a group (or ``multiple``).
+      ValueError: if scores do not belong to free groups; if the budget is below the cost of the smallest
+        network, which has one unit per group (or ``multiple``).
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.array([[1.0, -3.0, 2.0]]), "b": jnp.ones((3, 1))}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
-    >>> units.prune(graph, units.scores.l1(graph, params), 4, of=units.costs.parameters)
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 1)))
+    >>> units.prune(graph, units.scores.l1(graph, model), 4, of=units.costs.parameters)
     {'a': [1, 2]}
     """
     _check_scores(graph, scores)
@@ -110,31 +115,32 @@ def prune(
 
 def merge(
     graph: UnitGraph,
-    params: Any,
+    model: Model,
     sizes: Mapping[str, int],
     *,
     likeness: Mapping[str, np.ndarray] | None = None,
     scores: Mapping[str, np.ndarray] | None = None,
     incoming: Literal["mean", "best"] = "mean",
-) -> tuple[Any, Indices]:
-    """Makes one unit of several that are alike: incoming weights averaged, outgoing ones summed.
+) -> tuple[Model, Indices]:
+    """Makes one unit of several that are alike: averages their incoming weights, sums their outgoing ones.
 
-    Exact where the merged units are duplicates: equal incoming weights, any outgoing ones. Units are
-    clustered by Ward's criterion on their incoming weights.
+    The outputs stay the same where the merged units are duplicates, with equal incoming weights and any
+    outgoing ones. Units are clustered by Ward's criterion on their incoming weights.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      params: the parameters (all that was traced, so that the statistics of a BatchNorm take part).
-      sizes: group → how many units it shall have.
-      likeness: group → vectors ``[size, any]``, equal for units that are alike, in the place of the
-        incoming weights: transposed activations, say.
-      scores: group → ``[size]``, weights of the mean, ≥ 0; or who is the best of a cluster.
-      incoming: the mean of the cluster, or its best unit's.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model. BatchNorm's statistics, in its state, are averaged as weights are.
+      sizes: group → number of units that it shall have.
+      likeness: group → vectors ``[size, any]`` that are near for units that are alike, in place of the
+        incoming weights; for example transposed activations.
+      scores: group → ``[size]``, not negative: the weights of the mean, and which unit is the best of a
+        cluster.
+      incoming: whether a cluster gets the mean of the incoming weights or those of its best unit.
 
     Returns:
-      ``params`` of the old shapes, where one unit of each cluster stands for all; and ``kept``, these
-      units: ``keep(graph, params, kept)`` is the merged network. An optimizer's state has no sums to
-      make: ``keep(graph, opt_state, kept)``.
+      The model with its old shapes, where one unit of each cluster does the work of all; and ``kept``, these
+      units. ``keep(graph, model, kept)`` is the merged network. An optimizer's state has no sums to make:
+      ``keep(graph, opt_state, kept)``.
 
     Raises:
       ValueError: if a group cannot be merged, with the reason: its units are summed over in another way
@@ -142,11 +148,13 @@ def merge(
         differently; if scores are not those of the groups, not finite or negative.
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
-    >>> merged, kept = units.merge(graph, params, {"a": 2})
-    >>> kept, units.keep(graph, merged, kept)["b"].ravel()
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 1)))
+    >>> merged, kept = units.merge(graph, model, {"a": 2})
+    >>> kept, units.keep(graph, merged, kept).params["b"].ravel()
     ({'a': [0, 1]}, Array([4., 2.], dtype=float32))
     """
     known = roles(graph)
@@ -165,7 +173,7 @@ def merge(
         for name in sizes:
             if (lowest := np.min(scores[name])) < 0:
                 raise ValueError(f"scores[{name!r}] must not be negative, got {lowest}")
-    alike = vectors(graph, params, incoming={name: known[name].incoming for name in sizes})
+    alike = vectors(graph, model, incoming={name: known[name].incoming for name in sizes}, state=True)
     alike |= dict(likeness or {})
     kept: Indices = {}
     plans: dict[str, list[tuple[Slice, np.ndarray, np.ndarray]]] = {}
@@ -188,15 +196,17 @@ def merge(
                 assert places is not None, (name, s)
                 plans.setdefault(s.path, []).append((s, places, matrix))
 
-    def one(leaf: Any, path: str) -> Any:
+    def edit(leaf: Any, name: str) -> Any:
+        if name not in plans:
+            return leaf
         x = np.asarray(leaf, np.float64)
-        for (_, axis, _), places, matrix in plans[path]:
+        for (_, axis, _), places, matrix in plans[name]:
             x = np.moveaxis(x, axis, 0).copy()
             x[places] = np.tensordot(matrix, x[places], 1)
             x = np.moveaxis(x, 0, axis)
         return numpy_of(leaf).asarray(x, leaf.dtype)
 
-    return map_leaves(graph, one, params, plans), kept
+    return map_leaves(graph, edit, model), kept
 
 
 def select(
@@ -209,33 +219,36 @@ def select(
 ) -> Indices:
     """Chooses as many of a teacher's units as a student of the same kind has.
 
-    ``keep(graph, teacher_params, kept)`` then has the student's shapes in all layers they share, and
+    ``keep(graph, teacher, kept)`` then has the student's shapes in all layers that the two share, and
     :func:`~distill_jax.compress.units.inject` writes it into the student.
 
     Args:
-      graph: the teacher's units.
-      student: the student's.
-      how: evenly spaced; a block of consecutive ones; or those of the highest scores.
-      block: which block, counted from 0: it starts at ``block`` times the student's size.
-      layers: the student's layers → the teacher's: beginnings of paths, such as
-        ``{"blocks.1": "blocks.3"}``; others have the same name in both.
+      graph: the teacher's units, from :func:`distill_jax.compress.units.trace`.
+      student: the student's units.
+      how: ``"uniform"``: evenly spaced units; ``"block"``: consecutive units; or scores by group: those
+        of the highest scores.
+      block: which block, counted from 0. It starts at ``block`` times the student's size.
+      layers: the student's layers → the teacher's, as beginnings of names, such as
+        ``{"blocks.1": "blocks.3"}``. Layers that are not named have the same name in both.
 
     Returns:
       The indices of the teacher's units that stay.
 
     Raises:
-      ValueError: if a layer is not in the teacher, if widths do not correspond (as those of a student
-        with fewer layers and no ``layers``), if the student is the larger one, or the block ends beyond
-        the teacher's units.
+      ValueError: if the teacher does not have a layer, if widths do not correspond (as with a student of
+        fewer layers and no ``layers``), if the student is the larger one, or if the block ends beyond the
+        teacher's units.
 
     References:
       Xu et al., `Initializing Models with Larger Ones`, 2024, §3 (uniform and consecutive selection).
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> def net(width):
     ...     params = {"a": jnp.ones((3, width)), "b": jnp.ones((width, 2))}
-    ...     return units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    ...     model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    ...     return units.trace(model, jnp.ones((1, 3)))
     >>> units.select(net(8), net(4))
     {'a': [0, 2, 4, 6]}
     >>> units.select(net(8), net(4), how="block", block=1)
@@ -293,11 +306,12 @@ def select(
 
 
 def mapped_path(path: str, layers: Mapping[str, str] | None) -> str:
-    """The teacher's path of a student's parameter.
+    """Returns the name of the teacher's array that corresponds to an array of the student.
 
     Args:
-      path: of the student.
-      layers: as in :func:`select`; the longest beginning that fits counts.
+      path: the name of the student's array.
+      layers: the student's layers → the teacher's, as in :func:`select`. The longest beginning that fits
+        counts.
 
     >>> mapped_path("blocks.1.kernel", {"blocks.1": "blocks.3"})
     'blocks.3.kernel'
@@ -310,7 +324,7 @@ def mapped_path(path: str, layers: Mapping[str, str] | None) -> str:
 
 
 def _by_place(graph: UnitGraph) -> dict[tuple[str, int], list[Group]]:
-    """The free groups on each axis that has some."""
+    """Finds the free groups on each axis."""
     found: dict[tuple[str, int], list[Group]] = {}
     for group in graph.groups.values():
         for s in group.slices if group.free else ():
@@ -321,7 +335,7 @@ def _by_place(graph: UnitGraph) -> dict[tuple[str, int], list[Group]]:
 
 
 def _clusters(x: np.ndarray, size: int, group: Group) -> np.ndarray:
-    """The cluster of each unit, ``[units]``."""
+    """Returns the cluster of each unit, ``[units]``."""
     if x.shape[0] != group.size or x.ndim != 2:
         raise ValueError(f"likeness[{group.name!r}] must be [{group.size}, any], got {x.shape}")
     if size == group.size:

@@ -1,4 +1,4 @@
-"""The traced program with smaller arrays, whatever library the network was written in."""
+"""Runs a traced network with smaller arrays, whatever library it was written in."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,72 +7,172 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
+from distill_jax import _jaxpr
+from distill_jax._model import Model
+from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate, flatten, same
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.removal import Kept, check
-from distill_jax.compress.units.tracing import Traced
+from distill_jax.compress.units.removal import Kept, keep, shapes_of, unit_masks
+from distill_jax.compress.units.tracing import Traced, groups_of
+
+PyTree = Any
 
 
-def shrink(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
-    """The network of the kept units: its program, with every size in it adapted.
+def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
+    """Makes the network of the kept units: a model that runs, with every size in its program adapted.
 
-    Needed where ``fn`` itself has widths written into it (Linen's features, a BatchNorm's, the number
-    of heads); otherwise ``fn`` can be called with the smaller parameters. It is differentiable and can
-    be compiled. Numbers that ``fn`` computed from sizes, as 1/√(head size), stay as they were, but for
-    a mean's. Of custom derivatives only ReLU's stays. Inputs have the traced shapes: for any
-    batch, trace with one example and ``vmap``.
+    Needed where the network's code has widths written into it (the features of a Linen module or of a
+    BatchNorm, the number of heads). Elsewhere :func:`~distill_jax.compress.units.keep` alone gives a model
+    that runs. The result is differentiable and can be compiled. Numbers that the network computed from
+    sizes, such as 1/√head_size, stay as they were, except those of a mean. Of custom derivatives only
+    ReLU's is kept. For inputs of other shapes than the traced ones, such as another batch size, the network
+    is traced anew.
+
+    The program is that of evaluation. With a key, in training mode, it runs only if the network's training
+    program is the same: no dropout, and no statistics that change. Networks that have these must be built
+    anew with the smaller widths (``units.architecture(graph, kept)["widths"]``), to take the arrays of
+    ``keep(graph, model, kept)``.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
       kept: the indices that stay in each group, as in :func:`distill_jax.compress.units.keep`.
 
     Returns:
-      ``(keep(graph, params, kept), *inputs) -> results``.
+      The smaller model; its arrays are ``keep(graph, model, kept)``.
 
     Raises:
-      ValueError: if ``kept`` is not valid; when called, if the arrays have not the shapes that the
-        program then has.
+      ValueError: if ``kept`` is not valid; when the result is called, if its arrays have not the shapes
+        that the kept units make, or in training mode, as said above.
 
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    >>> graph = units.trace(lambda p, x: (x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
-    >>> small = units.shrink(graph, {"a": [0, 3]})
-    >>> small(units.keep(graph, params, {"a": [0, 3]}), jnp.ones((1, 3)))
-    Array([[6., 6.]], dtype=float32)
+    >>> model = models.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
+    >>> units.shrink(graph, model, {"a": [0, 3]})(jnp.ones((2, 3)))
+    Array([[6., 6.],
+           [6., 6.]], dtype=float32)
     """
-    traced: Traced = graph.program
-    smaller = _Smaller(traced, [traced.units[n][~s] for n, s in check(graph, kept).items()])
+    return keep(graph, model, kept).replace(apply_fn=ShrunkFn(graph, kept))
 
-    def fn(params: Any, *inputs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((params, inputs))
-        if structure != traced.inputs:
-            raise ValueError(f"params and inputs must be {traced.inputs}, got {structure}")
-        for number, leaf in zip(traced.program.inputs, leaves, strict=True):
-            if np.shape(leaf) != smaller.shape(number):
+
+class ShrunkFn:
+    """The ``apply_fn`` of a shrunk model.
+
+    Args:
+      graph: the network's units.
+      kept: the indices that stay in each group.
+    """
+
+    def __init__(self, graph: UnitGraph, kept: Kept):
+        masks = unit_masks(graph, kept)
+        self.kept = {name: np.flatnonzero(mask) for name, mask in masks.items()}
+        self.shapes = [like.shape for like in shapes_of(graph, kept).values()]
+        self.first = graph
+        self.programs = {_shapes(graph.traced.x): _Smaller.of(graph, self.kept)}
+        self.same_in_training: bool | None = None
+
+    def __call__(
+        self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
+        """Computes the outputs with the smaller arrays, and returns the state as it is."""
+        like = self.first.traced.model
+        structure: Any = jax.tree.structure((like.params, like.state))
+        arrays, given = jax.tree.flatten((params, state))
+        if given != structure or [np.shape(leaf) for leaf in arrays] != self.shapes:
+            raise ValueError(
+                f"params and state must have the shapes that the kept units make, {self.shapes} in the "
+                f"structure {structure}: give those of keep(graph, model, kept); got "
+                f"{[np.shape(leaf) for leaf in arrays]} in {given}"
+            )
+        if key is not None:
+            self.check_training()
+        smaller = self.program_for(x)
+        leaves = [jnp.asarray(leaf) for leaf in (*arrays, *jax.tree.leaves(x))]
+        outputs = smaller.run(smaller.program, leaves)
+        return jax.tree.unflatten(smaller.structure, outputs), state
+
+    def program_for(self, x: PyTree) -> "_Smaller":
+        """The program for inputs of these shapes."""
+        shapes = _shapes(x)
+        if shapes not in self.programs:
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), x)
+            self.programs[shapes] = _Smaller.of(self.again(like), self.kept)
+        return self.programs[shapes]
+
+    def again(self, x: PyTree) -> UnitGraph:
+        """Traces the whole network on other inputs, and finds the groups that lose units there."""
+        graph = groups_of(self.first.traced.model, x)
+        places = {_places(group.slices): name for name, group in graph.groups.items()}
+        units = {}
+        for name in self.kept:
+            same = places.get(_places(self.first.groups[name].slices))
+            if same is None or not graph.groups[same].free:
                 raise ValueError(
-                    f"params or inputs have an array of shape {np.shape(leaf)} where the kept units "
-                    f"make it {smaller.shape(number)}: give keep(graph, params, kept)"
+                    f"x: on inputs of shapes {_shapes(x)} the units {name!r} are not the same as on the "
+                    f"traced ones, {_shapes(self.first.traced.x)}: trace the model on these inputs"
                 )
-        leaves = [jnp.asarray(leaf) for leaf in leaves]
-        return jax.tree.unflatten(traced.structure, smaller.run(traced.program, leaves))
+            units[name] = graph.traced.units[same]
+        groups = {name: self.first.groups[name] for name in self.kept}
+        return UnitGraph(groups, graph.shapes, graph.names, (), graph.traced._replace(units=units))
 
-    return fn
+    def check_training(self) -> None:
+        """Refuses training mode, unless its program is that of evaluation."""
+        if self.same_in_training is None:
+            traced: Traced = self.first.traced
+            like = traced.model
+            programs = []
+            for key in (None, jax.random.key(0)):
+
+                def apply(params: PyTree, state: PyTree, x: PyTree, key: Any = key) -> tuple[Any, PyTree]:
+                    return like.apply_fn(params, state, x, key=key)
+
+                closed, _ = _jaxpr.trace(apply, like.params, like.state, traced.x)
+                programs.append(flatten(closed))
+            self.same_in_training = same(*programs)
+        if not self.same_in_training:
+            raise ValueError(
+                "key: a shrunk model has no training mode, because its network has dropout or statistics "
+                "that change in training: build the network anew with the smaller widths, "
+                "units.architecture(graph, kept)['widths'], and give it the arrays of "
+                "units.keep(graph, model, kept)"
+            )
+
+
+def _shapes(x: PyTree) -> Any:
+    leaves, structure = jax.tree.flatten(x)
+    return structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _places(slices: Any) -> Any:
+    return tuple(sorted((path, axis, index.tobytes()) for path, axis, index in slices))
 
 
 class _Smaller:
-    """Sizes of every value, and each step adapted to them."""
+    """A program with the sizes of every value, and each step adapted to them."""
 
     def __init__(self, traced: Traced, removed: Sequence[np.ndarray]):
         self.tracer = traced.tracer
         self.program = traced.program
+        self.structure = traced.structure
         # One longer: NONE reads the last
         self.removed = np.zeros(traced.tracer.labels.count + 1, bool)
         for nodes in removed:
             self.removed[nodes] = True
         self.masks: dict[int, list[np.ndarray]] = {}
 
+    @classmethod
+    def of(cls, graph: UnitGraph, kept: Kept) -> "_Smaller":
+        traced: Traced = graph.traced
+        removed = []
+        for name, indices in kept.items():
+            gone = np.ones(len(traced.units[name]), bool)
+            gone[np.asarray(indices)] = False
+            removed.append(traced.units[name][gone])
+        return cls(traced, removed)
+
     def stays(self, number: int) -> list[np.ndarray]:
-        """For each axis of a value, which positions stay."""
+        """Says for each axis of a value which positions stay."""
         if number not in self.masks:
             resolve = self.tracer.labels.resolve
             self.masks[number] = [
@@ -91,7 +191,7 @@ class _Smaller:
         return array
 
     def changes(self, step: Step) -> bool:
-        """Whether any size in it is another, or the number of terms of a mean."""
+        """Says whether a step has another size, or a mean with another number of terms."""
         touched = (*step.inputs, *step.outputs)
         return step.outputs[0] in self.tracer.means or not all(
             mask.all() for number in touched for mask in self.stays(number)
@@ -174,7 +274,7 @@ def _conv(small: _Smaller, step: Step, operands: list[Any]) -> Sequence[Any]:
 
 
 def _scaled(small: _Smaller, step: Step, operands: list[Any]) -> Sequence[Any]:
-    """A sum over n units divided by n, or times 1/n: n counts those that stay."""
+    """A sum over n units that is divided by n, or multiplied by 1/n: n becomes the number that stays."""
     axes = small.tracer.means.get(step.outputs[0])
     if axes is not None:
         masks = [~small.removed[small.tracer.labels.resolve(units)].any(0) for units in axes]

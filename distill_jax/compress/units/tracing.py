@@ -1,81 +1,111 @@
-"""From a program to its units."""
+"""Finds the units of a network: reads its program once, with labels in the place of numbers."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from distill_jax import _jaxpr
+from distill_jax._model import Model
 from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
 from distill_jax.compress.units._trace.sizes import groups_in_numbers
-from distill_jax.compress.units.graph import Group, Slice, UnitGraph
-from distill_jax.weights.structure import path_name
+from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
+PyTree = Any
 Key = tuple[Any, ...]
 
 
 class Traced(NamedTuple):
-    """What running the program with smaller arrays needs to know.
+    """What was traced: all that is needed to run the program with smaller arrays.
 
-    Args:
-      program: the steps.
+    Attributes:
+      model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
+      x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
+      program: the steps of ``model(x)``.
       tracer: the labels of every value.
       units: for each group, the nodes of its units.
-      structure: of the results.
-      inputs: the tree of parameters and inputs.
+      structure: the structure of the outputs.
     """
 
+    model: Model
+    x: PyTree
     program: Program
     tracer: Tracer
     units: dict[str, np.ndarray]
     structure: Any
-    inputs: Any
+
+    @property
+    def arguments(self) -> Any:
+        """The structure of what the program takes: ``(params, state, x)``."""
+        return jax.tree.structure((self.model.params, self.model.state, self.x))
 
 
-def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
-    """Finds which indices of which axes of the parameters belong together, for any network.
+def trace(model: Model, x: PyTree) -> UnitGraph:
+    """Finds which indices of which axes of a model's arrays belong together, for any network.
 
-    The program ``fn(params, *inputs)`` is run once on labels in the place of numbers. Two positions
-    that meet in a sum, a product, a contraction, belong to one unit; a reshape makes an axis a product
-    of units of two kinds (heads × head size); inputs, results and constants that vary have no units,
-    and what meets them is not free. A primitive without a rule freezes all axes it touches, and is
-    named in ``graph.notes``.
+    The program ``model(x)`` is run once with labels in the place of numbers. Two positions that meet in
+    a sum, a product or a contraction belong to one unit. A reshape makes an axis a product of units of
+    two kinds (heads × head size). Inputs, outputs and constants that vary have no units, and what meets
+    them is not free. An operation without a rule freezes all axes that it touches, and is named in
+    ``graph.notes``.
 
     A group is *exact* if the network without some of its units (:func:`~distill_jax.compress.units.keep`)
-    computes what the network with these units silenced computes
-    (:func:`~distill_jax.compress.units.silence`), wherever that is finite. It is not if what is silenced still
-    counts, as in a mean, a softmax or a normalisation over the units; nor if ``fn`` computes a number
-    from how many there are, as 1/√(head size): then only :func:`~distill_jax.compress.units.shrink`, where that
-    number stays, gives the same.
+    computes what the network with these units set to zero (:func:`~distill_jax.compress.units.silence`)
+    computes, wherever that is finite. A group is not exact if a unit that is zero still counts, as in a
+    mean, a softmax or a normalisation over the units. It is also not exact if the network computes a
+    number from how many units there are, such as 1/√head_size: then only
+    :func:`~distill_jax.compress.units.shrink`, which leaves that number as it is, gives the same outputs.
 
     Args:
-      fn: ``(params, *inputs) -> results``, arrays or pytrees of them, in evaluation mode (random
-        masks have no rule). For a model with state: ``lambda p, x: apply_fn(p["params"], p["state"],
-        x)[0]``, with ``params={"params": params, "state": model_state}``.
-      params: the pytree whose arrays can shrink; or ``jax.ShapeDtypeStruct``.
-      inputs: likewise. Their axes are tied to the outside.
+      model: the model. Its arrays may be ``jax.ShapeDtypeStruct``. It is traced in evaluation mode.
+      x: a batch of inputs: an array, a pytree of arrays, or ``jax.ShapeDtypeStruct``. The axes of inputs
+        cannot be removed.
 
     Returns:
-      The units.
+      The groups of units. Their names are the paths of parameters.
 
     >>> import jax.numpy as jnp
+    >>> from distill_jax import models
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    >>> graph = trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = trace(model, jnp.ones((1, 3)))
     >>> group = graph.groups["a"]
     >>> group.size, group.free, group.exact, [(s.path, s.axis) for s in group.slices]
     (4, True, True, [('a', 1), ('b', 0)])
     """
+    model, x = jax.eval_shape(lambda *given: given, model, x)
+    graph = groups_of(model, x)
+    groups = dict(graph.groups)
+    for name in groups_in_numbers(graph):
+        reason = "the network computes a number from its size"
+        groups[name] = groups[name]._replace(exact=False, reason=reason)
+    return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
-    def fresh(params: Any, inputs: Any) -> Any:  # a new function: no cache of traces answers
-        return fn(params, *inputs)
 
-    closed, results = jax.make_jaxpr(fresh, return_shape=True)(params, inputs)
-    program = flatten(closed)
+def program_of(model: Model, x: PyTree) -> tuple[Program, PyTree]:
+    """Reads the program of ``model(x)``, of the inputs ``(params, state, x)``, and its outputs' shapes."""
+
+    def evaluate(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+        return model.replace(params=params, state=state)(x)
+
+    closed, outputs = _jaxpr.trace(evaluate, model.params, model.state, x)
+    return flatten(closed), outputs
+
+
+def groups_of(model: Model, x: PyTree) -> UnitGraph:
+    """Finds the units as :func:`trace` does, but does not look for numbers computed from sizes.
+
+    Args:
+      model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
+      x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
+    """
+    program, outputs = program_of(model, x)
     tracer = Tracer()
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = names_of(model)
+    paths = jax.tree.leaves(names)
     for i, number in enumerate(program.inputs):
         aval = program.avals[number]
         if i >= len(paths) or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
@@ -93,21 +123,15 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> UnitGraph:
         path: jax.ShapeDtypeStruct(program.avals[n].shape, program.avals[n].dtype)
         for path, n in zip(paths, program.inputs, strict=False)
     }
-    traced = Traced(
-        program, tracer, members, jax.tree.structure(results), jax.tree.structure((params, inputs))
-    )
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
-    graph = UnitGraph(groups, shapes, tuple(notes), traced)
-    for name in groups_in_numbers(fn, params, inputs, graph, program):
-        reason = "fn computes a number from its size"
-        groups[name] = groups[name]._replace(exact=False, reason=reason)
-    return graph
+    traced = Traced(model, x, program, tracer, members, jax.tree.structure(outputs))
+    return UnitGraph(groups, shapes, names, tuple(notes), traced)
 
 
 def _groups(
     tracer: Tracer, program: Program, paths: list[str]
 ) -> tuple[dict[str, Group], dict[str, np.ndarray]]:
-    """Units whose slices lie in the same places, as many in each, are a group."""
+    """Makes a group of the units whose slices lie in the same places, with as many positions in each."""
     labels = tracer.labels
     frozen, inexact = _reasons(tracer, labels.frozen), _reasons(tracer, labels.inexact)
     births: dict[int, set[int]] = {}
@@ -158,7 +182,7 @@ def _groups(
 
 
 def _first_uses(program: Program) -> dict[int, int]:
-    """When each value is first an operand, also within loops: in the order of the results."""
+    """Says when each value is first an operand, also within loops, counted in results."""
     first: dict[int, int] = {}
     for step in program.steps:
         time = step.outputs[0] if step.outputs else 0
@@ -183,7 +207,7 @@ def _reasons(tracer: Tracer, marks: list[tuple[np.ndarray, str]]) -> dict[int, s
 
 
 def _slices(path: str, axis: int, nodes: np.ndarray, members: np.ndarray) -> list[Slice]:
-    """Where the members lie on an axis; a position that has two of them needs two slices."""
+    """Says where the members lie on an axis. A position that has two of them needs two slices."""
     order = np.argsort(members)
     found = np.minimum(np.searchsorted(members[order], nodes), len(members) - 1)
     unit = np.where(members[order][found] == nodes, order[found], -1)

@@ -1,4 +1,4 @@
-"""What units are, in numbers: what they hand on, and their weights."""
+"""Looks at units: the values that they hand on, and their weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,33 +7,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import Model
 from distill_jax.compress.units._trace.program import Step, bind, evaluate
 from distill_jax.compress.units._trace.roles import positions, roles
+from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, UnitGraph
-from distill_jax.compress.units.removal import map_leaves
+
+PyTree = Any
 
 
-def activations(graph: UnitGraph, params: Any, *inputs: Any) -> dict[str, np.ndarray]:
-    """What the units of each group hand on: the values that are contracted with their outgoing slices.
+def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarray]:
+    """Computes what the units of each group hand on: the values that their outgoing slices multiply.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      params: all that was traced.
-      inputs: of the shapes that were traced.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
+      x: inputs of the traced shapes: trace with as many examples as are wanted here.
 
     Returns:
-      Group → ``[samples, size]``: a sample for each example, place and use. Groups whose values are
-      used within a loop only, or in no contraction, are missing.
+      Group → float64 ``[samples, size]``, with one sample for each example, place and use. Groups are
+      missing whose values are used only within a loop, or in no contraction.
 
     Raises:
-      ValueError: if params or inputs are not what was traced.
+      ValueError: if the model or the inputs have another structure or other shapes than were traced.
     """
-    traced = graph.program
-    leaves, structure = jax.tree.flatten((params, inputs))
+    traced = graph.traced
+    leaves, structure = jax.tree.flatten((model.params, model.state, x))
     expected = [traced.program.avals[number].shape for number in traced.program.inputs]
-    if structure != traced.inputs or [np.shape(leaf) for leaf in leaves] != expected:
+    if structure != traced.arguments or [np.shape(leaf) for leaf in leaves] != expected:
         raise ValueError(
-            f"params and inputs must be what was traced, {traced.inputs} of shapes {expected}; got "
+            f"model and x must be what was traced, {traced.arguments} of shapes {expected}; got "
             f"{structure} of shapes {[np.shape(leaf) for leaf in leaves]}"
         )
     uses = {name: role.uses for name, role in roles(graph).items()}
@@ -67,19 +70,20 @@ def activations(graph: UnitGraph, params: Any, *inputs: Any) -> dict[str, np.nda
 
 
 def vectors(
-    graph: UnitGraph, params: Any, *, incoming: Mapping[str, Any] | None = None
+    graph: UnitGraph, tree: PyTree, *, incoming: Mapping[str, Any] | None = None, state: bool = False
 ) -> dict[str, np.ndarray]:
-    """The weights of each unit, one after another.
+    """Returns the weights of each unit as one vector.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      params: the parameters, or a part of them, as in :func:`distill_jax.compress.units.keep`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      tree: the model, or a pytree of the structure of its ``params``.
       incoming: group → the slices that count; None for all slices of all free groups.
+      state: whether the model's state counts, too.
 
     Returns:
-      Group → ``[size, weights]``. Slices of which units have different shares are left out.
+      Group → ``[size, weights]``. A slice in which units have different numbers of places is left out.
     """
-    leaves = real_leaves(graph, params)
+    leaves = float_leaves(graph, tree, state=state)
     found = {}
     for group in free_groups(graph):
         slices = group.slices if incoming is None else incoming.get(group.name, ())
@@ -95,28 +99,5 @@ def vectors(
 
 
 def free_groups(graph: UnitGraph) -> list[Group]:
-    """The groups whose units may be removed."""
+    """Returns the groups whose units can be removed."""
     return [group for group in graph.groups.values() if group.free]
-
-
-def real_leaves(graph: UnitGraph, tree: Any) -> dict[str, np.ndarray]:
-    """The real arrays of a tree, in float64, by the path of their parameter.
-
-    Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
-      tree: of parameters, as in :func:`distill_jax.compress.units.keep`.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    found: dict[str, np.ndarray] = {}
-
-    def one(leaf: Any, path: str) -> Any:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            found[path] = np.asarray(leaf, np.float64)
-        return leaf
-
-    map_leaves(graph, one, tree, graph.shapes)
-    if not found:
-        raise ValueError("params: no leaf of the tree is one of the traced parameters")
-    return found

@@ -1,4 +1,4 @@
-"""A jaxpr as one list of steps: calls entered, every value with a number of its own."""
+"""A traced program as one list of steps, in which calls are written out and each value has a number."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,16 @@ BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("b
 
 
 class Step(NamedTuple):
-    """One operation: values are numbers, and ``bodies`` the programs within a loop or a choice."""
+    """One operation on values, which are given by their numbers.
+
+    Attributes:
+      name: of the primitive.
+      primitive: the primitive.
+      params: its parameters.
+      inputs: the numbers of its operands.
+      outputs: the numbers of its results.
+      bodies: the programs within a loop or a choice.
+    """
 
     name: str
     primitive: Any
@@ -25,7 +34,15 @@ class Step(NamedTuple):
 
 @dataclass
 class Program:
-    """Steps, and which values go in and come out. Constants may be used in inner programs too."""
+    """A list of steps, and which values go in and come out.
+
+    Attributes:
+      inputs: the numbers of the inputs.
+      outputs: the numbers of the outputs.
+      steps: the steps in their order.
+      avals: shape and dtype of each value, by number.
+      constants: the values of constants, by number. Inner programs use them, too.
+    """
 
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
@@ -35,7 +52,7 @@ class Program:
 
 
 def flatten(jaxpr: Any) -> Program:
-    """Reads a closed jaxpr."""
+    """Reads a closed jaxpr into a :class:`Program`."""
     return _read(jaxpr, [], {})
 
 
@@ -70,7 +87,7 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                 outputs = [new(var.aval) for var in eqn.outvars]
                 bodies: tuple[Program, ...] = ()
                 if name in BODIES:
-                    inner = [eqn.params[key] for key in BODIES[name]]
+                    inner: Any = [eqn.params[key] for key in BODIES[name]]
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
                     bodies = tuple(_read(each, avals, constants) for each in inner)
                 name = "relu" if _is_relu(eqn) else name
@@ -135,3 +152,28 @@ def bind(step: Step, operands: Sequence[Any], **changed: Any) -> list[Any]:
     options = step.primitive.get_bind_params({**step.params, **changed})
     results = step.primitive.bind(*operands, **options)
     return list(results) if step.primitive.multiple_results else [results]
+
+
+def same(a: Program, b: Program) -> bool:
+    """Says whether two programs do the same steps on the same constants."""
+    if (a.inputs, a.outputs, len(a.steps)) != (b.inputs, b.outputs, len(b.steps)):
+        return False
+    for one, other in zip(a.steps, b.steps, strict=True):
+        if (one.name, one.inputs, one.outputs) != (other.name, other.inputs, other.outputs):
+            return False
+        if len(one.bodies) != len(other.bodies) or _options(one) != _options(other):
+            return False
+        if not all(map(same, one.bodies, other.bodies)):
+            return False
+    return a.constants.keys() == b.constants.keys() and all(
+        np.array_equal(value, b.constants[number]) for number, value in a.constants.items()
+    )
+
+
+def _options(step: Step) -> dict[str, Any]:
+    """The parameters of a step except programs and functions, which :func:`same` compares otherwise."""
+    return {
+        name: option
+        for name, option in step.params.items()
+        if name not in BODIES.get(step.name, ()) and not hasattr(option, "jaxpr") and not callable(option)
+    }

@@ -1,9 +1,10 @@
-"""Where a group's units come from and where they go: what merging, and looking at them, needs.
+"""Tells where a group's units come from and where they go, which merging and looking at them needs.
 
-A unit is *made* of its incoming slices, and *used* by contractions with its outgoing ones: if two units
-have equal incoming slices, one of them with the sum of both outgoing slices does the work of both.
-That holds if every sum over the units is a contraction of their values with a parameter as it is, if
-no slice is on both sides, and if the program does the same to all units. Else the group has a reason.
+A unit is made of its *incoming* slices, and used by contractions with its *outgoing* slices. If two units
+have equal incoming slices, one of them with the sum of both outgoing slices does the work of both. This
+holds if every sum over the units is a contraction of their values with a parameter as it is, if no slice
+is both incoming and outgoing, and if the program treats all units alike. Otherwise the group has a reason
+why its units cannot be merged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from distill_jax.compress.units.graph import Slice, UnitGraph
 
 
 class Role(NamedTuple):
-    """What a group's slices are for.
+    """What the slices of a group are for.
 
-    Args:
+    Attributes:
       incoming: slices of which a unit's value is made.
       outgoing: slices by which its value is multiplied where it is used.
       uses: the values contracted with the outgoing slices: number, axis, and the unit of each position.
@@ -47,18 +48,20 @@ def roles(graph: UnitGraph) -> dict[str, Role]:
     """Tells incoming from outgoing slices in every free group.
 
     Args:
-      graph: of :func:`distill_jax.compress.units.trace`.
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
 
     >>> import jax.numpy as jnp
-    >>> from distill_jax import units
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
-    >>> graph = units.trace(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> graph = units.trace(model, jnp.ones((1, 3)))
     >>> role = roles(graph)["a"]
     >>> [s.path for s in role.incoming], [s.path for s in role.outgoing], role.reason
     (['a'], ['b'], '')
     """
     reader = _Reader(graph)
-    program = graph.program.program
+    program = graph.traced.program
     for path, number in zip(graph.shapes, program.inputs, strict=False):
         axes = range(len(graph.shapes[path].shape))
         reader.views[number] = path, tuple(frozenset([a]) for a in axes)
@@ -83,10 +86,10 @@ def roles(graph: UnitGraph) -> dict[str, Role]:
 
 
 def positions(index: np.ndarray, size: int) -> np.ndarray | None:
-    """Where each unit lies, ``[size, places a unit]``; None if not all have as many.
+    """Says where each unit lies, ``[size, places per unit]``; None if not all have as many places.
 
     Args:
-      index: of a :class:`~distill_jax.compress.units.Slice`.
+      index: the index of a :class:`~distill_jax.compress.units.Slice`.
       size: the number of units.
     """
     order = np.argsort(index, kind="stable")
@@ -99,7 +102,7 @@ class _Reader:
     """Goes through the program, and notes how each group's units are used."""
 
     def __init__(self, graph: UnitGraph):
-        traced = graph.program
+        traced = graph.traced
         self.program: Program = traced.program
         self.tracer = traced.tracer
         self.names = [name for name, group in graph.groups.items() if group.free]
@@ -119,7 +122,7 @@ class _Reader:
         self.reasons: dict[str, str] = {}
 
     def on(self, number: int, axis: int) -> dict[str, np.ndarray]:
-        """The groups that have units on an axis of a value, and which unit each position has."""
+        """Finds the groups that have units on an axis of a value, and the unit of each position."""
         if (number, axis) not in self.known:
             value = self.tracer.read(number, self.program)
             nodes = self.tracer.labels.resolve(value.units[axis])
@@ -144,7 +147,7 @@ class _Reader:
                 self.visit(step)
 
     def enter(self, step: Step) -> None:
-        """Loops and choices: operands that stay the same go on being views."""
+        """Enters a loop or a choice; operands that stay the same there are views there, too."""
         fixed: dict[int, View] = {}
         options = step.params
         if step.name == "scan":
@@ -199,7 +202,7 @@ class _Reader:
                 self.enters(number, a, contracted.get((i, a), set()))
 
     def same(self, step: Step) -> tuple[frozenset[int], ...] | None:
-        """The leaf's axes in each of the result's, if it holds the leaf's numbers as they are."""
+        """Returns the leaf's axes in each axis of a result that holds the leaf's numbers as they are."""
         _, axes = self.views[step.inputs[0]]
         none: frozenset[int] = frozenset()
         if step.name in SAME:
@@ -222,7 +225,7 @@ class _Reader:
         return None
 
     def leaf_axes(self, name: str, number: int, axis: int) -> set[tuple[str, int]]:
-        """Which slices of the group a value's axis is a view of."""
+        """Finds the slices of a group that an axis of a value is a view of."""
         if number not in self.views:
             return set()
         path, axes = self.views[number]
@@ -239,15 +242,15 @@ class _Reader:
                 self.uses.setdefault(name, []).append((*side, self.on(*side)[name]))
 
     def enters(self, number: int, axis: int, but: set[str]) -> None:
-        """A parameter's axis becomes units of a value, in all groups but these."""
+        """Notes that a parameter's axis becomes units of a value, in all groups except ``but``."""
         for name in self.on(number, axis).keys() - but:
             self.incoming.setdefault(name, set()).update(self.leaf_axes(name, number, axis))
 
     def asymmetric(self) -> Iterator[tuple[str, str]]:
-        """Groups to whose units the program does not the same, or perhaps not.
+        """Yields the groups whose units the program may treat differently from each other.
 
-        It does if wherever units lie all of them do, one after another at equal distances, and if what
-        is cut out of an axis has the same places of all.
+        It treats them alike if all units lie wherever some do, one after another at equal distances, and
+        if each piece cut out of an axis holds the same places of all units.
         """
         for number, value in self.tracer.values.items():
             for a in range(len(value.shape)):
@@ -289,7 +292,7 @@ def _steps(program: Program) -> Iterator[Step]:
 
 
 def _cuts(step: Step, axis: int) -> list[slice]:
-    """What a step takes out of an axis, a piece at a time."""
+    """Lists the pieces that a step cuts out of an axis."""
     if step.name == "slice":
         strides = step.params["strides"] or (1,) * (axis + 1)
         bounds = step.params["start_indices"][axis], step.params["limit_indices"][axis]

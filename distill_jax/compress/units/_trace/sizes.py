@@ -1,16 +1,17 @@
-"""Which numbers in a program were computed from sizes: 1/√(head size), say.
+"""Finds groups whose size enters the computation as a number, for example 1/√head_size.
 
-In the program they are constants. The same function with smaller arrays has others there, and then
-what it computes is not what the larger network with silenced units computes.
+In the program such numbers are constants. The same network with smaller arrays has other constants, and
+then computes something else than the larger network with silenced units.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.removal import keep
@@ -18,24 +19,19 @@ from distill_jax.compress.units.removal import keep
 REDUCTIONS = ("reduce_", "cum", "arg", "dot_general")
 
 
-def groups_in_numbers(
-    fn: Callable[..., Any], params: Any, inputs: Any, graph: UnitGraph, program: Program
-) -> set[str]:
-    """The exact groups from whose size ``fn`` computes a number that is no size.
+def groups_in_numbers(graph: UnitGraph) -> set[str]:
+    """Finds the exact groups whose size enters the computation as a number, for example 1/√head_size.
 
-    Traces ``fn`` again with fewer units in some groups (:func:`_probes`); where that shows other
-    numbers, or fails (for some widths are written into ``fn``), in half of the kinds of groups, and so
-    on down to one. A group with which alone ``fn`` does not run is none of them: only its program does.
+    Traces the network again with fewer units in some groups (:func:`_probes`). Where that shows other
+    numbers, or fails (some widths are written into the network's code), it tries half of the kinds of
+    groups, and so on down to one. If the network does not even run with one group made smaller, that
+    group is not reported: only its traced program can be made smaller.
 
     Args:
-      fn: as in :func:`distill_jax.compress.units.trace`.
-      params: likewise.
-      inputs: likewise, all of them in a tuple.
-      graph: the groups.
-      program: what ``fn`` does with whole arrays.
+      graph: the groups, and what was traced.
     """
-    before = list(_numbers(program))
-    like = jax.eval_shape(lambda tree: tree, params)
+    traced = graph.traced
+    before = list(_numbers(traced.program))
 
     def changed(groups: list[Group]) -> bool | None:
         verdicts = []
@@ -47,16 +43,12 @@ def groups_in_numbers(
 
     def with_less(losses: Mapping[str, int]) -> bool | None:
         kept = {name: range(graph.groups[name].size - n) for name, n in losses.items()}
-        small = jax.eval_shape(lambda tree: keep(graph, tree, kept), like)
-
-        def fresh(params: Any, inputs: Any) -> Any:
-            return fn(params, *inputs)
-
+        small = jax.eval_shape(lambda model: keep(graph, model, kept), traced.model)
         try:
-            after = flatten(jax.make_jaxpr(fresh)(small, inputs))
-        except Exception:  # Whatever fn raises: it does not run with these sizes, and says so
+            closed, _ = _jaxpr.trace(lambda model, x: model(x), small, traced.x)
+        except Exception:  # Whatever the network raises: it does not run with these sizes
             return None
-        return list(_numbers(after)) != before
+        return list(_numbers(flatten(closed))) != before
 
     def search(kinds: list[list[Group]]) -> set[str]:
         groups = [group for kind in kinds for group in kind]
@@ -81,11 +73,12 @@ def groups_in_numbers(
 
 
 def _probes(groups: list[Group]) -> Iterator[dict[str, int]]:
-    """How many units groups lose.
+    """Yields how many units each group shall lose, in several cases.
 
-    One each; half, where a size is divided or compared; and one in some groups only, such that of any
-    two it is one alone in one of the cases: a ratio or a difference changes. One unit of three or more
-    is never left alone: what takes no axis of one apart, such as a reshape, is another operation then.
+    In the first case each group loses one; in the second half, which shows where a size is divided or
+    compared. In the others only some groups lose one, so that for any two groups there is a case in which
+    exactly one of them does: then a ratio or a difference changes. Of three or more units at least two are
+    left, because operations such as a reshape treat an axis of size one in another way.
     """
     yield {group.name: 1 for group in groups}
     yield {group.name: group.size - max(2, group.size // 2) or 1 for group in groups}
@@ -94,7 +87,7 @@ def _probes(groups: list[Group]) -> Iterator[dict[str, int]]:
 
 
 def _numbers(program: Program) -> Iterator[Any]:
-    """The steps, their numbers, the values in their constants, and how much of these is summed."""
+    """Yields the steps, their numbers, the values in their constants, and how many of these are summed."""
     fixed = set(program.constants)  # and what is computed of them alone
 
     def read(program: Program) -> Iterator[Any]:
@@ -118,7 +111,7 @@ def _numbers(program: Program) -> Iterator[Any]:
 
 
 def _values(constant: Any, most: int = 2**16) -> Any:
-    """What two constants have in common that hold the same values, in arrays of whatever size."""
+    """Returns what is equal for two constants that hold the same values in arrays of any size."""
     if jax.dtypes.issubdtype(getattr(constant, "dtype", np.float32), jax.dtypes.extended):
         return None  # a random key
     array = np.asarray(constant)
