@@ -23,16 +23,12 @@ from test_units_architectures import (
 
 from distill_jax import data, losses, models, train, weights
 from distill_jax.compress import units
+from distill_jax.models import from_function
 
 
 def network(model, shape):
-    """A traced model: ``(fn, params with state, input)``."""
-
-    def fn(p, x):
-        return model.apply_fn(p["params"], p["state"], x)[0]
-
-    params = numbers({"params": model.params, "state": model.model_state})
-    return fn, params, numbers(np.zeros((2, *shape)), 5)
+    """A model of random numbers, and an input."""
+    return numbers(model), numbers(np.zeros((2, *shape)), 5)
 
 
 def mlp():
@@ -54,7 +50,7 @@ def transformer():
     norm = {"scale": (6,), "bias": (6,)}
     each = block_shapes(6, 4, 2, 3, 7)
     p = shapes(embedding=(11, 6), positions=(5, 6), block0=each, block1=each, norm=norm)
-    return language_model, p, np.arange(10).reshape(2, 5)
+    return from_function(language_model, p), np.arange(10).reshape(2, 5)
 
 
 def scanned():
@@ -68,7 +64,7 @@ def scanned():
         h, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["recurrent"] + h), None), h, None, 3)
         return layer_norm(p["norm"], h) @ p["last"]
 
-    return fn, p, numbers(np.zeros((2, 4)), 5)
+    return from_function(fn, p), numbers(np.zeros((2, 4)), 5)
 
 
 def grouped():
@@ -81,7 +77,7 @@ def grouped():
         gate, up = jnp.split(dense(p["c"], x), 2, -1)
         return (x @ p["v"]) * jax.nn.silu(gate) + up
 
-    return fn, p, numbers(np.zeros((2, 4, 4, 2)), 5)
+    return from_function(fn, p), numbers(np.zeros((2, 4, 4, 2)), 5)
 
 
 NETWORKS = {f.__name__: f for f in (mlp, convnet, resnet, transformer, scanned, grouped)}
@@ -95,24 +91,24 @@ def random_orders(graph, seed=0):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_does_not_depend_on_the_order_and_a_lost_order_is_found(name):
     with jax.enable_x64(True):
-        fn, params, x = NETWORKS[name]()
-        graph = units.trace(fn, params, x)
+        model, x = NETWORKS[name]()
+        graph = units.trace(model, x)
         free = [name for name, group in graph.groups.items() if group.free]
         assert len(free) >= 2
         assert list(units.permutable(graph)) == free
         orders = random_orders(graph)
-        shuffled = units.permute(graph, params, orders)
-        expected = compiled(fn, params, x)
+        shuffled = units.permute(graph, model, orders)
+        expected = compiled(model, x)
         np.testing.assert_allclose(
-            compiled(fn, shuffled, x), expected, rtol=1e-5, atol=1e-9 * np.abs(expected).max()
+            compiled(shuffled, x), expected, rtol=1e-5, atol=1e-9 * np.abs(expected).max()
         )
         changed = [
             not np.array_equal(a, b)
-            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shuffled), strict=True)
+            for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(shuffled), strict=True)
         ]
         assert sum(changed) > len(changed) / 2
-        back = units.permute(graph, shuffled, units.match_weights(graph, shuffled, params))
-        jax.tree.map(np.testing.assert_array_equal, back, params)
+        back = units.permute(graph, shuffled, units.match_weights(graph, shuffled, model))
+        jax.tree.map(np.testing.assert_array_equal, back, model)
 
 
 def test_where_the_order_matters_is_found_out():
@@ -120,7 +116,8 @@ def test_where_the_order_matters_is_found_out():
 
     def free(fn, rows):
         params = shapes(a=(3, 6), b=(rows, 2))
-        graph = units.trace(lambda p, x: fn(jnp.tanh(x @ p["a"]), p), params, numbers(np.ones((2, 3))))
+        model = from_function(lambda p, x: fn(jnp.tanh(x @ p["a"]), p), params)
+        graph = units.trace(model, numbers(np.ones((2, 3))))
         (name,) = [name for name, group in graph.groups.items() if group.free]
         return graph, name
 
@@ -150,42 +147,42 @@ def test_where_the_order_matters_is_found_out():
 
 
 def test_a_wrong_order_is_refused():
-    fn, params, x = mlp()
-    graph = units.trace(fn, params, x)
+    model, x = mlp()
+    graph = units.trace(model, x)
     name = units.permutable(graph)[0]
     for orders, message in [
         ({"none": [0]}, "'none' is no group"),
         ({name: [0, 1]}, "must hold each of 0 … 7 once"),
         ({name: [0, 0, 1, 2, 3, 4, 5, 6]}, "must hold each of 0 … 7 once"),
         ({name: np.arange(8) + 0.5}, "must hold each of 0 … 7 once"),
-        ({"params.dense.2.kernel": [1, 0, 2, 3]}, "not free: a result"),
+        ({"dense.2.kernel": [1, 0, 2, 3]}, "not free: a result"),
     ]:
         with pytest.raises(ValueError, match=message):
-            units.permute(graph, params, orders)
-    other = jax.tree.map(lambda x: x[..., :3], params)
+            units.permute(graph, model, orders)
+    other = jax.tree.map(lambda x: x[..., :3], model)
     with pytest.raises(ValueError) as error:
-        units.match_weights(graph, other, params)
+        units.match_weights(graph, other, model)
     for i in range(3):
-        assert f"params.dense.{i}.kernel" in str(error.value)
-    broken = jax.tree.map(np.copy, params)
-    broken["params"]["dense"][1]["bias"][0] = np.nan
-    with pytest.raises(ValueError, match="not finite in the tree"):
-        units.match_weights(graph, broken, params)
+        assert f"dense.{i}.kernel" in str(error.value)
+    broken = jax.tree.map(np.copy, model)
+    broken.params["dense"][1]["bias"][0] = np.nan
+    with pytest.raises(ValueError, match="not finite in the model"):
+        units.match_weights(graph, broken, model)
     with pytest.raises(ValueError, match="must be what was traced"):
-        units.match_activations(graph, params, params, x[:1])
+        units.match_activations(graph, model, model, x[:1])
 
 
 def test_states_follow_their_parameters():
-    fn, params, x = convnet()
-    graph = units.trace(fn, params, x)
+    model, x = convnet()
+    graph = units.trace(model, x)
     orders = random_orders(graph)
-    whole = units.permute(graph, params, orders)
-    parts = {name: units.permute(graph, params[name], orders) for name in ("params", "state")}
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
-    assert not np.array_equal(whole["state"]["norm"][0]["var"], params["state"]["norm"][0]["var"])
+    whole = units.permute(graph, model, orders)
+    parts = units.permute(graph, {"params": model.params, "state": model.state}, orders)
+    jax.tree.map(np.testing.assert_array_equal, {"params": whole.params, "state": whole.state}, parts)
+    assert not np.array_equal(whole.state["norm"][0]["var"], model.state["norm"][0]["var"])
     # Parameters alone suffice to find the order
-    found = units.match_weights(graph, whole["params"], params["params"])
-    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, whole, found), params)
+    found = units.match_weights(graph, whole.params, model.params)
+    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, whole, found), model)
 
 
 def smooth():
@@ -196,27 +193,27 @@ def smooth():
         x = jnp.tanh(conv(p["b"], jnp.tanh(conv(p["a"], x))) / 8)
         return jnp.tanh(x.transpose(0, 3, 1, 2).reshape(len(x), -1) @ p["w"] / 8) @ p["v"]
 
-    return fn, p, numbers(np.zeros((2, 4, 4, 2)), 5)
+    return from_function(fn, p), numbers(np.zeros((2, 4, 4, 2)), 5)
 
 
 @pytest.mark.parametrize("make", [mlp, smooth])
 def test_an_order_is_found_from_activations(make):
-    fn, params, x = make()
+    model, x = make()
     x = numbers(np.zeros((32, *x.shape[1:])), 7)
-    graph = units.trace(fn, params, x)
-    shuffled = units.permute(graph, params, random_orders(graph))
-    found = units.match_activations(graph, shuffled, params, x)
-    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, shuffled, found), params)
+    graph = units.trace(model, x)
+    shuffled = units.permute(graph, model, random_orders(graph))
+    found = units.match_activations(graph, shuffled, model, x)
+    jax.tree.map(np.testing.assert_array_equal, units.permute(graph, shuffled, found), model)
 
 
 @pytest.mark.parametrize(
     ("make", "message"), [(scanned, "reads the units of .*: use"), (grouped, "lie across each other")]
 )  # fmt: skip
 def test_what_activations_cannot_match(make, message):
-    fn, params, x = make()
-    graph = units.trace(fn, params, x)
+    model, x = make()
+    graph = units.trace(model, x)
     with pytest.raises(ValueError, match=message):
-        units.match_activations(graph, params, params, x)
+        units.match_activations(graph, model, model, x)
 
 
 GROUPS = ("dense.0.kernel", "dense.1.kernel")
@@ -246,7 +243,7 @@ def weight_matching(ours, theirs, seed):
 def test_weight_matching_is_as_good_as_with_a_specification_by_hand():
     """Between unrelated networks, where no order is exact: ‖θ_reference − π(θ)‖² of both."""
     model = models.build("mlp:24,20", (4, 4, 1), 5, jax.random.key(0))
-    graph = units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 4, 4, 1)))
+    graph = units.trace(model, np.zeros((1, 4, 4, 1)))
     given, reference = [], []
     for seed in range(5):
         ours, theirs = numbers(model.params, 2 * seed), numbers(model.params, 2 * seed + 1)
@@ -286,33 +283,33 @@ def test_the_barrier_after_matching_is_no_higher_than_with_a_specification_by_ha
     tx = optax.adam(1e-3)
     shape = image.shape[1:]
     made = [models.build(f"mlp:{width},{width}", shape, 10, jax.random.key(seed)) for seed in range(4)]
-    apply_fn = made[0].apply_fn
-    step = train.make_train_step(train.supervised(apply_fn), tx)
+    step = train.make_train_step(train.supervised(), tx)
 
     @jax.jit
     def fit(state, order):
         def body(state, rows):
             return step(state, {"image": image[rows], "label": label[rows]})[0], None
 
-        return jax.lax.scan(body, state, order)[0].params
+        return jax.lax.scan(body, state, order)[0].model
 
     @jax.jit
-    def loss(params):
-        return losses.cross_entropy(apply_fn(params, {}, test_image)[0], test_label).mean()
+    def loss(model):
+        return losses.cross_entropy(model(test_image), test_label).mean()
 
     trained = []
     for seed, model in enumerate(made):
         rng, count = np.random.default_rng(seed), len(label) // batch * batch
         order = np.concatenate([rng.permutation(len(label))[:count] for _ in range(epochs)])
-        state = train.init_state(model.params, tx, jax.random.key(seed))
+        # One function for all, so that it is compiled once
+        state = train.init_state(model.replace(apply_fn=made[0].apply_fn), tx, jax.random.key(seed))
         trained.append(fit(state, order.reshape(-1, batch)))
-    graph = units.trace(lambda p, x: apply_fn(p, {}, x)[0], trained[0], image[:1])
+    graph = units.trace(trained[0], image[:1])
     figures = {"as trained": [], "by hand": [], "found": []}
     for seed in (0, 2):
         ours, theirs = (jax.tree.map(np.asarray, tree) for tree in trained[seed : seed + 2])
         layers = [
-            [(each["kernel"], each["bias"]) for _, each in sorted(tree["dense"].items())]
-            for tree in (ours, theirs)
+            [(each["kernel"], each["bias"]) for _, each in sorted(model.params["dense"].items())]
+            for model in (ours, theirs)
         ]
         by_hand = dict(zip(GROUPS, weight_matching(*layers, seed), strict=True))
         found = units.match_weights(graph, theirs, ours)
@@ -331,10 +328,8 @@ def test_a_wider_teacher_is_brought_to_the_student():
         models.build(f"convnet:{w}", (8, 8, 1), 3, jax.random.key(i)) for i, w in enumerate(("4,5", "6,9"))
     )
     x = np.zeros((1, 8, 8, 1))
-    graphs = [
-        units.trace(lambda p, x, m=m: m.apply_fn(p, m.model_state, x)[0], m.params, x) for m in (small, wide)
-    ]
-    student = numbers(small.params)
+    graphs = [units.trace(model, x) for model in (small, wide)]
+    student = numbers(small)
     weak = jax.tree.map(lambda x: 1e-3 * x, numbers(wide.params, 1))
     orders = random_orders(graphs[0])
     source = units.permute(graphs[0], student, orders)
@@ -353,13 +348,13 @@ def test_a_wider_teacher_is_brought_to_the_student():
         leaf[np.ix_(*axes)] = values
         return leaf
 
-    teacher = jax.tree_util.tree_map_with_path(write, weak, source)
+    teacher = wide.replace(params=jax.tree_util.tree_map_with_path(write, weak, source.params))
     scores = units.scores.l2(graphs[1], teacher)
     done = units.bring(graphs[0], student, graphs[1], teacher, how=scores)
     assert {name: list(kept) for name, kept in done.selected.items()} == {
         name: kept.tolist() for name, kept in strong.items()
     }
-    jax.tree.map(np.testing.assert_array_equal, done.params, student)
+    jax.tree.map(np.testing.assert_array_equal, done.model, student)
     assert done.distance[0] > 1
     assert done.distance[1] == 0
     np.testing.assert_allclose(done.cosine[1], 1, rtol=1e-6)
@@ -376,9 +371,9 @@ def test_a_wider_teacher_is_brought_to_the_student():
         assert path in str(error.value)
     assert "head" not in str(error.value)
     deeper = models.build("convnet:4,5,6", (8, 8, 1), 3, jax.random.key(0))
-    graph = units.trace(lambda p, x: deeper.apply_fn(p, {}, x)[0], deeper.params, x)
+    graph = units.trace(deeper, x)
     with pytest.raises(ValueError, match="no counterpart"):
-        units.bring(graph, deeper.params, graphs[1], teacher)
+        units.bring(graph, deeper, graphs[1], teacher)
 
 
 def test_layers_whose_units_do_not_correspond_are_refused():
@@ -386,12 +381,12 @@ def test_layers_whose_units_do_not_correspond_are_refused():
         return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
 
     def network(a, b, classes):
-        params = shapes(a=(3, a), b=(a, b), c=(b, classes))
-        return units.trace(fn, params, np.zeros((1, 3))), params
+        model = from_function(fn, shapes(a=(3, a), b=(a, b), c=(b, classes)))
+        return units.trace(model, np.zeros((1, 3))), model
 
     teacher = network(6, 5, 2)
     one = units.bring(*network(4, 1, 2), *teacher)
-    assert jax.tree.map(np.shape, one.params) == {"a": (3, 4), "b": (4, 1), "c": (1, 2)}
+    assert jax.tree.map(np.shape, one.model.params) == {"a": (3, 4), "b": (4, 1), "c": (1, 2)}
     with pytest.raises(ValueError, match="not free there") as error:
         units.bring(*network(4, 3, 1), *teacher)
     assert str(error.value).splitlines()[1:] == ["c: (3, 1) in the student, (3, 2) selected"]

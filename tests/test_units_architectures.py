@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distill_jax import models
 from distill_jax.compress import units
-from distill_jax.models import mobilenet, shufflenet
+from distill_jax.models import from_function, mobilenet, shufflenet
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,15 @@ def shapes(**given):
 
 
 def compiled(fn, *args):
-    """Runs a function without much care for its speed: compilation is what takes the time."""
+    """Runs a function or a model without much care for its speed: compilation is what takes the time."""
+    if isinstance(fn, models.Model):
+        fn, args = call, (fn, *args)
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(fn).lower(*args).compile(compiler_options=options)(*args)
+
+
+def call(model, x):
+    return model(x)
 
 
 def random_units(graph, rng, *, only=lambda group: group.free and group.exact):
@@ -49,20 +55,18 @@ def random_units(graph, rng, *, only=lambda group: group.free and group.exact):
     return chosen
 
 
-def pruned_equals_silenced(fn, params, *inputs, runs=1, least=1, rerun=False):
-    """Returns the graph; ``rerun``: ``fn`` itself runs with the smaller arrays, and agrees."""
-    graph = units.trace(fn, params, *inputs)
+def pruned_equals_silenced(model, x, *, runs=1, least=1, rerun=False):
+    """Returns the graph; ``rerun``: the model itself runs with the smaller arrays, and agrees."""
+    graph = units.trace(model, x)
     assert sum(group.free and group.exact for group in graph.groups.values()) >= least, str(graph)
     assert all(note.endswith("0 axes") for note in graph.notes)  # Linen's cells seed their carry
     rng = np.random.default_rng(0)
     for _ in range(runs):
         kept = random_units(graph, rng)
-        small = units.keep(graph, params, kept)
-        expected = compiled(fn, units.silence(graph, params, kept), *inputs)
-        for network in [units.shrink(graph, kept), fn] if rerun else [units.shrink(graph, kept)]:
-            for a, b in zip(
-                jax.tree.leaves(compiled(network, small, *inputs)), jax.tree.leaves(expected), strict=True
-            ):
+        expected = compiled(units.silence(graph, model, kept), x)
+        networks = [units.shrink(graph, model, kept)] + [units.keep(graph, model, kept)] * rerun
+        for network in networks:
+            for a, b in zip(jax.tree.leaves(compiled(network, x)), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9 * np.abs(b).max())
     return graph
 
@@ -84,7 +88,7 @@ def test_mlp():
     def fn(p, x):
         return dense(p["c"], jax.nn.sigmoid(dense(p["b"], jax.nn.relu(dense(p["a"], x)))))
 
-    graph = pruned_equals_silenced(fn, p, numbers(np.zeros((4, 5))), runs=3, rerun=True)
+    graph = pruned_equals_silenced(from_function(fn, p), numbers(np.zeros((4, 5))), runs=3, rerun=True)
     free = {name: group.size for name, group in graph.groups.items() if group.free}
     assert free == {"a.w": 8, "b.w": 6}
 
@@ -100,7 +104,7 @@ def test_flatten_grouped_dilated_and_transposed_convolutions():
         x = jax.lax.conv_transpose(x, p["d"], (2, 2), "SAME")
         return jax.nn.gelu(x.reshape(len(x), -1) @ p["w"]) @ p["v"]
 
-    graph = pruned_equals_silenced(fn, p, numbers(np.zeros((2, 4, 4, 2))), runs=2)
+    graph = pruned_equals_silenced(from_function(fn, p), numbers(np.zeros((2, 4, 4, 2))), runs=2)
     # Groups of channels, and places in a group: before and after the grouped convolution
     assert [graph.groups[n].size for n in ("a", "a#1", "b", "c", "d", "w")] == [3, 2, 3, 5, 4, 7]
 
@@ -117,12 +121,7 @@ def test_reference_networks(name, monkeypatch):
     monkeypatch.setattr(shufflenet, "BLOCKS", (2, 1, 1))
     shape = (NETWORKS[name], NETWORKS[name], 2)
     model = models.build(name, shape, 3, jax.random.key(0))
-    params = numbers({"params": model.params, "state": model.model_state})
-
-    def fn(p, x):
-        return model.apply_fn(p["params"], p["state"], x)[0]
-
-    pruned_equals_silenced(fn, params, numbers(np.zeros((2, *shape))), least=2)
+    pruned_equals_silenced(numbers(model), numbers(np.zeros((2, *shape))), least=2)
 
 
 def test_dense_connections_and_squeeze_and_excite():
@@ -138,7 +137,7 @@ def test_dense_connections_and_squeeze_and_excite():
         y = jnp.concatenate([y, jnp.tanh(y @ p["d2"])], -1) * p["norm"]["scale"] + p["norm"]["bias"]
         return y.mean(1) @ p["h"]
 
-    graph = pruned_equals_silenced(fn, p, numbers(np.zeros((2, 3, 4))), runs=2, rerun=True)
+    graph = pruned_equals_silenced(from_function(fn, p), numbers(np.zeros((2, 3, 4))), runs=2, rerun=True)
     assert {n: g.size for n, g in graph.groups.items() if g.free} == {"w": 6, "s1": 3, "d1": 4, "d2": 4}
 
 
@@ -170,7 +169,7 @@ def test_recurrent(cell):
     p = shapes(wx=(3, 5 * gates), wh=(5, 5 * gates), b=(5 * gates,), out=(5, 2))
     if cell is gru:
         p |= shapes(wn=(3, 5), un=(5, 5))
-    graph = pruned_equals_silenced(cell, p, numbers(np.zeros((4, 2, 3))), runs=2, rerun=True)
+    graph = pruned_equals_silenced(from_function(cell, p), numbers(np.zeros((4, 2, 3))), runs=2, rerun=True)
     (group,) = [group for group in graph.groups.values() if group.free]
     assert (group.name, group.size) == ("wx", 5)
     recurrent = next(s for s in group.slices if (s.path, s.axis) == ("wh", 1))
@@ -215,7 +214,7 @@ def test_causal_transformer():
     each = block_shapes(6, 4, 2, 3, 7)
     norm = {"scale": (6,), "bias": (6,)}
     p = shapes(embedding=(11, 6), positions=(5, 6), block0=each, block1=each, norm=norm)
-    graph = pruned_equals_silenced(language_model, p, np.arange(10).reshape(2, 5))
+    graph = pruned_equals_silenced(from_function(language_model, p), np.arange(10).reshape(2, 5))
     sizes = {n: g.size for n, g in graph.groups.items() if n.startswith("block0") and g.free}
     # Key heads, queries a key head, size of keys, size of values, hidden units
     assert sizes == {
@@ -232,12 +231,12 @@ def test_inexact_groups_still_run_and_means_count_what_is_left():
     norm = {"scale": (6,), "bias": (6,)}
     p = shapes(embedding=(11, 6), positions=(5, 6), block0=each, block1=each, norm=norm)
     tokens = np.arange(10).reshape(2, 5)
-    graph = units.trace(language_model, p, tokens)
+    model = from_function(language_model, p)
+    graph = units.trace(model, tokens)
     kept = {"embedding": [0, 2, 3, 5]}
-    small = units.keep(graph, p, kept)
-    outputs = compiled(units.shrink(graph, kept), small, tokens)
-    np.testing.assert_allclose(outputs, compiled(language_model, small, tokens), rtol=1e-9)
-    silenced = compiled(language_model, units.silence(graph, p, kept), tokens)
+    outputs = compiled(units.shrink(graph, model, kept), tokens)
+    np.testing.assert_allclose(outputs, compiled(units.keep(graph, model, kept), tokens), rtol=1e-9)
+    silenced = compiled(units.silence(graph, model, kept), tokens)
     assert np.abs(outputs - silenced).max() > 1e-2
 
 
@@ -256,7 +255,7 @@ def test_vision_transformer_with_scanned_layers():
         x, _ = jax.lax.scan(lambda x, b: (block(b, x, causal=False), None), x, p["blocks"])
         return layer_norm(p["norm"], x)[:, 0] @ p["head"]
 
-    graph = pruned_equals_silenced(fn, p, numbers(np.zeros((2, 8, 8, 3))))
+    graph = pruned_equals_silenced(from_function(fn, p), numbers(np.zeros((2, 8, 8, 3))))
     free = {n: g.size for n, g in graph.groups.items() if g.free and g.exact}
     assert free == {"blocks.q": 3, "blocks.q#1": 2, "blocks.v": 2, "blocks.gate": 5}
 
@@ -276,16 +275,11 @@ class LinenNet(nn.Module):
 
 def test_linen():
     x = numbers(np.zeros((2, 4, 4, 2)))
-    model = models.from_linen(LinenNet(), jax.random.key(0), x)
-    p = numbers({"params": model.params, "state": model.model_state})
-
-    def fn(p, x):
-        return model.apply_fn(p["params"], p["state"], x)[0]
-
-    graph = pruned_equals_silenced(fn, p, x, least=4)
+    model = numbers(models.from_linen(LinenNet(), jax.random.key(0), x))
+    graph = pruned_equals_silenced(model, x, least=4)
     kept = {name: [0] for name, group in graph.groups.items() if group.free and group.exact}
     with pytest.raises(Exception, match="shape"):
-        fn(units.keep(graph, p, kept), x)
+        units.keep(graph, model, kept)(x)
 
 
 PARTS = ("dense", "residual", "glu", "concatenate", "halves", "reshape", "norm", "transpose", "pad", "scan")
@@ -355,7 +349,7 @@ def random_network(parts):
 @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6))
 def test_random_networks(parts):
     fn, params = random_network(parts)
-    graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
+    graph = pruned_equals_silenced(from_function(fn, params), numbers(np.zeros((2, 3))), least=0)
     positions = {
         (path, a): np.zeros(n, bool) for path, s in graph.shapes.items() for a, n in enumerate(s.shape)
     }

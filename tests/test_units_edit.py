@@ -16,6 +16,8 @@ from test_units_architectures import compiled, conv, lstm, numbers, shapes
 from distill_jax import metrics, models
 from distill_jax.compress import units
 from distill_jax.compress.units import costs, scores
+from distill_jax.compress.units._trace import roles
+from distill_jax.models import Model, from_function
 from distill_jax.train.checkpoints import Checkpoints
 
 
@@ -24,8 +26,8 @@ def mlp(p, x):
 
 
 def traced(a=12, b=20):
-    params = shapes(a=(3, a), c=(a,), b=(a, b), d=(b, 2))
-    return params, units.trace(mlp, params, numbers(np.zeros((1, 3))))
+    model = from_function(mlp, shapes(a=(3, a), c=(a,), b=(a, b), d=(b, 2)))
+    return model, units.trace(model, numbers(np.zeros((1, 3))))
 
 
 # --- prune ---------------------------------------------------------------------------------------
@@ -36,8 +38,8 @@ def traced(a=12, b=20):
     ("of", "budget"), [(costs.share, 0.5), (costs.parameters, 150), (costs.flops, 300), (costs.share, 1.0)]
 )
 def test_budgets_are_met_and_nothing_more_goes(of, budget, across):
-    params, graph = traced()
-    given = scores.l2(graph, params)
+    model, graph = traced()
+    given = scores.l2(graph, model)
     kept = units.prune(graph, given, budget, of=of, across=across)
     assert of(graph, kept) <= budget
     for name, indices in kept.items():
@@ -101,7 +103,7 @@ def test_a_loops_body_counts_as_often_as_it_runs(unroll):
         h = jax.lax.scan(cell, x @ p["a"], None, 5, unroll=unroll)[0]
         return jax.lax.cond(x[0, 0] > 0, lambda h: cell(h, None)[0], jnp.sin, h) @ p["b"]
 
-    graph = units.trace(fn, shapes(a=(3, 8), w=(8, 8), b=(8, 2)), np.zeros((1, 3)))
+    graph = units.trace(from_function(fn, shapes(a=(3, 8), w=(8, 8), b=(8, 2))), np.zeros((1, 3)))
     for kept, n in [({}, 8), ({"a": range(4)}, 4)]:
         products = 2 * n * (3 + 18 * n + 2)
         assert products <= costs.flops(graph, kept) <= products + 150
@@ -114,8 +116,8 @@ def test_flops_that_are_not_known_are_an_error(monkeypatch):
         )[1]
         return h @ p["b"]
 
-    params = shapes(a=(3, 8), w=(8, 8), b=(8, 2))
-    graph = units.trace(fn, params, np.zeros((1, 3)))
+    model = from_function(fn, shapes(a=(3, 8), w=(8, 8), b=(8, 2)))
+    graph = units.trace(model, np.zeros((1, 3)))
     with pytest.raises(ValueError, match="has a while loop"):
         costs.flops(graph, {})
     assert "flops" not in units.report(graph, {}, repeats=1)
@@ -126,33 +128,27 @@ def test_flops_that_are_not_known_are_an_error(monkeypatch):
 
 
 def test_model_state_is_no_parameter():
-    params, state = shapes(a=(3, 4), b=(4, 2)), shapes(mean=(4,))
+    def apply_fn(params, state, x, *, key=None):
+        return jnp.tanh(x @ params["a"] - state["mean"]) @ params["b"], state
 
-    def apply_fn(params, model_state, x):
-        return jnp.tanh(x @ params["a"] - model_state["mean"]) @ params["b"], model_state
-
-    graph = units.trace(
-        lambda p, x: apply_fn(p["params"], p["state"], x)[0],
-        {"params": params, "state": state},
-        np.zeros((1, 3)),
-    )
-    found = units.report(graph, {"params.a": [0, 2, 3]}, repeats=1)
+    model = Model(apply_fn, shapes(a=(3, 4), b=(4, 2)), shapes(mean=(4,)))
+    graph = units.trace(model, np.zeros((1, 3)))
+    found = units.report(graph, {"a": [0, 2, 3]}, repeats=1)
     assert found["parameters"] == (20, 15)
-    arrays = jax.tree.map(jnp.asarray, (params, state))
-    (expected,) = metrics.costs([(apply_fn, *arrays)], np.zeros(3), repeats=1)
+    (expected,) = metrics.costs([jax.tree.map(jnp.asarray, model)], np.zeros(3), repeats=1)
     assert (expected["parameters"], expected["bytes"]) == (20, found["bytes"][0])
-    kept = units.prune(graph, {"params.a": np.arange(4.0)}, 15, of=costs.parameters)
-    assert kept == {"params.a": [1, 2, 3]}
+    kept = units.prune(graph, {"a": np.arange(4.0)}, 15, of=costs.parameters)
+    assert kept == {"a": [1, 2, 3]}
 
 
 # --- merge ---------------------------------------------------------------------------------------
 
 
-def split_units(graph, params, name, of, rng):
+def split_units(graph, model, name, of, rng):
     """A network that does the same with more units: unit i of it is unit ``of[i]`` of this one."""
     share = rng.uniform(0.2, 1, len(of))
     share /= np.bincount(of, share)[of]
-    role = units.roles.roles(graph)[name]
+    role = roles.roles(graph)[name]
 
     def one(leaf, path):
         for slices, scale in ((role.incoming, np.ones(len(of))), (role.outgoing, share)):
@@ -160,7 +156,7 @@ def split_units(graph, params, name, of, rng):
                 if s.path == path:
                     size = graph.groups[name].size
                     blocks = np.moveaxis(leaf, s.axis, 0)
-                    places = units.roles.positions(s.index, size)
+                    places = roles.positions(s.index, size)
                     inner = 1 if places.shape[1] == 1 else places[0, 1] - places[0, 0] != 1
                     grown = blocks[places][of]
                     grown = grown * scale.reshape(-1, *[1] * (grown.ndim - 1))
@@ -168,9 +164,7 @@ def split_units(graph, params, name, of, rng):
                     leaf = np.moveaxis(grown.reshape(-1, *blocks.shape[1:]), 0, s.axis)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: one(leaf, jax.tree_util.keystr(path, simple=True, separator=".")), params
-    )
+    return model.replace(params={name: one(leaf, name) for name, leaf in model.params.items()})
 
 
 def flat(p, x):
@@ -201,34 +195,37 @@ def test_units_that_were_doubled_and_split_are_merged_again(kind):
     fn, given, x, names = MERGED[kind]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        params, x = shapes(**given), numbers(np.zeros(x), 1)
-        grown, sizes = params, {}
+        model, x = from_function(fn, shapes(**given)), numbers(np.zeros(x), 1)
+        grown, sizes = model, {}
         for name in names:
-            graph = units.trace(fn, grown, x)
+            graph = units.trace(grown, x)
             size = graph.groups[name].size
             of = rng.permutation(np.concatenate([np.arange(size), rng.integers(0, size, 3)]))
             grown, sizes[name] = split_units(graph, grown, name, of, rng), size
-        expected = compiled(fn, params, x)
-        np.testing.assert_allclose(compiled(fn, grown, x), expected, rtol=1e-9)
-        graph = units.trace(fn, grown, x)
+        expected = compiled(model, x)
+        np.testing.assert_allclose(compiled(grown, x), expected, rtol=1e-9)
+        graph = units.trace(grown, x)
         for options in ({}, {"incoming": "best", "scores": scores.l2(graph, grown)}):
             merged, kept = units.merge(graph, grown, sizes, **options)
             small = units.keep(graph, merged, kept)
-            assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, params)
-            np.testing.assert_allclose(compiled(fn, small, x), expected, rtol=1e-6)
-            np.testing.assert_allclose(compiled(units.shrink(graph, kept), small, x), expected, rtol=1e-6)
+            assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, model)
+            np.testing.assert_allclose(compiled(small, x), expected, rtol=1e-6)
+            np.testing.assert_allclose(compiled(units.shrink(graph, merged, kept), x), expected, rtol=1e-6)
 
 
 def test_what_is_alike_can_be_told_otherwise():
-    params, graph = traced(a=4)
-    merged, kept = units.merge(graph, params, {"a": 2}, likeness={"a": np.eye(4)[[0, 1, 1, 0]]})
+    model, graph = traced(a=4)
+    params = model.params
+    merged, kept = units.merge(graph, model, {"a": 2}, likeness={"a": np.eye(4)[[0, 1, 1, 0]]})
     assert kept == {"a": [0, 1]}
+    merged = merged.params
     np.testing.assert_allclose(merged["b"][0], params["b"][0] + params["b"][3], rtol=1e-12)
     np.testing.assert_allclose(merged["a"][:, 1], params["a"][:, 1:3].mean(1), rtol=1e-12)
     weights = {"a": np.array([3.0, 0, 2, 1])}
     merged, kept = units.merge(
-        graph, params, {"a": 2}, likeness={"a": np.eye(4)[[0, 1, 1, 0]]}, scores=weights
+        graph, model, {"a": 2}, likeness={"a": np.eye(4)[[0, 1, 1, 0]]}, scores=weights
     )
+    merged = merged.params
     assert kept == {"a": [0, 2]}
     a = params["a"]
     np.testing.assert_allclose(merged["a"][:, 0], 0.75 * a[:, 0] + 0.25 * a[:, 3], rtol=1e-12)
@@ -249,7 +246,8 @@ def stack(p, x):
 def stacked(width, hidden, layers):
     block = {"u": (width, hidden), "v": (hidden, width)}
     params = shapes(**{"in": (3, width), "blocks": {f"{i}": block for i in range(layers)}, "out": (width, 2)})
-    return params, units.trace(stack, params, numbers(np.zeros((1, 3))))
+    model = from_function(stack, params)
+    return model, units.trace(model, numbers(np.zeros((1, 3))))
 
 
 def test_a_teachers_units_fit_into_a_student_of_fewer_layers():
@@ -269,15 +267,19 @@ def test_a_teachers_units_fit_into_a_student_of_fewer_layers():
     done = units.inject(student, units.keep(graph, teacher, kept), layers=layers)
     assert not done.kept
     assert done.taken["blocks.1.u"] == "blocks.3.u"
+    params = teacher.params
     np.testing.assert_array_equal(
-        done.params["blocks"]["1"]["u"], teacher["blocks"]["3"]["u"][np.ix_(kept["in"], kept["blocks.3.u"])]
+        done.model.params["blocks"]["1"]["u"],
+        params["blocks"]["3"]["u"][np.ix_(kept["in"], kept["blocks.3.u"])],
     )
     # The function is that of the teacher with those units and layers alone
-    rest = {"in": teacher["in"], "out": teacher["out"],
-            "blocks": {"0": teacher["blocks"]["0"], "3": teacher["blocks"]["3"]}}  # fmt: skip
-    two = units.trace(stack, rest, numbers(np.zeros((1, 3))))
+    rest = teacher.replace(params={
+        "in": params["in"], "out": params["out"],
+        "blocks": {"0": params["blocks"]["0"], "3": params["blocks"]["3"]},
+    })  # fmt: skip
+    two = units.trace(rest, numbers(np.zeros((1, 3))))
     x = numbers(np.zeros((5, 3)), 3)
-    np.testing.assert_allclose(stack(done.params, x), stack(units.keep(two, rest, kept), x), rtol=1e-5)
+    np.testing.assert_allclose(done.model(x), units.keep(two, rest, kept)(x), rtol=1e-5)
 
 
 def test_a_student_of_fewer_layers_says_which_are_the_teachers():
@@ -289,7 +291,7 @@ def test_a_student_of_fewer_layers_says_which_are_the_teachers():
                 x = jnp.tanh(x @ p[str(i)])
             return x @ p[str(len(p) - 1)]
 
-        return units.trace(fn, params, np.zeros((1, sizes[0])))
+        return units.trace(from_function(fn, params), np.zeros((1, sizes[0])))
 
     teacher, student = graph_of(3, 8, 4, 4), graph_of(3, 4, 4)
     # Without layers the student's outputs would be the teacher's second hidden layer, of equal shape
@@ -305,11 +307,15 @@ def test_a_student_of_fewer_layers_says_which_are_the_teachers():
 def test_injection_says_what_it_took_and_what_it_kept():
     student = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(9), "c": np.zeros(2), "d": np.ones(1)}
     teacher = {"a": np.arange(24.0).reshape(4, 6), "b": np.ones(4), "c": np.ones((2, 1))}
+    student, teacher = (
+        Model(print, params, {"m": np.full(2, i)}) for i, params in enumerate((student, teacher))
+    )
     done = units.inject(student, teacher)
-    np.testing.assert_array_equal(done.params["a"], teacher["a"][::2, ::2])
-    assert done.params["a"].dtype == np.float32
-    assert done.taken == {"a": "a"}
-    assert done.params["d"] is student["d"]
+    np.testing.assert_array_equal(done.model.params["a"], teacher.params["a"][::2, ::2])
+    assert done.model.params["a"].dtype == np.float32
+    assert done.taken == {"a": "a", "m": "m"}
+    np.testing.assert_array_equal(done.model.state["m"], 1)
+    assert done.model.params["d"] is student.params["d"]
     assert done.kept == {
         "b": "its shape (9,) does not fit into the teacher's (4,)",
         "c": "its shape (2,) does not fit into the teacher's (2, 1)",
@@ -317,15 +323,15 @@ def test_injection_says_what_it_took_and_what_it_kept():
     }
     assert str(done).splitlines()[0] == "a: from a"
     with pytest.raises(ValueError, match="nothing of it fits"):
-        units.inject({"x": np.zeros(3)}, teacher)
+        units.inject(Model(print, {"x": np.zeros(3)}), teacher)
 
 
 # --- what follows --------------------------------------------------------------------------------
 
 
 def test_the_optimizers_state_follows_what_was_pruned():
-    params, graph = traced()
-    tx = optax.adam(0.1)
+    model, graph = traced()
+    params, tx = model.params, optax.adam(0.1)
     x, y = numbers(np.zeros((8, 3)), 1), numbers(np.zeros((8, 2)), 2)
 
     @jax.jit
@@ -346,8 +352,9 @@ FRESH = """
 import json, sys
 import jax, numpy as np
 from flax import linen
-from distill_jax import models, units
-from distill_jax.checkpoint import Checkpoints
+from distill_jax import models
+from distill_jax.compress import units
+from distill_jax.train.checkpoints import Checkpoints
 
 class Net(linen.Module):
     width: int
@@ -356,22 +363,23 @@ class Net(linen.Module):
         x = linen.relu(linen.Dense(self.width)(x))
         return linen.Dense(2)(x)
 
-def model(width):
+def build(width):
     return models.from_linen(Net(width), jax.random.key(0), np.zeros((1, 3)))
 
 def large():
-    net = model(8)
-    return net.params, units.trace(lambda p, x: net.apply_fn(p, {}, x)[0], net.params, np.zeros((1, 3)))
+    model = build(8)
+    return model, units.trace(model, np.zeros((1, 3)))
 
 if __name__ == "__main__":
-    params, graph = large()
+    model, graph = large()
     x = np.linspace(-1, 1, 3)[None].astype(np.float32)
     record = json.loads(open(sys.argv[1] + "/record.json").read())
+    small = units.shrink(graph, model, record["kept"])
     with Checkpoints(sys.argv[1] + "/small") as saved:
-        small, _ = saved.restore(units.keep(graph, params, record["kept"]))
-    net = model(record["widths"]["Dense_0.kernel"])
-    by_program = units.shrink(graph, record["kept"])(small, x)
-    print(json.dumps([np.asarray(y).tolist() for y in (by_program, net.apply_fn(small, {}, x)[0])]))
+        arrays, _ = saved.restore({"params": small.params})
+    small = small.replace(**arrays)
+    net = build(record["widths"]["Dense_0.kernel"]).replace(**arrays)
+    print(json.dumps([np.asarray(each(x)).tolist() for each in (small, net)]))
 """
 
 
@@ -380,11 +388,11 @@ def test_a_fresh_process_loads_the_small_model(tmp_path):
     program.write_text(FRESH)
     code: dict = {"__name__": "fresh"}
     exec(compile(FRESH, "fresh", "exec"), code)
-    params, graph = code["large"]()
-    kept = units.prune(graph, scores.l2(graph, params), 0.5)
-    small = units.keep(graph, params, kept)
+    model, graph = code["large"]()
+    kept = units.prune(graph, scores.l2(graph, model), 0.5)
+    small = units.shrink(graph, model, kept)
     with Checkpoints(tmp_path / "small") as saved:
-        saved.save(0, small, {})
+        saved.save(0, {"params": small.params}, {})
     record = units.architecture(graph, kept)
     assert record["widths"] == {"Dense_0.kernel": 4}
     assert record["shapes"]["Dense_1.kernel"] == [4, 2]
@@ -393,9 +401,8 @@ def test_a_fresh_process_loads_the_small_model(tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     x = np.linspace(-1, 1, 3)[None].astype(np.float32)
-    expected = units.shrink(graph, kept)(small, x)
     for outputs in json.loads(done.stdout.splitlines()[-1]):
-        np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+        np.testing.assert_allclose(outputs, small(x), rtol=1e-6)
 
 
 # --- misuse --------------------------------------------------------------------------------------
@@ -407,11 +414,10 @@ def refused(call, message):
 
 
 def test_what_cannot_be_meant_is_refused():
-    params, graph = traced(a=4, b=6)
+    model, graph = traced(a=4, b=6)
     two = {"a": np.ones(4)}
-    softmax = units.trace(
-        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], shapes(a=(3, 4), b=(4, 2)), np.zeros((1, 3))
-    )
+    normal = from_function(lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], shapes(a=(3, 4), b=(4, 2)))
+    softmax = units.trace(normal, np.zeros((1, 3)))
     prune, merge = functools.partial(units.prune, graph), functools.partial(units.merge, graph)
     for call, message in [
         (lambda: prune({}, 0.5), "scores are empty"),
@@ -423,16 +429,16 @@ def test_what_cannot_be_meant_is_refused():
         (lambda: prune(two, float("nan")), "budget"),
         (lambda: prune(two, 0.5, multiple=0), "multiple must be at least 1"),
         (lambda: prune(two, 0.5, across="all"), "across must be"),
-        (lambda: merge(params, {"z": 1}), "sizes: 'z' is no group"),
-        (lambda: merge(params, {"a": 5}), r"must lie in 1 … 4, got 5"),
-        (lambda: merge(params, {"a": 0}), r"must lie in 1 … 4, got 0"),
-        (lambda: merge(params, {"a": 2}, incoming="sum"), "incoming must be"),
-        (lambda: merge(params, {"a": 2}, likeness={"a": np.ones((3, 2))}), "likeness"),
-        (lambda: merge(params, {"a": 2}, scores={"b": np.ones(6)}), r"none of \['a'\], only of"),
-        (lambda: merge(params, {"a": 2}, scores={"a": np.ones(5)}), r"must be \[4\] and finite"),
-        (lambda: merge(params, {"a": 2}, scores={"a": np.full(4, np.nan)}), "finite, got"),
-        (lambda: merge(params, {"a": 2}, scores={"a": -np.ones(4)}), "must not be negative, got -1"),
-        (lambda: units.merge(softmax, params, {"a": 2}), "cannot be merged: reduce_max over it"),
+        (lambda: merge(model, {"z": 1}), "sizes: 'z' is no group"),
+        (lambda: merge(model, {"a": 5}), r"must lie in 1 … 4, got 5"),
+        (lambda: merge(model, {"a": 0}), r"must lie in 1 … 4, got 0"),
+        (lambda: merge(model, {"a": 2}, incoming="sum"), "incoming must be"),
+        (lambda: merge(model, {"a": 2}, likeness={"a": np.ones((3, 2))}), "likeness"),
+        (lambda: merge(model, {"a": 2}, scores={"b": np.ones(6)}), r"none of \['a'\], only of"),
+        (lambda: merge(model, {"a": 2}, scores={"a": np.ones(5)}), r"must be \[4\] and finite"),
+        (lambda: merge(model, {"a": 2}, scores={"a": np.full(4, np.nan)}), "finite, got"),
+        (lambda: merge(model, {"a": 2}, scores={"a": -np.ones(4)}), "must not be negative, got -1"),
+        (lambda: units.merge(softmax, normal, {"a": 2}), "cannot be merged: reduce_max over it"),
         (lambda: units.select(graph, traced(a=5, b=6)[1]), "has 5 units where the teacher's a has 4"),
         (lambda: units.select(graph, traced(a=2, b=3)[1], how="block", block=2), "block must lie in"),
         (lambda: units.select(graph, traced(a=2, b=3)[1], how="best"), "how must be"),
@@ -444,9 +450,9 @@ def test_what_cannot_be_meant_is_refused():
 
 def test_widths_of_a_built_model_rebuild_it():
     model = models.build("mlp:6", (2, 2, 1), 3, jax.random.key(0))
-    graph = units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], model.params, np.zeros((1, 2, 2, 1)))
+    graph = units.trace(model, np.zeros((1, 2, 2, 1)))
     kept = {"dense.0.kernel": [1, 4]}
     widths = units.architecture(graph, kept)["widths"]
     small = models.build(f"mlp:{widths['dense.0.kernel']}", (2, 2, 1), 3, jax.random.key(0))
-    params = units.keep(graph, model.params, kept)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, small.params)
+    cut = units.keep(graph, model, kept)
+    assert jax.tree.map(jnp.shape, cut.params) == jax.tree.map(jnp.shape, small.params)

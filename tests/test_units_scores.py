@@ -9,6 +9,7 @@ from test_units_architectures import conv, lstm, numbers, shapes
 from distill_jax.compress import units
 from distill_jax.compress.units import scores, values
 from distill_jax.compress.units._trace import roles
+from distill_jax.models import Model, from_function
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,8 @@ CASES = {
 @pytest.fixture(params=CASES)
 def case(request):
     fn, given, x = CASES[request.param]
-    params, x = shapes(**given), numbers(np.zeros(x), 1)
-    return fn, params, x, units.trace(fn, params, x)
+    model, x = from_function(fn, shapes(**given)), numbers(np.zeros(x), 1)
+    return fn, model, x, units.trace(model, x)
 
 
 def lost(graph, tree, name, unit):
@@ -69,22 +70,21 @@ def agree(given, expected):
 
 
 def test_weights_and_gradients(case):
-    fn, params, x, graph = case
+    fn, model, x, graph = case
+    params = model.params
     gradients = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)
     products = jax.tree.map(lambda g, w: np.asarray(g) * w, gradients, params)
     squares = reference(graph, params, np.square)
-    agree(scores.l1(graph, params, normalize="none"), reference(graph, params, np.abs))
-    agree(scores.l2(graph, params, normalize="none"), {n: np.sqrt(s) for n, s in squares.items()})
+    agree(scores.l1(graph, model, normalize="none"), reference(graph, params, np.abs))
+    agree(scores.l2(graph, model, normalize="none"), {n: np.sqrt(s) for n, s in squares.items()})
     linear = reference(graph, products, lambda x: x)
-    agree(
-        scores.taylor(graph, params, gradients, normalize="none"), {n: np.abs(s) for n, s in linear.items()}
-    )
+    agree(scores.taylor(graph, model, gradients, normalize="none"), {n: np.abs(s) for n, s in linear.items()})
     curvature = jax.tree.map(lambda g: np.asarray(g) ** 2, gradients)
     agree(
-        scores.fisher(graph, params, curvature, normalize="none"),
+        scores.fisher(graph, model, curvature, normalize="none"),
         {n: s / 2 for n, s in reference(graph, products, np.square).items()},
     )
-    for name, given in scores.lamp(graph, params).items():
+    for name, given in scores.lamp(graph, model).items():
         energy = squares[name]
         agree({name: given}, {name: np.array([e / energy[energy >= e].sum() for e in energy])})
 
@@ -92,7 +92,7 @@ def test_weights_and_gradients(case):
 def test_the_first_order_score_is_the_derivative_of_silencing():
     fn, given, x = CASES["mlp"]
     params, x = shapes(**given), numbers(np.zeros(x), 1)
-    graph = units.trace(fn, params, x)
+    graph = units.trace(from_function(fn, params), x)
 
     @jax.jit
     def loss(p):
@@ -109,24 +109,26 @@ def test_the_first_order_score_is_the_derivative_of_silencing():
 
 
 def test_squared_gradients_are_of_single_examples():
-    params, x = shapes(a=(3, 2)), numbers(np.zeros((7, 3)))
+    x = numbers(np.zeros((7, 3)))
+    model = from_function(lambda p, x: jnp.tanh(x @ p["a"]), shapes(a=(3, 2)))
 
-    def loss(p, x):
-        return jnp.tanh(x @ p["a"]).sum()
+    def loss(model, x):
+        return model(x).sum()
 
-    given = scores.squared_gradients(loss, params, x, chunk=3)
-    each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+    given = scores.squared_gradients(loss, model, x, chunk=3)
+    each = jax.vmap(jax.grad(loss), (None, 0))(model, x).params
     np.testing.assert_allclose(given["a"], (each["a"] ** 2).mean(0), rtol=1e-12)
 
 
 def test_activations_are_what_is_handed_on(case):
-    fn, params, x, graph = case
-    given = units.activations(graph, params, x)
+    fn, model, x, graph = case
+    params = model.params
+    given = units.activations(graph, model, x)
     if fn is mlp:
         h = np.maximum(x @ params["a"]["w"] + params["a"]["b"], 0)
         np.testing.assert_allclose(given["a.w"], h, rtol=1e-12)
-        agree(scores.apoz(graph, params, x), {"a.w": (h > 0).mean(0)})
-        mean = scores.mean_activation(graph, params, x)["a.w"]
+        agree(scores.apoz(graph, model, x), {"a.w": (h > 0).mean(0)})
+        mean = scores.mean_activation(graph, model, x)["a.w"]
         np.testing.assert_allclose(mean, h.mean(0) / h.mean(0).mean(), rtol=1e-12)
     elif fn is convnet:
         h = jax.nn.relu(conv(params["a"], x) * params["norm"]["scale"] + params["norm"]["bias"])
@@ -138,9 +140,9 @@ def test_activations_are_what_is_handed_on(case):
 
 
 def test_fpgm_and_vectors(case):
-    _, params, _, graph = case
-    x = values.vectors(graph, params)
-    for name, given in scores.fpgm(graph, params, normalize="none").items():
+    _, model, _, graph = case
+    params, x = model.params, values.vectors(graph, model)
+    for name, given in scores.fpgm(graph, model, normalize="none").items():
         expected = np.linalg.norm(x[name][:, None] - x[name], axis=-1).sum(1)
         np.testing.assert_allclose(given, expected, rtol=1e-6)
         group = graph.groups[name]
@@ -152,11 +154,11 @@ def test_fpgm_and_vectors(case):
 
 def test_the_scale_of_batch_norm_counts_only_where_there_is_one():
     _, given, x = CASES["convnet"]
-    params = shapes(**given)
-    graph = units.trace(convnet, params, numbers(np.zeros(x)))
-    agree(scores.batch_norm_scale(graph, params), {"a": np.abs(params["norm"]["scale"])})
-    with pytest.raises(ValueError, match="no vector of params that has units is called"):
-        scores.batch_norm_scale(graph, params, names=["weight"])
+    model = from_function(convnet, shapes(**given))
+    graph = units.trace(model, numbers(np.zeros(x)))
+    agree(scores.batch_norm_scale(graph, model), {"a": np.abs(model.params["norm"]["scale"])})
+    with pytest.raises(ValueError, match="no vector among the parameters that has units is called"):
+        scores.batch_norm_scale(graph, model, names=["weight"])
 
 
 def test_normalization():
@@ -183,33 +185,37 @@ def test_random_scores_depend_on_the_key_alone(case):
         assert (a[name] != c[name]).all()
 
 
-def test_state_counts_only_where_it_is_given():
-    def fn(p, x):
-        return jnp.tanh(x @ p["params"]["a"] / p["state"]["var"]) @ p["params"]["b"]
+def test_the_state_does_not_count():
+    def apply_fn(params, state, x, *, key=None):
+        return jnp.tanh(x @ params["a"] / state["var"]) @ params["b"], state
 
-    whole = {"params": shapes(a=(3, 4), b=(4, 2)), "state": {"var": np.ones(4)}}
-    graph = units.trace(fn, whole, np.zeros((1, 3)))
-    part = scores.l1(graph, whole["params"], normalize="none")
-    both = scores.l1(graph, whole, normalize="none")
-    np.testing.assert_allclose(both["params.a"], part["params.a"] + 1, rtol=1e-12)
+    model = Model(apply_fn, shapes(a=(3, 4), b=(4, 2)), {"var": np.ones(4)})
+    graph = units.trace(model, np.zeros((1, 3)))
+    given = scores.l1(graph, model, normalize="none")
+    agree(given, scores.l1(graph, model.params, normalize="none"))
+    expected = np.abs(model.params["a"]).sum(0) + np.abs(model.params["b"]).sum(1)
+    agree(given, {"a": expected})
 
 
 def test_what_is_missing_or_of_another_shape_is_refused(case):
-    _, params, x, graph = case
-    with pytest.raises(ValueError, match="gradients must be shaped like params, but has no"):
-        scores.taylor(graph, params, {k: params[k] for k in list(params)[:1]})
-    with pytest.raises(ValueError, match="no leaf of the tree"):
+    _, model, x, graph = case
+    params = model.params
+    with pytest.raises(ValueError, match="gradients: expected the model that was traced, or a tree"):
+        scores.taylor(graph, model, {k: params[k] for k in list(params)[:1]})
+    with pytest.raises(ValueError, match=r"gradients: .* has shape .* where .* was traced"):
+        scores.taylor(graph, model, jax.tree.map(lambda x: x[..., None], params))
+    with pytest.raises(ValueError, match="model: expected the model that was traced"):
         scores.l1(graph, {"other": np.zeros(3)})
     with pytest.raises(ValueError, match="must be what was traced"):
-        units.activations(graph, params, x[:1])
+        units.activations(graph, model, x[:1])
 
 
 # --- what slices are for -------------------------------------------------------------------------
 
 
 def role_of(fn, name, x=(2, 3), **given):
-    params = shapes(**given)
-    role = roles.roles(units.trace(fn, params, numbers(np.zeros(x))))[name]
+    model = from_function(fn, shapes(**given))
+    role = roles.roles(units.trace(model, numbers(np.zeros(x))))[name]
     return {s[:2] for s in role.incoming}, {s[:2] for s in role.outgoing}, role.reason
 
 

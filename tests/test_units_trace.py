@@ -1,6 +1,5 @@
 """What trace says of small programs; keep and silence; what happens without rules."""
 
-import importlib
 import time
 
 import jax
@@ -10,17 +9,16 @@ import optax
 import pytest
 from test_units_architectures import block_shapes, language_model, numbers, pruned_equals_silenced, shapes
 
-from distill_jax import _jaxpr, models
+from distill_jax import _jaxpr, models, train
 from distill_jax.compress import units
 from distill_jax.compress.units._trace import labels, rules
-
-# By name, for `units.shrink` is the function
-ADAPTED = importlib.import_module("distill_jax.compress.units.shrinking").ADAPTED
+from distill_jax.compress.units.shrinking import ADAPTED
+from distill_jax.models import Model, from_function
 
 
 def traced(fn, x=(2, 3), **params):
-    params = shapes(**params)
-    return params, units.trace(fn, params, numbers(np.zeros(x)))
+    model = from_function(fn, shapes(**params))
+    return model, units.trace(model, numbers(np.zeros(x)))
 
 
 def sizes(graph, *, exact=None):
@@ -55,13 +53,14 @@ def test_heads_and_head_size_are_two_slices_of_one_axis():
     def whole(p, x):
         return jnp.tanh(fn(p, x).reshape(len(x), 6)) @ p["o"]
 
-    params, graph = traced(whole, q=(3, 6), s=(2,), d=(3,), o=(6, 1))
+    model, graph = traced(whole, q=(3, 6), s=(2,), d=(3,), o=(6, 1))
+    params = model.params
     index = {(n, s.path): s.index.tolist() for n in ("q", "q#1") for s in graph.groups[n].slices}
     assert index["q", "q"] == index["q", "o"] == [0, 0, 0, 1, 1, 1]
     assert index["q#1", "q"] == index["q#1", "o"] == [0, 1, 2, 0, 1, 2]
-    small = units.keep(graph, params, {"q": [1], "q#1": [0, 2]})
+    small = units.keep(graph, model, {"q": [1], "q#1": [0, 2]}).params
     np.testing.assert_array_equal(small["q"], params["q"][:, [3, 5]])
-    silent = units.silence(graph, params, {"q": [1], "q#1": [0, 2]})["o"]
+    silent = units.silence(graph, model, {"q": [1], "q#1": [0, 2]}).params["o"]
     np.testing.assert_array_equal(silent[[0, 1, 2, 4]], 0)
     np.testing.assert_array_equal(silent[[3, 5]], params["o"][[3, 5]])
 
@@ -127,11 +126,11 @@ def test_an_axis_split_in_two_ways_has_the_factors_that_suit_both():
 
     with jax.enable_x64(True):
         params = shapes(a=(3, 12), u=(6,), v=(4, 3))
-        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2)
+        graph = pruned_equals_silenced(from_function(fn, params), numbers(np.zeros((2, 3))), runs=2)
         assert sorted(sizes(graph).values()) == [2, 2, 3]
         # Of 2 × 6 and 3 × 4 only even and odd places are left
         params = shapes(a=(3, 12), u=(6,), v=(3, 4))
-        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), least=0)
+        graph = pruned_equals_silenced(from_function(fn, params), numbers(np.zeros((2, 3))), least=0)
         assert list(sizes(graph).values()) == [2]
 
 
@@ -152,7 +151,9 @@ def test_loops_choices_and_calls():
 
     params = shapes(a=(3, 5), w=(5, 5), s=(5,), b=(5, 2))
     with jax.enable_x64(True):
-        graph = pruned_equals_silenced(fn, params, numbers(np.zeros((2, 3))), runs=2, rerun=True)
+        graph = pruned_equals_silenced(
+            from_function(fn, params), numbers(np.zeros((2, 3))), runs=2, rerun=True
+        )
     assert sizes(graph) == {"a": 5}
 
 
@@ -284,27 +285,27 @@ def but_the_first(graph):
 def test_without_any_one_rule_there_are_frozen_axes_or_an_error_never_other_numbers(monkeypatch):
     params = {k: np.abs(v) for k, v in shapes(**EVERYTHING).items()}
     with jax.enable_x64(True):
-        x = numbers(np.zeros((2, 3)))
-        silenced = jax.jit(everything)
-        graph = units.trace(everything, params, x)
+        model, x = from_function(everything, params), numbers(np.zeros((2, 3)))
+        silenced = jax.jit(lambda model: model(x))
+        graph = units.trace(model, x)
         assert not graph.notes
 
         def check(graph):
             kept = but_the_first(graph)
-            small = units.shrink(graph, kept)(units.keep(graph, params, kept), x)
-            expected = silenced(units.silence(graph, params, kept), x)
+            small = units.shrink(graph, model, kept)(x)
+            expected = silenced(units.silence(graph, model, kept))
             np.testing.assert_allclose(small, expected, rtol=1e-9)
 
         check(graph)
         full = sum(sizes(graph).values())
-        used = sorted({"jit", *names_in(graph.program.program)})
+        used = sorted({"jit", *names_in(graph.traced.program)})
         assert len(used) > 25
         counts = []
         for name in used:
             with monkeypatch.context() as patch:
                 patch.delitem(rules.RULES, name, raising=False)
                 patch.delitem(_jaxpr.CALLS, name, raising=False)
-                maimed = units.trace(everything, params, x)
+                maimed = units.trace(model, x)
             assert any(name in note for note in maimed.notes)
             counts.append(sum(sizes(maimed).values()))
             check(maimed)
@@ -332,7 +333,7 @@ def test_a_step_after_pruning_is_the_silenced_networks_on_what_is_left(tx):
     with jax.enable_x64(True):
         params = shapes(a=(3, 6), b=(6,), c=(6, 2))
         x, y = numbers(np.zeros((8, 3)), 1), numbers(np.zeros((8, 2)), 2)
-        graph = units.trace(fn, params, x)
+        graph = units.trace(from_function(fn, params), x)
         kept = {"a": [0, 2, 5]}
 
         def step(params, state):
@@ -353,54 +354,145 @@ def test_a_step_after_pruning_is_the_silenced_networks_on_what_is_left(tx):
 
 
 def test_the_shrunk_program_is_differentiable_and_keeps_the_derivative_of_relu():
-    params, graph = traced(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], a=(3, 4), b=(4, 2))
-    fn = units.shrink(graph, {"a": [0, 1]})
-    params["a"][:, 0] = 0  # relu receives 0, where a maximum's derivative would be a half
-    small = units.keep(graph, params, {"a": [0, 1]})
+    model, graph = traced(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], a=(3, 4), b=(4, 2))
+    model.params["a"][:, 0] = 0  # relu receives 0, where a maximum's derivative would be a half
+    small = units.shrink(graph, model, {"a": [0, 1]})
     x = numbers(np.zeros((2, 3)))
-    given = jax.grad(lambda p: fn(p, x).sum())(small)
-    expected = jax.grad(lambda p: (jax.nn.relu(x @ p["a"]) @ p["b"]).sum())(small)
-    for name in small:
+    given = jax.grad(lambda model: model(x).sum())(small).params
+    expected = jax.grad(lambda p: (jax.nn.relu(x @ p["a"]) @ p["b"]).sum())(small.params)
+    for name in expected:
         np.testing.assert_allclose(given[name], expected[name], rtol=1e-5)
     assert not np.any(given["a"][:, 0])
 
 
-def test_model_state_and_states_of_optimizers_follow_their_parameters():
+def test_a_shrunk_model_takes_other_batches_and_trains_where_training_is_evaluation():
+    model, graph = traced(mlp, x=(1, 3), a=(3, 4), b=(4, 2))
+    small = units.shrink(graph, model, {"a": [1, 3]})
+    x = numbers(np.zeros((5, 3)))
+    expected = units.keep(graph, model, {"a": [1, 3]})(x)
+    np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(small, x), expected, rtol=1e-6)
+    outputs, state = small.apply(x, key=jax.random.key(1))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    assert state == {}
+    with pytest.raises(ValueError, match="must have the shapes that the kept units make"):
+        small.replace(params=model.params)(x)
+    dropping = models.build("mlp:6", (1, 1, 3), 2, jax.random.key(0), dropout=0.5)
+    x = x.reshape(5, 1, 1, 3)
+    graph = units.trace(dropping, x[:1])
+    small = units.shrink(graph, dropping, {"dense.0.kernel": [0, 2]})
+    assert small(x).shape == (5, 2)
+    with pytest.raises(ValueError, match="a shrunk model has no training mode"):
+        small.apply(x, key=jax.random.key(1))
+
+
+def test_inputs_may_be_a_pytree():
     def fn(p, x):
-        h = x @ p["params"]["conv"] - p["state"]["mean"]
-        return h @ p["params"]["last"]
+        first, second = x
+        return jnp.tanh(first @ p["a"] + second["more"] @ p["c"]) @ p["b"]
 
-    params = {"params": shapes(conv=(3, 4), last=(4, 2)), "state": shapes(mean=(4,))}
-    graph = units.trace(fn, params, numbers(np.zeros((2, 3))))
-    kept = {"params.conv": [1, 2]}
-    whole = units.keep(graph, params, kept)
-    parts = [units.keep(graph, params[name], kept) for name in ("params", "state")]
-    jax.tree.map(np.testing.assert_array_equal, whole, dict(zip(params, parts, strict=True)))
-    momentum = units.keep(graph, optax.sgd(1.0, momentum=0.9).init(params["params"]), kept)
-    assert [np.shape(leaf) for leaf in jax.tree.leaves(momentum)] == [(3, 2), (2, 2)]
+    model = from_function(fn, shapes(a=(3, 4), b=(4, 2), c=(5, 4)))
+    x = numbers((np.zeros((2, 3)), {"more": np.zeros((2, 5))}))
+    graph = units.trace(model, x)
+    assert sizes(graph) == {"a": 4}
+    small = units.shrink(graph, model, {"a": [1, 2]})
+    np.testing.assert_allclose(small(x), units.keep(graph, model, {"a": [1, 2]})(x), rtol=1e-6)
+    assert units.activations(graph, model, x)["a"].shape == (2, 4)
 
 
-def test_no_leaf_is_taken_for_a_parameter_of_another_first_key():
-    def fn(p, x):
-        return jnp.tanh(jnp.tanh(x @ p["enc"]["kernel"]) @ p["dec"]["kernel"]) @ p["last"]["w"]
+# --- what is edited ------------------------------------------------------------------------------
 
-    params = shapes(enc={"kernel": (4, 4)}, dec={"kernel": (4, 4)}, last={"w": (4, 2)})
-    graph = units.trace(fn, params, numbers(np.zeros((2, 4))))
-    kept = {"enc.kernel": [0, 1]}
-    more = {**params, "other": {"w": np.ones((4, 2))}}
-    small = units.keep(graph, more, kept)
-    assert [small[n]["kernel"].shape for n in ("enc", "dec")] == [(4, 2), (2, 4)]
-    assert small["other"]["w"] is more["other"]["w"]
-    for unclear in ({**params, "aux": {"kernel": np.ones((4, 4))}}, params["dec"]):
-        with pytest.raises(ValueError, match=r"kernel may be dec.kernel or enc.kernel, or something"):
-            units.keep(graph, unclear, kept)
-    assert units.keep(graph, {"dec": params["dec"]}, kept)["dec"]["kernel"].shape == (2, 4)
-    both = units.keep(graph, {"student": params, "teacher": params}, kept)
-    assert [both[n]["enc"]["kernel"].shape for n in both] == [(4, 2), (4, 2)]
+
+def with_state():
+    def apply_fn(params, state, x, *, key=None):
+        hidden = x @ params["conv"] * params["norm"]["scale"] - state["norm"]["mean"]
+        return (hidden / state["norm"]["scale"]) @ params["last"], state
+
+    params = shapes(conv=(3, 4), last=(4, 2), norm={"scale": (4,)})
+    model = Model(apply_fn, params, {"norm": {"mean": np.ones(4), "scale": np.ones(4)}})
+    return model, units.trace(model, numbers(np.zeros((2, 3))))
+
+
+def test_arrays_are_named_by_their_paths_and_the_states_where_it_must_be():
+    _, graph = with_state()
+    assert [(s.path, s.axis) for s in graph.groups["conv"].slices] == [
+        ("conv", 1), ("norm.scale", 0), ("norm.mean", 0), ("state.norm.scale", 0), ("last", 0),
+    ]  # fmt: skip
+    assert sizes(graph) == {"conv": 4}
+    assert units.costs.parameters(graph, {"conv": [0, 1]}) == 12
+
+
+def test_whatever_has_the_structure_of_the_parameters_or_the_state_follows():
+    model, graph = with_state()
+    kept = {"conv": [1, 2]}
+    whole = units.keep(graph, model, kept)
+    assert whole.params["conv"].shape == (3, 2)
+    assert whole.state["norm"]["mean"].shape == (2,)
+    tx = optax.chain(optax.clip(1.0), optax.adam(1e-3))
+    state = train.init_state(model, tx, jax.random.key(0))
+    small = units.keep(graph, state, kept)
+    assert jax.tree.structure(small) == jax.tree.structure(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), small.model, whole)
+    assert small.opt_state[1][0].mu["conv"].shape == (3, 2)
+    assert small.step is state.step
+    masks = {"conv": np.ones((3, 4), bool), "last": optax.MaskedNode(), "norm": {"scale": None}}
+    both = units.keep(graph, {"masks": masks, "state": model.state, "more": [np.ones(4)]}, kept)
+    assert both["masks"]["conv"].shape == (3, 2)
+    assert both["masks"]["last"] == optax.MaskedNode()
+    assert both["masks"]["norm"] == {"scale": None}
+    assert both["state"]["norm"]["mean"].shape == (2,)
+    assert both["more"][0].shape == (4,)
+    ones = units.silence(graph, jax.tree.map(np.ones_like, model.params), kept)
+    np.testing.assert_array_equal(ones["norm"]["scale"], [0, 1, 1, 0])
+    rates = {"conv": 0.1, "last": 0.2, "norm": {"scale": np.float32(0.3)}}  # a number for each array
+    assert units.keep(graph, {"rates": rates}, kept) == {"rates": rates}
+    lanes = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), model)
+    mapped = jax.vmap(lambda model: units.keep(graph, model, kept))(lanes)
+    np.testing.assert_allclose(mapped.params["last"][1], 2 * whole.params["last"], rtol=1e-6)
+
+
+def test_models_around_the_traced_one_are_edited_inside():
+    model, graph = with_state()
+    learned = Model(model.apply_fn, {"student": model.params, "learned": {"w": np.ones(4)}}, model.state)
+    small = units.keep(graph, learned, {"conv": [1, 2]})
+    assert small.params["student"]["conv"].shape == (3, 2)
+    assert small.params["learned"]["w"].shape == (4,)
+    assert small.state["norm"]["mean"].shape == (2,)
+    other = model.replace(params={"else": np.ones(3)})
+    with pytest.raises(ValueError, match=r"tree\.params has another structure than the traced parameters"):
+        units.keep(graph, other, {"conv": [1, 2]})
+
+
+def test_what_cannot_be_found_or_may_be_two_things_is_refused():
+    model, graph = with_state()
+    for tree in ({"conv": np.ones((3, 4))}, model.params["norm"], np.ones(4), None, {}):
+        with pytest.raises(ValueError, match="nothing in it has the structure of the traced parameters"):
+            units.keep(graph, tree, {"conv": [0]})
+    wrong = {**model.params, "conv": np.zeros((3, 5))}
+    with pytest.raises(ValueError, match=r"tree\['ema'\]: conv has shape \(3, 5\) where \(3, 4\) was traced"):
+        units.keep(graph, {"ema": wrong}, {"conv": [0]})
+
+    def apply_fn(params, state, x, *, key=None):
+        return (x @ params["a"] - state["a"].sum(0)) @ np.ones((4, 2)), state
+
+    same = Model(apply_fn, shapes(a=(3, 4)), shapes(a=(3, 4)))
+    graph = units.trace(same, numbers(np.zeros((2, 3))))
+    assert set(graph.shapes) == {"a", "state.a"}
+    with pytest.raises(ValueError, match="may be the parameters or the state"):
+        units.keep(graph, same.params, {})
+    jax.tree.map(np.testing.assert_array_equal, units.keep(graph, same, {}), same)
+
+
+def test_a_network_of_one_array():
+    model = from_function(lambda p, x: jnp.tanh(x @ p) @ p.T, numbers(np.zeros((3, 4))))
+    graph = units.trace(model, np.zeros((1, 3)))
+    assert sizes(graph) == {"params": 4}
+    tx = optax.adam(1e-3)
+    small, opt_state = units.keep(graph, (model, tx.init(model.params)), {"params": [0, 3]})
+    assert small.params.shape == opt_state[0].mu.shape == (3, 2)
 
 
 def test_wrong_requests_are_refused():
-    params, graph = traced(mlp, a=(3, 4), b=(4, 2))
+    model, graph = traced(mlp, a=(3, 4), b=(4, 2))
     for kept, message in [
         ({"c": [0]}, "no group"),
         ({"a": []}, "at least one"),
@@ -411,12 +503,10 @@ def test_wrong_requests_are_refused():
         ({"b": [0]}, "not free: a result"),
     ]:
         with pytest.raises(ValueError, match=message):
-            units.keep(graph, params, kept)
-    with pytest.raises(ValueError, match=r"a.* has shape \(3, 5\)"):
-        units.keep(graph, {"a": np.zeros((3, 5))}, {"a": [0]})
-    with pytest.raises(ValueError, match="keep"):
-        units.shrink(graph, {"a": [0]})(params, numbers(np.zeros((2, 3))))
-    assert units.keep(graph, params, {"b": [0, 1]})["b"] is params["b"]
+            units.keep(graph, model, kept)
+    with pytest.raises(ValueError, match=r"a has shape \(3, 5\)"):
+        units.keep(graph, {**model.params, "a": np.zeros((3, 5))}, {"a": [0]})
+    assert units.keep(graph, model, {"b": [0, 1]}).params["b"] is model.params["b"]
 
 
 def test_labels_agree_whatever_the_order_in_which_things_are_learnt():
@@ -442,7 +532,7 @@ def test_the_table():
 
 
 def large_networks():
-    """ResNet-56, and a language model of two blocks of GPT-2's size: function, parameters, input."""
+    """ResNet-56, and a language model of two blocks of GPT-2's size: model and input."""
     model = models.build("resnet56", (32, 32, 3), 10, jax.random.key(0))
     norm = {"scale": (768,), "bias": (768,)}
     block = block_shapes(768, 12, 12, 64, 3072)
@@ -452,12 +542,8 @@ def large_networks():
         lambda shape: jax.ShapeDtypeStruct(shape, np.float32), gpt,
         is_leaf=lambda node: isinstance(node, tuple),
     )  # fmt: skip
-    yield (
-        lambda p, x: model.apply_fn(p["params"], p["state"], x)[0],
-        {"params": model.params, "state": model.model_state},
-        jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32),
-    )
-    yield language_model, gpt, jax.ShapeDtypeStruct((2, 128), np.int32)
+    yield model, jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    yield from_function(language_model, gpt), jax.ShapeDtypeStruct((2, 128), np.int32)
 
 
 def test_tracing_takes_seconds():
