@@ -100,7 +100,7 @@ def losses_of(*modules):
     return sorted(set(found) - PARTS)
 
 
-LOGIT_LOSSES = losses_of("logits", "classes", "correlations", "imbalance")
+LOGIT_LOSSES = losses_of("logits", "classes", "ranking", "correlations", "imbalance")
 FEATURE_LOSSES = losses_of("features", "summaries", "relations", "contrast")
 
 

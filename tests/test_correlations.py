@@ -299,13 +299,13 @@ def test_float64_is_kept():
 def test_arguments_are_checked():
     logits = np.zeros((2, 3), np.float32)
     for loss in (losses.dist, losses.mlkd):
-        with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(3, 2\)"):
+        with pytest.raises(ValueError, match=r"the same shape, got \(2, 3\) and \(3, 2\)"):
             loss(logits, logits.T)
     with pytest.raises(ValueError, match="temperature must be positive"):
         losses.dist(logits, logits, temperature=0)
     with pytest.raises(ValueError, match="temperature must be positive"):
         losses.mlkd(logits, logits, temperatures=(1.0, -1.0))
-    with pytest.raises(ValueError, match="temperatures must hold at least one"):
+    with pytest.raises(ValueError, match="temperatures must hold at least one temperature"):
         losses.mlkd(logits, logits, temperatures=())
     with pytest.raises(ValueError, match="ddof must be 0 or a positive integer, got -1"):
         losses.standardize(logits, ddof=-1)

@@ -97,7 +97,7 @@ def test_traced_counts():
 
 def test_arguments_are_checked():
     logits, labels = np.zeros((2, 3), np.float32), np.zeros(2, int)
-    with pytest.raises(ValueError, match=r"prior must have shape \(3,\), one a class, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"prior must hold one number per class, shape \(3,\), got \(2,\)"):
         losses.logit_adjusted(logits, labels, prior=[1, 2])
     with pytest.raises(ValueError, match="prior must hold finite numbers"):
         losses.logit_adjusted(logits, labels, prior=[1, 2, -1])

@@ -350,11 +350,11 @@ def test_temperature_must_be_positive(temperature):
 
 
 def test_shapes_and_fractions_are_checked():
-    with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"the same shape, got \(2, 3\) and \(2, 4\)"):
         losses.kl(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 1.5"):
         losses.jensen_shannon(np.zeros((2, 3)), np.zeros((2, 3)), beta=1.5)
-    with pytest.raises(ValueError, match=r"labels must be integers \(2,\) or probabilities \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"labels must be integers of shape \(2,\) or probabilities of shape \(2, 3\)"):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros((3,), int))
     with pytest.raises(ValueError, match="label_smoothing"):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros(2, int), label_smoothing=-0.1)

@@ -197,7 +197,7 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
 
 
 def cat_kd(
-    *, teacher_kernel: ArrayLike | None = None, resolution: int | None = 2, normalise: bool = True
+    *, teacher_kernel: ArrayLike | None = None, resolution: int | None = 2, normalize: bool = True
 ) -> Learned:
     """Class attention transfer (CAT-KD): ``losses.cat_kd`` between class activation maps.
 
@@ -212,7 +212,7 @@ def cat_kd(
         features into class activation maps (in every layer given, so give only the last). It is a
         constant of the compiled program. None uses the teacher's channels as classes.
       resolution: number of positions along each axis to which the maps are pooled; None keeps them.
-      normalise: whether each class's map is divided by its norm.
+      normalize: whether each class's map is divided by its norm.
 
     References:
       Guo et al., `Class Attention Transfer Based Knowledge Distillation`, 2023, §3.2.
@@ -234,6 +234,6 @@ def cat_kd(
         if count(common_space(s.shape, t.shape)) == 1:
             s, t = (x.mean(tuple(range(1, x.ndim - 1)))[..., None] for x in (s, t))
             size = None
-        return losses.cat_kd(s, t, resolution=size, normalise=normalise, where=where)
+        return losses.cat_kd(s, t, resolution=size, normalize=normalize, where=where)
 
     return over_pairs(init, value)

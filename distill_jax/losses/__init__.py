@@ -1,11 +1,11 @@
-"""Losses: arrays in, one value an example out.
+"""Distillation losses: functions of arrays that return one value per example.
 
-No loss reduces over examples, weights, stops a gradient or holds state; weighted sums are
-written where they are used (see :mod:`distill_jax.train.objectives`).
+A loss does not average over examples, does not weight them, stops no gradient and keeps no state. Average
+its values, and add weighted losses, where you use them; :mod:`distill_jax.train` does so.
 """
 
 from distill_jax.losses import tokens
-from distill_jax.losses.classes import dkd, nkd, ranking_hinge, ranking_logistic, teacher_free, wsld
+from distill_jax.losses.classes import dkd, nkd, teacher_free, wsld
 from distill_jax.losses.contrast import CRDState, crd, crd_init, crd_negatives, info_nce
 from distill_jax.losses.correlations import dist, mlkd, standardize
 from distill_jax.losses.features import (
@@ -31,6 +31,7 @@ from distill_jax.losses.logits import (
     soft_cross_entropy,
     total_variation,
 )
+from distill_jax.losses.ranking import ranking_hinge, ranking_logistic
 from distill_jax.losses.relations import (
     correlation_congruence,
     ickd,

@@ -1,36 +1,43 @@
-"""What the losses are computed with: checks, masked log-softmax, accurate divergences.
+"""Shared numerics of the losses: argument checks, masked log-softmax, accurate divergences.
 
-A class is *valid* where ``where`` is true and the logit is not −inf. Writing p for the teacher's and
-q for the student's probabilities and d = log p − log q, divergences are summed as Σ p·(e^(−d) − 1 + d).
-This equals Σ p·d, since Σ q = Σ p = 1, but has only terms ≥ 0: a small divergence is not lost in the
-rounding of terms of both signs. Together with d computed from the *difference* of logits, values and
-gradients keep float32's relative accuracy even where student and teacher almost agree, or at a high
-temperature.
+A class exists where ``where`` is true and its logit is not −inf. Write p for the teacher's and q for the
+student's probabilities, and d = log p − log q. A divergence is summed as Σ p·(e^(−d) − 1 + d), which
+equals Σ p·d because Σ q = Σ p = 1. All its terms are ≥ 0, so a small divergence is not lost in the
+rounding of terms of both signs. d itself is computed from the *difference* of the logits. Together they
+keep values and gradients accurate to float32 even where student and teacher almost agree, or where the
+temperature is high.
 """
 
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-Array = jax.Array
+from jax import Array
+from jax.typing import ArrayLike
 
 # Below this distance between logits d comes from their difference; far above it, log1p(Σ q·(e^δ − 1))
 # would itself cancel.
 _NEAR = 2.0
 
+# A warning about an argument points to the first line of the stack that is outside these packages.
+_INSIDE = (str(Path(__file__).parents[1]), str(Path(jax.__file__).parent))
+_warned: set[str] = set()  # names of arguments about which a warning was given
 
-def to_float(x: Any) -> Array:
-    """An array of float32, or of float64 where ``x`` is."""
+
+def to_float(x: ArrayLike) -> Array:
+    """Converts to float32, or keeps float64."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ``ValueError`` if a concrete ``value`` is not a positive, finite number."""
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value is not positive and finite. Traced values pass."""
     if isinstance(value, jax.core.Tracer):
         return
     array = np.asarray(value, np.float64)
@@ -38,8 +45,54 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Raises ``ValueError`` if a concrete ``value`` lies outside [0, 1]."""
+def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:
+    """Warns, once per name, if an array of logits looks as if it held probabilities.
+
+    It does if all entries of its first 64 rows or so are non-negative and every row sums to 1. Fewer than
+    two rows or classes say too little, and rows that all are one-hot may well be logits. Traced values are
+    not looked at, so that a compiled call costs nothing; nor are arrays spread over several processes.
+
+    Args:
+      name: how the warning calls the array, such as ``"teacher_logits"``.
+      array: ``[..., classes]``, any dtype.
+      axis: the axis of the classes.
+    """
+    if name in _warned or isinstance(array, jax.core.Tracer) or not _looks_like_probabilities(array, axis):
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{name} look like probabilities: every row is non-negative and sums to 1. "
+        "Give logits, or take the logarithm: jnp.log(p).",
+        stacklevel=level,
+    )
+    _warned.add(name)  # not reached where warnings are errors: then each call is one
+
+
+def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
+    dtype, shape = jnp.result_type(array), np.shape(array)
+    if not jnp.issubdtype(dtype, jnp.floating) or len(shape) < 2:
+        return False
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return False
+    if np.size(array) > 2**16:  # take a corner of at least 64 rows, or all, to the host
+        axis, wanted, corner = axis % len(shape), 64, [slice(None)] * len(shape)
+        for i in reversed(range(len(shape))):
+            if i != axis:
+                corner[i] = slice(min(shape[i], wanted))
+                wanted = -(-wanted // shape[i])
+        with jax.ensure_compile_time_eval():  # stay concrete also inside a function that is being traced
+            array = jnp.asarray(array)[tuple(corner)]
+    rows = np.moveaxis(np.asarray(array, np.float64), axis, -1)
+    rows = rows.reshape(-1, shape[axis])[:64]
+    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > 1e-3).any():
+        return False
+    return not (rows.max(-1) == 1).all()
+
+
+def check_fraction(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value lies outside [0, 1]. Traced values pass."""
     if isinstance(value, jax.core.Tracer):
         return
     array = np.asarray(value, np.float64)
@@ -47,8 +100,8 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
-def check_fractions(values: Mapping[str, Any]) -> None:
-    """As :func:`check_fraction` for several names and values: one error names all that are wrong."""
+def check_fractions(values: Mapping[str, ArrayLike]) -> None:
+    """Checks several names and values by :func:`check_fraction`; one error names all that are wrong."""
     wrong = []
     for name, value in values.items():
         try:
@@ -60,18 +113,18 @@ def check_fractions(values: Mapping[str, Any]) -> None:
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Says whether a function names such an argument: which options a loss can be given."""
+    """Tells whether a function has a parameter of this name, such as an option of a loss."""
     return name in inspect.signature(function).parameters
 
 
-def valid_classes(logits: Array, where: Any) -> Array:
-    """Which classes exist: ``where``, and a logit above −inf."""
+def valid_classes(logits: Array, where: ArrayLike | None) -> Array:
+    """Says which classes exist: those of ``where`` whose logit is above −inf."""
     finite = logits != -jnp.inf  # a NaN is valid, so that it shows in the result
     return finite if where is None else finite & where
 
 
 def log_softmax(logits: Array, valid: Array, axis: int) -> Array:
-    """Log-probabilities; 0 (not −inf) at invalid classes, so that gradients there are zero."""
+    """Computes log-probabilities; 0 (not −inf) at classes that do not exist, so their gradient is zero."""
     safe = jnp.where(valid, logits, 0.0)
     peak = jax.lax.stop_gradient(jnp.max(safe, axis, keepdims=True, where=valid, initial=-jnp.inf))
     shifted = safe - jnp.where(peak == -jnp.inf, 0.0, peak)  # −inf: no class of the row is valid
@@ -81,21 +134,32 @@ def log_softmax(logits: Array, valid: Array, axis: int) -> Array:
 
 
 class Pair(NamedTuple):
-    """Student (q) and teacher (p) over the same classes; values at invalid classes are 0."""
+    """Student (q) and teacher (p) over the same classes; 0 at classes that do not exist."""
 
     log_q: Array
     log_p: Array
-    log_ratio: Array  # log p − log q where both are valid, else 0
+    log_ratio: Array  # log p − log q where both exist, else 0
     has_q: Array
     has_p: Array
 
 
-def pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) -> Pair:
-    """Softens the logits of both and compares them, after checks of shapes and temperature."""
+def pair(
+    student: ArrayLike, teacher: ArrayLike, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
+) -> Pair:
+    """Compares the logits that a user gave: warns of probabilities, then calls :func:`compare`."""
+    warn_if_probabilities("student_logits", student, axis=axis)
+    warn_if_probabilities("teacher_logits", teacher, axis=axis)
+    return compare(student, teacher, temperature, axis, where)
+
+
+def compare(
+    student: ArrayLike, teacher: ArrayLike, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
+) -> Pair:
+    """Checks the logits of both and the temperature, softens the logits, and compares them."""
     student, teacher = to_float(student), to_float(teacher)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student_logits and teacher_logits must have one shape, got {student.shape} and {teacher.shape}"
+            f"student_logits and teacher_logits must have the same shape, got {student.shape} and {teacher.shape}"
         )
     check_positive("temperature", temperature)
     temperature = to_float(temperature)
@@ -119,7 +183,7 @@ def pair(student: Any, teacher: Any, temperature: Any, axis: int, where: Any) ->
 
 
 def probability_difference(x: Pair) -> Array:
-    """The difference p − q in each class, from log p − log q: exact where the two almost agree."""
+    """Computes p − q per class from log p − log q, so that it is accurate where the two almost agree."""
     p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
     q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
     above = x.log_ratio > 0
@@ -129,7 +193,7 @@ def probability_difference(x: Pair) -> Array:
 
 
 def excess(d: Array) -> Array:
-    """e^(−d) − 1 + d for |d| < 1/2, by its series: directly, it would cancel to nothing."""
+    """Computes e^(−d) − 1 + d for |d| < 1/2 by its series, because the direct formula cancels."""
     series = jnp.full_like(d, 1 / 10)
     for k in range(9, 2, -1):
         series = (1 - d * series) / k
@@ -137,7 +201,7 @@ def excess(d: Array) -> Array:
 
 
 def divergence_terms(log_a: Array, log_ratio: Array, a: Array, b: Array) -> Array:
-    """Terms of KL(a‖b) ≥ 0 where both are valid, from log a, log a − log b, a and b."""
+    """Computes the terms of KL(a‖b), all ≥ 0, where both exist, from log a, log a − log b, a and b."""
     small = jnp.abs(log_ratio) < 0.5
     near = a * excess(jnp.where(small, log_ratio, 0.0))
     # a is taken out of the product at zero, so that no 0·∞ comes of an infinite ratio
@@ -145,8 +209,8 @@ def divergence_terms(log_a: Array, log_ratio: Array, a: Array, b: Array) -> Arra
     return jnp.where(small, near, far)
 
 
-def kl_of(log_a, log_b, log_ratio, has_a, has_b, axis) -> Array:
-    """KL(a‖b) by :func:`divergence_terms`; +inf where b excludes a class that a does not."""
+def kl_of(log_a: Array, log_b: Array, log_ratio: Array, has_a: Array, has_b: Array, axis: int) -> Array:
+    """Computes KL(a‖b) by :func:`divergence_terms`; +inf where b excludes a class that a does not."""
     a = jnp.where(has_a, jnp.exp(log_a), 0.0)
     b = jnp.where(has_b, jnp.exp(log_b), 0.0)
     terms = divergence_terms(log_a, log_ratio, a, b)
@@ -155,8 +219,8 @@ def kl_of(log_a, log_b, log_ratio, has_a, has_b, axis) -> Array:
     return jnp.where(impossible, jnp.inf, jnp.sum(terms, axis))
 
 
-def scale(temperature: Any, values: Array, axis: int) -> Array:
-    """T²·values; a temperature an example, ``[..., 1]``, loses its class axis."""
+def scale(temperature: float | ArrayLike, values: Array, axis: int) -> Array:
+    """Computes T²·values. An array of temperatures, ``[..., 1]``, loses its class axis."""
     temperature = to_float(temperature)
     if temperature.ndim:
         temperature = jnp.squeeze(temperature, axis)

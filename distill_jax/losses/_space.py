@@ -1,45 +1,45 @@
-"""What losses between features are computed with: checks, masks, means and pooling over space.
+"""Shared helpers of the feature losses: checks, masks, means and pooling over spatial axes.
 
-Features are ``[batch, *spatial, channels]`` with any number of spatial axes, none included. A
-*position* is a place in space; ``where`` says which positions count. What stands at the others is
-set to zero before anything is computed, so that nothing there, NaN included, reaches a value or a
-gradient.
+Features are ``[batch, *spatial, channels]`` with any number of spatial axes, or none. A *position* is one
+index of the spatial axes, and ``where`` says which positions count. The features at all others are set to
+zero before anything is computed, so that nothing there, not even NaN, reaches a value or a gradient.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import to_float
 
-Array = jax.Array
 _HIGHEST = jax.lax.Precision.HIGHEST  # or a GPU multiplies float32 in 10 bits
 matmul = functools.partial(jnp.matmul, precision=_HIGHEST)
 
 
 class FeaturePair(NamedTuple):
-    """Features of student and teacher, zero where excluded, and the positions that count."""
+    """Features of student and teacher, zero at positions that do not count, and which positions count."""
 
     student: Array
     teacher: Array
     valid: Array  # bool, [batch, *spatial]
 
 
-def features_of(name: str, x: Any) -> Array:
-    """``x`` as float32 or float64, checked to be ``[batch, *spatial, channels]``."""
+def features_of(name: str, x: ArrayLike) -> Array:
+    """Converts to float32 or float64 and checks that the shape is ``[batch, *spatial, channels]``."""
     x = to_float(x)
     if x.ndim < 2:
-        raise ValueError(f"{name} features must be [batch, *spatial, channels], got {x.shape}")
+        raise ValueError(f"{name} features must have shape [batch, *spatial, channels], got {x.shape}")
     return x
 
 
-def positions(where: Any, shape: Sequence[int]) -> Array:
-    """``where`` as bool ``[batch, *spatial]``: given so, with axes of 1, or as ``[batch]``."""
+def positions(where: ArrayLike | None, shape: Sequence[int]) -> Array:
+    """Expands ``where``, ``[batch]`` or with one axis per axis of ``[batch, *spatial]``, to all positions."""
     space = tuple(shape[:-1])
     if where is None:
         return jnp.ones(space, bool)
@@ -49,24 +49,37 @@ def positions(where: Any, shape: Sequence[int]) -> Array:
     fits = where.dtype == bool and where.ndim == len(space)
     if not fits or any(w not in (1, n) for w, n in zip(where.shape, space, strict=True)):
         raise ValueError(
-            f"where must be bool, {space[:1]} for examples or broadcastable to {space} for "
-            f"positions, with as many axes, got {where.dtype} {where.shape}"
+            f"where must be bool of shape {space[:1]} (which examples count), or of {len(space)} axes that "
+            f"broadcast to {space} (which positions count), got {where.dtype} of shape {where.shape}"
         )
     return jnp.broadcast_to(where, space)
 
 
+def examples_only(where: ArrayLike | None, features: ArrayLike) -> ArrayLike | None:
+    """Returns ``where`` after checking that it has one entry per example."""
+    batch = jnp.shape(features)[:1]
+    if where is not None and jnp.shape(where) != batch:
+        raise ValueError(f"where must have one entry per example, shape {batch}, got {jnp.shape(where)}")
+    return where
+
+
 def feature_pair(
-    student: Any, teacher: Any, where: Any, *, channels: bool = True, space: bool = True
+    student: ArrayLike,
+    teacher: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    channels: bool = True,
+    space: bool = True,
 ) -> FeaturePair:
-    """Checks two arrays of features, and clears the positions that do not count.
+    """Checks the features of student and teacher, and sets the positions that do not count to zero.
 
     Args:
       student: ``[batch, *spatial, channels]``.
-      teacher: the same; other channels or space where the two switches below say so.
+      teacher: an array of the same shape, or different where the two switches below allow it.
       where: as in :func:`positions`.
       channels: whether both must have the same number of channels.
-      space: whether both must have the same spatial shape. If not, ``where`` may only name
-        examples, unless the shapes do agree.
+      space: whether both must have the same spatial shape. If not, and the shapes do differ, ``where`` may
+        only be ``[batch]``.
 
     Raises:
       ValueError: if the shapes do not fit.
@@ -74,20 +87,20 @@ def feature_pair(
     student, teacher = features_of("student", student), features_of("teacher", teacher)
     s, t = student.shape, teacher.shape
     if s[0] != t[0] or (channels and s[-1] != t[-1]) or (space and s[1:-1] != t[1:-1]):
-        same = ["batch"] + ["spatial shape"] * space + ["number of channels"] * channels
+        same = ["batch size"] + ["spatial shape"] * space + ["number of channels"] * channels
         raise ValueError(
-            f"student and teacher features must have one {', one '.join(same)}, got {s} and {t}: "
-            "match them first, as the parts of distill_jax.learned do"
+            f"student and teacher features must agree in {', '.join(same)}, got shapes {s} and {t}: "
+            "match them first, for example with distill_jax.features.project"
         )
     valid = positions(where, s)
     if s[1:-1] == t[1:-1]:
         valid_teacher = valid
-    elif where is None or jnp.asarray(where).shape == s[:1]:
+    elif where is None or jnp.shape(where) == s[:1]:
         valid_teacher = positions(where, t)
     else:
         raise ValueError(
-            f"where must be [batch] for features of different space, {s} and {t}, "
-            f"got {jnp.asarray(where).shape}"
+            f"where must have shape {s[:1]} for features of different spatial shapes {s} and {t}, "
+            f"got {jnp.shape(where)}"
         )
     return FeaturePair(
         jnp.where(valid[..., None], student, 0.0), jnp.where(valid_teacher[..., None], teacher, 0.0), valid
@@ -95,18 +108,18 @@ def feature_pair(
 
 
 def per_example(values: Array) -> Array:
-    """The sum over all axes but the first."""
+    """Sums over all axes but the first."""
     return jnp.sum(values, tuple(range(1, values.ndim)))
 
 
 def total(values: Array, valid: Array, mean: bool) -> Array:
-    """Sum or mean an example of ``[batch, *spatial, channels]``, already 0 at excluded positions."""
+    """Sums or averages each example of ``[batch, *spatial, channels]``, already 0 at excluded positions."""
     summed = per_example(values)
     return summed / (jnp.maximum(per_example(valid), 1) * values.shape[-1]) if mean else summed
 
 
 def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
-    """x/‖x‖₂; zero, with zero gradient, where x is exactly zero. Neither over- nor underflows."""
+    """Computes x/‖x‖₂ without over- or underflow; zero, with zero gradient, where x is exactly zero."""
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
     zero = peak == 0
     x = jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, peak))  # no change to the direction
@@ -115,7 +128,7 @@ def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def norm(x: Array, axis: int | tuple[int, ...]) -> Array:
-    """‖x‖₂, with zero gradient where x is exactly zero."""
+    """Computes ‖x‖₂ without over- or underflow; zero gradient where x is exactly zero."""
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
     zero = peak == 0
     peak = jnp.where(zero, 1.0, peak)
@@ -125,12 +138,12 @@ def norm(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def _bins(size: int, bins: int) -> list[tuple[int, int]]:
-    """Bins from ⌊i·size/bins⌋ to ⌈(i+1)·size/bins⌉: of PyTorch's adaptive pooling."""
+    """Computes the bins of PyTorch's adaptive pooling, from ⌊i·size/bins⌋ to ⌈(i+1)·size/bins⌉."""
     return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
 
 
 def pool_mean(x: Array, space: Sequence[int]) -> Array:
-    """Adaptive average pooling to a spatial shape; ``space`` of () is the mean over all positions."""
+    """Adaptive average pooling to a spatial shape; ``space`` of () takes the mean over all positions."""
     if not space:
         return jnp.mean(x, tuple(range(1, x.ndim - 1)))
     for axis, bins in enumerate(space, 1):
@@ -146,7 +159,7 @@ def pool_mean(x: Array, space: Sequence[int]) -> Array:
 
 
 def pool_max(x: Array, space: Sequence[int]) -> Array:
-    """Adaptive maximum pooling to a spatial shape; ``space`` of () is the maximum over positions."""
+    """Adaptive maximum pooling to a spatial shape; ``space`` of () takes the maximum over all positions."""
     if not space:
         return jnp.max(x, tuple(range(1, x.ndim - 1)))
     for axis, bins in enumerate(space, 1):
@@ -161,10 +174,9 @@ def pool_max(x: Array, space: Sequence[int]) -> Array:
 
 
 def common_space(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
-    """The spatial shape in which features of two shapes meet: the smaller along each axis.
+    """Finds the spatial shape to which features of two shapes are pooled: the smaller size along each axis.
 
-    () where either has no spatial axis, or where they have different numbers of them: such features
-    meet after global pooling.
+    It is (), global pooling, where the shapes have different numbers of spatial axes or none.
     """
     if len(first) != len(second):
         return ()
@@ -172,11 +184,11 @@ def common_space(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]
 
 
 def count(space: Sequence[int]) -> int:
-    """The number of positions; 1 for ()."""
+    """Counts the positions of a spatial shape; 1 for ()."""
     return math.prod(space)
 
 
 def gram(a: Array, b: Array) -> Array:
-    """Σ over positions of the products of channels: ``[batch, a's channels, b's channels]``."""
+    """Sums products of channels over the positions: ``[batch, channels of a, channels of b]``."""
     a, b = (x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]) for x in (a, b))
     return jnp.einsum("npi,npj->nij", a, b, precision=_HIGHEST)

@@ -1,14 +1,14 @@
 """Losses of a large vocabulary, whose logits would fill the memory: a few positions at a time."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import to_float
 
-Array = jax.Array
 Loss = Callable[..., Array]
 
 
@@ -85,7 +85,7 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     return chunked_loss
 
 
-def _head(name: str, head: Any, hidden: Any) -> tuple[Array, Array | None]:
+def _head(name: str, head: ArrayLike, hidden: ArrayLike) -> tuple[Array, Array | None]:
     """Takes a kernel, or a kernel and a bias, apart, and checks them."""
     kernel, bias = head if isinstance(head, tuple | list) else (head, None)
     kernel = jnp.asarray(kernel)
@@ -112,7 +112,7 @@ def _widened(heads: list) -> tuple[list, list]:
     return wide, [kernel.dtype for kernel, _ in heads]
 
 
-def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: Any) -> Array:
+def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: ArrayLike) -> Array:
     """Logits in float32 at least, multiplied in the kernel's own dtype."""
     kernel, bias = head
     wide = jnp.promote_types(jnp.promote_types(hidden.dtype, dtype), jnp.float32)

@@ -1,72 +1,72 @@
-"""Logit losses that use the label, or the order of the classes.
+"""Logit losses that use the label's class.
 
-Labels are integers ``[...]``; p is the teacher's, q the student's distribution, y the label's class.
-``p̂`` and ``q̂`` are the distributions over the other classes alone, p_k/(1 − p_y). All of them come
-from masked softmaxes and log-odds, never from 1 − p_y: so nothing is lost where the teacher is
+Labels are integers ``[...]``. p is the teacher's and q the student's distribution, and y is the label's
+class. ``p̂`` and ``q̂`` are the distributions over the other classes alone: p_k/(1 − p_y). They are
+computed from masked softmaxes and log-odds, never from 1 − p_y, so nothing is lost where the teacher is
 certain.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import (
     Pair,
     check_fraction,
     check_positive,
+    compare,
     kl_of,
     pair,
-    probability_difference,
     scale,
     to_float,
     valid_classes,
+    warn_if_probabilities,
 )
-from distill_jax.losses.logits import kl, soft_cross_entropy
-
-Array = jax.Array
+from distill_jax.losses.logits import soft_cross_entropy
 
 
 def dkd(
-    student_logits: Any,
-    teacher_logits: Any,
-    labels: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    alpha: Any = 1.0,
-    beta: Any = 8.0,
-    temperature: Any = 4.0,
+    alpha: float | ArrayLike = 1.0,
+    beta: float | ArrayLike = 8.0,
+    temperature: float | ArrayLike = 4.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Decoupled distillation: T²·[α·KL(b‖b′) + β·KL(p̂‖q̂)].
+    """Decoupled knowledge distillation (DKD): T²·[α·KL(b‖b′) + β·KL(p̂‖q̂)].
 
-    b = (p_y, 1 − p_y) and b′ = (q_y, 1 − q_y): is it the label's class or another; p̂ and q̂: if
-    another, which. With β = 1 − p_y and α = 1 it would be :func:`kl`. KL(p̂‖q̂) is 0 where the teacher
-    has no other class, and where there are two classes in all.
+    b = (p_y, 1 − p_y) and b′ = (q_y, 1 − q_y) say how likely the label's class is; p̂ and q̂ say which other
+    class it would be. With α = 1 and β = 1 − p_y the value would be that of :func:`kl`. The second term is 0
+    where there are only two classes, and where the teacher allows no class but the label's.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
+      teacher_logits: ``[..., classes]``, any float dtype.
       labels: integers ``[...]``.
       alpha: weight of the first term.
-      beta: weight of the second; the paper tunes it, about the teacher's confidence (1 to 10).
-      temperature: T > 0, a scalar, or an array that broadcasts, with a class axis of 1.
+      beta: weight of the second term. The paper tunes it between 1 and 10 to suit the teacher's confidence.
+      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
+        axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A logit of −inf says the
-        same of one class. A row without any class has value 0.
+      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
+        not exist either. A row in which no class exists has value 0.
 
     Returns:
-      ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a
-      class that the teacher does not; NaN where a label is outside [0, classes).
+      ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
+      that the teacher does not; NaN where a label is outside [0, classes).
 
     Raises:
-      ValueError: if the shapes differ or the labels are no integers, or T is not positive.
+      ValueError: if the shapes differ, the labels are not integers, or the temperature is not positive.
 
     References:
       Zhao et al., `Decoupled Knowledge Distillation`, 2022, Eq. 7 (Eq. 1–4 for b and p̂). The
-      authors' code (mdistiller) takes log of a sum of rounded probabilities and subtracts 1000 from
-      the label's logit: NaN on logit gaps of a few hundred, and a wrong second term where that gap
-      is near 1000·T.
+      authors' code (mdistiller) takes the logarithm of a sum of rounded probabilities and subtracts 1000
+      from the label's logit: it gives NaN for logit gaps of a few hundred, and a wrong second term where
+      that gap is near 1000·T.
 
     >>> student, teacher = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[3.0, 0.0, 1.0]])
     >>> f'{dkd(student, teacher, jnp.array([0]), temperature=1.0)[0]:.4f}'
@@ -75,31 +75,31 @@ def dkd(
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     target, bad = _one_hot(labels, x.log_q.shape, axis)
     others = ~target if where is None else ~target & where
-    rest = pair(student_logits, teacher_logits, temperature, axis, others)
+    rest = compare(student_logits, teacher_logits, temperature, axis, others)
     binary = _target_or_not(student_logits, teacher_logits, target, rest, temperature, axis, where)
     is_it = _forward_kl(binary, -1)
     which = _forward_kl(rest, axis)
     which = jnp.where(jnp.any(rest.has_p, axis), which, 0.0)
-    value = scale(temperature, alpha * is_it + beta * which, axis)
+    value = scale(temperature, is_it * alpha + which * beta, axis)
     return _finish(value, x.has_q | x.has_p, bad, axis)
 
 
 def nkd(
-    student_logits: Any,
-    teacher_logits: Any,
-    labels: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    gamma: Any = 1.5,
-    temperature: Any = 1.0,
+    gamma: float | ArrayLike = 1.5,
+    temperature: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Normalised distillation: −p_y·log q_y − γ·T²·Σ_k p̂_k·log q̂_k, over the classes k ≠ y.
+    """Normalized knowledge distillation (NKD): −p_y·log q_y − γ·T²·Σ_k p̂_k·log q̂_k over the classes k ≠ y.
 
-    The first term is without temperature; p̂ and q̂ are softened by T. Two cross-entropies: the
-    value does not fall to zero at student = teacher, though the gradient of the second does. Meant
-    beside :func:`cross_entropy`. Arguments, result and errors are those of :func:`dkd`, with γ for
-    the weight of the other classes.
+    The first term has no temperature; p̂ and q̂ are softened by T. Both terms are cross-entropies, so the
+    value does not fall to zero at student = teacher, and only the second term's gradient does. The paper adds
+    :func:`cross_entropy` with the labels. γ is the weight of the other classes. The remaining arguments, the
+    result and the errors are those of :func:`dkd`.
 
     References:
       Yang et al., `From Knowledge Distillation to Self-Knowledge Distillation`, 2023, §3.2 (NKD);
@@ -112,7 +112,7 @@ def nkd(
     plain = pair(student_logits, teacher_logits, 1.0, axis, where)
     target, bad = _one_hot(labels, plain.log_q.shape, axis)
     others = ~target if where is None else ~target & where
-    rest = pair(student_logits, teacher_logits, temperature, axis, others)
+    rest = compare(student_logits, teacher_logits, temperature, axis, others)
     odds_q, target_q, others_q = _log_odds(student_logits, target, 1.0, axis, where)
     odds_p, target_p, others_p = _log_odds(teacher_logits, target, 1.0, axis, where)
     surprise = jnp.where(target_q & others_q, jax.nn.softplus(-odds_q), 0.0)
@@ -120,26 +120,26 @@ def nkd(
     first = jnp.where(target_q, p * surprise, jnp.where(p > 0, jnp.inf, 0.0))
     entropy = -jnp.sum(jnp.where(rest.has_p, jnp.exp(rest.log_p) * rest.log_p, 0.0), axis)
     second = jnp.where(jnp.any(rest.has_p, axis), _forward_kl(rest, axis) + entropy, 0.0)
-    value = jnp.squeeze(first, axis) + gamma * scale(temperature, second, axis)
+    value = jnp.squeeze(first, axis) + scale(temperature, second, axis) * gamma
     return _finish(value, plain.has_q | plain.has_p, bad, axis)
 
 
 def wsld(
-    student_logits: Any,
-    teacher_logits: Any,
-    labels: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    temperature: Any = 2.0,
+    temperature: float | ArrayLike = 2.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Weighted soft labels: −w·T²·Σ p·log q, with w = 1 − exp(−log q_y / log p_y).
+    """Weighted soft label distillation (WSLD): −w·T²·Σ p·log q, with w = 1 − exp(−log q_y / log p_y).
 
-    :func:`soft_cross_entropy`, trusted less where the student already fits the label better than the
-    teacher does. The weight is without temperature and, by the method's definition, a constant to
-    the gradient (``stop_gradient``). It is 1 where the teacher is certain of the label and the
-    student is not, 0 where the student is. Arguments, result and errors are those of :func:`dkd`;
-    NaN also where both exclude the label's class.
+    This is :func:`soft_cross_entropy` with less weight on examples whose label the student already predicts
+    better than the teacher does. The weight w is computed at temperature 1. By the method's definition it is
+    a constant to the gradient (``stop_gradient``). w is 1 where the teacher is certain of the label and the
+    student is not, and 0 where the student is certain. Arguments, result and errors are those of :func:`dkd`,
+    and the value is also NaN where both exclude the label's class.
 
     References:
       Zhou et al., `Rethinking Soft Labels for Knowledge Distillation: A Bias–Variance Tradeoff
@@ -171,47 +171,50 @@ def wsld(
 
 
 def teacher_free(
-    logits: Any,
-    labels: Any,
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
-    probability: Any = 0.99,
-    temperature: Any = 20.0,
-    student_temperature: Any = None,
+    probability: float | ArrayLike = 0.99,
+    temperature: float | ArrayLike = 20.0,
+    student_temperature: float | ArrayLike | None = None,
     soften: str = "power",
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Distillation from a made-up teacher who is right with a given probability: T_s²·KL(p‖q).
+    """Teacher-free distillation (Tf-KD): T_s²·KL(p‖q) from a made-up teacher that is right.
 
-    The teacher d gives the label's class ``probability``, and the K − 1 others the rest in equal
-    parts; p is d softened by T, q is softmax(logits/T_s).
+    The made-up teacher d gives the label's class ``probability``, and the rest in equal parts to the other
+    classes. p is d softened by T, and q is softmax(logits/T_s).
 
     Args:
       logits: ``[..., classes]``, any float dtype.
       labels: integers ``[...]``.
-      probability: in [0, 1]: the teacher's for the label's class, at T = 1.
-      temperature: T > 0, of the teacher; a scalar.
-      student_temperature: T_s > 0, a scalar; T unless given.
-      soften: ``"power"``: p ∝ d^(1/T), a teacher's logits over T. ``"softmax"``: p = softmax(d/T), as
-        the authors' code has it, which takes probabilities for logits: nearly uniform at any T ≥ 1.
+      probability: in [0, 1], what the made-up teacher gives the label's class at T = 1.
+      temperature: T > 0, the teacher's temperature; a scalar.
+      student_temperature: T_s > 0, a scalar. None uses T.
+      soften: ``"power"`` softens probabilities as a teacher's logits are softened: p ∝ d^(1/T).
+        ``"softmax"`` is p = softmax(d/T), as in the authors' code, which uses the probabilities as logits:
+        p is then nearly uniform at any T ≥ 1.
       axis: the axis of the classes.
       where: as in :func:`dkd`.
 
     Returns:
-      ``[...]``, nats × T_s², float32 (float64 for float64 input). +inf where the label's class is
-      not valid; NaN where a label is outside [0, classes).
+      ``[...]``, nats × T_s², float32 (float64 for float64 input). +inf where the label's class does not
+      exist; NaN where a label is outside [0, classes).
 
     Raises:
-      ValueError: if the labels do not fit, or an option is outside its range.
+      ValueError: if the labels do not fit the logits, or an option is outside its range.
 
     References:
       Yuan et al., `Revisiting Knowledge Distillation via Label Smoothing Regularization`, 2020, §4
-      (Tf-KD_reg; the paper writes no factor T²). The authors' code is ``soften="softmax"``,
-      ``student_temperature=1``, the mean over classes too (1/K of this), times a "multiplier".
+      (Tf-KD_reg; the paper writes no factor T²). The authors' code is ``soften="softmax"`` with
+      ``student_temperature=1``, averaged over the classes too (1/K of this value for K classes), times a
+      "multiplier".
 
     >>> f'{teacher_free(jnp.zeros((1, 2)), jnp.array([0]), probability=0.75, temperature=1.0)[0]:.4f}'
     '0.1308'
     """
+    warn_if_probabilities("logits", logits, axis=axis)
     logits = to_float(logits)
     check_fraction("probability", probability)
     check_positive("temperature", temperature)
@@ -228,107 +231,32 @@ def teacher_free(
         teacher = jnp.log(teacher)
     teacher = jnp.where(valid | target, teacher / temperature, -jnp.inf)
     cooled = jnp.where(valid, jnp.where(valid, logits, 0.0) / student_temperature, -jnp.inf)
-    value = jnp.square(to_float(student_temperature)) * kl(cooled, teacher, axis=axis)
+    divergence = _forward_kl(compare(cooled, teacher, 1.0, axis, None), axis)
+    value = jnp.square(to_float(student_temperature)) * divergence
     return _finish(value, valid, bad, axis)
-
-
-def ranking_hinge(
-    student_logits: Any,
-    teacher_logits: Any,
-    *,
-    margin: Any = None,
-    temperature: Any = 1.0,
-    axis: int = -1,
-    where: Any = None,
-) -> Array:
-    """Pairwise ranking by a hinge: mean of max(0, m − (q_k − q_l)) over pairs that p_k > p_l.
-
-    The student is to put the classes in the teacher's order, by a margin m. With m = p_k − p_l (the
-    default) the value is 0 at student = teacher. Classes of equal teacher logits make no pair, nor
-    does a class that either excludes. The derivative at the hinge is taken as 0. Memory: classes²
-    values an example.
-
-    Args:
-      student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      margin: m, a number; or None: the teacher's own difference, p_k − p_l.
-      temperature: as in :func:`dkd`.
-      axis: the axis of the classes.
-      where: as in :func:`dkd`.
-
-    Returns:
-      ``[...]``, a probability, float32 (float64 for float64 input); 0 where there is no pair.
-
-    Raises:
-      ValueError: if the shapes differ, or the temperature is not positive.
-
-    References:
-      Herbrich et al., `Large Margin Rank Boundaries for Ordinal Regression`, 2000, §3; as a loss on
-      a teacher's classes: arcee-ai/DistillKit (no paper), which takes the mean over all pairs of the
-      batch, and wants probabilities to differ by 1e-8 to make a pair.
-
-    >>> ranking_hinge(jnp.array([[0.0, 1.0]]), jnp.array([[0.0, 0.0]])).item()
-    0.0
-    >>> f'{ranking_hinge(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
-    '0.5000'
-    """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    if margin is None:
-        short = _between(probability_difference(x), axis)
-    else:
-        short = margin - _between(jnp.where(x.has_q, jnp.exp(x.log_q), 0.0), axis)
-    hinge = jnp.where(short <= 0, 0.0, short)  # written so that a NaN shows
-    return _mean_over_pairs(hinge, teacher_logits, x, axis)
-
-
-def ranking_logistic(student_logits: Any, teacher_logits: Any, *, axis: int = -1, where: Any = None) -> Array:
-    """Pairwise ranking by a logistic loss: mean of log(1 + e^(s_l − s_k)) over pairs that t_k > t_l.
-
-    s and t are the logits of student and teacher; only the *order* of t counts, and the value falls
-    to zero only as the student's gaps grow. Pairs, memory and errors are those of
-    :func:`ranking_hinge`.
-
-    Args:
-      student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      axis: the axis of the classes.
-      where: as in :func:`dkd`.
-
-    Returns:
-      ``[...]``, nats, float32 (float64 for float64 input); 0 where there is no pair.
-
-    References:
-      Burges et al., `Learning to Rank using Gradient Descent` (RankNet), 2005, Eq. 3 with target
-      probability 1; as a loss on a teacher's classes: arcee-ai/DistillKit, as for
-      :func:`ranking_hinge`.
-
-    >>> f'{ranking_logistic(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0]]))[0]:.4f}'
-    '0.6931'
-    """
-    x = pair(student_logits, teacher_logits, 1.0, axis, where)
-    student = jnp.where(x.has_q & x.has_p, to_float(student_logits), 0.0)
-    return _mean_over_pairs(jax.nn.softplus(-_between(student, axis)), teacher_logits, x, axis)
 
 
 # --- parts -----------------------------------------------------------------------------------
 
 
-def _one_hot(labels: Any, shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
-    """Where the label's class is, ``bool [..., classes]``; and which labels are out of range."""
+def _one_hot(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
+    """Marks the label's class, ``bool [..., classes]``, and the labels that are out of range."""
     labels = jnp.asarray(labels)
     axis = axis % len(shape)
     expected = shape[:axis] + shape[axis + 1 :]
     if labels.shape != expected or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"labels must be integers {expected} for logits {shape}, got {labels.dtype} "
-            f"{labels.shape}: for soft labels, take their argmax"
+            f"labels must be integers of shape {expected} for logits of shape {shape}, got "
+            f"{labels.dtype} of shape {labels.shape}: if they are soft labels, take their argmax"
         )
     target = jax.nn.one_hot(labels, shape[axis], axis=axis, dtype=bool)
     return target, (labels < 0) | (labels >= shape[axis])
 
 
-def _log_odds(logits: Any, target: Array, temperature: Any, axis: int, where: Any):
-    """log(q_y/(1 − q_y)), or 0 where one of the two is 0; and whether either is not (keepdims)."""
+def _log_odds(
+    logits: ArrayLike, target: Array, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
+):
+    """Computes log(q_y/(1 − q_y)), 0 where either is 0, and which of the two are above 0; keeps the axis."""
     logits = to_float(logits)
     valid = valid_classes(logits, where)
     has_target = jnp.any(valid & target, axis, keepdims=True)
@@ -345,13 +273,13 @@ def _log_odds(logits: Any, target: Array, temperature: Any, axis: int, where: An
 
 
 def _surprise(odds: Array, has_target: Array, has_others: Array) -> Array:
-    """−log q_y, with all digits also where it is tiny."""
+    """Computes −log q_y accurately also where it is tiny."""
     value = jnp.where(has_others, jax.nn.softplus(-odds), 0.0)
     return jnp.where(has_target, value, jnp.inf)
 
 
 def _target_or_not(student, teacher, target, rest: Pair, temperature, axis, where) -> Pair:
-    """(p_y, 1 − p_y) and (q_y, 1 − q_y) as a :class:`Pair`, on a new last axis."""
+    """Makes a :class:`Pair` of (p_y, 1 − p_y) and (q_y, 1 − q_y) on a new last axis."""
     odds_q, target_q, others_q = _log_odds(student, target, temperature, axis, where)
     odds_p, target_p, others_p = _log_odds(teacher, target, temperature, axis, where)
 
@@ -389,25 +317,8 @@ def _forward_kl(x: Pair, axis: int) -> Array:
     return kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
 
 
-def _between(values: Array, axis: int) -> Array:
-    """v_k − v_l, ``[..., k, l]``."""
-    values = jnp.moveaxis(values, axis, -1)
-    return values[..., :, None] - values[..., None, :]
-
-
-def _mean_over_pairs(values: Array, teacher_logits: Any, x: Pair, axis: int) -> Array:
-    """Mean over the pairs that the teacher ranks, k above l."""
-    valid = jnp.moveaxis(x.has_q & x.has_p, axis, -1)
-    teacher = jnp.moveaxis(to_float(teacher_logits), axis, -1)
-    counts = valid[..., :, None] & valid[..., None, :]
-    # "not below": a NaN logit takes part, and shows in the result
-    counts &= ~(teacher[..., :, None] <= teacher[..., None, :])
-    total = jnp.sum(jnp.where(counts, values, 0.0), (-2, -1))
-    return total / jnp.maximum(jnp.sum(counts, (-2, -1)), 1)
-
-
 def _finish(value: Array, valid: Array, bad: Array, axis: int) -> Array:
-    """NaN where the label is bad; 0 where the row has no class at all."""
+    """Sets NaN where the label is out of range, and 0 where a row has no class at all."""
     value = jnp.where(bad, jnp.nan, value)
     some = jnp.squeeze(valid, axis) if valid.shape[axis] == 1 else jnp.any(valid, axis)
     return jnp.where(some, value, 0.0)

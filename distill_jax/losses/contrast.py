@@ -6,26 +6,26 @@ embeddings of the whole data set, which is an explicit state: :func:`crd_init` m
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import check_fraction, check_positive, to_float
 from distill_jax.losses._space import direction
 from distill_jax.losses.relations import flatten, product
 
-Array = jax.Array
-
 
 def info_nce(
-    student: Any,
-    teacher: Any,
-    labels: Any = None,
+    student: ArrayLike,
+    teacher: ArrayLike,
+    labels: ArrayLike | None = None,
     *,
-    temperature: Any = 0.07,
+    temperature: float | ArrayLike = 0.07,
     symmetric: bool = False,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Contrastive distillation within the batch: the teacher's embedding of the same example is known.
 
@@ -103,7 +103,7 @@ class CRDState(NamedTuple):
     log_z_teacher: Array
 
 
-def crd_init(key: Array, examples: int, features: int, *, dtype: Any = jnp.float32) -> CRDState:
+def crd_init(key: Array, examples: int, features: int, *, dtype: ArrayLike = jnp.float32) -> CRDState:
     """A memory for :func:`crd` of random embeddings of length about 1.
 
     Args:
@@ -126,7 +126,9 @@ def crd_init(key: Array, examples: int, features: int, *, dtype: Any = jnp.float
     return CRDState(banks[0], banks[1], unset, unset)
 
 
-def crd_negatives(key: Array, ids: Any, *, examples: int, count: int, labels: Any = None) -> Array:
+def crd_negatives(
+    key: Array, ids: ArrayLike, *, examples: int, count: int, labels: ArrayLike | None = None
+) -> Array:
     """Draws negatives for :func:`crd`, uniformly and with replacement, from all other examples.
 
     Args:
@@ -177,15 +179,15 @@ def crd_negatives(key: Array, ids: Any, *, examples: int, count: int, labels: An
 
 
 def crd(
-    student: Any,
-    teacher: Any,
+    student: ArrayLike,
+    teacher: ArrayLike,
     state: CRDState,
-    ids: Any,
-    negatives: Any,
+    ids: ArrayLike,
+    negatives: ArrayLike,
     *,
-    temperature: Any = 0.07,
-    momentum: Any = 0.5,
-    where: Any = None,
+    temperature: float | ArrayLike = 0.07,
+    momentum: float | ArrayLike = 0.5,
+    where: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> tuple[Array, CRDState]:
     """Contrastive representation distillation (CRD) against a memory of the data set.

@@ -1,16 +1,17 @@
-"""Logits without scale, and relations within a batch of predictions.
+"""Logit losses that ignore the scale of the logits, or that relate the examples of a batch to each other.
 
-All leading axes of the logits, ``[..., classes]``, together are the batch. An example counts where at
-least one of its classes is valid: so ``where=counted[:, None]`` leaves whole examples out (they have
-value 0, take part in no relation and get no gradient), and ``where`` over classes leaves classes out.
+All leading axes of the logits ``[..., classes]`` together are the batch. An example counts if at least one
+of its classes exists. So ``where=counted[:, None]`` leaves out whole examples (they have value 0, no
+gradient, and no influence on other examples), and a ``where`` over classes leaves out classes.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import (
     Pair,
@@ -21,31 +22,37 @@ from distill_jax.losses._numerics import (
     probability_difference,
     to_float,
     valid_classes,
+    warn_if_probabilities,
 )
 from distill_jax.losses._space import matmul
 
-Array = jax.Array
-
 
 def standardize(
-    logits: Any, *, temperature: Any = 1.0, ddof: int = 0, axis: int = -1, where: Any = None
+    logits: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    ddof: int = 0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Logit standardisation: (z − mean z)/(T·σ(z)), before any logit loss.
+    """Logit standardization (LSKD): (z − mean z)/(T·σ(z)), applied to logits before any logit loss.
 
-    Frees the student from matching the teacher's scale: ``kl(standardize(student),
-    standardize(teacher), temperature=T)`` is the paper's loss, its factor T² included. A row whose
-    logits are all equal (σ = 0) becomes exactly 0, with gradient 0.
+    With it the student need not match the scale of the teacher's logits. The paper's loss, factor T²
+    included, is ``kl(standardize(student), standardize(teacher), temperature=T)``. A row whose logits are all
+    equal (σ = 0) becomes exactly 0, with gradient 0.
 
     Args:
       logits: ``[..., classes]``, any float dtype.
-      temperature: T > 0, a scalar, or an array that broadcasts, with a class axis of 1.
-      ddof: σ² is the sum of squares over (classes − ddof): 0 in the paper, 1 in its code.
+      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
+        axis.
+      ddof: σ² is the sum of squares divided by (classes − ddof). The paper has 0, its code 1.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A logit of −inf says the
-        same of one class.
+      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
+        not exist either.
 
     Returns:
-      As ``logits``, no unit, float32 (float64 for float64 input); −inf where a class is not valid.
+      The shape of ``logits``, no unit, float32 (float64 for float64 input); −inf where a class does not
+      exist.
 
     Raises:
       ValueError: if the temperature is not positive, or ``ddof`` is negative.
@@ -53,12 +60,13 @@ def standardize(
     References:
       Sun et al., `Logit Standardization in Knowledge Distillation`, 2024, Algorithm 1. The authors'
       code uses ``ddof=1`` (with 10 classes its logits are 5 % smaller than the paper's, and the loss
-      about 11 %) and adds 1e-7 to σ; torchdistill does the same, and drops T² where its α is 0.
+      is about 11 % smaller) and adds 1e-7 to σ; torchdistill does the same, and drops T² where its α is 0.
 
     >>> print(standardize(jnp.array([[1.0, 3.0], [2.0, 2.0]])))
     [[-1.  1.]
      [ 0.  0.]]
     """
+    warn_if_probabilities("logits", logits, axis=axis)
     logits = to_float(logits)
     check_positive("temperature", temperature)
     if ddof < 0:
@@ -73,34 +81,35 @@ def standardize(
 
 
 def dist(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
-    beta: Any = 1.0,
-    gamma: Any = 1.0,
-    temperature: Any = 1.0,
+    beta: float | ArrayLike = 1.0,
+    gamma: float | ArrayLike = 1.0,
+    temperature: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """DIST: β·(1 − ρ over the classes of each example) + γ·(1 − ρ over the examples of each class).
+    """DIST (stronger teacher): β·(1 − ρ over each example's classes) + γ·(1 − ρ over each class's examples).
 
-    ρ is Pearson's correlation of p and q. With a and b the centred vectors at length 1,
-    1 − ρ = ½·Σ (a − b)²: it is summed in this form, which keeps its digits where student and teacher
-    almost agree, and gives each example its share of the second term, so that the mean over the
-    examples is the paper's loss. A vector without variation has no correlation: where one of the two
-    is constant, 1 − ρ is 1, where both are, 0, and the gradient is 0 in both cases (so a batch of one
-    example has no second term).
+    ρ is Pearson's correlation of p and q, the probabilities of teacher and student. It is computed as
+    1 − ρ = ½·Σ (a − b)², where a and b are the two vectors less their mean, divided by their length. This
+    form is accurate where student and teacher almost agree, and it gives each example its share of the second
+    term, so that the mean over the examples is the paper's loss. A constant vector has no correlation: 1 − ρ
+    is taken as 1 where one of the two is constant and as 0 where both are, and the gradient is 0. So a batch
+    of one example has no second term.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      beta: weight of the first term, between classes.
-      gamma: weight of the second term, within classes.
-      temperature: T > 0 of both softmaxes, a scalar, or an array that broadcasts, with a class axis
-        of 1.
+      teacher_logits: ``[..., classes]``, any float dtype.
+      beta: weight of the first term, the correlation between classes.
+      gamma: weight of the second term, the correlation within a class.
+      temperature: T > 0 of both softmaxes, a scalar, or an array that broadcasts to the logits, with size
+        1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A logit
-        of −inf has probability 0, or does not exist where both are −inf.
+      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+        logit is −inf for only one of the two has probability 0 there; if it is −inf for both, it does not
+        exist.
 
     Returns:
       ``[...]``, no unit, float32 (float64 for float64 input).
@@ -109,10 +118,10 @@ def dist(
       ValueError: if the shapes differ, or the temperature is not positive.
 
     References:
-      Huang et al., `Knowledge Distillation from A Stronger Teacher`, 2022, Eq. 7 and 9 (their sum,
-      Eq. 10). The authors' code, torchdistill and mmrazor multiply by T², though ρ does not fall
-      with T, and add 1e-8 to a product of norms that is often near it: values move by up to 2e-4.
-      They give 1 to two constant vectors.
+      Huang et al., `Knowledge Distillation from A Stronger Teacher`, 2022, Eq. 7 and 9 (their sum is
+      Eq. 10). The authors' code, torchdistill and mmrazor multiply by T², although ρ does not fall
+      with T, and add 1e-8 to a product of norms that is often near it: values change by up to 2e-4.
+      They give 1 for two constant vectors.
 
     >>> x = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     >>> f'{dist(x, x[::-1]).mean():.4f}'
@@ -144,60 +153,60 @@ def dist(
 
 
 def mlkd(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-    instance_weight: Any = 1.0,
-    batch_weight: Any = 1.0,
-    class_weight: Any = 1.0,
+    instance_weight: float | ArrayLike = 1.0,
+    batch_weight: float | ArrayLike = 1.0,
+    class_weight: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Multi-level distillation: Σ_T of T²·KL, of relations of examples, and of relations of classes.
+    """Multi-level logit distillation (MLKD): KL, relations of examples, and relations of classes.
 
-    With P and Q ``[batch, classes]`` the softened predictions of teacher and student, the sum over
+    P and Q are the softened predictions ``[batch, classes]`` of teacher and student. The loss is the sum over
     the temperatures of
 
     - T²·KL(p‖q) of each example,
-    - ‖PPᵀ − QQᵀ‖²/batch: which examples are predicted alike,
+    - ‖PPᵀ − QQᵀ‖²/batch: which examples get similar predictions,
     - ‖PᵀP − QᵀQ‖²/classes: which classes are predicted together.
 
-    An example's value holds its row of the second term, and the whole of the third, which belongs
-    to no example: so the mean over the examples is the paper's loss. The second term's memory is
-    batch², the third grows with batch² in value.
+    An example's value holds its row of the second term and the whole of the third term, which belongs to
+    no single example. So the mean over the examples is the paper's loss. The second term needs memory for
+    batch² numbers, and the value of the third grows with batch².
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      temperatures: several T > 0.
+      teacher_logits: ``[..., classes]``, any float dtype.
+      temperatures: one or more T > 0.
       instance_weight: weight of the first term.
-      batch_weight: weight of the second.
-      class_weight: weight of the third.
+      batch_weight: weight of the second term.
+      class_weight: weight of the third term.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A logit
-        of −inf says the same of one class.
+      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+        logit is −inf does not exist either.
 
     Returns:
       ``[...]``, float32 (float64 for float64 input). +inf where the student excludes a class that
       the teacher does not.
 
     Raises:
-      ValueError: if the shapes differ, or a temperature is not positive, or there is none.
+      ValueError: if the shapes differ, a temperature is not positive, or there is no temperature.
 
     References:
       Jin, Wang, Lin, `Multi-Level Logit Distillation`, 2023, §3.2–3.4 (there without T²). In the
       authors' code the masks for confident examples only scale their terms (the losses are reduced
       before the mask is applied), the second and third term of the strongly augmented view are
       computed and dropped, and two of its five temperatures see the weak view again. Their whole
-      loss is the sum of this over both views, with cross-entropy.
+      loss is the sum of this over both views, plus cross-entropy.
 
     >>> x = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     >>> f'{mlkd(x, x[::-1], temperatures=(1.0,)).mean():.4f}'
     '1.8006'
     """
-    if not len(temperatures):
-        raise ValueError("temperatures must hold at least one, got none")
+    if len(temperatures) == 0:
+        raise ValueError("temperatures must hold at least one temperature, got none")
     for temperature in temperatures:
         check_positive("temperature", temperature)
 
@@ -230,13 +239,13 @@ def mlkd(
 
 
 def _rows(values: Array, axis: int) -> Array:
-    """``[batch, classes]``: all leading axes together are the batch."""
+    """Reshapes to ``[batch, classes]``: all leading axes together are the batch."""
     values = jnp.moveaxis(values, axis, -1)
     return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
-def _per_row(temperature: Any, axis: int, shape: tuple[int, ...]) -> Array:
-    """A scalar, or ``[batch, 1]``."""
+def _per_row(temperature: float | ArrayLike, axis: int, shape: tuple[int, ...]) -> Array:
+    """Shapes a temperature as a scalar or ``[batch, 1]``."""
     temperature = to_float(temperature)
     if temperature.ndim:
         axis = axis % len(shape)
@@ -246,14 +255,14 @@ def _per_row(temperature: Any, axis: int, shape: tuple[int, ...]) -> Array:
 
 
 def _relative(logs: Array, has: Array, axis: int) -> Array:
-    """e^(l − max l) − 1 along ``axis``: exactly 0 where all are equal; −1 where there is none."""
+    """Computes e^(l − max l) − 1 along ``axis``: exactly 0 where all are equal, −1 with no class."""
     peak = jnp.max(logs, axis, keepdims=True, where=has, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
     return jnp.where(has, jnp.expm1(jnp.where(has, logs - peak, 0.0)), -1.0)
 
 
-def _unit(values: Array, mask: Array, axis: int, free: Any = 1) -> tuple[Array, Array]:
-    """Values less their mean, of sum of squares ``free``, or 0 where constant; and whether they are."""
+def _unit(values: Array, mask: Array, axis: int, free: ArrayLike = 1) -> tuple[Array, Array]:
+    """Centres values and scales them to a sum of squares ``free``; returns 0 and True for constant values."""
     values = jnp.where(mask, values, 0.0)
     count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
     centred = jnp.where(mask, values - jnp.sum(values, axis, keepdims=True) / count, 0.0)

@@ -1,15 +1,15 @@
-"""Losses between the logits of a student and of a teacher, or of a student and labels.
+"""Logit losses between a student and a teacher, or between a student and labels.
 
-A class is *valid* where ``where`` is true and the logit is not −inf. Every class that is not valid
-has probability exactly 0, and takes part in no maximum, sum or mean. Computation is in float32 (in
-float64 for float64 input), in log-space, and no probability is clipped;
-:mod:`distill_jax.losses._numerics` says how small divergences keep their digits.
+A class exists where ``where`` is true and its logit is not −inf. A class that does not exist has
+probability exactly 0 and takes no part in any maximum, sum or mean. Everything is computed in float32
+(in float64 for float64 input) from logarithms, and no probability is clipped. Differences of logits
+keep the digits of small divergences.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import (
     check_fraction,
@@ -21,30 +21,35 @@ from distill_jax.losses._numerics import (
     scale,
     to_float,
     valid_classes,
+    warn_if_probabilities,
 )
-
-Array = jax.Array
 
 
 def kl(
-    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Forward Kullback–Leibler divergence of softened predictions: T²·KL(teacher‖student).
+    """Knowledge distillation by the Kullback–Leibler divergence: T²·KL(teacher‖student).
 
-    T²·Σ p·log(p/q) with p = softmax(teacher/T), q = softmax(student/T). The factor T² keeps the
-    gradient's size when T changes, T·(q − p).
+    T²·Σ p·log(p/q) with p = softmax(teacher/T) and q = softmax(student/T). The gradient for the student's
+    logits is T·(q − p). The factor T² keeps its size when T changes.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      temperature: T > 0, a scalar, or an array that broadcasts, with a class axis of 1.
+      teacher_logits: ``[..., classes]``, any float dtype.
+      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
+        axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A logit of −inf says the
-        same of one class. A row without any class has value 0.
+      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
+        not exist either. A row in which no class exists has value 0.
 
     Returns:
-      ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a
-      class that the teacher does not.
+      ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
+      that the teacher does not.
 
     Raises:
       ValueError: if the shapes differ, or the temperature is not positive.
@@ -61,12 +66,18 @@ def kl(
 
 
 def reverse_kl(
-    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Reverse Kullback–Leibler divergence: T²·KL(student‖teacher) = T²·Σ q·log(q/p).
 
-    Mode-seeking: the student may leave out what it cannot hold. Arguments, result and errors are
-    those of :func:`kl`; +inf where the *teacher* excludes a class that the student does not.
+    It is mode-seeking: a student that is too small to learn every class of the teacher may leave some out.
+    Arguments, result and errors are those of :func:`kl`, except that the value is +inf where the *teacher*
+    excludes a class that the student does not.
 
     References:
       Gu et al., `MiniLLM`, 2024, Eq. 1 (there over sequences).
@@ -79,23 +90,24 @@ def reverse_kl(
 
 
 def jensen_shannon(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
-    beta: Any = 0.5,
-    temperature: Any = 1.0,
+    beta: float | ArrayLike = 0.5,
+    temperature: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Generalised Jensen–Shannon divergence: T²·[β·KL(p‖m) + (1−β)·KL(q‖m)], m = β·p + (1−β)·q.
 
-    p is the teacher, q the student. Bounded by T²·log 2, also where the supports differ. JSD/β
-    tends to KL(p‖q) as β → 0, and JSD/(1−β) to KL(q‖p) as β → 1; at 0 and 1 itself it is 0.
+    p is the teacher's and q the student's distribution. The value is at most T²·log 2, also where one of
+    them excludes a class of the other. JSD/β tends to KL(p‖q) as β → 0, and JSD/(1−β) tends to KL(q‖p) as
+    β → 1. At β = 0 and β = 1 the value is 0.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
-      beta: β in [0, 1], the teacher's share of the mixture; a scalar.
+      teacher_logits: ``[..., classes]``, any float dtype.
+      beta: β in [0, 1], the teacher's share of the mixture m; a scalar.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
       where: as in :func:`kl`.
@@ -138,30 +150,30 @@ def jensen_shannon(
 
 
 def skew_kl(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
-    alpha: Any = 0.1,
-    temperature: Any = 1.0,
+    alpha: float | ArrayLike = 0.1,
+    temperature: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Skew Kullback–Leibler divergence: T²·KL(p‖α·p + (1−α)·q), p the teacher, q the student.
 
-    At most −T²·log α, so finite for α > 0 whatever the student leaves out. :func:`kl` at α = 0, and
-    0 at α = 1.
+    The value is at most −T²·log α: for α > 0 it is finite whatever classes the student excludes. At α = 0 it
+    is :func:`kl`, at α = 1 it is 0.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
+      teacher_logits: ``[..., classes]``, any float dtype.
       alpha: α in [0, 1], the teacher's share of the mixture; a scalar.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
       where: as in :func:`kl`.
 
     Returns:
-      ``[...]``, nats × T², float32 (float64 for float64 input). +inf at α = 0 where the student
-      excludes a class that the teacher does not.
+      ``[...]``, nats × T², float32 (float64 for float64 input). +inf at α = 0 where the student excludes
+      a class that the teacher does not.
 
     Raises:
       ValueError: if the shapes differ, the temperature is not positive, or α is outside [0, 1].
@@ -169,8 +181,8 @@ def skew_kl(
     References:
       Ko et al., `DistiLLM: Towards Streamlined Distillation for Large Language Models`, 2024, §3.1
       (the definition of SKL); Lee, `On the Effectiveness of the Skew Divergence`, 2001, Eq. 1. The
-      authors' code (distillm) leaves the teacher's entropy out: its value is a cross-entropy, its
-      gradient the same.
+      authors' code (distillm) leaves out the teacher's entropy: its value is a cross-entropy, and its
+      gradient is the same.
 
     >>> f'{skew_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1070'
@@ -182,18 +194,19 @@ def skew_kl(
 
 
 def skew_reverse_kl(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
-    alpha: Any = 0.1,
-    temperature: Any = 1.0,
+    alpha: float | ArrayLike = 0.1,
+    temperature: float | ArrayLike = 1.0,
     axis: int = -1,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Skew reverse Kullback–Leibler divergence: T²·KL(q‖(1−α)·p + α·q).
+    """Skew reverse Kullback–Leibler divergence: T²·KL(q‖(1−α)·p + α·q), p the teacher, q the student.
 
-    :func:`skew_kl` with student and teacher exchanged: :func:`reverse_kl` at α = 0. Arguments,
-    result and errors are those of :func:`skew_kl`; α is the *student's* share of the mixture.
+    This is :func:`skew_kl` with student and teacher exchanged: α is the *student's* share of the mixture, and
+    at α = 0 the value is :func:`reverse_kl`. Arguments, result and errors are otherwise those of
+    :func:`skew_kl`.
 
     References:
       Ko et al., `DistiLLM`, 2024, §3.1 (the definition of SRKL).
@@ -207,8 +220,10 @@ def skew_reverse_kl(
     return scale(temperature, value, axis)
 
 
-def _skewed(log_a, log_b, log_ratio, has_a, has_b, alpha, axis) -> Array:
-    """KL(a‖m), m = α·a + (1−α)·b, as sums of terms ≥ 0."""
+def _skewed(
+    log_a: Array, log_b: Array, log_ratio: Array, has_a: Array, has_b: Array, alpha: Array, axis: int
+) -> Array:
+    """Computes KL(a‖m) with m = α·a + (1−α)·b as a sum of terms that are all ≥ 0."""
     # log(a/m) = −log(α + (1−α)·b/a), whose two forms meet at |log(a/b)| = 1/2
     near = jnp.abs(log_ratio) < 0.5
     close, far = jnp.where(near, log_ratio, 0.0), jnp.where(near, 0.0, log_ratio)
@@ -229,16 +244,22 @@ def _skewed(log_a, log_b, log_ratio, has_a, has_b, alpha, axis) -> Array:
 
 
 def total_variation(
-    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Total variation distance of softened predictions: ½·Σ |p − q|.
+    """Total variation distance between softened predictions: ½·Σ |p − q|.
 
-    Between 0 and 1, and never larger than √(KL/2). *No* factor T²: the gradient falls as 1/T. Where
-    p = q in a class, that class's derivative is taken as 0 (the middle of its subgradients).
+    The value lies between 0 and 1 and is never larger than √(KL/2). It has *no* factor T²: the gradient
+    falls as 1/T. Where p = q in a class, the derivative for that class is 0 (the middle of its
+    subgradients).
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
+      teacher_logits: ``[..., classes]``, any float dtype.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
       where: as in :func:`kl`.
@@ -262,15 +283,20 @@ def total_variation(
 
 
 def soft_cross_entropy(
-    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, axis: int = -1, where: Any = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Cross-entropy with the teacher's soft targets: −T²·Σ p·log q.
 
-    :func:`kl` plus T² times the teacher's entropy: the same gradient for the student, and a value
-    that does not fall to zero. Arguments, result and errors are those of :func:`kl`.
+    This is :func:`kl` plus T² times the teacher's entropy. The gradient for the student is the same, but
+    the value does not fall to zero. Arguments, result and errors are those of :func:`kl`.
 
     References:
-      Hinton, Vinyals, Dean, 2015, §2.
+      Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network`, 2015, §2.
 
     >>> f'{soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.6931'
@@ -282,16 +308,16 @@ def soft_cross_entropy(
 
 
 def mean_squared_logits(
-    student_logits: Any, teacher_logits: Any, *, axis: int = -1, where: Any = None
+    student_logits: ArrayLike, teacher_logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
-    """Mean over the valid classes of (student − teacher)².
+    """Mean squared error between logits: the mean over classes of (student − teacher)².
 
-    For logits of mean zero, the limit of 2·:func:`kl` at high temperature. A class that either
-    excludes (−inf) is left out.
+    For logits whose mean over the classes is zero, this is the limit of 2·:func:`kl` at high temperature. A
+    class that the student or the teacher excludes (by −inf) is left out of the mean.
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: as ``student_logits``.
+      teacher_logits: ``[..., classes]``, any float dtype.
       axis: the axis of the classes.
       where: as in :func:`kl`.
 
@@ -302,15 +328,18 @@ def mean_squared_logits(
       ValueError: if the shapes differ.
 
     References:
-      Ba, Caruana, `Do Deep Nets Really Need to be Deep?`, 2014, Eq. 1; Hinton et al., 2015, Eq. 4.
+      Ba, Caruana, `Do Deep Nets Really Need to be Deep?`, 2014, Eq. 1; Hinton, Vinyals, Dean, `Distilling
+      the Knowledge in a Neural Network`, 2015, Eq. 4.
 
     >>> print(mean_squared_logits(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])))
     [5.]
     """
+    warn_if_probabilities("student_logits", student_logits, axis=axis)
+    warn_if_probabilities("teacher_logits", teacher_logits, axis=axis)
     student, teacher = to_float(student_logits), to_float(teacher_logits)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student_logits and teacher_logits must have one shape, got {student.shape} and {teacher.shape}"
+            f"student_logits and teacher_logits must have the same shape, got {student.shape} and {teacher.shape}"
         )
     valid = valid_classes(student, where) & valid_classes(teacher, where)
     difference = jnp.where(valid, student, 0.0) - jnp.where(valid, teacher, 0.0)
@@ -319,21 +348,26 @@ def mean_squared_logits(
 
 
 def cross_entropy(
-    logits: Any, labels: Any, *, label_smoothing: Any = 0.0, axis: int = -1, where: Any = None
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    label_smoothing: float | ArrayLike = 0.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Cross-entropy with labels: −log q[label], or −Σ y·log q for soft labels y.
 
     Args:
       logits: ``[..., classes]``, any float dtype.
-      labels: integers ``[...]``, or probabilities ``[..., classes]`` (used as given: their
-        sum is not checked).
-      label_smoothing: ε in [0, 1]: y becomes (1 − ε)·y + ε/(number of valid classes).
+      labels: integers ``[...]``, or probabilities ``[..., classes]``, which are used as given: nothing
+        checks that they sum to 1.
+      label_smoothing: ε in [0, 1]. The labels y become (1 − ε)·y + ε/(number of classes that exist).
       axis: the axis of the classes.
       where: as in :func:`kl`.
 
     Returns:
-      ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class is not
-      valid; NaN where an integer label is outside [0, classes).
+      ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class does not exist;
+      NaN where an integer label is outside [0, classes).
 
     Raises:
       ValueError: if the shapes do not fit, or ε is outside [0, 1].
@@ -344,6 +378,7 @@ def cross_entropy(
     >>> f'{cross_entropy(jnp.array([[0.0, 1.0986123]]), jnp.array([1]))[0]:.4f}'  # −log ¾
     '0.2877'
     """
+    warn_if_probabilities("logits", logits, axis=axis)
     logits, labels = to_float(logits), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
     axis = axis % logits.ndim
@@ -352,10 +387,10 @@ def cross_entropy(
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     if labels.shape != (per_example if integer else logits.shape):
         raise ValueError(
-            f"labels must be integers {per_example} or probabilities {logits.shape} for logits "
-            f"{logits.shape}, got {labels.dtype} {labels.shape}"
+            f"labels must be integers of shape {per_example} or probabilities of shape {logits.shape} for "
+            f"logits of shape {logits.shape}, got {labels.dtype} of shape {labels.shape}"
         )
-    bad: Any = False
+    bad: ArrayLike = False
     if integer:
         bad = (labels < 0) | (labels >= classes)
         labels = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)

@@ -12,18 +12,17 @@ with zero gradient. :mod:`distill_jax.losses.contrast` holds the contrastive los
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import check_positive, kl_of, to_float
 from distill_jax.losses._space import direction, matmul, norm
 
-Array = jax.Array
 
-
-def flatten(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array]:
+def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
     """Student and teacher as ``[batch, features]`` of one float type, and which examples are valid.
 
     Excluded rows are set to zero, so that nothing they hold, NaN included, can reach a result.
@@ -70,11 +69,11 @@ def _others(valid: Array) -> Array:
     return valid[:, None] & valid & ~jnp.eye(valid.shape[0], dtype=bool)
 
 
-def _count(valid: Array, dtype: Any) -> Array:
+def _count(valid: Array, dtype: ArrayLike) -> Array:
     return jnp.sum(valid).astype(dtype)
 
 
-def similarity_preserving(student: Any, teacher: Any, *, where: Any = None) -> Array:
+def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     """Similarity-preserving distillation (SP): rows of the normalised Gram matrices should agree.
 
     Example i's value is ‖g_i(teacher) − g_i(student)‖²/b with g_i = G_i/‖G_i‖₂, where G = F·Fᵀ for the
@@ -117,7 +116,9 @@ def similarity_preserving(student: Any, teacher: Any, *, where: Any = None) -> A
     return jnp.where(valid, squares, 0.0) / jnp.maximum(_count(valid, squares.dtype), 1)
 
 
-def rkd_distance(student: Any, teacher: Any, *, include_self: bool = False, where: Any = None) -> Array:
+def rkd_distance(
+    student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
+) -> Array:
     """Relational distillation of distances (RKD-D): distances over their mean should agree.
 
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
@@ -170,7 +171,9 @@ def rkd_distance(student: Any, teacher: Any, *, include_self: bool = False, wher
     return total / jnp.maximum(count if include_self else count - 1, 1)
 
 
-def rkd_angle(student: Any, teacher: Any, *, include_self: bool = False, where: Any = None) -> Array:
+def rkd_angle(
+    student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
+) -> Array:
     """Relational distillation of angles (RKD-A): angles of triplets should agree.
 
     Example j's value is the mean over ordered pairs i ≠ k of other examples of h(c_ijk(student) −
@@ -216,7 +219,9 @@ def rkd_angle(student: Any, teacher: Any, *, include_self: bool = False, where: 
     return total / jnp.maximum(number, 1)
 
 
-def pkt(student: Any, teacher: Any, *, include_self: bool = False, where: Any = None) -> Array:
+def pkt(
+    student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
+) -> Array:
     """Probabilistic knowledge transfer (PKT): each example should have the same neighbours.
 
     Example i's value is KL(p_i‖q_i) = Σ_j p_ij·log(p_ij/q_ij) over the other examples j, where p_ij =
@@ -281,14 +286,14 @@ def _log_ratio(a: Array, b: Array) -> Array:
 
 
 def correlation_congruence(
-    student: Any,
-    teacher: Any,
+    student: ArrayLike,
+    teacher: ArrayLike,
     *,
     kernel: str = "gaussian",
-    gamma: Any = 0.4,
+    gamma: float | ArrayLike = 0.4,
     order: int = 2,
     normalize: bool = True,
-    where: Any = None,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Correlation congruence (CC): the kernel matrices of the batch should agree.
 
@@ -347,7 +352,9 @@ def correlation_congruence(
     return jnp.sum(squares, -1) / jnp.maximum(_count(valid, squares.dtype), 1)
 
 
-def ickd(student: Any, teacher: Any, *, normalize: bool = True, where: Any = None) -> Array:
+def ickd(
+    student: ArrayLike, teacher: ArrayLike, *, normalize: bool = True, where: ArrayLike | None = None
+) -> Array:
     """Inter-channel correlation (ICKD-C): an example's channels should correlate alike.
 
     With G = FᵀF ``[channels, channels]``, F ``[positions, channels]`` an example's features, the value

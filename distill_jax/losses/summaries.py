@@ -1,21 +1,23 @@
-"""Losses between summaries of features: where a map is active, how layers flow, how examples lie.
+"""Feature losses that do not depend on the number of channels: attention maps, flows, kernels, CKA.
 
-Features are ``[batch, *spatial, channels]``. What is compared here does not depend on the number of
-channels, so student and teacher may differ in it, unless a docstring says otherwise. Nothing is
-added to a norm to keep it from zero: the direction of a vector that is exactly zero is zero, with
-zero gradient.
+Features are ``[batch, *spatial, channels]``. Student and teacher may differ in the number of channels
+unless a docstring says otherwise. Where a vector is exactly zero, its direction is taken as zero, with
+zero gradient; no small number is added to a norm.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import check_positive, to_float
 from distill_jax.losses._space import (
     common_space,
     direction,
+    examples_only,
     feature_pair,
     features_of,
     gram,
@@ -26,30 +28,32 @@ from distill_jax.losses._space import (
     pool_mean,
     positions,
 )
-from distill_jax.losses.features import examples_only
-
-Array = jax.Array
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def attention_transfer(
-    student: Any, teacher: Any, *, p: float = 2.0, mean: bool = False, where: Any = None
+    student: ArrayLike,
+    teacher: ArrayLike,
+    *,
+    p: float = 2.0,
+    mean: bool = False,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Attention transfer (AT): ‖Q_s/‖Q_s‖₂ − Q_t/‖Q_t‖₂‖₂ with Q = Σ_c |A_c|^p at each position.
 
     Args:
       student: ``[batch, *spatial, channels]``, any float dtype.
-      teacher: the same spatial shape, any number of channels.
+      teacher: features with the same batch and spatial shape, and any number of channels.
       p: the power, at least 1.
-      mean: the mean over positions of the squared difference, as in the authors' program,
-        torchdistill's ``mode='code'``, RepDistiller and mdistiller (whose ``pow(p)`` keeps the sign
-        for odd p). The norm is that of the paper and of torchdistill's ``mode='paper'``; the
-        paper's loss has a factor β/2.
-      where: ``bool``, ``[batch]`` or broadcastable to ``[batch, *spatial]``: the positions that
-        count. An example without any has value 0.
+      mean: takes the mean over positions of the squared difference instead of the norm of the difference,
+        as do the authors' program, torchdistill's ``mode='code'``, RepDistiller and mdistiller (their
+        ``pow(p)`` keeps the sign for odd p). The norm is the loss of the paper, there with a factor
+        β/2, and of torchdistill's ``mode='paper'``.
+      where: ``bool``, ``[batch]`` or broadcastable to ``[batch, *spatial]``: which positions count. An
+        example in which none counts has value 0.
 
     Returns:
-      ``[batch]``, in [0, √2], float32 (float64 for float64 input). With one position alone, 0.
+      ``[batch]``, float32 (float64 for float64 input), in [0, √2] (the norm); 0 if there is only one
+      position.
 
     Raises:
       ValueError: if the shapes do not fit, or p is below 1.
@@ -71,7 +75,7 @@ def attention_transfer(
 
 
 def _attention(x: Array, p: float) -> Array:
-    """The direction of the map of activity, ``[batch, positions]``."""
+    """Computes the attention map divided by its norm, ``[batch, positions]``."""
     x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     # The direction does not depend on the scale: divided by it, no power over- or underflows
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2), keepdims=True))
@@ -81,17 +85,17 @@ def _attention(x: Array, p: float) -> Array:
 
 
 def factor_transfer(
-    student: Any, teacher: Any, *, p: int = 1, mean: bool = False, where: Any = None
+    student: ArrayLike, teacher: ArrayLike, *, p: int = 1, mean: bool = False, where: ArrayLike | None = None
 ) -> Array:
     """Factor transfer (FT): ‖F_t/‖F_t‖₂ − F_s/‖F_s‖₂‖_p over all positions and channels.
 
     Args:
       student: the translator's factor, ``[batch, *spatial, channels]``, any float dtype.
-      teacher: the paraphraser's factor, of the same shape.
+      teacher: the paraphraser's factor, an array of the same shape.
       p: 1 or 2.
-      mean: for p = 1, the mean over units instead of the sum, as in torchdistill (whose loss is NaN
-        if a factor is zero). RepDistiller's ``FactorTransfer`` is another loss: it compares
-        attention maps, as :func:`attention_transfer` does, by their mean absolute difference.
+      mean: for p = 1, takes the mean over units instead of the sum, as does torchdistill (whose loss is
+        NaN if a factor is zero). RepDistiller's ``FactorTransfer`` is another loss: the mean absolute
+        difference of the attention maps of :func:`attention_transfer`.
       where: as in :func:`attention_transfer`.
 
     Returns:
@@ -119,24 +123,29 @@ def factor_transfer(
 
 
 def nst(
-    student: Any, teacher: Any, *, kernel: str = "polynomial", bandwidth: Any = None, where: Any = None
+    student: ArrayLike,
+    teacher: ArrayLike,
+    *,
+    kernel: str = "polynomial",
+    bandwidth: float | ArrayLike | None = None,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """Neuron selectivity transfer (NST): the squared MMD between the channels' maps.
+    """Neuron selectivity transfer (NST): the squared maximum mean discrepancy (MMD) between channels' maps.
 
-    mean k(t, t′) + mean k(s, s′) − 2·mean k(s, t) over pairs of channels; each channel is a vector
-    over positions, divided by its norm.
+    It is mean k(t, t′) + mean k(s, s′) − 2·mean k(s, t) over pairs of channels. A channel is its vector
+    over the positions, divided by its norm.
 
     Args:
       student: ``[batch, *spatial, channels]``, any float dtype.
-      teacher: the same spatial shape, any number of channels.
+      teacher: features with the same batch and spatial shape, and any number of channels.
       kernel: ``"polynomial"``, (x·y)²; ``"linear"``, x·y; or ``"gaussian"``, exp(−‖x − y‖²/2σ²).
-      bandwidth: σ² > 0 of the Gaussian. None for the mean of ‖s − t‖² over an example's pairs of a
-        student's and a teacher's channel, taken as a constant: no gradient flows through it.
+      bandwidth: σ² > 0 of the Gaussian. None uses the mean of ‖s − t‖² over all pairs of a student's and a
+        teacher's channel, per example; no gradient flows through it.
       where: as in :func:`attention_transfer`.
 
     Returns:
-      ``[batch]``, at least 0 but for rounding, float32 (float64 for float64 input). The mean over
-      examples is RepDistiller's and mdistiller's loss (polynomial).
+      ``[batch]``, float32 (float64 for float64 input), at least 0 except for rounding. With the polynomial
+      kernel the mean over examples is the loss of RepDistiller and mdistiller.
 
     Raises:
       ValueError: if the shapes do not fit, the kernel is unknown, or the bandwidth is not positive.
@@ -150,7 +159,7 @@ def nst(
     [2.]
     """
     if kernel not in ("polynomial", "linear", "gaussian"):
-        raise ValueError(f"kernel must be polynomial, linear or gaussian, got {kernel!r}")
+        raise ValueError(f"kernel must be 'polynomial', 'linear' or 'gaussian', got {kernel!r}")
     x = feature_pair(student, teacher, where, channels=False)
     batch = x.student.shape[0]
     s, t = (
@@ -160,7 +169,10 @@ def nst(
         return jnp.sum(jnp.square(jnp.mean(s, -1) - jnp.mean(t, -1)), -1)
     if kernel == "polynomial" and s.shape[1] <= max(s.shape[-1], t.shape[-1]):
         # (x·y)² is the product of xxᵀ and yyᵀ, so this is the distance of their means: no cancellation
-        outer = [jnp.einsum("npc,nqc->npq", f, f, precision=_HIGHEST) / f.shape[-1] for f in (s, t)]
+        outer = [
+            jnp.einsum("npc,nqc->npq", f, f, precision=jax.lax.Precision.HIGHEST) / f.shape[-1]
+            for f in (s, t)
+        ]
         return jnp.sum(jnp.square(outer[0] - outer[1]), (1, 2))
     ss, tt, st = gram(s, s), gram(t, t), gram(s, t)
     if kernel == "gaussian":
@@ -182,14 +194,17 @@ def nst(
     return jnp.where(counts, means[0] + means[1] - 2 * means[2], 0.0)
 
 
-def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None) -> Array:
-    """The flow between two layers: G_ij = mean over positions of first_i · second_j.
+def fsp_matrix(
+    first: ArrayLike, second: ArrayLike, *, pool: str = "max", where: ArrayLike | None = None
+) -> Array:
+    """FSP matrix, the flow between two layers: G_ij = mean over positions of first_i · second_j.
 
     Args:
       first: ``[batch, *spatial, channels]``, any float dtype.
-      second: the same number of spatial axes, or none for either (then both are pooled globally).
-      pool: ``"max"`` or ``"mean"``: how the larger is pooled to the smaller spatial shape.
-      where: as in :func:`attention_transfer`; ``[batch]`` alone where the spatial shapes differ.
+      second: ``[batch, *spatial, channels]``. If the numbers of spatial axes differ, both are pooled
+        globally.
+      pool: ``"max"`` or ``"mean"``, how the larger map is pooled to the smaller spatial shape.
+      where: as in :func:`attention_transfer`, but only ``[batch]`` where the spatial shapes differ.
 
     Returns:
       ``[batch, first's channels, second's channels]``, float32 (float64 for float64 input).
@@ -204,7 +219,7 @@ def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None)
     (2, 3, 5)
     """
     if pool not in ("max", "mean"):
-        raise ValueError(f"pool must be max or mean, got {pool!r}")
+        raise ValueError(f"pool must be 'max' or 'mean', got {pool!r}")
     x = feature_pair(first, second, where, channels=False, space=False)
     space = common_space(x.student.shape, x.teacher.shape)
     pooled = [(pool_max if pool == "max" else pool_mean)(f, space) for f in (x.student, x.teacher)]
@@ -213,21 +228,29 @@ def fsp_matrix(first: Any, second: Any, *, pool: str = "max", where: Any = None)
     return gram(*pooled) / counted[:, None, None]
 
 
-def fsp(student: Any, teacher: Any, *, pool: str = "max", mean: bool = False, where: Any = None) -> Array:
-    """Flow of solution procedure (FSP): ‖G_t − G_s‖² between two layers' flow, :func:`fsp_matrix`.
+def fsp(
+    student: Sequence[ArrayLike],
+    teacher: Sequence[ArrayLike],
+    *,
+    pool: str = "max",
+    mean: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Flow of solution procedure (FSP): ‖G_t − G_s‖² of the flows between two layers (:func:`fsp_matrix`).
 
     Args:
       student: a pair of layers, each ``[batch, *spatial, channels]``, any float dtype.
-      teacher: a pair of layers with the student's numbers of channels; the space may be another.
+      teacher: a pair of layers with the student's numbers of channels; the spatial shapes may be
+        different.
       pool: as in :func:`fsp_matrix`.
-      mean: the mean over the matrix instead of the sum, as in RepDistiller (which pools by the
-        mean). torchdistill's matrix is ours, but its loss is the sum of the norms of the columns of
-        G_t − G_s, not squared.
+      mean: takes the mean over the matrix instead of the sum, as does RepDistiller (which pools by the
+        mean). torchdistill computes the same matrix, but its loss is the sum of the norms of the columns
+        of G_t − G_s, not squared.
       where: as in :func:`fsp_matrix`, for all four layers.
 
     Returns:
-      ``[batch]``, float32 (float64 for float64 input). The paper's loss is the mean over examples
-      of its sum over pairs of layers.
+      ``[batch]``, float32 (float64 for float64 input). The paper's loss is the mean over examples, summed
+      over pairs of layers.
 
     Raises:
       ValueError: if the shapes do not fit.
@@ -244,32 +267,35 @@ def fsp(student: Any, teacher: Any, *, pool: str = "max", mean: bool = False, wh
             "student and teacher must each be a pair of layers (first, second), got "
             f"{len(student)} and {len(teacher)}"
         )
-    flows = [fsp_matrix(*layers, pool=pool, where=where) for layers in (student, teacher)]
+    flows = [fsp_matrix(first, second, pool=pool, where=where) for first, second in (student, teacher)]
     if flows[0].shape != flows[1].shape:
         raise ValueError(
-            "student and teacher layers must have one number of channels, got flows of "
-            f"{flows[0].shape} and {flows[1].shape}: match them first, as learned.fsp does"
+            "student and teacher layers must have the same numbers of channels, got FSP matrices of shape "
+            f"{flows[0].shape} and {flows[1].shape}: match them first, for example with "
+            "distill_jax.features.fsp"
         )
     squares = jnp.square(flows[0] - flows[1])
     return jnp.mean(squares, (1, 2)) if mean else jnp.sum(squares, (1, 2))
 
 
-def linear_cka(first: Any, second: Any, *, debiased: bool = False, where: Any = None) -> Array:
-    """Linear centred kernel alignment (CKA) of two representations of one batch: a measure, a scalar.
+def linear_cka(
+    first: ArrayLike, second: ArrayLike, *, debiased: bool = False, where: ArrayLike | None = None
+) -> Array:
+    """Linear centred kernel alignment (CKA), a similarity of two representations of the same batch.
 
-    ⟨K, L⟩/(‖K‖·‖L‖) for the centred Gram matrices K and L of the examples. 1 for representations
-    equal up to rotation, scale and shift.
+    The value is ⟨K, L⟩/(‖K‖·‖L‖) for the centred Gram matrices K and L of the examples. It is 1 for
+    representations that are equal up to rotation, scale and shift.
 
     Args:
-      first: ``[batch, ..., channels]``, taken as one vector an example, any float dtype.
+      first: ``[batch, ..., channels]``, any float dtype; each example is flattened to a vector.
       second: any other representation of the same examples.
-      debiased: Szekely and Rizzo's U-centring, under which CKA does not grow with the width: may be
-        negative, and needs at least four examples.
-      where: ``bool`` ``[batch]``: the examples that count.
+      debiased: uses the U-centring of Szekely and Rizzo, with which CKA does not grow with the width. The
+        value may then be negative, and at least four examples are needed.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
-      A scalar, float32 (float64 for float64 input). 0 where a representation does not vary at all,
-      or too few examples count.
+      A scalar, float32 (float64 for float64 input). 0 where a representation is the same for all examples,
+      or where too few examples count.
 
     Raises:
       ValueError: if the batches differ, or are too small for the debiased form.
@@ -286,25 +312,26 @@ def linear_cka(first: Any, second: Any, *, debiased: bool = False, where: Any = 
     return jnp.sum(one * other)
 
 
-def cka(student: Any, teacher: Any, *, debiased: bool = False, where: Any = None) -> Array:
-    """1 − :func:`linear_cka` as a loss over a batch, in shares of its examples.
+def cka(
+    student: ArrayLike, teacher: ArrayLike, *, debiased: bool = False, where: ArrayLike | None = None
+) -> Array:
+    """Centred kernel alignment (CKA) loss: 1 − :func:`linear_cka`, divided among the examples.
 
-    Example i's share is n/2 · Σ_j (K_ij/‖K‖ − L_ij/‖L‖)², at least 0: the mean of the shares over
-    the n examples that count is exactly 1 − CKA, with no cancellation near 0.
+    The value of example i is n/2 · Σ_j (K_ij/‖K‖ − L_ij/‖L‖)² ≥ 0. The mean over the n examples that count is
+    exactly 1 − CKA, without cancellation near 0.
 
     Args:
-      student: ``[batch, ..., channels]``, taken as one vector an example, any float dtype.
-      teacher: the same batch, any other shape.
+      student: ``[batch, ..., channels]``, any float dtype; each example is flattened to a vector.
+      teacher: features of the same batch; the other axes may be different.
       debiased: as in :func:`linear_cka`.
-      where: as in :func:`linear_cka`. An example that does not count has value 0 and takes part in
-        no other's.
+      where: as in :func:`linear_cka`. An example that does not count has value 0 and does not influence
+        the others.
 
     Returns:
-      ``[batch]``, float32 (float64 for float64 input). 1, with zero gradient, where CKA is
-      undefined.
+      ``[batch]``, float32 (float64 for float64 input). 1, with zero gradient, where CKA is undefined.
 
     Raises:
-      ValueError: as :func:`linear_cka`.
+      ValueError: if the batches differ, or are too small for the debiased form.
 
     References:
       Kornblith et al., `Similarity of Neural Network Representations Revisited`, 2019, §3.
@@ -319,12 +346,16 @@ def cka(student: Any, teacher: Any, *, debiased: bool = False, where: Any = None
     return jnp.where(undefined, valid.astype(shares.dtype), shares)
 
 
-def _kernels(first: Any, second: Any, debiased: bool, where: Any) -> tuple[Array, Array, Array]:
-    """Centred Gram matrices of norm 1, zero in the rows and columns of excluded examples."""
+def _kernels(
+    first: ArrayLike, second: ArrayLike, debiased: bool, where: ArrayLike | None
+) -> tuple[Array, Array, Array]:
+    """Computes the centred Gram matrices of norm 1, zero in the rows and columns of excluded examples."""
     first, second = features_of("student", first), features_of("teacher", second)
     batch = first.shape[0]
     if second.shape[0] != batch:
-        raise ValueError(f"student and teacher must be of one batch, got {first.shape} and {second.shape}")
+        raise ValueError(
+            f"student and teacher must have the same batch size, got {first.shape} and {second.shape}"
+        )
     if debiased and batch < 4:
         raise ValueError(f"debiased CKA needs at least 4 examples, got {batch}")
     valid = positions(examples_only(where, first), (batch, 1))

@@ -18,11 +18,13 @@ to exactly the whole batch, however unequally padding is spread over them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import check_positive, log_softmax, scale, takes, to_float, valid_classes
 from distill_jax.losses.chunks import chunked
@@ -41,7 +43,6 @@ __all__ = [
     "top_k",
 ]
 
-Array = jax.Array
 Loss = Callable[..., Array]
 
 
@@ -61,7 +62,13 @@ class TopK(NamedTuple):
 # --- sequences --------------------------------------------------------------------------------
 
 
-def per_sequence(values: Any, *, where: Any = None, weights: Any = None, reduce: str = "mean") -> Array:
+def per_sequence(
+    values: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduce: str = "mean",
+) -> Array:
     """Reduces the values of tokens to one a sequence: Σ w·v / Σ w over the tokens that count.
 
     Args:
@@ -93,7 +100,7 @@ def per_sequence(values: Any, *, where: Any = None, weights: Any = None, reduce:
     return total / jnp.where(weight > 0, weight, 1.0)
 
 
-def sequence_weight(where: Any, *, weights: Any = None) -> Array:
+def sequence_weight(where: ArrayLike | None, *, weights: ArrayLike | None = None) -> Array:
     """Weighs each sequence by its tokens: Σ w over the tokens that count.
 
     As ``batch["weight"]`` it turns the mean over sequences that training steps make of
@@ -116,7 +123,9 @@ def sequence_weight(where: Any, *, weights: Any = None) -> Array:
     return jnp.sum(_counts(jnp.shape(where), where, weights)[1], -1)
 
 
-def _counts(shape: tuple[int, ...], where: Any, weights: Any) -> tuple[Array, Array]:
+def _counts(
+    shape: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
+) -> tuple[Array, Array]:
     """Which tokens count, and how much: bool and float, both of the given shape."""
     for name, value in (("where", where), ("weights", weights)):
         given = np.shape(value)
@@ -190,7 +199,9 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
 # --- top-k labels -----------------------------------------------------------------------------
 
 
-def top_k(teacher_logits: Any, k: int, *, temperature: Any = 1.0, where: Any = None) -> TopK:
+def top_k(
+    teacher_logits: ArrayLike, k: int, *, temperature: float | ArrayLike = 1.0, where: ArrayLike | None = None
+) -> TopK:
     """Shortens a teacher's logits to its k likeliest tokens and the bucket OTHER.
 
     Softening comes first, then the sum over OTHER: p_other = Σ_rest softmax(z/T). The two do not
@@ -222,7 +233,13 @@ def top_k(teacher_logits: Any, k: int, *, temperature: Any = 1.0, where: Any = N
     return TopK(indices, bucket(logits, indices, temperature=temperature, where=where))
 
 
-def bucket(logits: Any, indices: Any, *, temperature: Any = 1.0, where: Any = None) -> Array:
+def bucket(
+    logits: ArrayLike,
+    indices: ArrayLike,
+    *,
+    temperature: float | ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> Array:
     """Log-probabilities of chosen tokens and, last, of all others together.
 
     (log p₁, …, log p_k, log Σ_rest p) with p = softmax(logits/T). These are logits of k + 1 classes:
@@ -272,7 +289,7 @@ def bucket(logits: Any, indices: Any, *, temperature: Any = 1.0, where: Any = No
     return jnp.where(has, log_probs, -jnp.inf)
 
 
-def append_other(log_probs: Any) -> Array:
+def append_other(log_probs: ArrayLike) -> Array:
     """Completes log-probabilities of k tokens by that of OTHER, log(1 − Σ p).
 
     For labels from elsewhere, such as a server's top log-probabilities; :func:`top_k` gives OTHER
@@ -295,7 +312,7 @@ def append_other(log_probs: Any) -> Array:
     return jnp.concatenate([log_probs, other], -1)
 
 
-def bucket_labels(labels: Any, indices: Any) -> Array:
+def bucket_labels(labels: ArrayLike, indices: ArrayLike) -> Array:
     """Translates labels into classes of :func:`bucket`: a token's place in ``indices``, or k, OTHER.
 
     Args:
@@ -372,8 +389,8 @@ def bucketed(loss: Loss) -> Loss:
 
 
 def common_vocabulary(
-    student_logits: Any,
-    teacher_logits: Any,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
     *,
     vocabulary_size: int,
     teacher_vocabulary_size: int | None = None,
