@@ -382,7 +382,9 @@ def test_the_order_of_the_teacher_is_that_of_its_logits():
 def test_arguments_are_checked():
     logits = np.zeros((2, 3), np.float32)
     for loss in (losses.dkd, losses.nkd, losses.wsld):
-        with pytest.raises(ValueError, match=r"labels must be integers of shape \(2,\) for logits of shape \(2, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"labels must be integers of shape \(2,\) for logits of shape \(2, 3\)"
+        ):
             loss(logits, logits, logits)
         with pytest.raises(ValueError, match=r"the same shape, got \(2, 3\) and \(3, 2\)"):
             loss(logits, logits.T, np.zeros(2, int))

@@ -1,6 +1,7 @@
 """Logit losses against their formulas in float64, and at the edges where others fail."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax import losses
+from distill_jax.losses import _numerics
 
 # --- the formulas, in NumPy float64 ----------------------------------------------------------
 
@@ -354,7 +356,86 @@ def test_shapes_and_fractions_are_checked():
         losses.kl(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 1.5"):
         losses.jensen_shannon(np.zeros((2, 3)), np.zeros((2, 3)), beta=1.5)
-    with pytest.raises(ValueError, match=r"labels must be integers of shape \(2,\) or probabilities of shape \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"labels must be integers of shape \(2,\) or probabilities of shape \(2, 3\)"
+    ):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros((3,), int))
     with pytest.raises(ValueError, match="label_smoothing"):
         losses.cross_entropy(np.zeros((2, 3)), np.zeros(2, int), label_smoothing=-0.1)
+
+
+# --- probabilities in the place of logits ----------------------------------------------------
+
+PROBABILITIES = np.exp(log_softmax(np.random.default_rng(0).normal(size=(8, 3)))).astype(np.float32)
+LABELS = np.arange(8) % 3
+CALLS = {
+    "kl": lambda p: losses.kl(np.log(p), p),
+    "mean_squared_logits": lambda p: losses.mean_squared_logits(np.log(p), p),
+    "dkd": lambda p: losses.dkd(np.log(p), p, LABELS),
+    "wsld": lambda p: losses.wsld(np.log(p), p, LABELS),
+    "ranking_hinge": lambda p: losses.ranking_hinge(np.log(p), p),
+    "mlkd": lambda p: losses.mlkd(np.log(p), p),
+    "top_k": lambda p: losses.tokens.top_k(p, 2),
+    "student": lambda p: losses.kl(p, np.log(p)),
+    "cross_entropy": lambda p: losses.cross_entropy(p, LABELS),
+    "standardize": lambda p: losses.standardize(p),
+    "logit_adjusted": lambda p: losses.logit_adjusted(p, LABELS, prior=[1, 2, 3]),
+    "class_balanced": lambda p: losses.class_balanced(p, LABELS, counts=[1, 2, 3]),
+    "teacher_free": lambda p: losses.teacher_free(p, LABELS),
+    "bucket": lambda p: losses.tokens.bucket(p, LABELS[:, None]),
+    "bucketed": lambda p: losses.tokens.bucketed(losses.kl)(p, losses.tokens.top_k(np.log(p), 2)),
+}
+NAMES = dict.fromkeys(list(CALLS)[8:], "logits") | dict.fromkeys(["student", "bucketed"], "student_logits")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_probabilities_given_as_logits_warn_once(name, monkeypatch):
+    monkeypatch.setattr(_numerics, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CALLS[name](PROBABILITIES)
+        CALLS[name](PROBABILITIES)
+    assert [str(w.message) for w in caught] == [
+        f"{NAMES.get(name, 'teacher_logits')} look like probabilities: every row is non-negative and sums "
+        "to 1. Give logits, or take the logarithm: jnp.log(p)."
+    ]
+    assert caught[0].filename == __file__  # the caller's line
+
+
+def test_probabilities_on_another_axis_and_in_a_large_array(monkeypatch):
+    large = jnp.asarray(np.tile(PROBABILITIES[:1], (3, 1 << 14, 1)))
+    columns = jnp.moveaxis(large, -1, 0)
+    for probabilities, axis in [
+        (PROBABILITIES.T, 0),
+        (large, -1),
+        (columns, 0),
+        (large.astype(jnp.bfloat16), 2),
+    ]:
+        for call in (losses.kl, jax.jit(losses.kl, static_argnames="axis")):
+            monkeypatch.setattr(_numerics, "_warned", set())
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call(jnp.zeros_like(probabilities), probabilities, axis=axis)
+            assert len(caught) == (call is losses.kl)
+
+
+def test_where_nothing_warns():
+    """Warnings are errors here."""
+    logits = np.random.default_rng(1).normal(size=(8, 3))
+    others = {
+        "sums of 1 with both signs": logits - logits.mean(-1, keepdims=True) + 1 / 3,
+        "non-negative with other sums": np.abs(logits),
+        "one-hot": np.eye(3)[LABELS],
+        "one-hot, masked": np.where(np.eye(3)[LABELS] > 0, 1.0, -np.inf),
+        "one row": PROBABILITIES[:1],
+        "one class": np.ones((8, 1)),
+        "integers": np.eye(3, dtype=int)[LABELS],
+        "no example": np.zeros((0, 3)),
+        "one of many rows": np.concatenate([PROBABILITIES, logits]),
+        "NaN": np.where(PROBABILITIES > 0.5, np.nan, PROBABILITIES),
+    }
+    for name, x in others.items():
+        assert not _numerics._looks_like_probabilities(x, -1), name
+        losses.kl(x, x)
+    losses.teacher_free(logits, LABELS, soften="softmax", temperature=1.0)  # its own probabilities
+    jax.jit(losses.kl)(PROBABILITIES, PROBABILITIES)

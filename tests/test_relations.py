@@ -696,13 +696,13 @@ def test_learned_crd_learns_and_scans():
 
 def test_misuse_is_named():
     x = np.zeros((4, 3), np.float32)
-    with pytest.raises(ValueError, match=r"one batch, got the shapes \(4, 3\) and \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"the same batch size, got shapes \(4, 3\) and \(5, 3\)"):
         losses.rkd_distance(x, np.zeros((5, 3)))
-    with pytest.raises(ValueError, match=r"teacher features must be \[batch, ..., channels\]"):
+    with pytest.raises(ValueError, match=r"teacher features must have shape \[batch, ..., channels\]"):
         losses.pkt(x, np.zeros(4))
-    with pytest.raises(ValueError, match=r"where must be bool of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"where must be bool with one entry per example, shape \(4,\)"):
         losses.rkd_angle(x, x, where=np.ones((4, 3), bool))
-    with pytest.raises(ValueError, match="equally many channels"):
+    with pytest.raises(ValueError, match="the same number of channels"):
         losses.ickd(np.zeros((4, 2, 3)), np.zeros((4, 2, 5)))
     with pytest.raises(ValueError, match="kernel must be 'gaussian' or 'bilinear', got 'rbf'"):
         losses.correlation_congruence(x, x, kernel="rbf")
@@ -710,7 +710,7 @@ def test_misuse_is_named():
         losses.correlation_congruence(x, x, order=0)
     with pytest.raises(ValueError, match="gamma must be positive"):
         losses.correlation_congruence(x, x, gamma=0.0)
-    with pytest.raises(ValueError, match="one width, got 3 and 5: project one"):
+    with pytest.raises(ValueError, match="number of features, got 3 and 5: project one"):
         losses.info_nce(x, np.zeros((4, 5)))
     with pytest.raises(ValueError, match="labels must be integers"):
         losses.info_nce(x, x, np.zeros(3, int))
@@ -718,7 +718,7 @@ def test_misuse_is_named():
         losses.info_nce(x, x, temperature=0)
     state = losses.crd_init(jax.random.key(0), 9, 4)
     ids, negatives = np.arange(4), np.zeros((4, 2), int)
-    with pytest.raises(ValueError, match="remembers 4 features an example, the embeddings have 3"):
+    with pytest.raises(ValueError, match="holds 4 features per example, but the embeddings have 3"):
         losses.crd(x, x, state, ids, negatives)
     with pytest.raises(ValueError, match="momentum must lie"):
         losses.crd(x, x, state, ids, negatives, momentum=2)
@@ -727,7 +727,7 @@ def test_misuse_is_named():
         losses.crd(x, x, state, ids, negatives.T)
     with pytest.raises(ValueError, match="examples must be positive"):
         losses.crd_init(jax.random.key(0), 0, 4)
-    with pytest.raises(ValueError, match=r"labels must be \[examples\] = \(9,\)"):
+    with pytest.raises(ValueError, match=r"labels must have one entry per example, shape \(9,\)"):
         losses.crd_negatives(jax.random.key(0), ids, examples=9, count=2, labels=ids)
     part = features.crd()
     with pytest.raises(ValueError, match="crd takes one layer"):

@@ -583,7 +583,7 @@ def test_vocabularies_that_differ_are_refused():
     student, teacher = np.zeros((2, 8)), np.zeros((2, 6))
     with pytest.raises(ValueError, match="the vocabularies differ: student 5 tokens, teacher 6"):
         tokens.common_vocabulary(student, teacher, vocabulary_size=5, teacher_vocabulary_size=6)
-    with pytest.raises(ValueError, match=r"\[1, 6\], the columns of teacher_logits, got 7"):
+    with pytest.raises(ValueError, match=r"\[1, 6\], the number of columns of teacher_logits, got 7"):
         tokens.common_vocabulary(student, teacher, vocabulary_size=7)
     cut = tokens.common_vocabulary(student, teacher, vocabulary_size=6, teacher_vocabulary_size=6)
     assert [x.shape for x in cut] == [(2, 6), (2, 6)]
@@ -860,7 +860,7 @@ def test_shapes_and_values_are_checked():
         tokens.top_k(teacher, 10)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         tokens.top_k(teacher, 2, temperature=0)
-    with pytest.raises(ValueError, match=r"indices must be integers \(2, 5, 'k'\)"):
+    with pytest.raises(ValueError, match=r"indices must be integers of shape \(2, 5, 'k'\)"):
         tokens.bucket(student, np.zeros((2, 3), int))
     with pytest.raises(ValueError, match="indices must be integers"):
         tokens.bucket(student, np.zeros((2, 5, 3)))
@@ -874,15 +874,17 @@ def test_misuse_of_chunks():
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         tokens.chunked(losses.kl, chunk=0)
     loss = tokens.chunked(losses.kl, chunk=3)
-    with pytest.raises(ValueError, match=r"student_kernel must be \[hidden, vocabulary\] .* \(11, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"student_kernel must have shape \[hidden, vocabulary\] .* \(11, 4\)"
+    ):
         loss(hidden_s, hidden_t, student_kernel=kernel_s.T, teacher_kernel=kernel_t)
-    with pytest.raises(ValueError, match=r"the bias of student_kernel must be \(11,\)"):
+    with pytest.raises(ValueError, match=r"the bias of student_kernel must have shape \(11,\)"):
         loss(hidden_s, hidden_t, student_kernel=(kernel_s, bias[:3]), teacher_kernel=kernel_t)
-    with pytest.raises(ValueError, match=r"shape \(2, 7\) \+ \(...\), one row a token"):
+    with pytest.raises(ValueError, match=r"shape \(2, 7\) \+ \(...\), one row per token"):
         loss(hidden_s, hidden_t[:, :5], student_kernel=kernel_s, teacher_kernel=kernel_t)
-    with pytest.raises(ValueError, match="one value a token"):
+    with pytest.raises(ValueError, match="one value per token"):
         tokens.chunked(tokens.sequence(losses.kl), chunk=3)(
             hidden_s, hidden_t, student_kernel=kernel_s, teacher_kernel=kernel_t
         )
-    with pytest.raises(ValueError, match=r"must be \[..., length, hidden\], got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"must have shape \[..., length, hidden\], got \(4,\)"):
         loss(hidden_s[0, 0], hidden_t[0, 0], student_kernel=kernel_s, teacher_kernel=kernel_t)

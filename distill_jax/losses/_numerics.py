@@ -86,7 +86,8 @@ def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
             array = jnp.asarray(array)[tuple(corner)]
     rows = np.moveaxis(np.asarray(array, np.float64), axis, -1)
     rows = rows.reshape(-1, shape[axis])[:64]
-    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > 1e-3).any():
+    tolerance = max(1e-3, float(jnp.finfo(dtype).eps))
+    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > tolerance).any():
         return False
     return not (rows.max(-1) == 1).all()
 

@@ -1,40 +1,45 @@
-"""Losses of a large vocabulary, whose logits would fill the memory: a few positions at a time."""
+"""Losses over a large vocabulary, computed a few positions at a time so that the logits fit in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import to_float
 
 Loss = Callable[..., Array]
+Head = ArrayLike | Sequence[ArrayLike]  # a kernel, or a kernel and a bias
 
 
 def chunked(loss: Loss, *, chunk: int) -> Loss:
-    """Makes a loss over hidden states of one over logits, computing few positions' logits at a time.
+    """Turns a loss over logits into one over hidden states, which computes few positions' logits at a time.
 
-    Value and gradient are those of ``loss(student @ student_kernel, teacher @ teacher_kernel)``. The
-    logits of ``batch · chunk`` tokens exist at once, forward and backward (where they are computed
-    a second time), instead of those of ``batch · length`` tokens several times over. It pays where
-    the logits are what fills the memory: at most a few thousand tokens, plain code is faster.
+    Value and gradient are those of ``loss(student @ student_kernel, teacher @ teacher_kernel)``. Only the
+    logits of ``batch · chunk`` tokens exist at a time, both forward and backward (the backward pass computes
+    them again), instead of several copies of those of ``batch · length`` tokens. Use it where the logits are
+    what fills the memory. For at most a few thousand tokens, plain code is faster.
 
     Args:
-      loss: ``(student_logits, teacher, ..., **options) -> [..., length]``, one value a token, each
-        from its own token alone; any logit loss, or
-        :func:`distill_jax.losses.bucketed`.
-      chunk: positions at a time, along the length axis, so that a batch split over devices stays so.
-        The length need not be a multiple.
+      loss: ``(student_logits, teacher, ..., **options) -> [..., length]``, one value per token that depends
+        on this token alone: any logit loss, or the result of :func:`distill_jax.losses.tokens.bucketed`.
+      chunk: the number of positions along the length axis that are computed at a time. The length need
+        not be a multiple of it. A batch that is split over devices stays split.
 
     Returns:
       ``(student_hidden, teacher, ..., *, student_kernel, teacher_kernel=None, **options) ->
-      [..., length]``, float32 (float64 for float64 input). ``student_hidden`` is ``[..., length,
-      hidden]``; ``student_kernel`` ``[hidden, vocabulary]``, or a pair of it and a bias
-      ``[vocabulary]``. ``teacher`` is likewise hidden states, where there is a ``teacher_kernel``,
-      else whatever the loss compares with, ``[..., length, ...]``: integer labels, top-k labels.
-      More labels by position. Options go to the loss as they are, the same for every chunk. Logits,
-      and the sum of the kernel's gradient over chunks, are in float32 also for bfloat16 input.
+      [..., length]``, float32 (float64 for float64 input).
+
+      - ``student_hidden`` is ``[..., length, hidden]``.
+      - ``student_kernel`` is ``[hidden, vocabulary]``, or a pair of it and a bias ``[vocabulary]``.
+      - ``teacher`` is hidden states ``[..., length, hidden]`` if ``teacher_kernel`` is given. Otherwise it is
+        what the loss compares with, ``[..., length, ...]``: integer labels or top-k labels.
+      - More arrays may follow, ``[..., length, ...]``, such as labels.
+      - Options go to the loss unchanged, the same for every chunk.
+
+      Logits, and the sum of the kernel's gradient over the chunks, are float32 also for bfloat16 input.
 
     Raises:
       ValueError: if ``chunk`` is not positive; when called, if shapes do not fit.
@@ -48,15 +53,22 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 
-    def chunked_loss(student_hidden, teacher, *labels, student_kernel, teacher_kernel=None, **options):
+    def chunked_loss(
+        student_hidden: ArrayLike,
+        teacher: Any,
+        *labels: Any,
+        student_kernel: Head,
+        teacher_kernel: Head | None = None,
+        **options: Any,
+    ) -> Array:
         rows = jax.tree.map(jnp.asarray, (student_hidden, teacher, *labels))
         if rows[0].ndim < 2:
-            raise ValueError(f"student_hidden must be [..., length, hidden], got shape {rows[0].shape}")
+            raise ValueError(f"student_hidden must have shape [..., length, hidden], got {rows[0].shape}")
         shape = rows[0].shape[:-1]
         for leaf in jax.tree.leaves(rows):
             if leaf.shape[: len(shape)] != shape:
                 raise ValueError(
-                    f"what is given by position must have shape {shape} + (...), one row a token as "
+                    f"positional arrays must have shape {shape} + (...), one row per token as "
                     f"student_hidden has, got {leaf.shape}: pass other arrays as keywords"
                 )
         heads = [_head("student_kernel", student_kernel, rows[0])]
@@ -76,8 +88,8 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
         expected = (*shape[:-1], min(chunk, shape[-1]))
         if values.shape[1:] != expected:
             raise ValueError(
-                f"loss must give one value a token, {expected} for a chunk, got {values.shape[1:]}: "
-                "reduce after chunked, as in sequence(chunked(loss, chunk=...))"
+                f"loss must return one value per token, shape {expected} for a chunk, got "
+                f"{values.shape[1:]}: reduce after chunked, as in sequence(chunked(loss, chunk=...))"
             )
         values = jnp.moveaxis(values, 0, -2)
         return values.reshape(*shape[:-1], -1)[..., : shape[-1]]
@@ -85,35 +97,37 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     return chunked_loss
 
 
-def _head(name: str, head: ArrayLike, hidden: ArrayLike) -> tuple[Array, Array | None]:
-    """Takes a kernel, or a kernel and a bias, apart, and checks them."""
+def _head(name: str, head: Head, hidden: Any) -> tuple[Array, Array | None]:
+    """Checks a kernel, or a pair of kernel and bias, and returns (kernel, bias or None)."""
     kernel, bias = head if isinstance(head, tuple | list) else (head, None)
     kernel = jnp.asarray(kernel)
     if not hasattr(hidden, "shape") or kernel.ndim != 2 or hidden.shape[-1] != kernel.shape[0]:
         raise ValueError(
-            f"{name} must be [hidden, vocabulary] for hidden states "
+            f"{name} must have shape [hidden, vocabulary] for hidden states of shape "
             f"{getattr(hidden, 'shape', type(hidden).__name__)}, got {kernel.shape}"
         )
     if bias is not None and jnp.shape(bias) != kernel.shape[1:]:
         raise ValueError(
-            f"the bias of {name} must be {kernel.shape[1:]} for a kernel {kernel.shape}, got "
-            f"{jnp.shape(bias)}"
+            f"the bias of {name} must have shape {kernel.shape[1:]} for a kernel of shape {kernel.shape}, "
+            f"got {jnp.shape(bias)}"
         )
     return kernel, None if bias is None else jnp.asarray(bias)
 
 
-def _widened(heads: list) -> tuple[list, list]:
-    """The heads in float32 at least, and the kernels' own dtypes.
+def _widened(
+    heads: Sequence[tuple[Array, Array | None]],
+) -> tuple[list[tuple[Array, Array | None]], list[DTypeLike]]:
+    """Converts the heads to float32 at least; also returns the kernels' own dtypes.
 
-    A loop adds up the gradient of what it closes over in that array's dtype. Were that bfloat16,
-    each chunk's share would be rounded into the sum.
+    A loop sums the gradient of an array that it closes over in that array's dtype. In bfloat16, each
+    chunk's share would be rounded into the sum.
     """
     wide = [(to_float(kernel), bias if bias is None else to_float(bias)) for kernel, bias in heads]
     return wide, [kernel.dtype for kernel, _ in heads]
 
 
-def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: ArrayLike) -> Array:
-    """Logits in float32 at least, multiplied in the kernel's own dtype."""
+def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: DTypeLike) -> Array:
+    """Computes logits in float32 at least, multiplied in the kernel's own dtype."""
     kernel, bias = head
     wide = jnp.promote_types(jnp.promote_types(hidden.dtype, dtype), jnp.float32)
     logits = jnp.matmul(hidden, kernel.astype(dtype), preferred_element_type=wide)
@@ -121,7 +135,7 @@ def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: ArrayLike) -
 
 
 def _split(x: Array, axis: int, chunk: int) -> Array:
-    """Cuts an axis into chunks ``[chunks, ..., chunk, ...]``, the last filled up with zeros."""
+    """Cuts an axis into chunks ``[chunks, ..., chunk, ...]``; the last one is filled up with zeros."""
     length = x.shape[axis]
     chunk = min(chunk, length)
     pad = [(0, 0)] * x.ndim

@@ -1,7 +1,7 @@
-"""Contrastive losses: a student's embedding of an example should be nearest the teacher's of the same.
+"""Contrastive losses: the student's embedding of an example should be closest to the teacher's of the same.
 
-:func:`info_nce` takes its negatives from the batch. :func:`crd` takes them from a memory of past
-embeddings of the whole data set, which is an explicit state: :func:`crd_init` makes it,
+:func:`info_nce` takes its negative examples from the batch. :func:`crd` takes them from a memory of past
+embeddings of the whole data set. The memory is an explicit state: :func:`crd_init` makes it,
 :func:`crd_negatives` draws from it, and :func:`crd` returns it updated.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import check_fraction, check_positive, to_float
 from distill_jax.losses._space import direction
@@ -27,19 +27,20 @@ def info_nce(
     symmetric: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Contrastive distillation within the batch: the teacher's embedding of the same example is known.
+    """InfoNCE, contrastive distillation within the batch: −log(e^(c_ii/τ) / Σ_j e^(c_ij/τ)).
 
-    −log(e^(c_ii/τ) / Σ_j e^(c_ij/τ)), where c_ij is the cosine of the student's embedding of example i
-    and the teacher's of j. A lower bound of their mutual information is log(batch) minus the mean.
+    c_ij is the cosine between the student's embedding of example i and the teacher's of example j. log(batch)
+    minus the mean value is a lower bound of the mutual information of the two embeddings. The other examples
+    of the batch are the negatives.
 
     Args:
       student: ``[batch, ..., features]``, any float dtype; flattened, and divided by its length.
-      teacher: as ``student``, of the same size: project one first where they differ.
-      labels: integers ``[batch]``; if given, other examples of the same class are no negatives.
+      teacher: embeddings of the same batch and size. Where sizes differ, project one first.
+      labels: integers ``[batch]``. If given, other examples of the same class are not used as negatives.
       temperature: τ > 0, a scalar.
-      symmetric: whether to take the mean of this and of the teacher's view, −log(e^(c_ii/τ) /
-        Σ_j e^(c_ji/τ)).
-      where: ``bool [batch]``, which examples count.
+      symmetric: whether to average this value with the one in which student and teacher are exchanged,
+        −log(e^(c_ii/τ) / Σ_j e^(c_ji/τ)).
+      where: ``bool [batch]``: which examples count.
 
     Returns:
       ``[batch]``, nats, float32 (float64 for float64 input); 0 for an example without negatives.
@@ -49,8 +50,8 @@ def info_nce(
         temperature is not positive.
 
     Note:
-      This is CRD's objective with in-batch negatives; the published method is :func:`crd`. There is
-      no reference code for this form in the collections of CRD's descendants.
+      This is CRD's objective with negatives from the batch; the published method is :func:`crd`. The
+      collections that contain CRD have no reference code for this form.
 
     References:
       van den Oord, Li, Vinyals, `Representation Learning with Contrastive Predictive Coding`, 2018,
@@ -67,7 +68,9 @@ def info_nce(
     if labels is not None:
         labels = jnp.asarray(labels)
         if labels.shape != valid.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be integers {valid.shape}, got {labels.dtype} {labels.shape}")
+            raise ValueError(
+                f"labels must be integers of shape {valid.shape}, got {labels.dtype} of shape {labels.shape}"
+            )
         negative &= labels[:, None] != labels
     logits = product(direction(student, -1), direction(teacher, -1)) / to_float(temperature)
     own = jnp.diagonal(logits)
@@ -87,14 +90,14 @@ def info_nce(
 
 
 class CRDState(NamedTuple):
-    """What CRD remembers of the data set: arrays alone, saved and sharded as a model's state is.
+    """What :func:`crd` remembers of the data set; a pytree of arrays.
 
     Attributes:
       student: ``[examples, features]``, the running embedding of each example by the student.
-      teacher: the same by the teacher.
-      log_z_student: scalar, log of the constant Z by which the student's scores are divided; −inf
-        until the first batch sets it.
-      log_z_teacher: the same for the teacher's scores.
+      teacher: ``[examples, features]``, the running embedding of each example by the teacher.
+      log_z_student: scalar, the logarithm of the constant Z by which the student's scores are divided;
+        −inf until the first batch sets it.
+      log_z_teacher: scalar, the logarithm of the constant for the teacher's scores.
     """
 
     student: Array
@@ -103,14 +106,14 @@ class CRDState(NamedTuple):
     log_z_teacher: Array
 
 
-def crd_init(key: Array, examples: int, features: int, *, dtype: ArrayLike = jnp.float32) -> CRDState:
-    """A memory for :func:`crd` of random embeddings of length about 1.
+def crd_init(key: Array, examples: int, features: int, *, dtype: DTypeLike = jnp.float32) -> CRDState:
+    """Makes the memory of :func:`crd`: random embeddings of length about 1.
 
     Args:
-      key: draws the entries, uniformly within ±√(3/features), as RepDistiller does.
+      key: draws the entries uniformly within ±√(3/features), as RepDistiller does.
       examples: the number of examples of the training set.
-      features: the width of the embeddings.
-      dtype: of the state.
+      features: the number of features of an embedding.
+      dtype: the dtype of the memory.
 
     Returns:
       A :class:`CRDState`.
@@ -129,15 +132,15 @@ def crd_init(key: Array, examples: int, features: int, *, dtype: ArrayLike = jnp
 def crd_negatives(
     key: Array, ids: ArrayLike, *, examples: int, count: int, labels: ArrayLike | None = None
 ) -> Array:
-    """Draws negatives for :func:`crd`, uniformly and with replacement, from all other examples.
+    """Draws negative examples for :func:`crd`, uniformly and with replacement, from all other examples.
 
     Args:
-      key: of this step's draw.
-      ids: integers ``[batch]``, the batch's places in the training set, in [0, examples).
+      key: draws the negatives; use a new one in every step.
+      ids: integers ``[batch]`` in [0, examples), the positions of the batch's examples in the training set.
       examples: the number of examples of the training set.
-      count: how many negatives to draw for each; 16,384 in the paper's experiments on CIFAR-100.
-      labels: integers ``[examples]``, the classes of the *whole* training set: if given, negatives
-        come from other classes only, as in the paper's best variant.
+      count: the number of negatives per example; 16,384 in the paper's experiments on CIFAR-100.
+      labels: integers ``[examples]``, the classes of the *whole* training set. If given, negatives come
+        only from other classes, as in the paper's best variant.
 
     Returns:
       int32 ``[batch, count]``; −1, which is no example, where there is none to draw.
@@ -146,8 +149,8 @@ def crd_negatives(
       ValueError: if a size is not positive, or the labels are not ``[examples]``.
 
     Note:
-      RepDistiller draws negatives of other classes without replacement where there are enough, and,
-      without labels, may draw the example itself.
+      RepDistiller draws negatives of other classes without replacement where there are enough. Without
+      labels, it may draw the example itself.
 
     References:
       Tian, Krishnan, Isola, `Contrastive Representation Distillation`, 2020, §4 and appendix.
@@ -166,7 +169,7 @@ def crd_negatives(
         return jnp.where(examples > 1, drawn, -1)
     labels = jnp.asarray(labels)
     if labels.shape != (examples,):
-        raise ValueError(f"labels must be [examples] = ({examples},), got {labels.shape}")
+        raise ValueError(f"labels must have one entry per example, shape ({examples},), got {labels.shape}")
     # In the order of classes, one's own class is an interval to step over
     order = jnp.argsort(labels).astype(jnp.int32)
     ranked, own = labels[order], labels[ids]
@@ -190,39 +193,40 @@ def crd(
     where: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> tuple[Array, CRDState]:
-    """Contrastive representation distillation (CRD) against a memory of the data set.
+    """Contrastive representation distillation (CRD) against a memory of the whole data set.
 
-    An example's value is, for the student's embedding v and the memory w of the teacher's, −log D(w₊)
-    − Σ_k log(1 − D(w_k)) with D(w) = P/(P + m/n), P = e^(⟨v, w⟩/τ)/Z, w₊ its own and w_k its m
-    negatives among n examples; plus the same for the teacher's embedding and the memory of the
-    student's. The mean over examples is the loss of the paper. Gradients flow to both embeddings,
-    none to Z or the memory. Where m·features exceeds n, scores of all examples are computed and the
-    drawn ones picked, which needs less memory than gathering m vectors an example.
+    For the student's embedding v of an example and the memory w of the teacher, the value is −log D(w₊) −
+    Σ_k log(1 − D(w_k)), with D(w) = P/(P + m/n) and P = e^(⟨v, w⟩/τ)/Z. w₊ is the memory of the example, and
+    the w_k are those of its m negatives among the n examples. The same for the teacher's embedding and
+    the memory of the student is added. The mean over examples is the loss of the paper. Gradients flow to
+    both embeddings, and not to Z or the memory. Where m·features > n, the scores of all examples are computed
+    and the drawn ones picked, which needs less memory than gathering m vectors per example.
 
     Args:
       student: ``[batch, ..., features]``, any float dtype; flattened, and divided by its length.
-      teacher: as ``student``, of the same size.
-      state: of :func:`crd_init`, or from the step before.
-      ids: integers ``[batch]``, the batch's places in the training set. No two valid ones should be
-        equal: of equal ones, either may be remembered.
-      negatives: integers ``[batch, m]``, from :func:`crd_negatives` or the caller's own.
+      teacher: embeddings of the same batch and size.
+      state: from :func:`crd_init`, or from the step before.
+      ids: integers ``[batch]``, the positions of the batch's examples in the training set. If two examples
+        that count have the same id, either of them may be remembered.
+      negatives: integers ``[batch, m]``, for example from :func:`crd_negatives`.
       temperature: τ > 0.
-      momentum: in [0, 1], the share of the old embedding in the memory's update.
-      where: ``bool [batch]``, which examples count; others are not remembered either.
-      axis_name: the axis over which the batch is divided, under ``pmap``, ``shard_map`` or ``vmap``:
-        all parts then remember the whole batch. (A sharded batch under ``jit`` needs none.)
+      momentum: in [0, 1], the share of the old embedding when the memory is updated.
+      where: ``bool [batch]``: which examples count. The others are not remembered either.
+      axis_name: the mapped axis over which the batch is divided under ``pmap``, ``shard_map`` or ``vmap``,
+        so that every part remembers the whole batch. (A sharded batch under ``jit`` needs none.)
 
     Returns:
-      ``(values, state)``: values ``[batch]``, nats, float32 (float64 for float64 input), NaN where
-      an id or a negative is no example; the state with this batch's embeddings mixed in (normalised),
-      and, after the first batch, with Z = n times the mean of e^(⟨v, w⟩/τ) over that batch.
+      ``(values, state)``. Values are ``[batch]``, nats, float32 (float64 for float64 input), and NaN where
+      an id or a negative is outside [0, examples). The new state holds this batch's embeddings, mixed with
+      the old ones and divided by their length. After the first batch it also holds Z, n times the mean of
+      e^(⟨v, w⟩/τ) over that batch.
 
     Raises:
       ValueError: if the shapes do not fit, the temperature is not positive, or the momentum is
         outside [0, 1].
 
     Note:
-      RepDistiller and mdistiller add 1e-7 to P + m/n; torchdistill 1.1.5 cannot draw negatives itself
+      RepDistiller and mdistiller add 1e-7 to P + m/n. torchdistill 1.1.5 cannot draw negatives itself
       (it asks for ``self.prob``, which it never sets).
 
     References:
@@ -244,13 +248,12 @@ def crd(
     batch = student.shape[0]
     if student.shape[1] != features:
         raise ValueError(
-            f"the state remembers {features} features an example, the embeddings have "
-            f"{student.shape[1]}: give crd_init the embeddings' width"
+            f"the state holds {features} features per example, but the embeddings have {student.shape[1]}: "
+            "give crd_init the number of features of the embeddings"
         )
     if ids.shape != (batch,) or negatives.ndim != 2 or negatives.shape[0] != batch:
         raise ValueError(
-            f"ids must be [batch] = ({batch},) and negatives ({batch}, m), got {ids.shape} and "
-            f"{negatives.shape}"
+            f"ids must have shape ({batch},) and negatives ({batch}, m), got {ids.shape} and {negatives.shape}"
         )
     student, teacher = direction(student, -1), direction(teacher, -1)
     chosen = jnp.concatenate([ids[:, None], negatives], 1)
@@ -288,13 +291,13 @@ def crd(
 def _check_same(student: Array, teacher: Array) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student and teacher embeddings must have one width, got {student.shape[1]} and "
-            f"{teacher.shape[1]}: project one first, as the losses in distill_jax.learned do"
+            f"student and teacher embeddings must have the same number of features, got {student.shape[1]} "
+            f"and {teacher.shape[1]}: project one first, as the losses in distill_jax.features do"
         )
 
 
 def _scores(anchor: Array, bank: Array, chosen: Array) -> Array:
-    """⟨anchor_i, bank[chosen_ik]⟩, ``[batch, chosen]``."""
+    """Computes ⟨anchor_i, bank[chosen_ik]⟩, ``[batch, chosen]``."""
     examples, features = bank.shape
     bank = bank.astype(anchor.dtype)
     if examples <= chosen.shape[1] * features:
@@ -303,7 +306,7 @@ def _scores(anchor: Array, bank: Array, chosen: Array) -> Array:
 
 
 def _log_mean(scores: Array, counted: Array, axis_name: str | None) -> Array:
-    """Computes log of the mean of e^scores over the counted rows; −inf where there is none."""
+    """Computes the logarithm of the mean of e^scores over the rows that count; −inf where none counts."""
     rows = jnp.broadcast_to(counted[:, None], scores.shape)
     log_sum, count = jax.nn.logsumexp(scores, where=rows), jnp.sum(rows)
     if axis_name is not None:

@@ -1,14 +1,14 @@
-"""Losses between relations: how a student's examples lie to one another, and how the teacher's do.
+"""Relational losses: how the student's examples lie relative to each other, compared with the teacher's.
 
-The features of student and teacher need not be of one width, since only relations within each are
-compared. Features ``[batch, *spatial, channels]`` are taken as one vector an example: pool them first
-where a method wants pooled ones. A loss returns each example's share: *the mean over the valid
-examples* is the paper's loss, up to the constant its docstring names.
+Only relations within the student's features, and within the teacher's, are compared, so the two may have
+different widths. Features ``[batch, *spatial, channels]`` are flattened to one vector per example; pool
+them first where a method wants pooled ones. A loss returns each example's share, and *the mean over the
+examples that count* is the paper's loss, up to a constant that the docstring names.
 
-An example that ``where`` excludes takes part in no relation: the values and gradients of the others
-are those of a smaller batch, its own value is 0 and so is its gradient. A direction is that of the
-vector itself, and has no epsilon added: where a vector is exactly zero, its direction is taken as zero,
-with zero gradient. :mod:`distill_jax.losses.contrast` holds the contrastive losses.
+An example that ``where`` excludes takes part in no relation. Its value and gradient are 0, and those of
+the others are as in a batch without it. Where a vector is exactly zero, its direction is taken as zero,
+with zero gradient; no small number is added to a norm. The contrastive losses are in
+:mod:`distill_jax.losses.contrast`.
 """
 
 import math
@@ -16,31 +16,32 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import check_positive, kl_of, to_float
 from distill_jax.losses._space import direction, matmul, norm
 
 
 def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
-    """Student and teacher as ``[batch, features]`` of one float type, and which examples are valid.
+    """Flattens student and teacher to ``[batch, features]`` of one float type; returns which examples count.
 
-    Excluded rows are set to zero, so that nothing they hold, NaN included, can reach a result.
+    Excluded rows are set to zero, so that nothing in them, not even NaN, can reach a result.
     """
     student, teacher = to_float(student), to_float(teacher)
     for name, x in (("student", student), ("teacher", teacher)):
         if x.ndim < 2:
-            raise ValueError(f"{name} features must be [batch, ..., channels], got the shape {x.shape}")
+            raise ValueError(f"{name} features must have shape [batch, ..., channels], got {x.shape}")
     batch = student.shape[0]
     if teacher.shape[0] != batch:
         raise ValueError(
-            "student and teacher features must be of one batch, got the shapes "
+            "student and teacher features must have the same batch size, got shapes "
             f"{student.shape} and {teacher.shape}"
         )
     valid = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
     if valid.dtype != bool or valid.shape != (batch,):
         raise ValueError(
-            f"where must be bool of shape {(batch,)}, one for each example, got {valid.dtype} {valid.shape}"
+            f"where must be bool with one entry per example, shape {(batch,)}, got {valid.dtype} of shape "
+            f"{valid.shape}"
         )
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     rows = (x.reshape(batch, math.prod(x.shape[1:])).astype(dtype) for x in (student, teacher))
@@ -49,13 +50,13 @@ def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> 
 
 
 def _divide(x: Array, scale: Array) -> Array:
-    """Divides by a scale that is a constant to the gradient, and 1 where it is 0."""
+    """Divides by a scale that is a constant to the gradient, or by 1 where it is 0."""
     scale = jax.lax.stop_gradient(scale)
     return x / jnp.where(scale > 0, scale, 1.0)
 
 
 def product(a: Array, b: Array) -> Array:
-    """a·bᵀ over the last two axes, in full precision also where the default is lower."""
+    """Computes a·bᵀ over the last two axes, in full precision also where the default is lower."""
     return matmul(a, jnp.swapaxes(b, -1, -2))
 
 
@@ -65,37 +66,38 @@ def _huber(x: Array) -> Array:
 
 
 def _others(valid: Array) -> Array:
-    """``[batch, batch]``: pairs of two different, valid examples."""
+    """Marks the pairs of two different examples that both count, ``[batch, batch]``."""
     return valid[:, None] & valid & ~jnp.eye(valid.shape[0], dtype=bool)
 
 
-def _count(valid: Array, dtype: ArrayLike) -> Array:
+def _count(valid: Array, dtype: DTypeLike) -> Array:
     return jnp.sum(valid).astype(dtype)
 
 
 def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Similarity-preserving distillation (SP): rows of the normalised Gram matrices should agree.
+    """Similarity-preserving distillation (SP): the normalized Gram matrices of the batch should agree.
 
-    Example i's value is ‖g_i(teacher) − g_i(student)‖²/b with g_i = G_i/‖G_i‖₂, where G = F·Fᵀ for the
-    features F as ``[batch, features]``, and b is the number of valid examples. The mean over examples
-    is the paper's Σ‖·‖²_F / b².
+    Example i's value is ‖g_i(teacher) − g_i(student)‖²/b with g_i = G_i/‖G_i‖₂. G = F·Fᵀ is the Gram matrix
+    of the features F, ``[batch, features]``, and b is the number of examples that count. The mean over
+    examples is the paper's Σ‖·‖²_F / b².
 
     Args:
-      student: ``[batch, ..., channels]``, any float dtype. The paper takes the last feature maps before
-        the pooling, and flattens them.
-      teacher: as ``student``, with its own width and resolution.
-      where: ``bool [batch]``, which examples count.
+      student: ``[batch, ..., channels]``, any float dtype; flattened. The paper takes the last feature
+        maps before the pooling.
+      teacher: features of the same batch; the other axes may be different.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
-      ``[batch]``, dimensionless, at most 4/b, float32 (float64 for float64 input). An example whose
-      features are all zero is similar to none: its row is zero.
+      ``[batch]``, no unit, at most 4/b, float32 (float64 for float64 input). The row of an example whose
+      features are all zero is zero.
 
     Raises:
       ValueError: if the batches differ, or ``where`` is not ``[batch]``.
 
     Note:
-      RepDistiller and mdistiller compute the same value, with gradients near 1e10 at zero features;
-      torchdistill 1.1.5 divides rows by their L1 norm: in ``normalize(x, 1)`` the 1 is p, not the axis.
+      RepDistiller and mdistiller compute the same value, with gradients near 1e10 at zero features.
+      torchdistill 1.1.5 divides rows by their L1 norm: the 1 in its ``normalize(x, 1)`` is p, not the
+      axis.
 
     References:
       Tung, Mori, `Similarity-Preserving Knowledge Distillation`, 2019, Eqs. 1 to 4.
@@ -119,34 +121,32 @@ def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: Arra
 def rkd_distance(
     student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
 ) -> Array:
-    """Relational distillation of distances (RKD-D): distances over their mean should agree.
+    """Relational knowledge distillation of distances (RKD-D): distances relative to their mean should agree.
 
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
-    d_ij = ‖x_i − x_j‖₂/μ, μ the mean distance of two different examples, and h Huber's loss: x²/2 up
-    to 1, |x| − 1/2 beyond.
-
-    All differences are held at once: batch²·features numbers, so pool large maps first.
+    d_ij = ‖x_i − x_j‖₂/μ. μ is the mean distance of two different examples, and h is Huber's loss: x²/2 up
+    to 1, |x| − 1/2 beyond. The loss needs memory for batch²·features numbers, so pool large maps first.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened. The paper takes the last
         embedding.
-      teacher: as ``student``, with its own width.
-      include_self: whether the zero of each example with itself counts in the mean, as it does in the
-        authors' code, RepDistiller, mdistiller and torchdistill: Σ_j/n instead of Σ_j/(n − 1).
-      where: ``bool [batch]``, which examples count, also in μ.
+      teacher: features of the same batch; the other axes may be different.
+      include_self: whether the mean also counts the zero of each example with itself (Σ_j/n instead of
+        Σ_j/(n − 1)), as in the authors' code, RepDistiller, mdistiller and torchdistill.
+      where: ``bool [batch]``: which examples count, also in μ.
 
     Returns:
-      ``[batch]``, dimensionless, float32 (float64 for float64 input); 0 for a single example, and
-      d = 0 where all examples are alike.
+      ``[batch]``, no unit, float32 (float64 for float64 input); 0 for a single example. Where all examples
+      are equal, d = 0.
 
     Raises:
       ValueError: if the batches differ, or ``where`` is not ``[batch]``.
 
     Note:
-      The paper writes the sum over the n·(n − 1) pairs, of which this is the mean, as every
-      implementation has it. They take μ over distances > 0, the paper over all pairs of different
-      examples: that differs where two examples coincide. Their distances come from x² + y² − 2xy,
-      clamped at 1e-12, and lose their digits between close examples; here they come from differences.
+      The paper writes the sum over the n·(n − 1) pairs; this is their mean, as in every implementation.
+      Those take μ over distances > 0, while the paper takes it over all pairs of different examples: the
+      two differ where examples coincide. Their distances are computed from x² + y² − 2xy, clamped at
+      1e-12, which is inaccurate for close examples; here they are computed from differences.
 
     References:
       Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2 (distance-wise loss).
@@ -174,28 +174,28 @@ def rkd_distance(
 def rkd_angle(
     student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
 ) -> Array:
-    """Relational distillation of angles (RKD-A): angles of triplets should agree.
+    """Relational knowledge distillation of angles (RKD-A): the angles of triplets should agree.
 
     Example j's value is the mean over ordered pairs i ≠ k of other examples of h(c_ijk(student) −
-    c_ijk(teacher)), with c_ijk = cos∠(x_i, x_j, x_k), the angle being at x_j, and h Huber's loss.
-    Needs memory for batch²·(batch + features) numbers: pool large feature maps first.
+    c_ijk(teacher)). c_ijk is the cosine of the angle at x_j between x_i and x_k, and h is Huber's loss. The
+    loss needs memory for batch²·(batch + features) numbers, so pool large maps first.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened.
-      teacher: as ``student``, with its own width.
-      include_self: whether triplets in which an example occurs twice count in the mean, as zeros,
-        as they do in the authors' code and its descendants: Σ/n² instead of Σ/((n − 1)·(n − 2)).
-      where: ``bool [batch]``, which examples count.
+      teacher: features of the same batch; the other axes may be different.
+      include_self: whether the mean also counts, as zeros, the triplets in which an example occurs twice
+        (Σ/n² instead of Σ/((n − 1)·(n − 2))), as in the authors' code and its descendants.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
-      ``[batch]``, dimensionless, float32 (float64 for float64 input); 0 for fewer than three
-      examples. An example that coincides with the angle's vertex has no direction: cosine 0.
+      ``[batch]``, no unit, float32 (float64 for float64 input); 0 for fewer than three examples. An example
+      that coincides with x_j has no direction: its cosine is 0.
 
     Raises:
       ValueError: if the batches differ, or ``where`` is not ``[batch]``.
 
     Note:
-      The paper writes the sum over triplets of different examples, of which this is the mean.
+      The paper writes the sum over triplets of different examples; this is their mean.
 
     References:
       Park, Kim, Lu, Cho, `Relational Knowledge Distillation`, 2019, §3.2 (angle-wise loss).
@@ -224,21 +224,21 @@ def pkt(
 ) -> Array:
     """Probabilistic knowledge transfer (PKT): each example should have the same neighbours.
 
-    Example i's value is KL(p_i‖q_i) = Σ_j p_ij·log(p_ij/q_ij) over the other examples j, where p_ij =
-    K_ij/Σ_j K_ij for the teacher, K_ij = (1 + cos(x_i, x_j))/2, and q is the same for the student.
-    The paper's loss, the sum over i, is batch times the mean.
+    Example i's value is KL(p_i‖q_i) = Σ_j p_ij·log(p_ij/q_ij) over the other examples j. For the teacher,
+    p_ij = K_ij/Σ_j K_ij with K_ij = (1 + cos(x_i, x_j))/2; q is the same for the student. The paper's loss is
+    the sum over i, that is, batch times the mean.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened. The paper takes the last
         representation.
-      teacher: as ``student``, with its own width.
-      include_self: whether the example itself is among its neighbours, with K = 1, as in the authors'
-        code and its descendants; the paper leaves it out.
-      where: ``bool [batch]``, which examples count.
+      teacher: features of the same batch; the other axes may be different.
+      include_self: whether the example is its own neighbour, with K = 1, as in the authors' code and its
+        descendants. In the paper it is not.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
-      ``[batch]``, nats, float32 (float64 for float64 input). Zero features have cosine 0 with
-      everything. +inf where the student's features are exactly opposite, and the teacher's not.
+      ``[batch]``, nats, float32 (float64 for float64 input). Zero features have cosine 0 with all others.
+      +inf where two examples are exactly opposite for the student and not for the teacher.
 
     Raises:
       ValueError: if the batches differ, or ``where`` is not ``[batch]``.
@@ -295,32 +295,33 @@ def correlation_congruence(
     normalize: bool = True,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Correlation congruence (CC): the kernel matrices of the batch should agree.
+    """Correlation congruence (CC, CCKD): the kernel matrices of the batch should agree.
 
-    Example i's value is Σ_j (K_ij(teacher) − K_ij(student))²/n over all valid j, i among them. The mean
-    is the paper's ‖K(teacher) − K(student)‖²/n². ``"gaussian"`` is e^(−γ‖x − y‖²) of unit vectors, as
-    the Taylor series e^(−2γ)·Σ_p (2γ)^p/p!·⟨x, y⟩^p up to p = ``order``; ``"bilinear"`` is ⟨x, y⟩.
+    Example i's value is Σ_j (K_ij(teacher) − K_ij(student))²/n over the n examples j that count, i included.
+    The mean is the paper's ‖K(teacher) − K(student)‖²/n². The ``"bilinear"`` kernel is ⟨x, y⟩. The
+    ``"gaussian"`` kernel is e^(−γ‖x − y‖²) of unit vectors, computed by its Taylor series
+    e^(−2γ)·Σ_p (2γ)^p/p!·⟨x, y⟩^p up to p = ``order``.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened.
-      teacher: as ``student``, with its own width.
+      teacher: features of the same batch; the other axes may be different.
       kernel: ``"gaussian"`` or ``"bilinear"``.
       gamma: γ > 0 of the Gaussian.
-      order: the highest power of the series, at least 1; the paper finds 2 enough.
-      normalize: whether features are first divided by their length, as the Gaussian's series supposes.
-      where: ``bool [batch]``, which examples count.
+      order: the highest power of the series, at least 1. The paper finds that 2 is enough.
+      normalize: whether to divide features by their length first; the Gaussian's series assumes it.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
       ``[batch]``, squared kernel values, float32 (float64 for float64 input).
 
     Raises:
-      ValueError: if the batches differ, ``where`` is not ``[batch]``, the kernel is not known, γ is not
+      ValueError: if the batches differ, ``where`` is not ``[batch]``, the kernel is unknown, γ is not
         positive, or the order is less than 1.
 
     Note:
-      torchdistill 1.1.5 does not normalise, and returns ‖·‖/n² without the square. RepDistiller's
+      torchdistill 1.1.5 does not normalize, and returns ‖·‖/n² without the square. RepDistiller's
       ``Correlation`` is another loss: the mean over k of Σ|Δ_k|·|Δ_(k+1)| between *neighbours in the
-      batch*, Δ = student − teacher; it changes when the batch is shuffled, and is not offered here.
+      batch*, Δ = student − teacher. It changes when the batch is shuffled, and is not offered here.
 
     References:
       Peng et al., `Correlation Congruence for Knowledge Distillation`, 2019, §3.2 (congruence) and
@@ -343,7 +344,7 @@ def correlation_congruence(
     difference = t - s
     if kernel == "gaussian":
         # t^p − s^p = (t − s)·Σ_k t^(p−1−k)·s^k, so that small differences keep their digits
-        series, geometric, t_power = 0.0, jnp.zeros_like(s), jnp.ones_like(t)
+        series, geometric, t_power = jnp.zeros_like(s), jnp.zeros_like(s), jnp.ones_like(t)
         for p in range(1, order + 1):
             geometric, t_power = geometric * s + t_power, t_power * t
             series += (2 * gamma) ** p / math.factorial(p) * geometric
@@ -355,19 +356,19 @@ def correlation_congruence(
 def ickd(
     student: ArrayLike, teacher: ArrayLike, *, normalize: bool = True, where: ArrayLike | None = None
 ) -> Array:
-    """Inter-channel correlation (ICKD-C): an example's channels should correlate alike.
+    """Inter-channel correlation (ICKD-C): the channels of an example should correlate alike.
 
-    With G = FᵀF ``[channels, channels]``, F ``[positions, channels]`` an example's features, the value
-    is Σ_c ‖g_c(teacher) − g_c(student)‖²/channels, g_c = G_c/‖G_c‖₂ a row. This relates channels, not
-    examples: each value depends on its own example alone.
+    F ``[positions, channels]`` are the features of one example and G = FᵀF ``[channels, channels]``. The
+    value is Σ_c ‖g_c(teacher) − g_c(student)‖²/channels, where g_c = G_c/‖G_c‖₂ is a row of G divided by its
+    length. Each value depends on its own example alone.
 
     Args:
       student: ``[batch, *spatial, channels]``, any float dtype.
-      teacher: as ``student``, with as many channels and any resolution.
-      normalize: whether rows are divided by their length, as in the authors' code. If not, the value
-        is ‖G(teacher) − G(student)‖²/channels², which grows with the fourth power of the features and
-        wants equal resolutions.
-      where: ``bool [batch]``, which examples count.
+      teacher: features with the same batch and number of channels, and any spatial shape.
+      normalize: whether to divide rows by their length, as in the authors' code. Without it the value is
+        ‖G(teacher) − G(student)‖²/channels², which grows with the fourth power of the features and is
+        meaningful only for equal spatial shapes.
+      where: ``bool [batch]``: which examples count.
 
     Returns:
       ``[batch]``, float32 (float64 for float64 input).
@@ -376,8 +377,8 @@ def ickd(
       ValueError: if the batches or the numbers of channels differ, or ``where`` is not ``[batch]``.
 
     Note:
-      The mean over examples is the value of the authors' CIFAR code, which normalises rows: that is the
-      default, since without it the value depends on the features' scale and resolution. torchdistill
+      The mean over examples is the value of the authors' CIFAR code, which normalizes rows. It is the
+      default because the value without it depends on the features' scale and resolution. torchdistill
       1.1.5, refactored from their ImageNet code, divides by the batch twice.
 
     References:
@@ -393,8 +394,8 @@ def ickd(
     channels = shapes[0][-1]
     if channels != shapes[1][-1]:
         raise ValueError(
-            "student and teacher must have equally many channels, got the shapes "
-            f"{shapes[0]} and {shapes[1]}: project one first, as learned.ickd does"
+            "student and teacher must have the same number of channels, got shapes "
+            f"{shapes[0]} and {shapes[1]}: project one first, for example with distill_jax.features.ickd"
         )
     batch = shapes[0][0]
 
