@@ -21,6 +21,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+Loss = Callable[..., Array]
+
 # Below this distance between logits d comes from their difference; far above it, log1p(Σ q·(e^δ − 1))
 # would itself cancel.
 _NEAR = 2.0
@@ -45,53 +47,6 @@ def check_positive(name: str, value: ArrayLike) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:
-    """Warns, once per name, if an array of logits looks as if it held probabilities.
-
-    It does if all entries of its first 64 rows or so are non-negative and every row sums to 1. Fewer than
-    two rows or classes say too little, and rows that all are one-hot may well be logits. Traced values are
-    not looked at, so that a compiled call costs nothing; nor are arrays spread over several processes.
-
-    Args:
-      name: how the warning calls the array, such as ``"teacher_logits"``.
-      array: ``[..., classes]``, any dtype.
-      axis: the axis of the classes.
-    """
-    if name in _warned or isinstance(array, jax.core.Tracer) or not _looks_like_probabilities(array, axis):
-        return
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"{name} look like probabilities: every row is non-negative and sums to 1. "
-        "Give logits, or take the logarithm: jnp.log(p).",
-        stacklevel=level,
-    )
-    _warned.add(name)  # not reached where warnings are errors: then each call is one
-
-
-def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
-    dtype, shape = jnp.result_type(array), np.shape(array)
-    if not jnp.issubdtype(dtype, jnp.floating) or len(shape) < 2:
-        return False
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return False
-    if np.size(array) > 2**16:  # take a corner of at least 64 rows, or all, to the host
-        axis, wanted, corner = axis % len(shape), 64, [slice(None)] * len(shape)
-        for i in reversed(range(len(shape))):
-            if i != axis:
-                corner[i] = slice(min(shape[i], wanted))
-                wanted = -(-wanted // shape[i])
-        with jax.ensure_compile_time_eval():  # stay concrete also inside a function that is being traced
-            array = jnp.asarray(array)[tuple(corner)]
-    rows = np.moveaxis(np.asarray(array, np.float64), axis, -1)
-    rows = rows.reshape(-1, shape[axis])[:64]
-    tolerance = max(1e-3, float(jnp.finfo(dtype).eps))
-    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > tolerance).any():
-        return False
-    return not (rows.max(-1) == 1).all()
-
-
 def check_fraction(name: str, value: ArrayLike) -> None:
     """Raises ``ValueError`` if a value lies outside [0, 1]. Traced values pass."""
     if isinstance(value, jax.core.Tracer):
@@ -111,6 +66,54 @@ def check_fractions(values: Mapping[str, ArrayLike]) -> None:
             wrong.append(str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:
+    """Warns, once per name, if an array of logits looks as if it held probabilities.
+
+    It does if the first rows, about 64, are non-negative and each sums to 1. There must be at least two rows
+    and two classes, and not all rows may be one-hot, which logits may well be. Traced arrays are not looked
+    at, so a compiled call costs nothing, nor are arrays that are spread over several processes.
+
+    Args:
+      name: what the warning calls the array, such as ``"teacher_logits"``.
+      array: ``[..., classes]``, any dtype.
+      axis: the axis of the classes.
+    """
+    if name in _warned or isinstance(array, jax.core.Tracer) or not _looks_like_probabilities(array, axis):
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{name} look like probabilities: every row is non-negative and sums to 1. "
+        "Give logits, or take the logarithm: jnp.log(p).",
+        stacklevel=level,
+    )
+    _warned.add(name)  # not reached where a filter makes warnings errors: there, every call raises
+
+
+def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array)
+    elif not array.is_fully_addressable:
+        return False
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < 2:
+        return False
+    classes = array.shape[axis]
+    if array.size > 2**16:  # take a corner to the host: 64 rows, or somewhat more
+        axis, wanted, corner = axis % array.ndim, 64, [slice(None)] * array.ndim
+        for i in reversed(range(array.ndim)):
+            if i != axis:
+                corner[i] = slice(wanted)
+                wanted = -(-wanted // array.shape[i])
+        with jax.ensure_compile_time_eval():  # or, while a function is traced, the corner is traced too
+            array = array[tuple(corner)]
+    rows = np.moveaxis(np.asarray(array, np.float64), axis, -1).reshape(-1, classes)[:64]
+    tolerance = max(1e-3, float(jnp.finfo(array.dtype).eps))
+    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > tolerance).any():
+        return False
+    return not (rows.max(-1) == 1).all()
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -107,6 +107,33 @@ def feature_pair(
     )
 
 
+def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
+    """Flattens student and teacher to ``[batch, features]`` of one float type; returns which examples count.
+
+    Excluded rows are set to zero, so that nothing in them, not even NaN, can reach a result.
+    """
+    student, teacher = to_float(student), to_float(teacher)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.ndim < 2:
+            raise ValueError(f"{name} features must have shape [batch, ..., channels], got {x.shape}")
+    batch = student.shape[0]
+    if teacher.shape[0] != batch:
+        raise ValueError(
+            "student and teacher features must have the same batch size, got shapes "
+            f"{student.shape} and {teacher.shape}"
+        )
+    valid = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
+    if valid.dtype != bool or valid.shape != (batch,):
+        raise ValueError(
+            f"where must be bool with one entry per example, shape {(batch,)}, got {valid.dtype} of shape "
+            f"{valid.shape}"
+        )
+    dtype = jnp.promote_types(student.dtype, teacher.dtype)
+    rows = (x.reshape(batch, math.prod(x.shape[1:])).astype(dtype) for x in (student, teacher))
+    student, teacher = (jnp.where(valid[:, None], x, 0.0) for x in rows)
+    return student, teacher, valid
+
+
 def per_example(values: Array) -> Array:
     """Sums over all axes but the first."""
     return jnp.sum(values, tuple(range(1, values.ndim)))
@@ -192,3 +219,8 @@ def gram(a: Array, b: Array) -> Array:
     """Sums products of channels over the positions: ``[batch, channels of a, channels of b]``."""
     a, b = (x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]) for x in (a, b))
     return jnp.einsum("npi,npj->nij", a, b, precision=_HIGHEST)
+
+
+def product(a: Array, b: Array) -> Array:
+    """Computes a·bᵀ over the last two axes, in full precision also where the default is lower."""
+    return matmul(a, jnp.swapaxes(b, -1, -2))

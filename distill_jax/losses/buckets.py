@@ -1,6 +1,5 @@
 """Top-k labels of a teacher: its k likeliest tokens, and one class, OTHER, for all other tokens together."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax.losses._numerics import (
+    Loss,
     check_positive,
     log_softmax,
     scale,
@@ -17,8 +17,6 @@ from distill_jax.losses._numerics import (
     valid_classes,
     warn_if_probabilities,
 )
-
-Loss = Callable[..., Array]
 
 
 class TopK(NamedTuple):
@@ -121,7 +119,7 @@ def _bucket(
     rest = jnp.put_along_axis(valid, indices, False, axis=-1, inplace=False)
     chosen = jnp.where(bad, jnp.nan, jnp.take_along_axis(softened, indices, -1))
     has_chosen = bad | jnp.take_along_axis(valid, indices, -1)
-    # The rest by a peak of its own: beside the chosen tokens it may be too small to be summed
+    # The rest has its own peak: relative to the chosen tokens' it may be too small to be summed
     peak = jax.lax.stop_gradient(jnp.max(softened, -1, keepdims=True, where=rest, initial=-jnp.inf))
     has_rest = jnp.any(rest, -1, keepdims=True)
     peak = jnp.where(has_rest, peak, 0.0)
@@ -231,7 +229,7 @@ def bucketed(loss: Loss) -> Loss:
         student = _bucket(student_logits, indices, temperature, where)
         bucketed_labels = []
         for label in map(jnp.asarray, labels):
-            # What is no token must not become OTHER: a loss says NaN to −1
+            # A label that is no token must not become OTHER: a loss returns NaN for −1
             known = (label >= 0) & (label < jnp.shape(student_logits)[-1])
             bucketed_labels.append(jnp.where(known, bucket_labels(label, indices), -1))
         return scale(temperature, loss(student, log_probs, *bucketed_labels, **options), -1)

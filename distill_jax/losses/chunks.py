@@ -1,6 +1,6 @@
 """Losses over a large vocabulary, computed a few positions at a time so that the logits fit in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._numerics import Loss, to_float
 
-Loss = Callable[..., Array]
 Head = ArrayLike | Sequence[ArrayLike]  # a kernel, or a kernel and a bias
 
 
 def chunked(loss: Loss, *, chunk: int) -> Loss:
-    """Turns a loss over logits into one over hidden states, which computes few positions' logits at a time.
+    """Turns a loss over logits into one over hidden states that needs little memory for a large vocabulary.
 
     Value and gradient are those of ``loss(student @ student_kernel, teacher @ teacher_kernel)``. Only the
     logits of ``batch · chunk`` tokens exist at a time, both forward and backward (the backward pass computes

@@ -293,8 +293,8 @@ def _target_or_not(student, teacher, target, rest: Pair, temperature, axis, wher
 
     log_q, has_q = logs(odds_q, target_q, others_q)
     log_p, has_p = logs(odds_p, target_p, others_p)
-    # The difference of the two log-odds, again from differences of logits: that of the label's class,
-    # less the change of log Σ exp over the others, which is δ_k − log(p̂_k/q̂_k) for each k of them.
+    # The difference of the two log-odds, again from differences δ of logits: δ of the label's class minus
+    # the change of log Σ exp over the others, which is δ_k − log(p̂_k/q̂_k) for each other class k.
     student, teacher = to_float(student), to_float(teacher)
     valid = valid_classes(student, where) & valid_classes(teacher, where)
     delta = jnp.where(valid, teacher, 0.0) - jnp.where(valid, student, 0.0)

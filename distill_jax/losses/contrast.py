@@ -14,8 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import check_fraction, check_positive, to_float
-from distill_jax.losses._space import direction
-from distill_jax.losses.relations import flatten, product
+from distill_jax.losses._space import direction, flatten, product
 
 
 def info_nce(
@@ -165,12 +164,12 @@ def crd_negatives(
     shape = (*ids.shape, count)
     if labels is None:
         drawn = jax.random.randint(key, shape, 0, max(examples - 1, 1), jnp.int32)
-        drawn += drawn >= ids[:, None]  # over the example's own place
+        drawn += drawn >= ids[:, None]  # skip the example itself
         return jnp.where(examples > 1, drawn, -1)
     labels = jnp.asarray(labels)
     if labels.shape != (examples,):
         raise ValueError(f"labels must have one entry per example, shape ({examples},), got {labels.shape}")
-    # In the order of classes, one's own class is an interval to step over
+    # Sorted by class, the example's own class is an interval to skip
     order = jnp.argsort(labels).astype(jnp.int32)
     ranked, own = labels[order], labels[ids]
     first = jnp.searchsorted(ranked, own, side="left")[:, None]

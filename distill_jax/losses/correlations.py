@@ -129,18 +129,18 @@ def dist(
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     shape = jnp.moveaxis(x.has_q, axis, -1).shape
-    # Student and teacher as one array: what is equal in both is rounded alike.
+    # Student and teacher are one array, so that equal values are rounded in the same way.
     has = jnp.stack([_rows(x.has_q, axis), _rows(x.has_p, axis)])
     exists = has[0] | has[1]
     logits = jnp.stack([_rows(to_float(z), axis) for z in (student_logits, teacher_logits)])
     logits = jnp.where(has, logits, 0.0) / _per_row(temperature, axis, x.has_q.shape)
     counted = jnp.any(exists, 1)
-    # Between classes: probabilities up to a factor and a constant, which ρ does not see.
+    # Between classes: probabilities up to a factor and a constant, which do not change ρ.
     (a, b), (flat_a, flat_b) = _unit(_relative(logits, has, 2), exists[None], 2)
     between = jnp.sum(jnp.square(a - b), 1) / 2
     flat_a, flat_b = flat_a[:, 0], flat_b[:, 0]
     value = beta * jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, between), 1.0)
-    # Within a class: the same along the batch, of log-probabilities.
+    # Within a class: the same for log-probabilities, along the batch.
     (a, b), (flat_a, flat_b) = _unit(_relative(log_softmax(logits, has, 2), has, 1), exists[None], 1)
     members = jnp.sum(exists, 0, keepdims=True)
     number = jnp.sum(counted)
@@ -266,7 +266,7 @@ def _unit(values: Array, mask: Array, axis: int, free: ArrayLike = 1) -> tuple[A
     values = jnp.where(mask, values, 0.0)
     count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
     centred = jnp.where(mask, values - jnp.sum(values, axis, keepdims=True) / count, 0.0)
-    # The length is taken of values of size 1; a constant factor does not change the result.
+    # Scaled to size 1 before squaring; a constant factor does not change the result.
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis, keepdims=True))
     flat = size == 0
     centred = jnp.where(flat, 0.0, centred) / jnp.where(flat, 1.0, size)

@@ -177,7 +177,7 @@ def margin_from_batchnorm(scale: ArrayLike, bias: ArrayLike, *, rare: float = 0.
     flat = sigma == 0
     safe = jnp.where(flat, 1.0, sigma)
     z = bias / safe
-    far = z > 2  # where β − σ·φ/Φ cancels: Laplace's continued fraction
+    far = z > 2  # β − σ·φ/Φ cancels there: use Laplace's continued fraction
     near = jnp.where(far, 0.0, z)
     hazard = jnp.exp(-0.5 * jnp.square(near) - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-near))
     fraction = z = jnp.where(far, z, 2.0)

@@ -117,7 +117,7 @@ def class_balanced(
         )
     value = cross_entropy(logits, labels, axis=axis, where=where)
     traced = isinstance(beta, jax.core.Tracer) or isinstance(counts, jax.core.Tracer)
-    xp: Any = jnp if traced else np  # NumPy: in float64, outside the program
+    xp: Any = jnp if traced else np  # NumPy computes in float64, at trace time
     b = xp.asarray(beta, float)
     inside = (b > 0) & (b < 1)
     log_beta = xp.log(xp.where(inside, b, 0.5))

@@ -33,7 +33,7 @@ def kl(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Knowledge distillation by the Kullback–Leibler divergence: T²·KL(teacher‖student).
+    """Hinton's knowledge distillation (KD), the Kullback–Leibler divergence T²·KL(teacher‖student).
 
     T²·Σ p·log(p/q) with p = softmax(teacher/T) and q = softmax(student/T). The gradient for the student's
     logits is T·(q − p). The factor T² keeps its size when T changes.
@@ -144,7 +144,7 @@ def jensen_shannon(
     terms = beta * divergence_terms(x.log_p, log_p_m, p, m)
     terms += (1 - beta) * divergence_terms(x.log_q, log_q_m, q, m)
     # Where one of the two excludes a class, m holds only the other: log(p/m) = −log β.
-    alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # of these, one is 0
+    alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # one of the two is 0
     terms = jnp.where(x.has_p & x.has_q, terms, alone)
     return scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
 

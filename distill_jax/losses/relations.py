@@ -19,45 +19,13 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import check_positive, kl_of, to_float
-from distill_jax.losses._space import direction, matmul, norm
-
-
-def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
-    """Flattens student and teacher to ``[batch, features]`` of one float type; returns which examples count.
-
-    Excluded rows are set to zero, so that nothing in them, not even NaN, can reach a result.
-    """
-    student, teacher = to_float(student), to_float(teacher)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.ndim < 2:
-            raise ValueError(f"{name} features must have shape [batch, ..., channels], got {x.shape}")
-    batch = student.shape[0]
-    if teacher.shape[0] != batch:
-        raise ValueError(
-            "student and teacher features must have the same batch size, got shapes "
-            f"{student.shape} and {teacher.shape}"
-        )
-    valid = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
-    if valid.dtype != bool or valid.shape != (batch,):
-        raise ValueError(
-            f"where must be bool with one entry per example, shape {(batch,)}, got {valid.dtype} of shape "
-            f"{valid.shape}"
-        )
-    dtype = jnp.promote_types(student.dtype, teacher.dtype)
-    rows = (x.reshape(batch, math.prod(x.shape[1:])).astype(dtype) for x in (student, teacher))
-    student, teacher = (jnp.where(valid[:, None], x, 0.0) for x in rows)
-    return student, teacher, valid
+from distill_jax.losses._space import direction, flatten, norm, product
 
 
 def _divide(x: Array, scale: Array) -> Array:
     """Divides by a scale that is a constant to the gradient, or by 1 where it is 0."""
     scale = jax.lax.stop_gradient(scale)
     return x / jnp.where(scale > 0, scale, 1.0)
-
-
-def product(a: Array, b: Array) -> Array:
-    """Computes a·bᵀ over the last two axes, in full precision also where the default is lower."""
-    return matmul(a, jnp.swapaxes(b, -1, -2))
 
 
 def _huber(x: Array) -> Array:
@@ -75,7 +43,7 @@ def _count(valid: Array, dtype: DTypeLike) -> Array:
 
 
 def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Similarity-preserving distillation (SP): the normalized Gram matrices of the batch should agree.
+    """Similarity-preserving distillation (SP): squared difference of the batch's normalized Gram matrices.
 
     Example i's value is ‖g_i(teacher) − g_i(student)‖²/b with g_i = G_i/‖G_i‖₂. G = F·Fᵀ is the Gram matrix
     of the features F, ``[batch, features]``, and b is the number of examples that count. The mean over
@@ -121,7 +89,7 @@ def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: Arra
 def rkd_distance(
     student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
 ) -> Array:
-    """Relational knowledge distillation of distances (RKD-D): distances relative to their mean should agree.
+    """Relational knowledge distillation of distances (RKD-D): distances, relative to their mean, should agree.
 
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
     d_ij = ‖x_i − x_j‖₂/μ. μ is the mean distance of two different examples, and h is Huber's loss: x²/2 up
@@ -222,7 +190,7 @@ def rkd_angle(
 def pkt(
     student: ArrayLike, teacher: ArrayLike, *, include_self: bool = False, where: ArrayLike | None = None
 ) -> Array:
-    """Probabilistic knowledge transfer (PKT): each example should have the same neighbours.
+    """Probabilistic knowledge transfer (PKT): KL between the neighbours of each example, teacher and student.
 
     Example i's value is KL(p_i‖q_i) = Σ_j p_ij·log(p_ij/q_ij) over the other examples j. For the teacher,
     p_ij = K_ij/Σ_j K_ij with K_ij = (1 + cos(x_i, x_j))/2; q is the same for the student. The paper's loss is
@@ -295,7 +263,7 @@ def correlation_congruence(
     normalize: bool = True,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Correlation congruence (CC, CCKD): the kernel matrices of the batch should agree.
+    """Correlation congruence (CC, CCKD): squared difference of the batch's kernel matrices.
 
     Example i's value is Σ_j (K_ij(teacher) − K_ij(student))²/n over the n examples j that count, i included.
     The mean is the paper's ‖K(teacher) − K(student)‖²/n². The ``"bilinear"`` kernel is ⟨x, y⟩. The
@@ -356,7 +324,7 @@ def correlation_congruence(
 def ickd(
     student: ArrayLike, teacher: ArrayLike, *, normalize: bool = True, where: ArrayLike | None = None
 ) -> Array:
-    """Inter-channel correlation (ICKD-C): the channels of an example should correlate alike.
+    """Inter-channel correlation (ICKD-C): squared difference of the correlations between an example's channels.
 
     F ``[positions, channels]`` are the features of one example and G = FᵀF ``[channels, channels]``. The
     value is Σ_c ‖g_c(teacher) − g_c(student)‖²/channels, where g_c = G_c/‖G_c‖₂ is a row of G divided by its

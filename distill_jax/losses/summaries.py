@@ -77,7 +77,7 @@ def attention_transfer(
 def _attention(x: Array, p: float) -> Array:
     """Computes the attention map divided by its norm, ``[batch, positions]``."""
     x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    # The direction does not depend on the scale: divided by it, no power over- or underflows
+    # Divided by its peak, no power over- or underflows; the scale does not change the direction
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2), keepdims=True))
     x = x / jnp.where(peak == 0, 1.0, peak)
     power = jnp.square(x) if p == 2 else jnp.abs(x) ** p

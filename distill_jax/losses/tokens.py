@@ -18,7 +18,6 @@ cases the parts of a batch, under gradient accumulation or on several devices, a
 batch, however padding is spread over them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import takes, to_float
+from distill_jax.losses._numerics import Loss, takes, to_float
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
 from distill_jax.losses.chunks import chunked
 
@@ -44,8 +43,6 @@ __all__ = [
     "sequence_weight",
     "top_k",
 ]
-
-Loss = Callable[..., Array]
 
 
 def per_sequence(
@@ -179,7 +176,7 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
             mask = counts.reshape(shape + (1,) * (x.ndim - len(shape)))
             return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
-        if takes(loss, "where"):  # one that compares tokens with each other must not see padding
+        if takes(loss, "where"):  # a loss that compares tokens with each other must not see padding
             where = options.get("where")
             options["where"] = counts[..., None] & (True if where is None else where)
         values = loss(*jax.tree.map(blank, (student, *others)), **options)
