@@ -78,9 +78,9 @@ HINTON_2015 = Config(
     omit_classes=(3,),
 )  # fmt: skip
 CONFIGS = {
-    "mnist": ("MNIST: a few minutes per seed on two cores", MNIST),
-    "digits": ("scikit-learn's digits, which need no download: two minutes", DIGITS),
-    "hinton2015": ("the networks of Hinton et al. 2015, section 3, on MNIST: an hour or two", HINTON_2015),
+    "mnist": ("MNIST; one or two minutes per seed on two cores.", MNIST),
+    "digits": ("The digits embedded in scikit-learn, without download; two minutes.", DIGITS),
+    "hinton2015": ("The networks of Hinton et al. 2015, section 3, on MNIST; one or two hours.", HINTON_2015),
 }
 
 

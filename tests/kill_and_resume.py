@@ -1,6 +1,6 @@
 """Kills an experiment with SIGKILL again and again, and compares its end with an undisturbed run's.
 
-    python tests/kill_and_resume.py --kills 10 -- --dataset digits --seeds 2
+    python tests/kill_and_resume.py --kills 10 -- digits --seeds 2
 
 What follows ``--`` is passed to experiments/kd_mnist.py. The two runs must end with the same
 results.json, timings aside, bit-identical checkpoints and identical soft labels.

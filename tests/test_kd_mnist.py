@@ -13,7 +13,7 @@ from kill_and_resume import torture
 EXPERIMENT = kd_mnist
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "2", "--members", "1", "--teacher", "convnet:4"),
+    *("digits", "--seeds", "2", "--members", "1", "--teacher", "convnet:4"),
     *("--student", "mlp:8", "--teacher-epochs", "2", "--epochs", "3", "--save-seconds", "0"),
 ]
 
@@ -27,7 +27,7 @@ def test_a_whole_run(tmp_path, run):
     options = ["--out", out, "--patient", "--omit-classes", 3, 5]
     status, printed, _ = run(*options)
     assert status == 0
-    assert printed.startswith("Data: digits, scikit-learn's embedded digits")
+    assert printed.startswith("Config: digits. Data: digits, scikit-learn's embedded digits")
     results = json.loads((out / "results.json").read_text())
     assert results["dataset"] == {
         "name": "digits", "source": results["dataset"]["source"],
@@ -40,12 +40,12 @@ def test_a_whole_run(tmp_path, run):
         assert len(errors) == 2
         np.testing.assert_allclose(accuracy, [1 - e / 500 for e in errors])
         assert ("agreement" in model["test"]) == (name != "teacher")
-        assert kd_mnist.report.mean_sd(errors) in printed
+        assert kd_mnist.results.mean_sd(errors) in printed
     students = [results["models"][name] for name in rows[1:]]
     assert {model["parameters"] for model in students} == {64 * 8 + 8 + 80 + 10}
     for file in ("report.md", "learning_curves.png", "reliability.png", "confusion.png", "gallery.png"):
         assert (out / file).stat().st_size > 500
-    assert results["command"].startswith(f"python {kd_mnist.__file__} --dataset digits --seeds 2 ")
+    assert results["command"].startswith(f"python {kd_mnist.__file__} digits --seeds 2 ")
     report = (out / "report.md").read_text()
     assert printed.strip().splitlines()[-2] in report  # the closing sentence
 
@@ -77,11 +77,21 @@ def test_shifting_the_bias_finds_the_omitted_class_again():
     split = kd_mnist.data.Split(np.arange(300), np.zeros((300, 8, 8, 1), np.uint8), labels)
     dataset = kd_mnist.data.Dataset("x", "x", split, split, split, 3, ("a", "b", "c"))
     config = kd_mnist.Config(omit_classes=(1,))
-    student = kd_mnist.Trained(lambda *a, **k: (a[2], a[1]), ({}, {}), {}, 0.0, low, low)
-    shifted = kd_mnist.shift_bias(config, dataset, student)
+    run = kd_mnist.Run("x", config, dataset, None, 0.0)
+    model = kd_mnist.models.from_function(
+        lambda params, x: x[:, :3, 0, 0] * 255 + params, np.zeros(3, np.float32)
+    )
+    image = np.zeros((300, 8, 8, 1), np.float32)
+    image[:, :3, 0, 0] = low
+    split = split._replace(image=image)
+    run.dataset = dataset._replace(validation=split, test=split)
+    student = run.judge(model)
+    np.testing.assert_allclose(student.validation_logits, low, rtol=1e-5, atol=1e-4)
+    shifted = kd_mnist.shift_bias(config, run, student)
     assert (low.argmax(-1) != labels).mean() > 0.2
-    assert (shifted.test_logits.argmax(-1) != labels).mean() < 0.02
-    np.testing.assert_array_equal(shifted.apply_fn({}, {}, low)[0], shifted.test_logits)
+    (logits,) = run.test_logits([{"shifted": shifted}])
+    assert (logits["shifted"].argmax(-1) != labels).mean() < 0.02
+    np.testing.assert_array_equal(logits["shifted"], shifted.validation_logits)
 
 
 def test_killed_and_resumed(tmp_path):

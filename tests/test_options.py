@@ -1,14 +1,15 @@
-"""Options: what is refused and in which words, and which defaults a command line starts from."""
+"""Options: which values are refused and in which words; named configs on the command line."""
 
+import dataclasses
 import importlib
+import re
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Literal, get_args, get_type_hints
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import pytest
-from harness import options
+from harness import experiment, options
 from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole
 
 
@@ -68,14 +69,14 @@ def test_what_a_type_allows(name, good, bad, words):
 
 def test_what_depends_on_the_data():
     config = Config(epochs=7, few=None)
-    config.fit(7, "epochs", "few")
+    config.at_most(7, "epochs", "few")
     with pytest.raises(ValueError, match=r"--epochs must be at most the number of .* 6, got 7"):
-        config.fit(6, "few", "epochs")
+        config.at_most(6, "few", "epochs")
     config.among("preset", ("quick", "slow"))
     Config(names=("a", "b")).among("names", ("a", "b", "c"))
     with pytest.raises(ValueError, match="--preset must be one of slow, long, got quick"):
         config.among("preset", ("slow", "long"))
-    with pytest.raises(ValueError, match="--names must be of a, b, got"):
+    with pytest.raises(ValueError, match="--names must be from a, b, got"):
         Config(names=("a", "c")).among("names", ("a", "b"))
 
 
@@ -88,98 +89,97 @@ def test_what_a_run_is_known_by():
     }  # fmt: skip
 
 
-DEFAULTS = {("quick", True): {"epochs": 50}, ("long", False): {"epochs": 500, "seeds": 2, "dataset": "mnist"}}
+CONFIGS = {
+    "quick": ("Takes minutes.", Config()),
+    "long": ("Takes hours.", Config(preset="long", epochs=500, seeds=2, rates=(0.5, 0.25))),
+}
 
 
-def parse(monkeypatch, size, *arguments, **further):
-    """Reads a command line, the data being images of so many pixels: the options, the data set."""
-    loaded = []
-
-    def load(config):
-        loaded.append(config)
-        return SimpleNamespace(train=SimpleNamespace(image=np.zeros((3, size, size, 1))))
-
-    monkeypatch.setattr(sys, "argv", ["x", *arguments])
-    config, dataset = options.parse(Config, "What it does.", DEFAULTS, load=load, **further)
-    assert dataset.train.image.shape == (3, size, size, 1)
-    assert loaded[0].dataset == config.dataset
-    return config
+def read(*arguments, default="quick"):
+    return options.read(CONFIGS, "What it does.", default, arguments)
 
 
 @pytest.mark.parametrize(
-    ("size", "arguments", "expected"),
+    ("arguments", "name", "changes"),
     [
-        (28, [], {}),
-        (16, [], {}),
-        (15, [], {"epochs": 50}),
-        (28, ["--preset", "long"], {"preset": "long", **DEFAULTS["long", False]}),
-        (8, ["--preset", "long"], {"preset": "long", **DEFAULTS["long", False]}),
-        (8, ["--epochs", "3"], {"epochs": 3}),
-        (28, ["--preset", "long", "--seeds", "4"],
-         {"preset": "long", "epochs": 500, "dataset": "mnist", "seeds": 4}),
+        ([], "quick", {}),
+        (["quick"], "quick", {}),
+        (["long"], "long", {}),
+        (["--epochs", "3"], "quick", {"epochs": 3}),
+        (["long", "--epochs", "3", "--rates", "0.1"], "long", {"epochs": 3, "rates": (0.1,)}),
+        (["long", "--rates"], "long", {"rates": ()}),
+        (["quick", "--few", "9", "--check"], "quick", {"few": 9, "check": True}),
     ],
-)  # fmt: skip
-def test_defaults_depend_on_preset_and_data(monkeypatch, size, arguments, expected):
-    assert parse(monkeypatch, size, *arguments) == Config(**expected)
+)
+def test_a_config_and_its_changes(arguments, name, changes):
+    assert read(*arguments) == (name, dataclasses.replace(CONFIGS[name][1], **changes))
 
 
-def test_defaults_by_another_option(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--epochs", "7"])
-    defaults = {(7, False): {"seeds": 2}}
-    config, none = options.parse(Config, "", defaults, by="epochs", load=lambda config: None)
-    assert none is None
-    assert config == Config(epochs=7, seeds=2)
+def test_the_default_may_be_chosen_late():
+    assert read(default=lambda: "long")[0] == "long"
+    read("quick", default=lambda: pytest.fail("chosen although a config was named"))
+
+
+def test_an_unknown_config_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="the config must be one of quick, long, got 'slow'"):
+        read("slow")
+
+
+def test_a_bad_value_is_refused():
+    with pytest.raises(ValueError, match="--epochs must be at least 1, got 0"):
+        read("long", "--epochs", "0")
+
+
+def test_help_lists_the_configs_and_their_values(capsys):
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit) as exit_:
+            read(flag)
+        assert exit_.value.code == 0
+        shown = capsys.readouterr().out
+        for text in ("What it does.", "quick", "Takes hours.", "CONFIG --help"):
+            assert text in shown
+    with pytest.raises(SystemExit):
+        read("long", "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for text in (
+        "Takes hours.",
+        "shortest time between two checkpoints",
+        "(default: 500)",
+        "(default: 0.5 0.25)",
+    ):
+        assert text in shown
 
 
 def test_the_data_set_is_the_options(monkeypatch):
     seen = []
-    monkeypatch.setattr(options.data, "load", lambda *args, **more: seen.append((args, more)))
-    options.load(Config(dataset="mnist", data_dir="here", validation=9))
+    monkeypatch.setattr(experiment.data, "load", lambda *args, **more: seen.append((args, more)))
+    experiment.load(Config(dataset="mnist", data_dir="here", validation=9))
     assert seen == [(("mnist",), {"data_dir": "here", "validation": 9})]
 
 
-def test_a_bad_value_is_refused_before_the_data_is_loaded(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--epochs", "0"])
-    with pytest.raises(ValueError, match="--epochs must be at least 1, got 0"):
-        options.parse(Config, "", {}, load=lambda config: pytest.fail("loaded"))
-
-
-def test_help_says_what_all_options_are(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", "--help"])
-    with pytest.raises(SystemExit):
-        options.parse(Config, "What it does.", DEFAULTS)
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for text in ("What it does.", "least time between two checkpoints", "of the labels", "(default"):
-        assert text in shown
-
-
-EXPERIMENTS = (
-    "barrier_mnist", "compress_mnist", "encoder_decoder", "inject_mnist", "interpolate_mnist",
-    "kd_methods", "kd_mnist", "kd_vgg",
-)  # fmt: skip
-
-
-class StoppedError(Exception):
-    """What is read next does not matter."""
+FOLDER = Path(experiment.__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_starts_from_defaults_that_are_allowed(name, monkeypatch):
-    experiment = importlib.import_module(name)
-    seen = []
-
-    def parse(*arguments, **further):
-        seen.append((arguments, further.get("by", "preset")))
-        raise StoppedError
-
-    monkeypatch.setattr(experiment, "parse", parse)
-    with pytest.raises(StoppedError):
-        experiment.main()
-    ((arguments, by),) = seen
-    assert arguments == (experiment.Config, experiment.__doc__, experiment.DEFAULTS)
-    assert any(small for _, small in experiment.DEFAULTS)
-    for (chosen, _), changes in experiment.DEFAULTS.items():
-        config = experiment.Config(**{**changes, **({by: chosen} if chosen else {})})
+def test_every_option_of_every_experiment_is_explained(name, monkeypatch, capsys):
+    """All configs are allowed; each option has a help text of its own, and none of the words of old."""
+    module = importlib.import_module(name)
+    for chosen, (line, config) in module.CONFIGS.items():
         config.verify()
-        hints = get_type_hints(experiment.Config)
-        assert not chosen or chosen in get_args(hints[by])
+        assert line[0].isupper()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", chosen, "--help"])
+        with pytest.raises(SystemExit):
+            options.read(module.CONFIGS, module.__doc__, chosen)
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for field in dataclasses.fields(config):
+            option = f"--{field.name.replace('_', '-')}"
+            assert re.search(rf"{option}[ ,]", shown), f"{name} {chosen} does not list {option}"
+        bare = [text for text in shown.split(" --")[1:] if text.split(" ", 2)[-1].startswith("(default")]
+        assert not bare, f"{name} {chosen}: no help text for {bare}"
+        for word in ("likewise", "the students' ", "the teacher's)", "system S"):
+            assert word not in shown
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        options.read(module.CONFIGS, module.__doc__, "digits")
+    assert "experiments/" in capsys.readouterr().out

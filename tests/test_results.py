@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from harness import report
+from harness import results as report
 
 
 def model(errors, **figures):
@@ -89,6 +89,7 @@ def test_paired():
          "(one seed: the spread is not known)."),
         ((0, 0), (3, 3), "Distillation did not help: the test errors rose from 0.0 to 3.0 "
          "(+3, 2 seeds, the same difference in each)."),
+        ((30, 33), (20, 24), "Distillation cut the test errors from 31.5 to 22.0 (−30 %, 2 seeds)."),
     ],
 )  # fmt: skip
 def test_summary(scratch, distilled, expected):
@@ -104,29 +105,42 @@ def test_summary_of_other_models():
         report.summary(results)
 
 
+@pytest.mark.parametrize(("teacher", "named"), [(20, True), (30, True), (31, True), (19, False)])
+def test_a_teacher_that_does_not_lead_is_named(teacher, named):
+    results = make_results()
+    results["models"]["teacher"]["validation"] = {"errors": [teacher] * 3}
+    results["models"]["scratch"]["validation"] = {"errors": [20] * 3}
+    sentence = report.summary(results)
+    assert ("The teacher is no better than the scratch student" in sentence) == named
+    assert sentence.startswith("Distillation cut the test errors from 34.0 to 23.0")
+
+
 def test_table():
     expected = """
-| model     | parameters |     errors |   accuracy % |         F1 % | ECE % |  agreement % | ms at 1 / 256 |
-| --------- | ---------: | ---------: | -----------: | -----------: | ----: | -----------: | ------------: |
-| teacher   |     12,345 |     10 ± 0 | 99.00 ± 0.00 | 99.00 ± 0.00 |     – |            – | 0.0213 / 1.50 |
-| scratch   |     12,345 | 34.0 ± 4.0 | 96.60 ± 0.40 |            – |     – | 95.00 ± 0.00 | 0.0213 / 1.50 |
-| distilled |     12,345 | 23.0 ± 3.6 | 97.70 ± 0.36 |            – |     – | 98.00 ± 0.00 | 0.0213 / 1.50 |
+| model     | parameters |     errors |   accuracy % |         F1 % |  agreement % | ms at 1 / 256 |
+| --------- | ---------: | ---------: | -----------: | -----------: | -----------: | ------------: |
+| teacher   |     12,345 |     10 ± 0 | 99.00 ± 0.00 | 99.00 ± 0.00 |            – | 0.0213 / 1.50 |
+| scratch   |     12,345 | 34.0 ± 4.0 | 96.60 ± 0.40 |            – | 95.00 ± 0.00 | 0.0213 / 1.50 |
+| distilled |     12,345 | 23.0 ± 3.6 | 97.70 ± 0.36 |            – | 98.00 ± 0.00 | 0.0213 / 1.50 |
 """
     assert report.table(make_results()) == expected.strip()
 
 
 def test_table_of_other_columns():
     results = make_results()
-    results["models"] = {"a|b": {"bytes": 4, "test": {"agreement": [None]}}}
+    results["models"] = {"a|b": {"bytes": 4, "test": {"agreement": [None]}}, "c": {"flops": 7, "test": {}}}
     columns = {"bytes": report.count("bytes"), "flops": report.count("flops"),
                "same": report.score("agreement")}  # fmt: skip
-    assert report.table(results, columns).splitlines()[2] == "| a\\|b  |     4 |     – |    – |"
+    rows = report.table(results, columns).splitlines()
+    assert rows[0] == "| model | bytes | flops |"  # no model has a value in the third column
+    assert rows[2:] == ["| a\\|b  |     4 |     – |", "| c     |     – |     7 |"]
 
 
 def test_report(tmp_path):
     (tmp_path / "curves 1.png").touch()
     results = make_results()
-    report.write_report(tmp_path, results, {"Curves": "curves 1.png"}, ["A remark."])
+    headline = report.summary(results)
+    report.write_report(tmp_path, results, {"Curves": "curves 1.png"}, ["A remark."], headline=headline)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for part in (
         "# kd_mnist on digits\n",
@@ -143,6 +157,4 @@ def test_report(tmp_path):
     ):  # fmt: skip
         assert part in text
     with pytest.raises(ValueError, match=r"no picture 'b\.png'"):
-        report.write_report(tmp_path, results, {"B": "b.png"})
-    report.write_report(tmp_path, results, {}, baseline="teacher", model="scratch", method="Hurry")
-    assert "**Hurry did not help" in (tmp_path / "report.md").read_text(encoding="utf-8")
+        report.write_report(tmp_path, results, {"B": "b.png"}, headline=headline)
