@@ -109,9 +109,13 @@ def padded_batches(data: PyTree, batch_size: int) -> "list[tuple[PyTree, np.ndar
       bool ``[batch_size]``, False for these.
 
     Raises:
-      ValueError: if there are no examples, or ``batch_size`` is not positive.
+      ValueError: if there are no examples, the arrays are not equally long, or ``batch_size`` is not
+        positive.
     """
-    count = len(jax.tree.leaves(data)[0])
+    counts = {len(leaf) for leaf in jax.tree.leaves(data)}
+    if len(counts) > 1:
+        raise ValueError(f"the arrays must have as many examples each, got {sorted(counts)}")
+    count = counts.pop() if counts else 0
     if count < 1 or batch_size < 1:
         raise ValueError(
             f"expected at least one example and a batch size of at least 1, got {count} and {batch_size}"

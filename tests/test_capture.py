@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from distill_jax.features.capturing import capture, layer_shapes
+from distill_jax.features.capturing import capture, layer_shapes, resume
 from distill_jax.features.matching import match_layers
-from distill_jax.models import MLP, ConvNet, from_linen, from_nnx
+from distill_jax.models import MLP, ConvNet, Model, from_function, from_linen, from_nnx
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 3)), jnp.float32)
 
@@ -66,17 +66,18 @@ class LinenNet(linen.Module):
         return linen.Dense(5)(x.mean((1, 2)))
 
 
-def plain(params, model_state, x, *, key=None):
+def plain(params, x, key=None):
     x = x.reshape(x.shape[0], -1)
     hidden = checkpoint_name(jnp.tanh(x @ params["a"]), "hidden")
     if key is not None:
         hidden *= jax.random.bernoulli(key, 0.5, hidden.shape)
-    return checkpoint_name(hidden, "dropped") @ params["b"], model_state
+    return checkpoint_name(hidden, "dropped") @ params["b"]
 
 
-def plain_params(seed=0):
+def plain_model(seed=0):
     rng = np.random.default_rng(seed)
-    return {"a": jnp.asarray(rng.normal(size=(192, 6))), "b": jnp.asarray(rng.normal(size=(6, 5)))}
+    params = {"a": jnp.asarray(rng.normal(size=(192, 6))), "b": jnp.asarray(rng.normal(size=(6, 5)))}
+    return from_function(plain, params)
 
 
 @functools.cache
@@ -86,35 +87,34 @@ def models():
         "convnet": from_nnx(ConvNet((8, 8, 3), 5, dropout=0.3, batch_norm=True, rngs=nnx.Rngs(0))),
         "mlp": from_nnx(MLP((192, 16, 5), dropout=0.3, rngs=nnx.Rngs(0))),
         "linen": from_linen(LinenNet(), jax.random.key(0), X),
-        "plain": (plain, plain_params(), {}),
+        "plain": plain_model(),
     }
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["nnx", "convnet", "mlp", "linen", "plain"])
 def test_outputs_state_and_gradients_are_bit_identical(name, training):
-    apply_fn, params, model_state = models()[name]
+    model = models()[name]
     key = jax.random.key(3) if training else None
     # All but the one value here that XLA otherwise fuses into the reduction after it: see below
-    captured = capture(apply_fn, ["stem", "stages.*", "shared*", "head"] if name == "nnx" else "*")
+    captured = capture(model, ["stem", "stages.*", "shared*", "head"] if name == "nnx" else "*")
 
-    def loss(apply_fn, params):
-        outputs, state = apply_fn(params, model_state, X, key=key)
+    def loss(params, model):
+        outputs, state = model.replace(params=params).apply(X, key=key)
         outputs, features = outputs if isinstance(outputs, tuple) else (outputs, {})
         return jnp.sum(jnp.square(outputs)), (outputs, state, features)
 
-    def run(apply_fn):
+    def run(model):
         # Not the loss: XLA may fuse this test's own sum otherwise, where more values are results
-        gradients, (outputs, state, features) = jax.jit(
-            jax.grad(functools.partial(loss, apply_fn), has_aux=True)
-        )(params)
+        gradients, (outputs, state, features) = jax.jit(jax.grad(loss, has_aux=True))(model.params, model)
         return (outputs, state, gradients), features
 
     results, features = run(captured)
-    chex.assert_trees_all_equal(results, run(apply_fn)[0])
-    (outputs, _), state = jax.jit(captured)(params, model_state, X, key=key)
-    chex.assert_trees_all_equal((outputs, state), jax.jit(apply_fn)(params, model_state, X, key=key))
-    shapes = layer_shapes(apply_fn, params, model_state, X, key=key)
+    chex.assert_trees_all_equal(results, run(model)[0])
+    apply = jax.jit(lambda model: model.apply(X, key=key))
+    (outputs, _), state = apply(captured)
+    chex.assert_trees_all_equal((outputs, state), apply(model))
+    shapes = layer_shapes(model, X, key=key)
     assert set(shapes) - set(features) == ({"dropout"} if name == "nnx" else set())
     shapes = {name: shapes[name] for name in features}
     chex.assert_trees_all_equal_shapes_and_dtypes(features, shapes)
@@ -125,10 +125,10 @@ def test_a_value_inside_a_fusion_changes_rounding_alone():
 
     The operations are the same ones, in the same order.
     """
-    apply_fn, params, model_state = models()["nnx"]
-    captured, key = capture(apply_fn, "*"), jax.random.key(3)
+    model, key = models()["nnx"], jax.random.key(3)
+    captured = capture(model, "*")
 
-    def operations(apply_fn):
+    def operations(model):
         def walk(jaxpr):
             for eqn in jaxpr.eqns:
                 if eqn.primitive.name != "name":
@@ -136,17 +136,17 @@ def test_a_value_inside_a_fusion_changes_rounding_alone():
                 for inner in core.jaxprs_in_params(eqn.params):
                     yield from walk(inner)
 
-        program = jax.make_jaxpr(lambda *args: apply_fn(*args, key=key))(params, model_state, X)
+        program = jax.make_jaxpr(lambda model: model.apply(X, key=key))(model)
         return list(walk(program.jaxpr))
 
-    assert operations(captured) == operations(apply_fn)
-    (outputs, _), state = jax.jit(captured)(params, model_state, X, key=key)
-    expected = jax.jit(apply_fn)(params, model_state, X, key=key)
-    chex.assert_trees_all_close((outputs, state), expected, rtol=1e-5, atol=1e-6)
+    assert operations(captured) == operations(model)
+    apply = jax.jit(lambda model: model.apply(X, key=key))
+    (outputs, _), state = apply(captured)
+    chex.assert_trees_all_close((outputs, state), apply(model), rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_an_nnx_model():
-    shapes = layer_shapes(*models()["nnx"], X)
+    shapes = layer_shapes(models()["nnx"], X)
     assert list(shapes) == [
         "stem",
         *[
@@ -165,7 +165,7 @@ def test_names_of_an_nnx_model():
 
 
 def test_names_of_a_linen_model():
-    assert list(layer_shapes(*models()["linen"], X)) == [
+    assert list(layer_shapes(models()["linen"], X)) == [
         "block.Conv_0", "block.BatchNorm_0", "block.Dropout_0", "block",
         "Dense_0", "Dense_0#1", "again", "Dense_1",
     ]  # fmt: skip
@@ -173,10 +173,10 @@ def test_names_of_a_linen_model():
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
 def test_values_are_those_of_the_modules(name):
-    apply_fn, params, model_state = models()[name]
+    model = models()[name]
     names = {"nnx": ["stem", "head"], "linen": ["block.Conv_0", "Dense_1"]}[name]
-    (outputs, features), _ = capture(apply_fn, names)(params, model_state, X)
-    kernel = params["stem"] if name == "nnx" else params["block"]["Conv_0"]
+    outputs, features = capture(model, names)(X)
+    kernel = model.params["stem"] if name == "nnx" else model.params["block"]["Conv_0"]
     expected = jax.lax.conv_general_dilated(
         X, kernel["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -186,26 +186,24 @@ def test_values_are_those_of_the_modules(name):
 
 def test_dropout_draws_once():
     """The captured value is the one that went on into the network."""
-    params = plain_params()
-    captured = capture(plain, ["hidden", "dropped"])
-    (outputs, features), _ = captured(params, {}, X, key=jax.random.key(1))
+    captured = capture(plain_model(), ["hidden", "dropped"])
+    (outputs, features), _ = captured.apply(X, key=jax.random.key(1))
     assert 0 < jnp.mean(features["dropped"] == 0) < 1
-    np.testing.assert_array_equal(features["dropped"] @ params["b"], outputs)
+    np.testing.assert_array_equal(features["dropped"] @ captured.params["b"], outputs)
 
 
 @pytest.mark.parametrize("name", ["convnet", "nnx", "linen", "plain"])
 def test_nothing_runs_twice_and_nothing_unasked_is_kept(name):
-    apply_fn, params, model_state = models()[name]
-    key = jax.random.key(0)
+    model, key = models()[name], jax.random.key(0)
 
-    def cost(apply_fn):
-        compiled = jax.jit(apply_fn).lower(params, model_state, X, key=key).compile()
+    def cost(model):
+        compiled = jax.jit(lambda model, x, key: model.apply(x, key=key)).lower(model, X, key).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis()
 
-    shapes = layer_shapes(apply_fn, params, model_state, X, key=key)
+    shapes = layer_shapes(model, X, key=key)
     chosen = next(iter(shapes))
-    flops, memory = cost(apply_fn)
-    captured_flops, captured_memory = cost(capture(apply_fn, chosen))
+    flops, memory = cost(model)
+    captured_flops, captured_memory = cost(capture(model, chosen))
     assert captured_flops <= 1.02 * flops
     extra = captured_memory.output_size_in_bytes - memory.output_size_in_bytes
     assert extra <= shapes[chosen].size * 4 + 16  # a pointer in the tuple of results
@@ -215,52 +213,77 @@ def test_time_of_a_captured_forward():
     """The programs are the same but for results; the bound leaves room for a busy machine."""
     model = models()["convnet"]
     x = jnp.tile(X, (32, 1, 1, 1))
-    runs = [jax.jit(f) for f in (model.apply_fn, capture(model.apply_fn, "norm.1"))]
+    both, run = (model, capture(model, "norm.1")), jax.jit(Model.__call__)
 
-    def seconds(run):
+    def seconds(model):
         start = time.perf_counter()
-        jax.block_until_ready(run(model.params, model.model_state, x))
+        jax.block_until_ready(run(model, x))
         return time.perf_counter() - start
 
-    for run in runs:
-        seconds(run)
-    times = np.array([[seconds(run) for run in runs] for _ in range(15)]).min(0)
+    for model in both:
+        seconds(model)
+    times = np.array([[seconds(model) for model in both] for _ in range(15)]).min(0)
     assert times[1] < 1.5 * times[0]
 
 
+def test_equal_captures_are_one_program():
+    """Made twice, of equal models: one compilation. Another choice of names is another program."""
+    traces = []
+
+    def count(model, x):
+        traces.append(1)
+        return model(x)
+
+    run = jax.jit(count)
+    for seed in (0, 1):
+        model = from_nnx(MLP((192, 16, 5), dropout=0.3, rngs=nnx.Rngs(seed)))
+        run(capture(model, "hidden*"), X)
+        run(capture(model, ("hidden*",)), X)
+    assert len(traces) == 1
+    run(capture(model, "*"), X)
+    assert len(traces) == 2
+    shape = jax.ShapeDtypeStruct(X.shape[1:], X.dtype)
+    parts = [resume(plain_model(seed), "hidden", example) for seed in (0, 1) for example in (X[0], shape)]
+    assert len({part.apply_fn for part in parts}) == 1
+    for part, model in ((parts[0], plain_model(0)), (parts[2], plain_model(1))):
+        value = capture(model, "hidden")(X)[1]["hidden"]
+        np.testing.assert_allclose(run(part, value), model(X), rtol=1e-6)
+    assert len(traces) == 3
+
+
 def test_a_pattern_without_match_lists_the_names():
-    apply_fn, params, model_state = models()["convnet"]
+    model = models()["convnet"]
     with pytest.raises(ValueError, match=r"named 'conv9'.*convolution\.0, norm\.0"):
-        capture(apply_fn, ["norm.*", "conv9"])(params, model_state, X)
+        capture(model, ["norm.*", "conv9"])(X)
     with pytest.raises(ValueError, match="none"):
-        capture(lambda p, s, x, *, key=None: (x, s), "a")({}, {}, X)
+        capture(from_function(lambda params, x: x, {}), "a")(X)
     with pytest.raises(ValueError, match="select"):
-        capture(apply_fn, [])
+        capture(model, [])
 
 
 def test_names_are_seen_in_functions_that_were_jitted_before():
-    apply_fn, params, model_state = models()["convnet"]
-    jitted = jax.jit(apply_fn)
-    outputs, _ = jitted(params, model_state, X)  # traced without names
-    (again, features), _ = capture(jitted, "hidden")(params, model_state, X)
+    model = models()["convnet"]
+    jitted = model.replace(apply_fn=jax.jit(model.apply_fn))
+    outputs = jitted(X)  # traced without names
+    again, features = capture(jitted, "hidden")(X)
     np.testing.assert_array_equal(outputs, again)
     assert list(features) == ["hidden"]
-    program = jax.make_jaxpr(lambda *a: jitted(*a))(params, model_state, X)
+    program = jax.make_jaxpr(lambda x: jitted(x))(X)
     assert "distill_jax:" not in str(program)  # and none are left behind
 
 
-def scanned(params, model_state, x, *, key=None):
+def scanned(params, x):
     def layer(x, w):
         return checkpoint_name(jnp.tanh(x @ w), "layer"), None
 
-    return jax.lax.scan(layer, x, params, reverse=True)[0], model_state
+    return jax.lax.scan(layer, x, params, reverse=True)[0]
 
 
 def test_scan_stacks():
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.float32)
     x = jnp.ones((2, 4))
-    (outputs, features), _ = jax.jit(capture(scanned, "layer"))(weights, {}, x)
-    np.testing.assert_array_equal(outputs, scanned(weights, {}, x)[0])
+    outputs, features = jax.jit(capture(from_function(scanned, weights), "layer"))(x)
+    np.testing.assert_array_equal(outputs, scanned(weights, x))
     assert features["layer"].shape == (3, 2, 4)
     np.testing.assert_array_equal(features["layer"][0], outputs)
     np.testing.assert_allclose(features["layer"][2], jnp.tanh(x @ weights[2]), rtol=1e-6)
@@ -282,70 +305,71 @@ def test_what_cannot_leave_is_an_error_or_is_left_alone(kind):
         inner = jax.custom_vjp(name)
         inner.defvjp(lambda x: (inner(x), None), lambda _, g: (7 * g,))
 
-    def apply_fn(params, model_state, x, *, key=None):
-        return checkpoint_name(inner(x), "outside"), model_state
-
+    model = from_function(lambda params, x: checkpoint_name(inner(x), "outside"), {})
     x = jnp.full((2, 2), 0.3)
     with pytest.raises(ValueError, match=r"inside a '(while|cond|custom_jvp_call|custom_vjp_call)'"):
-        capture(apply_fn, "inside")({}, {}, x)
-    assert list(layer_shapes(apply_fn, {}, {}, x)) == ["outside"]
-    (_, features), _ = capture(apply_fn, "outside")({}, {}, x)
+        capture(model, "inside")(x)
+    assert list(layer_shapes(model, x)) == ["outside"]
+    _, features = capture(model, "outside")(x)
     assert list(features) == ["outside"]
     if kind.startswith("custom"):  # the custom rule still holds
-        gradient = jax.grad(lambda x: capture(apply_fn, "outside")({}, {}, x)[0][0].sum())(x)
+        gradient = jax.grad(lambda x: capture(model, "outside")(x)[0].sum())(x)
         np.testing.assert_array_equal(gradient, 7.0)
 
 
 def test_rematerialisation_and_its_policy_are_kept():
     policy = jax.checkpoint_policies.save_only_these_names("saved")
 
-    def apply_fn(params, model_state, x, *, key=None):
+    def fn(params, x):
         @functools.partial(jax.checkpoint, policy=policy)
         def block(x):
             return jnp.sin(checkpoint_name(jnp.sin(checkpoint_name(jnp.sin(x), "saved")), "other"))
 
-        return block(x), model_state
+        return block(x)
 
-    def program(apply_fn):
-        return jax.make_jaxpr(lambda x: apply_fn({}, {}, x))(jnp.ones(3)).eqns[0]
+    captured = capture(from_function(fn, {}), "other")
 
-    (eqn,) = [e for e in program(capture(apply_fn, "other")).params.values() if hasattr(e, "eqns")]
+    def program(model):
+        return jax.make_jaxpr(lambda x: model(x))(jnp.ones(3)).eqns[0]
+
+    (eqn,) = [e for e in program(captured).params.values() if hasattr(e, "eqns")]
     assert [str(e.primitive) for e in eqn.eqns].count("sin") == 3
-    assert program(capture(apply_fn, "other")).params["policy"] is policy
-    gradient = jax.grad(lambda x: capture(apply_fn, "other")({}, {}, x)[0][1]["other"].sum())
+    assert program(captured).params["policy"] is policy
+    gradient = jax.grad(lambda x: captured(x)[1]["other"].sum())
     x = jnp.asarray(0.4)[None]
     np.testing.assert_allclose(gradient(x), jnp.cos(jnp.sin(x)) * jnp.cos(x), rtol=1e-6)
 
 
 def test_gradients_flow_through_captured_values():
-    apply_fn, params, model_state = models()["nnx"]
+    captured = capture(models()["nnx"], "stages.1.0.conv")
 
     def loss(params):
-        (_, features), _ = capture(apply_fn, "stages.1.0.conv")(params, model_state, X)
+        _, features = captured.replace(params=params)(X)
         return jnp.square(features["stages.1.0.conv"]).sum()
 
-    gradients = jax.grad(loss)(params)
+    gradients = jax.grad(loss)(captured.params)
     assert jnp.abs(gradients["stem"]["kernel"]).max() > 0
     assert jnp.abs(gradients["head"]["kernel"]).max() == 0
 
 
 def test_under_vmap_scan_pmap_and_shard_map():
-    params = plain_params()
-    captured = capture(plain, "hidden")
-    expected = captured(params, {}, X)[0][1]["hidden"]
+    captured = capture(plain_model(), "hidden")
+    expected = captured(X)[1]["hidden"]
 
-    def hidden(params, x):
-        return captured(params, {}, x)[0][1]["hidden"]
+    def hidden(model, x):
+        return model(x)[1]["hidden"]
 
-    both = jax.vmap(hidden, (0, None))(jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params), X)
+    both = jax.vmap(hidden, (0, None))(jax.tree.map(lambda a: jnp.stack([a, 2 * a]), captured), X)
     np.testing.assert_allclose(both[0], expected, rtol=1e-5, atol=1e-6)
-    _, scanned = jax.lax.scan(lambda c, x: (c, hidden(params, x)), 0, X.reshape(2, 4, 8, 8, 3))
+    _, scanned = jax.lax.scan(lambda c, x: (c, hidden(captured, x)), 0, X.reshape(2, 4, 8, 8, 3))
     np.testing.assert_allclose(scanned.reshape(8, -1), expected, rtol=1e-5, atol=1e-6)
-    mapped = jax.pmap(hidden, in_axes=(None, 0))(params, X.reshape(4, 2, 8, 8, 3))
+    mapped = jax.pmap(hidden, in_axes=(None, 0))(captured, X.reshape(4, 2, 8, 8, 3))
     np.testing.assert_allclose(mapped.reshape(8, -1), expected, rtol=1e-5, atol=1e-6)
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = PartitionSpec("batch")
-    sharded = jax.shard_map(hidden, mesh=mesh, in_specs=(PartitionSpec(), batch), out_specs=batch)(params, X)
+    sharded = jax.shard_map(hidden, mesh=mesh, in_specs=(PartitionSpec(), batch), out_specs=batch)(
+        captured, X
+    )
     np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -356,12 +380,12 @@ def test_batch_norm_over_devices_is_captured():
     key = jax.random.key(0)
     one, many = from_nnx(alone), from_nnx(net)
     run = jax.pmap(
-        lambda p, s, x: capture(many.apply_fn, "norm.0")(p, s, x, key=key)[0][1]["norm.0"],
-        in_axes=(None, None, 0),
+        lambda model, x: capture(model, "norm.0").apply(x, key=key)[0][1]["norm.0"],
+        in_axes=(None, 0),
         axis_name="batch",
     )
-    result = run(many.params, many.model_state, X.reshape(4, 2, 8, 8, 3))
-    (_, features), _ = capture(one.apply_fn, "norm.0")(one.params, one.model_state, X, key=key)
+    result = run(many, X.reshape(4, 2, 8, 8, 3))
+    (_, features), _ = capture(one, "norm.0").apply(X, key=key)
     np.testing.assert_allclose(result.reshape(8, 8, 8, 4), features["norm.0"], atol=1e-5)
 
 
@@ -436,5 +460,5 @@ def test_maps_and_vectors_meet_where_nothing_else_does():
 
 def test_real_networks_are_matched():
     student, teacher = models()["convnet"], models()["linen"]
-    pairing = match_layers(layer_shapes(*student, X), layer_shapes(*teacher, X))
+    pairing = match_layers(layer_shapes(student, X), layer_shapes(teacher, X))
     assert pairing[0] == ("norm.0", "again")

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 from distill_jax import train, weights
-from distill_jax.models import ConvNet, Model, from_linen, from_nnx
+from distill_jax.models import ConvNet, Model, from_function, from_linen, from_nnx
 
 SHAPE, CLASSES = (6, 6, 1), 3
 
@@ -53,11 +54,13 @@ def test_recalibration_is_the_mean_of_the_batches_statistics(make):
     """Training mode with momentum shows them one by one: (after − m·before)/(1 − m)."""
     model, data = make(), make_data(40)
     batches = batches_of(data, 16)  # the last one has 8
-    stale = jax.tree.map(lambda x: x + 7, model.model_state)
-    found = weights.recalibrate(model.apply_fn, model.params, stale, batches)
-    again = weights.recalibrate(model.apply_fn, model.params, found, batches)
-    run = jax.jit(lambda s, x: model.apply_fn(model.params, s, x, key=jax.random.key(0))[1])
-    zeros = jax.tree.map(jnp.zeros_like, stale)
+    stale = model.replace(state=jax.tree.map(lambda x: x + 7, model.state))
+    recalibrated = weights.recalibrate(stale, batches)
+    chex.assert_trees_all_equal_structs(recalibrated, model)
+    chex.assert_trees_all_equal(recalibrated.params, model.params)
+    found, again = recalibrated.state, weights.recalibrate(recalibrated, batches).state
+    run = jax.jit(lambda model, x: model.apply(x, key=jax.random.key(0))[1])
+    zeros = model.replace(state=jax.tree.map(jnp.zeros_like, model.state))
     fresh = [run(zeros, batch["image"]) for batch in batches]
     leaves = zip(*map(jax.tree.leaves, [found, again, *fresh]), strict=True)
     paths = weights.by_path(found)
@@ -68,49 +71,40 @@ def test_recalibration_is_the_mean_of_the_batches_statistics(make):
         np.testing.assert_allclose(twice, value, rtol=2e-4, atol=1e-5)
 
 
-def trained(seed, data):
-    model, tx = nnx_model(seed), optax.adam(0.02)
-    state = train.init_state(model.params, tx, jax.random.key(seed), model.model_state)
-    step = jax.jit(train.make_train_step(train.supervised(model.apply_fn), tx))
-    for _ in range(60):
-        state, _ = step(state, data)
-    return model.apply_fn, (state.params, state.model_state)
-
-
 def test_an_average_without_and_with_recalibration():
     """Two networks of a common start, averaged: with stale statistics much of the skill is gone."""
-    data = make_data()
-    apply_fn, first = trained(0, data)
-    halves = jax.tree.map(lambda x: x[48:], data), jax.tree.map(lambda x: x[:48], data)
-    tx = optax.adam(0.02)
-    step = jax.jit(train.make_train_step(train.supervised(apply_fn), tx))
+    data, tx = make_data(), optax.adam(0.02)
+    step = jax.jit(train.make_train_step(train.supervised(), tx))
 
-    def further(half):
-        state = train.init_state(first[0], tx, jax.random.key(0), first[1])
+    def further(model, data):
+        state = train.init_state(model, tx, jax.random.key(0))
         for _ in range(60):
-            state, _ = step(state, half)
-        return state.params, state.model_state
+            state, _ = step(state, data)
+        return state.model
 
-    a, b = map(further, halves)
-    loss = jax.jit(lambda *v: train.supervised(apply_fn)(*v, data, key=None, step=0)[0])
-    refresh = functools.partial(weights.recalibrate, apply_fn, batches=[data])
+    first = further(nnx_model(), data)
+    halves = jax.tree.map(lambda x: x[48:], data), jax.tree.map(lambda x: x[:48], data)
+    a, b = (further(first, half) for half in halves)
+    loss = jax.jit(lambda model: train.supervised()(model, data, key=None, step=0)[0])
+    refresh = functools.partial(weights.recalibrate, batches=[data])
     ts = [0.0, 0.5, 1.0]
     # Statistics of before any training: what an average of parameters alone leaves behind
-    old = nnx_model(0).model_state
-    stale = loss(weights.lerp(a[0], b[0], 0.5), old)
+    stale = loss(weights.lerp(a, b, 0.5).replace(state=nnx_model().state))
     fresh = weights.along(loss, a, b, ts, refresh=refresh)
     assert fresh[1] < 0.1
     assert stale > 5 * fresh[1]
     with pytest.warns(weights.StaleStatisticsWarning) as caught:
         weights.along(loss, a, b, [0.5])
     message = str(caught[0].message)
-    assert "connectivity.recalibrate" in message
-    assert all(path in message for path in weights.by_path(a[1]))
+    assert "distill_jax.weights.recalibrate" in message
+    assert all(path in message for path in weights.by_path(a.state))
 
 
 def test_a_network_without_statistics_needs_no_refreshing():
-    values = weights.along(lambda p, s: float(p["w"]), ({"w": 0.0}, {}), ({"w": 2.0}, {}), [0.25])
-    assert values == [0.5]
+    start = from_function(lambda params, x: x, {"w": 0.0})
+    ends = start, start.replace(params={"w": 2.0})
+    assert weights.along(lambda model: float(model.params["w"]), *ends, [0.25]) == [0.5]
+    assert weights.along(lambda tree: float(tree["w"]), {"w": 0.0}, {"w": 2.0}, [0.25]) == [0.5]
 
 
 def test_constants_counters_and_keys_stay():
@@ -123,7 +117,7 @@ def test_constants_counters_and_keys_stay():
         "key": jax.random.key(1),
     }  # fmt: skip
     batches = [{"image": jnp.array([[1.0, 100.0], [3.0, 300.0]])}]
-    found = weights.recalibrate(apply_fn, {}, state, batches)
+    found = weights.recalibrate(Model(apply_fn, {}, state), batches).state
     np.testing.assert_allclose(found["mean"], [2, 200], rtol=1e-5)
     np.testing.assert_array_equal(found["scale"], state["scale"])
     assert found["count"] == 4
@@ -139,9 +133,9 @@ def test_what_is_no_running_mean_is_named():
 
     state = {name: jnp.zeros(2) for name in ("sum", "most", "mean")}
     with pytest.raises(ValueError, match=r"cannot be recalibrated: \['most', 'sum'\]"):
-        weights.recalibrate(apply_fn, {}, state, [{"image": jnp.array([[1.0, 2.0]])}])
+        weights.recalibrate(Model(apply_fn, {}, state), [{"image": jnp.array([[1.0, 2.0]])}])
     with pytest.raises(ValueError, match="batches must have at least one batch"):
-        weights.recalibrate(apply_fn, {}, state, [])
+        weights.recalibrate(Model(apply_fn, {}, state), [])
 
 
 def test_the_barrier():
@@ -152,3 +146,12 @@ def test_the_barrier():
         weights.barrier([0, 0.5], [1, 2])
     with pytest.raises(ValueError, match="must be \\[n\\]"):
         weights.barrier([0, 1], [1, 2, 3])
+
+
+def test_inputs_may_be_a_tree():
+    def apply_fn(params, state, x, *, key=None):
+        return x["a"], {"mean": 0.5 * state["mean"] + 0.5 * x["a"].mean()}
+
+    batches = [{"image": {"a": jnp.full(n, value), "b": jnp.zeros(n)}} for n, value in ((3, 1.0), (1, 5.0))]
+    found = weights.recalibrate(Model(apply_fn, {}, {"mean": jnp.float32(9.0)}), batches)
+    np.testing.assert_allclose(found.state["mean"], 2.0, rtol=1e-5)

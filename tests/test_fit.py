@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from distill_jax import train
-from distill_jax.models import build
+from distill_jax.models import Model, build
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -22,15 +22,15 @@ def run(epochs=4, learning_rate=1e-2, widths="mlp:8", stop_at=None, seed=3, **op
     seen = options.pop("seen", [])
     model = build(widths, (4, 4, 1), 3, jax.random.key(0), dropout=0.3)
     tx = optax.adam(learning_rate)
-    state = train.init_state(model.params, tx, jax.random.key(1), model.model_state)
-    epoch = train.make_epoch(train.make_train_step(train.supervised(model.apply_fn), tx))
+    state = train.init_state(model, tx, jax.random.key(1))
+    epoch = train.make_epoch(train.make_train_step(train.supervised(), tx))
 
     def on_epoch(number, figures):
         seen.append(number)
         if number == stop_at:
             raise KeyboardInterrupt
 
-    options.setdefault("validate", train.make_validation(model.apply_fn, VALIDATION, batch_size=5))
+    options.setdefault("validate", train.make_validation(VALIDATION, batch_size=5))
     return train.fit(state, epoch, DATA, epochs=epochs, batch_size=8, seed=seed, on_epoch=on_epoch, **options)
 
 
@@ -52,7 +52,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, stop_at):
 def test_a_finished_run_is_read_back(tmp_path):
     expected = run(directory=tmp_path)
     again = run(directory=tmp_path, stop_at=99)
-    chex.assert_trees_all_equal(again.state.params, expected.state.params)
+    chex.assert_trees_all_equal(again.model, expected.model)
     assert again.history == expected.history
     assert again.seconds == expected.seconds
 
@@ -60,8 +60,8 @@ def test_a_finished_run_is_read_back(tmp_path):
 def test_validation_counts_every_example_once():
     """13 examples in batches of 5: the last one is padded, and the padding does not count."""
     model = build("mlp:8", (4, 4, 1), 3, jax.random.key(0))
-    figures = train.make_validation(model.apply_fn, VALIDATION, batch_size=5)(model.params, {})
-    logits, _ = model.apply_fn(model.params, {}, VALIDATION["image"])
+    figures = train.make_validation(VALIDATION, batch_size=5)(model)
+    logits = model(VALIDATION["image"])
     log_q = np.asarray(jax.nn.log_softmax(logits))
     assert figures["validation_errors"] == (logits.argmax(-1) != VALIDATION["label"]).sum()
     expected = -log_q[np.arange(13), VALIDATION["label"]].mean()
@@ -73,7 +73,7 @@ def test_best_is_the_latest_epoch_of_fewest_validation_errors():
     errors = np.array(result.history["validation_errors"])
     best = np.flatnonzero(errors == errors.min())[-1] + 1
     expected = run(epochs=int(best), learning_rate=0.3).state
-    chex.assert_trees_all_equal(result.best, (expected.params, expected.model_state))
+    chex.assert_trees_all_equal(result.best, expected.model)
     assert best < 12  # or this test shows nothing
 
 
@@ -83,8 +83,8 @@ def test_without_validation_the_best_epoch_is_the_last_also_after_a_resume(tmp_p
         run(validate=None, stop_at=2, directory=tmp_path, save_seconds=0.0)
     result = run(validate=None, directory=tmp_path)
     assert "validation_errors" not in result.history
-    for params in (result.best[0], result.state.params):
-        jax.tree.map(np.testing.assert_array_equal, params, expected.state.params)
+    for model in (result.best, result.model, result.state.model):
+        chex.assert_trees_all_equal(model, expected.state.model)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -139,3 +139,20 @@ def test_the_last_checkpoints_stay(tmp_path):
     np.testing.assert_array_equal(found["a"], [3, 4, 5])
     assert found["key"] == tree["key"]
     assert found["nested"][0].dtype == jnp.bfloat16
+
+
+def test_a_model_is_saved_and_restored_bit_by_bit(tmp_path):
+    """A model on its own, with state: the arrays come back, in a model that computes the same."""
+    model = build("resnet8:0.5", (8, 8, 1), 3, jax.random.key(0))
+    other = build("resnet8:0.5", (8, 8, 1), 3, jax.random.key(1))
+    x = RNG.normal(size=(2, 8, 8, 1)).astype(np.float32)
+    with train.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, model, {"name": "resnet"})
+    with train.Checkpoints(tmp_path) as checkpoints:
+        found, info = checkpoints.restore(other)
+    assert isinstance(found, Model)
+    assert info == {"name": "resnet"}
+    assert jax.tree.structure(found) == jax.tree.structure(other)
+    chex.assert_trees_all_equal((found.params, found.state), (model.params, model.state))
+    np.testing.assert_array_equal(found(x), model(x))
+    assert (found(x) != other(x)).any()

@@ -1,4 +1,4 @@
-"""System S3's two readings: by hand, against PyTorch, and in every way a step is run."""
+"""Interpolation of teacher and student: by hand, against PyTorch, and in every way a step is run."""
 
 import json
 import os
@@ -10,35 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from distill_jax import data, teachers, train, weights
+from distill_jax import data, train, weights
 from distill_jax.compress import units
-from distill_jax.train import interpolation  # fmt: skip
+from distill_jax.models import Model, from_function, from_nnx
+from distill_jax.train import interpolation
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES, INPUTS, CLASSES, HIDDEN = 12, 4, 3, 5
 KEY = jax.random.key(0)
 
 
-def linear(params, model_state, x, *, key=None):
-    return x @ params["w"], model_state
+def linear(params, x):
+    return x @ params["w"]
 
 
-def mlp(params, model_state, x, *, key=None):
+def mlp(params, x):
     hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
-    return hidden @ params["b"]["kernel"] + params["b"]["bias"], model_state
+    return hidden @ params["b"]["kernel"] + params["b"]["bias"]
 
 
 def make_linear(seed):
-    return {"w": jax.random.normal(jax.random.key(seed), (INPUTS, CLASSES))}
+    return from_function(linear, {"w": jax.random.normal(jax.random.key(seed), (INPUTS, CLASSES))})
 
 
 def make_mlp(seed, hidden=HIDDEN):
     a, b = jax.random.split(jax.random.key(seed))
-    return {
+    params = {
         "a": {"kernel": jax.random.normal(a, (INPUTS, hidden)), "bias": jnp.zeros(hidden)},
         "b": {"kernel": jax.random.normal(b, (hidden, CLASSES)), "bias": jnp.zeros(CLASSES)},
     }
+    return from_function(mlp, params)
 
 
 def make_batches(steps, seed=0):
@@ -60,17 +63,16 @@ def gradient_of(w, batch):
     return x.T @ (z / z.sum(1, keepdims=True) - y) / len(x)
 
 
-def step_of(apply_fn, tx):
-    return train.make_train_step(train.supervised(apply_fn), tx)
+def step_of(tx):
+    return train.make_train_step(train.supervised(), tx)
 
 
 def make_pair(tx, make=make_linear):
     return interpolation.Pair(*(train.init_state(make(seed), tx, jax.random.key(seed)) for seed in (1, 2)))
 
 
-def make_joint(tx, make=make_linear, **options):
-    params, model_state = interpolation.join((make(2), {}), (make(1), {}), **options)
-    return train.init_state(params, tx, KEY, model_state)
+def make_joint(tx, make=make_linear, rate=0.5):
+    return train.init_state(interpolation.join(make(2), make(1), rate), tx, KEY)
 
 
 # Pull
@@ -79,106 +81,114 @@ def make_joint(tx, make=make_linear, **options):
 def test_pull_by_hand():
     """The teacher's step, the move, the student's step; in this order, and one loss each."""
     tx, batches = optax.sgd(0.3), make_batches(3)
-    step = interpolation.pull(step_of(linear, tx), step_of(linear, tx), 0.25)
+    step = interpolation.pull(step_of(tx), step_of(tx), 0.25)
     pair, metrics = jax.jit(lambda p: jax.lax.scan(step, p, batches))(make_pair(tx))
-    teacher, student = (np.asarray(make_linear(seed)["w"], float) for seed in (1, 2))
+    teacher, student = (np.asarray(make_linear(seed).params["w"], float) for seed in (1, 2))
     for i in range(3):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
         teacher = teacher - 0.3 * gradient_of(teacher, batch)
         student = 0.25 * teacher + 0.75 * student
         student = student - 0.3 * gradient_of(student, batch)
-    np.testing.assert_allclose(pair.teacher.params["w"], teacher, rtol=1e-5)
-    np.testing.assert_allclose(pair.student.params["w"], student, rtol=1e-5)
+    np.testing.assert_allclose(pair.teacher.model.params["w"], teacher, rtol=1e-5)
+    np.testing.assert_allclose(pair.student.model.params["w"], student, rtol=1e-5)
     assert {"loss", "teacher_loss", "errors", "teacher_errors", "rate"} <= metrics.keys()
     np.testing.assert_array_equal(metrics["rate"], 0.25)
     assert pair.step == 3
+    chex.assert_trees_all_equal(pair.model, pair.student.model)
 
 
 def test_a_frozen_teacher_stays():
     tx = optax.sgd(0.3)
     pair = make_pair(tx)
-    step = jax.jit(interpolation.pull(None, step_of(linear, tx), 1.0))
+    step = jax.jit(interpolation.pull(None, step_of(tx), 1.0))
     after, metrics = step(pair, make_batch())
-    chex.assert_trees_all_equal(after.teacher.params, pair.teacher.params)
-    w = np.asarray(pair.teacher.params["w"], float)
+    chex.assert_trees_all_equal(after.teacher.model, pair.teacher.model)
+    w = np.asarray(pair.teacher.model.params["w"], float)
     expected = w - 0.3 * gradient_of(w, make_batch())
-    np.testing.assert_allclose(after.student.params["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(after.student.model.params["w"], expected, rtol=1e-5)
     assert "teacher_loss" not in metrics
-
-
-def test_pull_and_distil_from_the_teacher_of_the_moment():
-    tx, batch = optax.sgd(0.3), make_batch()
-    distilled = train.make_train_step(train.distill(linear, temperature=2.0, alpha=0.0), tx)
-    label = teachers.make_label(linear)
-    step = interpolation.pull(step_of(linear, tx), distilled, 0.5, label=label)
-    pair, metrics = jax.jit(step)(make_pair(tx), batch)
-    teacher, _ = jax.jit(step_of(linear, tx))(make_pair(tx).teacher, batch)
-    start = make_pair(tx).student._replace(params=weights.lerp(make_linear(2), teacher.params, 0.5))
-    student, expected = jax.jit(distilled)(start, label((teacher.params, {}), batch))
-    chex.assert_trees_all_close(pair.student.params, student.params, rtol=1e-6)
-    np.testing.assert_allclose(metrics["soft"], expected["soft"], rtol=1e-6)
 
 
 # Through
 
 
 def joint_gradient(**options):
-    """Of S3's formula at λ = 0.25: that of the parts, and the one at the interpolated network."""
-    loss_fn = interpolation.through(train.supervised(linear), 0.25, **options)
-    state, batch = make_joint(optax.sgd(1.0)), make_batch()
-    gradient = jax.jit(jax.grad(lambda p: loss_fn(p, state.model_state, batch, key=KEY, step=0)[0]))(
-        state.params
-    )
-    student, teacher = (np.asarray(state.params[n]["w"], float) for n in ("student", "teacher"))
+    """At λ = 0.25: that of the two parts, the one at the interpolated network, and the teacher's own."""
+    loss_fn = interpolation.through(train.supervised(), 0.25, **options)
+    model, batch = make_joint(optax.sgd(1.0)).model, make_batch()
+    gradient = jax.jit(jax.grad(lambda m: loss_fn(m, batch, key=KEY, step=0)[0]))(model).params
+    student, teacher = (np.asarray(model.params[n]["w"], float) for n in ("student", "teacher"))
     return (gradient, gradient_of(0.75 * student + 0.25 * teacher, batch), gradient_of(teacher, batch))
 
 
-@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("together", [False, True])
-def test_the_gradient_goes_through_the_interpolation(flow, together):
-    teacher_loss = train.supervised(linear) if together else None
-    gradient, mixed, own = joint_gradient(flow=flow, teacher_loss=teacher_loss)
+def test_the_gradient_goes_through_the_interpolation(together):
+    teacher_loss = train.supervised() if together else None
+    gradient, mixed, own = joint_gradient(teacher_loss=teacher_loss)
     np.testing.assert_allclose(gradient["student"]["w"], 0.75 * mixed, rtol=1e-5, atol=1e-7)
-    expected = together * own + flow * 0.25 * mixed
-    np.testing.assert_allclose(gradient["teacher"]["w"], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient["teacher"]["w"], together * own, rtol=1e-5, atol=1e-7)
 
 
 def test_a_frozen_part_stays_whatever_the_optimizer():
     tx = interpolation.split_tx(optax.adamw(0.1, weight_decay=0.5))
-    step = jax.jit(train.make_train_step(
-        interpolation.through(train.supervised(linear), 0.5), tx
-    ))  # fmt: skip
+    step = jax.jit(train.make_train_step(interpolation.through(train.supervised(), 0.5), tx))
     state = make_joint(tx)
     after, _ = step(state, make_batch())
-    chex.assert_trees_all_equal(after.params["teacher"], state.params["teacher"])
-    assert (after.params["student"]["w"] != state.params["student"]["w"]).all()
+    chex.assert_trees_all_equal(after.model.params["teacher"], state.model.params["teacher"])
+    assert (after.model.params["student"]["w"] != state.model.params["student"]["w"]).all()
 
 
 def test_the_interpolated_network_is_the_model():
-    params, state = interpolation.join((make_mlp(1), {}), (make_mlp(2), {}))
     x = make_batch()["image"]
-    for rate in (0.3, {"^a": 1.0, "^b": 0.0}):
-        mixed = interpolation.mix(params, rate)
-        outputs, _ = interpolation.interpolated(mlp, rate)(params, state, x)
-        np.testing.assert_array_equal(outputs, mlp(mixed, {}, x)[0])
-    chex.assert_trees_all_equal(mixed, {"a": make_mlp(2)["a"], "b": make_mlp(1)["b"]})
+    for rate in (0.3, jnp.float32(0.3), {"^a": 1.0, "^b": 0.0}):
+        joined = interpolation.join(make_mlp(1), make_mlp(2), rate)
+        mixed = interpolation.mix(joined, rate)
+        np.testing.assert_array_equal(joined(x), mixed(x))
+        again = interpolation.join(make_mlp(1), make_mlp(2), rate)
+        assert joined.apply_fn == again.apply_fn
+        assert hash(joined.apply_fn) == hash(again.apply_fn)
+        chex.assert_trees_all_equal_structs(mixed, make_mlp(1))
+    chex.assert_trees_all_equal(mixed.params, {"a": make_mlp(2).params["a"], "b": make_mlp(1).params["b"]})
+
+
+def test_a_joined_network_of_a_schedule_is_that_of_step_zero():
+    x, schedule = make_batch()["image"], optax.linear_schedule(0.75, 0.0, 10)
+    joined = interpolation.join(make_mlp(1), make_mlp(2), schedule)
+    np.testing.assert_array_equal(joined(x), interpolation.mix(joined, 0.75)(x))
 
 
 def test_through_keeps_the_states_apart():
-    def counting(params, model_state, x, *, key=None):
-        return x @ params["w"], {"mean": model_state["mean"] + x.mean() * params["w"].sum()}
+    def counting(params, state, x, *, key=None):
+        return x @ params["w"], {"mean": state["mean"] + x.mean() * params["w"].sum()}
 
-    params = {"student": make_linear(1), "teacher": make_linear(2)}
-    state = {"student": {"mean": jnp.zeros(())}, "teacher": {"mean": jnp.ones(())}}
-    supervised, batch = train.supervised(counting), make_batch()
-    loss_fn = interpolation.through(supervised, 0.5, teacher_loss=supervised)
-    _, (after, metrics) = loss_fn(params, state, batch, key=KEY, step=0)
-    mixed = interpolation.mix(params, 0.5)
+    student, teacher = (
+        Model(counting, make_linear(seed).params, {"mean": jnp.float32(start)})
+        for seed, start in ((1, 0), (2, 1))
+    )
+    model, batch = interpolation.join(student, teacher, 0.5), make_batch()
+    loss_fn = interpolation.through(train.supervised(), 0.5, teacher_loss=train.supervised())
+    _, (after, metrics) = loss_fn(model, batch, key=KEY, step=0)
+    mixed = interpolation.mix(model, 0.5)
     mean = batch["image"].mean()
-    np.testing.assert_allclose(after["student"]["mean"], mean * mixed["w"].sum(), rtol=1e-5)
-    expected = 1 + mean * params["teacher"]["w"].sum()
+    np.testing.assert_allclose(after["student"]["mean"], mean * mixed.params["w"].sum(), rtol=1e-5)
+    expected = 1 + mean * teacher.params["w"].sum()
     np.testing.assert_allclose(after["teacher"]["mean"], expected, rtol=1e-5)
+    assert mixed.state == student.state
     assert {"errors", "teacher_errors", "teacher_loss", "rate"} == metrics.keys()
+
+
+def test_a_model_that_was_not_joined_is_refused():
+    model, message = make_linear(1), "^expected a model from interpolation.join, got another one$"
+    with pytest.raises(ValueError, match=message):
+        interpolation.mix(model.replace(params={"student": model.params, "teacher": model.params}), 0.5)
+    loss_fn = interpolation.through(train.supervised(), 0.5)
+    with pytest.raises(ValueError, match=message):
+        loss_fn(model, make_batch(), key=None, step=0)
+    with pytest.raises(ValueError, match=message):
+        interpolation.repeat(train.init_state(model, optax.sgd(0.1), KEY), 2)
+    clipped = optax.chain(optax.clip(1.0), interpolation.split_tx(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"needs the optimizer of interpolation\.split_tx itself"):
+        interpolation.repeat(make_joint(clipped), 2)
 
 
 # λ
@@ -186,8 +196,8 @@ def test_through_keeps_the_states_apart():
 
 def reading(kind, tx, rate, **options):
     if kind == "pull":
-        return interpolation.pull(step_of(mlp, tx), step_of(mlp, tx), rate, **options)
-    supervised = train.supervised(mlp)
+        return interpolation.pull(step_of(tx), step_of(tx), rate, **options)
+    supervised = train.supervised()
     loss_fn = interpolation.through(supervised, rate, teacher_loss=supervised, **options)
     return train.make_train_step(loss_fn, interpolation.split_tx(tx, tx))
 
@@ -229,94 +239,86 @@ def test_a_sweep_of_rates_is_one_program(kind):
     results, metrics = jax.jit(lambda s: jax.lax.scan(step, s, batches))(states)
     assert metrics["loss"].shape == (5, len(rates))
     chex.assert_trees_all_equal_shapes(results, states)
-    assert results.params["teacher"]["a"]["kernel"].ndim == 2  # one teacher
+    teacher = results.teacher.model.params if kind == "pull" else results.model.params["teacher"]
+    assert teacher["a"]["kernel"].ndim == 2  # one teacher
     one = jax.jit(lambda rate, s: jax.lax.scan(reading(kind, tx, rate), s, batches)[0])
     for i, rate in enumerate(rates):
         expected = one(rate, start_of(kind, tx))
         lane = interpolation.lane(results, i)
-        chex.assert_trees_all_close(lane.params, expected.params, atol=1e-6)
+        chex.assert_trees_all_equal_shapes_and_dtypes(lane, expected)
+        if kind == "pull":
+            lane, expected = ((x.teacher.model, x.student.model) for x in (lane, expected))
+        else:
+            lane, expected = lane.model, expected.model
+        chex.assert_trees_all_close(lane, expected, atol=1e-6)
 
 
-def test_line_search():
-    def valleys(params):  # 0.2 and, deeper, 0.83
-        t = params["w"]
-        return jnp.minimum((t - 0.2) ** 2, (t - 0.83) ** 2 - 0.01)
+class Misnamed(nnx.Module):
+    """A network whose parts have the names that tell student and teacher apart elsewhere."""
 
-    a, b = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
-    t, value = jax.jit(lambda: interpolation.line_search(valleys, a, b, points=11, rounds=3))()
-    np.testing.assert_allclose(t, 0.83, atol=0.2**3 / 2)
-    np.testing.assert_allclose(value, valleys({"w": t}))
-    for falls, end in ((lambda p: p["w"], 0.0), (lambda p: -p["w"], 1.0)):
-        assert interpolation.line_search(falls, a, b, points=3, rounds=4)[0] == end
-    flat, _ = interpolation.line_search(lambda p: 0.0 * p["w"], a, b)
-    assert flat == 0
+    def __init__(self, rngs):
+        self.teacher = nnx.Linear(INPUTS, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.student = nnx.Linear(4, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.student(jnp.tanh(self.norm(self.teacher(x))))
 
 
-def test_a_rate_searched_on_validation_data():
-    tx, validation = optax.sgd(0.1), make_batch(seed=7)
+@pytest.mark.parametrize("kind", ["pull", "through"])
+def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
+    tx, batches, rates = optax.adam(0.01), make_batches(3), jnp.array([0.0, 0.5, 1.0])
 
-    def loss(params, model_state, batch):
-        return train.supervised(linear)(params, model_state, batch, key=None, step=0)[0]
+    def make(seed):
+        return from_nnx(Misnamed(nnx.Rngs(seed)))
 
-    # Half the teacher's way is best: the labels are those of the network there
-    middle = weights.lerp(make_linear(2), make_linear(1), 0.5)
-    validation["label"] = jax.nn.softmax(validation["image"] @ middle["w"])
-    step = interpolation.pull(None, step_of(linear, tx), interpolation.Search(loss, rounds=4))
-    _, metrics = jax.jit(step)(make_pair(tx), {**make_batch(), "validation": validation})
-    np.testing.assert_allclose(metrics["rate"], 0.5, atol=0.01)
-    with pytest.raises(ValueError, match="the batch has no 'validation'"):
-        step(make_pair(tx), make_batch())
+    start = make_pair(tx, make) if kind == "pull" else make_joint(interpolation.split_tx(tx, tx), make)
+    states = interpolation.repeat(start, len(rates))
+    axes = interpolation.student_axes(start)
+    if kind == "pull":
+        student, teacher, axis = states.student.model, states.teacher.model, axes.student.model.params
+        assert states.student.opt_state[0].mu["teacher"]["bias"].shape == (3, 4)
+        assert states.teacher.opt_state[0].mu["student"]["bias"].shape == (CLASSES,)
+    else:
+        student, teacher = (
+            Model(make(1).apply_fn, states.model.params[n], states.model.state[n])
+            for n in ("student", "teacher")
+        )
+        axis = axes.model.params["student"]
+        moments = states.opt_state.inner_states
+        assert {x.shape[:1] for x in jax.tree.leaves(moments["student"])} == {(3,)}
+        assert {x.shape for x in jax.tree.leaves(moments["teacher"])} == {
+            x.shape for x in jax.tree.leaves((make(1).params, 0))
+        } | {()}
+    assert set(jax.tree.leaves(axis)) == {0}
+    chex.assert_trees_all_equal_shapes(teacher, make(1))
+    chex.assert_trees_all_equal_shapes(interpolation.lane(states, 1), start)
+    for leaf, like in zip(jax.tree.leaves(student), jax.tree.leaves(make(2)), strict=True):
+        assert leaf.shape == (3, *like.shape)
+    step = interpolation.sweep(lambda rate: reading(kind, tx, rate), rates)
+    results, _ = jax.jit(lambda s: jax.lax.scan(step, s, batches))(states)
+    for i, rate in enumerate(rates):
+        one = jax.jit(lambda s, rate=rate: jax.lax.scan(reading(kind, tx, rate), s, batches)[0])
+        expected, lane = one(start), interpolation.lane(results, i)
+        chex.assert_trees_all_close(lane.model, expected.model, rtol=1e-4, atol=1e-5)
 
 
-def test_a_rate_learned_through_the_interpolation():
-    batch = make_batch()
-    middle = weights.lerp(make_linear(2), make_linear(1), 0.3)
-    batch["label"] = jax.nn.softmax(batch["image"] @ middle["w"])
-    tx = interpolation.split_tx(optax.set_to_zero(), rate=optax.adam(0.05))
-    step = train.make_train_step(interpolation.through(train.supervised(linear), None), tx)
-    state = make_joint(tx, rate=0.8)
-
-    def body(state, _):
-        return step(state, batch)
-
-    state, metrics = jax.jit(lambda s: jax.lax.scan(body, s, None, 200))(state)
-    np.testing.assert_allclose(metrics["rate"][0], 0.8, rtol=1e-5)
-    np.testing.assert_allclose(metrics["rate"][-1], 0.3, atol=0.01)
-    chex.assert_trees_all_equal(state.params["student"], make_linear(2))
-    mixed = interpolation.mix(state.params)
-    chex.assert_trees_all_close(mixed, middle, atol=0.05)
+# In training
 
 
-# Unequal widths
-
-
-def test_a_wider_teacher_is_projected():
-    def first(params):
-        return {
-            "a": jax.tree.map(lambda x: x[..., :HIDDEN], params["a"]),
-            "b": {**params["b"], "kernel": params["b"]["kernel"][:HIDDEN]},
-        }
-
+def test_networks_of_other_widths_are_refused():
     tx = optax.sgd(0.1)
     pair = interpolation.Pair(
         train.init_state(make_mlp(1, 9), tx, KEY), train.init_state(make_mlp(2), tx, KEY)
     )
-    step = interpolation.pull(None, step_of(mlp, tx), 1.0, project=first)
-    after, _ = jax.jit(step)(pair, make_batch())
-    expected, _ = jax.jit(step_of(mlp, tx))(pair.student._replace(params=first(make_mlp(1, 9))), make_batch())
-    chex.assert_trees_all_close(after.student.params, expected.params, rtol=1e-6)
     with pytest.raises(ValueError) as error:
-        interpolation.pull(None, step_of(mlp, tx), 0.5)(pair, make_batch())
+        interpolation.pull(None, step_of(tx), 0.5)(pair, make_batch())
     for path in ("a.kernel", "a.bias", "b.kernel"):
         assert path in str(error.value)
-    params, _ = interpolation.join((make_mlp(2), {}), (make_mlp(1, 9), {}))
-    with pytest.raises(ValueError, match=r"in the student, .* in the teacher"):
-        interpolation.mix(params, 0.5)
-    mixed = interpolation.mix(params, 1.0, project=first)
-    chex.assert_trees_all_equal(mixed, first(make_mlp(1, 9)))
-
-
-# In epochs and loops
+    for call in (lambda: interpolation.join(make_mlp(2), make_mlp(1, 9), 0.5),
+                 lambda: interpolation.mix(pair, 0.5)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"in the student, .* in the teacher"):
+            call()
 
 
 @pytest.mark.parametrize("kind", ["pull", "through"])
@@ -325,14 +327,7 @@ def test_the_loop_takes_both_readings(kind, tmp_path):
     tx = optax.adam(0.01)
     rng = np.random.default_rng(3)
     training = {"image": rng.normal(size=(36, INPUTS)).astype("f4"), "label": np.arange(36) % 3}
-    apply_fn = {
-        "pull": train.student_of(mlp), "through": interpolation.interpolated(mlp, 0.5)
-    }[kind]  # fmt: skip
-
-    def student_fn(params, model_state, x, *, key=None):
-        return apply_fn(params, model_state, x, key=key)
-
-    validate = train.make_validation(student_fn, training)
+    validate = train.make_validation(training)
     epoch = train.make_epoch(reading(kind, tx, 0.5))
 
     def run(epochs, directory=None):
@@ -344,7 +339,8 @@ def test_the_loop_takes_both_readings(kind, tmp_path):
     whole = run(4)
     run(2, tmp_path / "checkpoints")
     pieces = run(4, tmp_path / "checkpoints")
-    chex.assert_trees_all_equal(whole.state.params, pieces.state.params)
+    parts = [(x.state.teacher.model, x.model) if kind == "pull" else x.model for x in (whole, pieces)]
+    chex.assert_trees_all_equal(*parts)
     assert whole.history["validation_nll"] == pieces.history["validation_nll"]
     assert whole.history["validation_nll"][-1] < whole.history["validation_nll"][0]
 
@@ -383,19 +379,19 @@ def test_the_tutorials_loop_corrected(name, source):
         rng = np.random.default_rng([20240613, seed])
         kernels = [rng.normal(size=(m, n)) * np.sqrt(2 / m) for m, n in ((784, 128), (128, 10))]
         layers = [{"kernel": jnp.asarray(k, jnp.float32), "bias": jnp.zeros(k.shape[1])} for k in kernels]
-        return train.init_state(dict(zip("ab", layers, strict=True)), tx, KEY)
+        return train.init_state(from_function(mlp, dict(zip("ab", layers, strict=True))), tx, KEY)
 
-    step = interpolation.pull(step_of(mlp, tx), step_of(mlp, tx), 0.5)
+    step = interpolation.pull(step_of(tx), step_of(tx), 0.5)
     pair = interpolation.Pair(start(0), start(1))
     pair, metrics = jax.jit(lambda p: jax.lax.scan(step, p, batches))(pair)
     np.testing.assert_allclose(metrics["loss"], golden["loss"], atol=1e-4)
     np.testing.assert_allclose(metrics["teacher_loss"], golden["teacher_loss"], atol=1e-4)
     for i, layer in enumerate("ab"):
         for part in ("kernel", "bias"):
-            flat = np.asarray(pair.student.params[layer][part], float).ravel()
+            flat = np.asarray(pair.model.params[layer][part], float).ravel()
             summary = [np.linalg.norm(flat), flat @ np.linspace(-1, 1, len(flat))]
             np.testing.assert_allclose(summary, golden[f"dense.{i}.{part}"], atol=1e-4)
-    logits, _ = mlp(pair.student.params, {}, batches["image"][0, :2])
+    logits = pair.model(batches["image"][0, :2])
     np.testing.assert_allclose(np.ravel(logits), golden["logits"], atol=1e-4)
 
 
@@ -408,17 +404,17 @@ def test_the_tutorials_loop_corrected(name, source):
         (lambda: interpolation.pull(None, None, 1.5), r"rate must lie in \[0, 1\], got 1.5"),
         (lambda: interpolation.through(None, -0.5), r"rate must lie in \[0, 1\], got -0.5"),
         (lambda: interpolation.through(None, {"a": 2.0}), r"rate\['a'\] must lie in \[0, 1\], got 2"),
-        (lambda: interpolation.join((1, {}), (2, {}), rate=1.0), r"rate must lie in \(0, 1\)"),
-        (lambda: interpolation.mix({"student": 1.0, "teacher": 2.0}), "params has no 'rate'"),
         (
-            lambda: interpolation.mix({"student": 1.0, "teacher": jnp.array(jnp.nan)}, 0.5),
+            lambda: interpolation.join(from_function(mlp, 1.0), from_function(mlp, 2.0), 1.5),
+            r"rate must lie in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: interpolation.join(from_function(mlp, 1.0), from_function(mlp, jnp.array(jnp.nan)), 0.5),
             "not finite in the teacher",
         ),
-        (lambda: interpolation.line_search(None, 0.0, 1.0, points=4), "points must be odd"),
-        (lambda: interpolation.line_search(None, 0.0, 1.0, rounds=0), "rounds must be at least 1"),
         (
             lambda: interpolation.pull(
-                None, step_of(mlp, optax.sgd(0.1)), {"c.kernel": 0.5, "d": 0.5, "": 0.1}
+                None, step_of(optax.sgd(0.1)), {"c.kernel": 0.5, "d": 0.5, "": 0.1}
             )(make_pair(optax.sgd(0.1), make_mlp), make_batch()),
             r"'c.kernel' is found in no path\n'd' is found in no path",
         ),
@@ -431,13 +427,23 @@ def test_bad_values(call, message):
 
 def misuse():
     """Kind → what a user does, and all that the answer must name."""
-    student, wide = make_mlp(1), make_mlp(2, 9)
-    graphs = [units.trace(lambda p, x: mlp(p, {}, x)[0], p, jnp.ones((1, INPUTS))) for p in (student, wide)]
+    models = make_mlp(1), make_mlp(2, 9)
+    student, wide = (model.params for model in models)
     every = ("a.kernel", "a.bias", "b.kernel", "b.bias")
-    statistics = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
+    normed = models[0].replace(state={"mean": jnp.zeros(2), "var": jnp.ones(2)})
 
     def mixing(teacher, rate=0.5):
-        return lambda: interpolation.mix({"student": student, "teacher": teacher}, rate)
+        def call():
+            states = [
+                train.init_state(from_function(mlp, p), optax.sgd(0.1), KEY) for p in (teacher, student)
+            ]
+            interpolation.mix(interpolation.Pair(*states), rate)
+
+        return call
+
+    def bringing():
+        graphs = [units.trace(model, jnp.ones((1, INPUTS))) for model in models]
+        units.bring(graphs[1], models[1], graphs[0], models[0])
 
     return {
         "other structures": (mixing({"a": student["a"], "c": student["b"]}), ("b.kernel", "c.bias")),
@@ -447,15 +453,10 @@ def misuse():
             mixing(student, {"a.bias": -0.5, "b.bias": 1.5, "": 0.5}), ("a.bias", "-0.5", "b.bias"),
         ),
         "NaN": (mixing(jax.tree.map(lambda x: x * jnp.nan, student)), every),
-        "a student wider than its teacher": (
-            lambda: units.bring(graphs[1], wide, graphs[0], student),
-            ("a.kernel", "a.bias", "b.kernel"),
-        ),
+        "a student wider than its teacher": (bringing, ("a.kernel", "a.bias", "b.kernel")),
         "an unmatched pattern": (mixing(student, {"c.*": 0.5, "bais": 0.5, "": 0.5}), ("c.*", "bais")),
         "BatchNorm left stale": (
-            lambda: weights.along(
-                lambda *network: 0.0, (student, statistics), (student, statistics), [0.5]
-            ),
+            lambda: weights.along(lambda model: 0.0, normed, normed, [0.5]),
             ("recalibrate", "mean", "var"),
         ),
     }  # fmt: skip

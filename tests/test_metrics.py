@@ -9,7 +9,7 @@ import pytest
 from sklearn import metrics as sk
 
 from distill_jax import metrics
-from distill_jax.models import build
+from distill_jax.models import build, from_function
 
 
 def draw(n=300, classes=7, seed=0):
@@ -23,7 +23,7 @@ def test_against_scikit_learn():
     logits, labels = draw()
     predicted = logits.argmax(-1)
     probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
-    result = metrics.evaluate(logits, labels)
+    result = metrics.figures(logits, labels)
     assert result["errors"] == (predicted != labels).sum()
     assert result["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
     for name, score in [
@@ -47,7 +47,7 @@ def test_classes_without_examples_or_predictions():
             score(labels, logits.argmax(-1), average="macro", zero_division=0)
             for score in (sk.precision_score, sk.recall_score, sk.f1_score)
         ]
-    result = metrics.evaluate(logits, labels)
+    result = metrics.figures(logits, labels)
     np.testing.assert_allclose([result[k] for k in ("precision", "recall", "f1")], expected)
 
 
@@ -74,11 +74,11 @@ def test_calibration_error_of_known_confidence():
 def test_fidelity_to_the_teacher():
     logits, labels = draw()
     teacher, _ = draw(seed=1)
-    result = metrics.evaluate(logits, labels, teacher)
+    result = metrics.figures(logits, labels, teacher)
     assert result["agreement"] == pytest.approx((logits.argmax(-1) == teacher.argmax(-1)).mean())
     p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (teacher, logits))
     assert result["teacher_kl"] == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-5)
-    same = metrics.evaluate(logits, labels, logits)
+    same = metrics.figures(logits, labels, logits)
     assert (same["agreement"], same["teacher_kl"]) == (1, 0)
 
 
@@ -93,14 +93,50 @@ def test_fidelity_to_the_teacher():
 )
 def test_bad_input_is_refused(logits, labels, message):
     with pytest.raises(ValueError, match=message):
-        metrics.evaluate(logits, labels)
+        metrics.figures(logits, labels)
+
+
+def test_a_model_is_evaluated_on_a_data_set():
+    """In batches that do not divide it, against the figures of the logits of one call."""
+    student, teacher = (build(f"mlp:{n}", (4, 4, 1), 3, jax.random.key(n), dropout=0.5) for n in (4, 8))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (53, 4, 4, 1), np.uint8)
+    labels = rng.integers(0, 3, 53)
+
+    def prepare(x):
+        return x / 255.0
+
+    options = {"prepare": prepare, "batch_size": 20}
+    ours, theirs = (np.asarray(model(prepare(images))) for model in (student, teacher))
+    for expected, result in [
+        (metrics.figures(ours, labels), metrics.evaluate(student, images, labels, **options)),
+        (
+            metrics.figures(ours, labels, theirs),
+            metrics.evaluate(student, images, labels, teacher=teacher, **options),
+        ),
+    ]:
+        assert result.keys() == expected.keys()
+        np.testing.assert_allclose(list(result.values()), list(expected.values()), rtol=1e-5)
+    assert {"agreement", "teacher_kl"} <= result.keys()
+    assert metrics.evaluate(student, images, labels, teacher=student, **options)["agreement"] == 1
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\), got 0 to 3"):
+        metrics.evaluate(student, images, np.where(labels == 2, 3, labels), **options)
+
+
+def test_costs_count_the_state_of_a_model_in_bytes_alone():
+    model = build("resnet8:0.5", (4, 4, 1), 3, jax.random.key(0))
+    (cost,) = metrics.costs([model], jnp.zeros((4, 4, 1)), repeats=1)
+    params, state = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (model.params, model.state))
+    assert state > 0
+    assert cost["parameters"] == params
+    assert cost["bytes"] == 4 * (params + state)
 
 
 def test_no_flops_where_xla_counts_a_loop_once():
-    def apply_fn(params, model_state, x):
-        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0], model_state
+    def fn(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params)[0]
 
-    (cost,) = metrics.costs([(apply_fn, jnp.ones((5, 8, 8)), {})], jnp.zeros(8), repeats=1)
+    (cost,) = metrics.costs([from_function(fn, jnp.ones((5, 8, 8)))], jnp.zeros(8), repeats=1)
     assert cost["parameters"] == 320
     assert "flops" not in cost
 
@@ -125,7 +161,7 @@ def test_a_ratio_above_one_says_the_first_model_is_faster(monkeypatch):
     names = []
 
     def timings(calls, *, repeats):
-        names.extend(call.args[0]["dense"][0]["kernel"].shape[1] for call in calls)
+        names.extend(call.args[0].params["dense"][0]["kernel"].shape[1] for call in calls)
         return np.array([[1.0, 3.0], [2.0, 8.0], [1.0, 2.0]])
 
     monkeypatch.setattr(metrics, "timings", timings)

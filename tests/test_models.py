@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.make_models import CLASSES, draw, fingerprint, images, reference_name
 
 from distill_jax import train
-from distill_jax.models import VGG, build, feature_names, from_linen, from_nnx, module
+from distill_jax.models import VGG, build, feature_names, from_linen, from_nnx, nnx_module
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("models.json").read_text())
 SMALL = [
@@ -45,7 +45,7 @@ class LinenCNN(linen.Module):
 
 def abstract(description, shape, classes=10, **options):
     """The module, its arrays being shapes."""
-    return nnx.eval_shape(lambda: module(description, shape, classes, rngs=nnx.Rngs(0), **options))
+    return nnx.eval_shape(lambda: nnx_module(description, shape, classes, rngs=nnx.Rngs(0), **options))
 
 
 def _recorder(cls, values, name):
@@ -119,7 +119,7 @@ def test_outputs_and_features_are_the_originals(description):
 
     @jax.jit
     def run(weights, x):
-        network = module(description, shape, CLASSES, rngs=nnx.Rngs(0))
+        network = nnx_module(description, shape, CLASSES, rngs=nnx.Rngs(0))
         state = nnx.state(network, (nnx.Param, nnx.BatchStat))
         nnx.replace_by_pure_dict(state, weights)
         nnx.update(network, state)
@@ -180,7 +180,7 @@ def test_features_follow_the_relu_and_preactivations_precede_it(description):
 
     @jax.jit
     def run(x):
-        network = module(description, shape, 3, rngs=nnx.Rngs(0))
+        network = nnx_module(description, shape, 3, rngs=nnx.Rngs(0))
         return recorded(network, [*before, *(follows if "wrn" in description else after)], x)[1]
 
     values = run(jnp.asarray(np.random.default_rng(0).normal(size=(4, *shape)), jnp.float32))
@@ -195,8 +195,8 @@ def steps(model, shape, *, count=12, rate=2e-3):
     rng = np.random.default_rng(1)
     batch = {"image": jnp.asarray(rng.normal(size=(16, *shape)), jnp.float32), "label": jnp.arange(16) % 4}
     tx = optax.adam(rate)
-    state = train.init_state(model.params, tx, jax.random.key(0), model.model_state)
-    step = jax.jit(train.make_train_step(train.supervised(model.apply_fn), tx))
+    state = train.init_state(model, tx, jax.random.key(0))
+    step = jax.jit(train.make_train_step(train.supervised(), tx))
     history = []
     for _ in range(count):
         state, metrics = step(state, batch)
@@ -216,7 +216,7 @@ def test_training_steps_lower_the_loss(description):
     history, state = steps(model, shape, count=40)
     assert history[-1] < 0.7 * history[0]
     assert np.isfinite(history).all()
-    for tree, like in ((state.params, model.params), (state.model_state, model.model_state)):
+    for tree, like in ((state.model.params, model.params), (state.model.state, model.state)):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(
             lambda x: (x.shape, x.dtype), like
         )
@@ -240,7 +240,7 @@ def test_bfloat16(description, options):
 
 def test_batch_norm_in_bfloat16_has_statistics_of_float32():
     """Its input is rounded, and nothing else: not the moments, nor the running averages."""
-    layer = module("vgg8:0.02", (8, 8, 1), 2, rngs=nnx.Rngs(0)).stem.blocks[0].norm
+    layer = nnx_module("vgg8:0.02", (8, 8, 1), 2, rngs=nnx.Rngs(0)).stem.blocks[0].norm
     x = np.random.default_rng(0).normal(size=(64, 3, 3, layer.num_features)) * 3 + 1
     x = jnp.asarray(x, jnp.bfloat16)
     wide = np.asarray(x, float)
@@ -267,10 +267,10 @@ def test_statistics_are_shared_over_a_named_axis(description):
     @jax.jit
     def shards(x):
         x = x.reshape(4, 2, *shape)
-        run = lambda x: shared.apply_fn(shared.params, shared.model_state, x, key=key)  # noqa: E731
+        run = lambda x: shared.apply(x, key=key)  # noqa: E731
         return jax.vmap(run, axis_name="batch", out_axes=(0, None))(x)
 
-    run = jax.jit(lambda x: whole.apply_fn(whole.params, whole.model_state, x, key=key))
+    run = jax.jit(lambda x: whole.apply(x, key=key))
     (logits, state), (expected, expected_state) = shards(x), run(x)
     np.testing.assert_allclose(logits.reshape(8, 3), expected, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, expected_state)
@@ -281,7 +281,7 @@ def test_dropout_draws_from_the_key(description):
     shape = (8, 8, 1)
     model = build(description, shape, 3, jax.random.key(0), dropout=0.5)
     x = jnp.ones((4, *shape)) * jnp.arange(4.0).reshape(4, 1, 1, 1)
-    run = jax.jit(lambda key: model.apply_fn(model.params, model.model_state, x, key=key)[0])
+    run = jax.jit(lambda key: model.apply(x, key=key)[0])
     first, second, again = (run(jax.random.key(i)) for i in (0, 1, 0))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, second)
@@ -294,7 +294,7 @@ def test_initial_weights(description, variance):
     """He's fan-out, or PyTorch's default; biases 0, scales 1."""
 
     def draw_one():
-        network = module(description, (8, 8, 1), 5, rngs=nnx.Rngs(3))
+        network = nnx_module(description, (8, 8, 1), 5, rngs=nnx.Rngs(3))
         if description == "vgg8":
             return network.stages[1].blocks[0].conv.kernel[...]
         return network.stages[1].blocks[0].conv3.kernel[...]
@@ -323,7 +323,7 @@ def test_descriptions_of_unusual_widths():
 )  # fmt: skip
 def test_a_bad_description_is_refused(text):
     with pytest.raises(ValueError, match="a model is described by a family"):
-        module(text, (8, 8, 1), 10, rngs=nnx.Rngs(0))
+        nnx_module(text, (8, 8, 1), 10, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_bad_description_is_refused(text):
 )
 def test_a_network_that_is_not_there(text, message):
     with pytest.raises(ValueError, match=message):
-        module(text, (8, 8, 1), 10, rngs=nnx.Rngs(0))
+        nnx_module(text, (8, 8, 1), 10, rngs=nnx.Rngs(0))
 
 
 def test_bad_arguments():
@@ -348,12 +348,12 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
         VGG((8, 8, 1), 0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
-        module("vgg8", (8, 8, 1), 3, rngs=nnx.Rngs(0), dropout=1.0)
+        nnx_module("vgg8", (8, 8, 1), 3, rngs=nnx.Rngs(0), dropout=1.0)
     with pytest.raises(ValueError, match="'mlp:3' has no list of features"):
         feature_names("mlp:3", (8, 8, 1))
 
 
 def test_module_of_the_small_families():
-    network = module("convnet:4", (8, 8, 1), 3, rngs=nnx.Rngs(0))
+    network = nnx_module("convnet:4", (8, 8, 1), 3, rngs=nnx.Rngs(0))
     model = from_nnx(network)
-    assert model.apply_fn(model.params, model.model_state, jnp.zeros((2, 8, 8, 1)))[0].shape == (2, 3)
+    assert model(jnp.zeros((2, 8, 8, 1))).shape == (2, 3)

@@ -10,7 +10,7 @@ from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import train
-from distill_jax.models import ConvNet, Model, from_linen, from_nnx
+from distill_jax.models import ConvNet, Model, from_function, from_linen, from_nnx
 
 BATCH, CLASSES, SHAPE = 32, 5, (6, 6, 2)
 
@@ -33,7 +33,7 @@ def nnx_model(axis_name=None) -> Model:
 
 def linen_model(axis_name=None) -> Model:
     # outside the mapped axis the name is unbound, so the arrays come from a model without it
-    _, params, state = from_linen(LinenNet(), jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    model = from_linen(LinenNet(), jax.random.key(0), jnp.zeros((1, *SHAPE)))
     module = LinenNet(axis_name)
 
     def apply_fn(params, model_state, x, *, key=None):
@@ -42,7 +42,7 @@ def linen_model(axis_name=None) -> Model:
             return module.apply(variables, x), model_state
         return module.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    return Model(apply_fn, params, state)
+    return model.replace(apply_fn=apply_fn)
 
 
 def plain_model(axis_name=None) -> Model:
@@ -90,15 +90,17 @@ def optimizer():
 
 
 def step_and_state(name, axis_name=None, **options):
-    model = MODELS[name](options.get("accumulate_axis", axis_name))
-    loss_fn = train.distill(model.apply_fn, temperature=4.0, alpha=0.3)
+    loss_fn = train.distill(temperature=4.0, alpha=0.3)
     step = train.make_train_step(loss_fn, optimizer(), axis_name=axis_name, **options)
-    return step, train.init_state(model.params, optimizer(), jax.random.key(1), model.model_state)
+    return step, train.init_state(MODELS[name](axis_name), optimizer(), jax.random.key(1))
 
 
 def arrays(result):
     state, metrics = result
-    return jax.tree.map(np.asarray, (state._replace(key=jax.random.key_data(state.key)), metrics))
+    parts = {"params": state.model.params, "state": state.model.state}  # of functions with other axis names
+    return jax.tree.map(
+        np.asarray, (state._replace(model=parts, key=jax.random.key_data(state.key)), metrics)
+    )
 
 
 def reference(name, weighted=False):
@@ -167,37 +169,29 @@ def test_unequal_weights_are_exact_on_every_device(way):
     chex.assert_trees_all_close(arrays(WAYS[way]("plain", True)), reference("plain", True), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_accumulation_in_lockstep_is_the_whole_batch_with_batch_norm(name, parts):
-    step, state = step_and_state(name, accumulate=parts, accumulate_axis="parts" if parts > 1 else None)
-    result = arrays(jax.jit(step)(state, make_batch()))
-    chex.assert_trees_all_close(result, reference(name), atol=1e-6)
+def stateless_model() -> Model:
+    def fn(params, x):
+        return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"]
+
+    return from_function(fn, plain_model().params)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_accumulation_is_the_whole_batch(parts, weighted):
-    def apply_fn(params, model_state, x, *, key=None):
-        return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"], model_state
-
-    params = plain_model().params
-    loss_fn = train.distill(apply_fn, temperature=4.0, alpha=0.3)
+    loss_fn = train.distill(temperature=4.0, alpha=0.3)
     results = []
     for accumulate in (1, parts):
         step = train.make_train_step(loss_fn, optimizer(), accumulate=accumulate)
-        state = train.init_state(params, optimizer(), jax.random.key(1))
+        state = train.init_state(stateless_model(), optimizer(), jax.random.key(1))
         results.append(arrays(jax.jit(step)(state, make_batch(weighted))))
     chex.assert_trees_all_close(*results, atol=1e-6)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_accumulation_on_several_devices_is_the_whole_batch(check_vma):
-    def apply_fn(params, model_state, x, *, key=None):
-        return jnp.tanh(x.reshape(x.shape[0], -1) @ params["w1"]) @ params["w2"], model_state
-
-    loss_fn = train.distill(apply_fn, temperature=4.0, alpha=0.3)
-    state = train.init_state(plain_model().params, optimizer(), jax.random.key(1))
+    loss_fn = train.distill(temperature=4.0, alpha=0.3)
+    state = train.init_state(stateless_model(), optimizer(), jax.random.key(1))
     whole = jax.jit(train.make_train_step(loss_fn, optimizer()))(state, make_batch(True))
     step = train.make_train_step(loss_fn, optimizer(), axis_name="batch", accumulate=2)
     mapped = jax.shard_map(
@@ -210,37 +204,36 @@ def test_accumulation_on_several_devices_is_the_whole_batch(check_vma):
 def test_evaluation_on_several_devices_is_the_whole_batch(check_vma):
     model, batch = plain_model(), make_batch(True)
     count = {"right": lambda logits, batch: (logits.argmax(-1) == batch["label"]) * 1.0}
-    whole = jax.jit(train.make_eval_step(model.apply_fn, count))
+    whole = jax.jit(train.make_eval_step(count))
     mapped = jax.shard_map(
-        train.make_eval_step(model.apply_fn, count, axis_name="batch"),
+        train.make_eval_step(count, axis_name="batch"),
         mesh=train.data_mesh(4),
-        in_specs=(P(), P(), P("batch")),
+        in_specs=(P(), P("batch")),
         out_specs=P(),
         check_vma=check_vma,
     )
-    arguments = (model.params, model.model_state, batch)
-    expected = whole(*arguments)
+    expected = whole(model, batch)
     assert 0 < expected["right"] < expected["weight"]
-    chex.assert_trees_all_close(jax.jit(mapped)(*arguments), expected, rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(mapped)(model, batch), expected, rtol=1e-6)
 
 
-def test_accumulation_without_lockstep_gives_batch_norm_its_part_only():
+def test_accumulation_gives_batch_norm_its_part_only():
     """The difference that the docstring of make_train_step states."""
     step, state = step_and_state("nnx", accumulate=4)
     result = arrays(jax.jit(step)(state, make_batch()))
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(result[0].params, reference("nnx")[0].params, atol=1e-6)
+        chex.assert_trees_all_close(result[0].model["params"], reference("nnx")[0].model["params"], atol=1e-6)
 
 
 def test_devices_draw_different_dropout():
-    def apply_fn(params, model_state, x, *, key=None):
-        return params["w"] * jax.random.uniform(key, (x.shape[0], 2)), model_state
+    def fn(params, x, key=None):
+        return params["w"] * jax.random.uniform(key, (x.shape[0], 2))
 
-    def loss_fn(params, model_state, batch, *, key, step):
-        outputs, _ = apply_fn(params, model_state, batch["image"], key=key)
+    def loss_fn(model, batch, *, key, step):
+        outputs, model_state = model.apply(batch["image"], key=key)
         return outputs.mean(), (model_state, {"spread": outputs.mean() ** 2})
 
-    state = train.init_state({"w": jnp.ones(())}, optax.sgd(0.1), jax.random.key(0))
+    state = train.init_state(from_function(fn, {"w": jnp.ones(())}), optax.sgd(0.1), jax.random.key(0))
     step = train.make_train_step(loss_fn, optax.sgd(0.1), axis_name="batch")
     _, metrics = jax.pmap(step, "batch", in_axes=(None, 0), out_axes=None)(
         state, {"image": jnp.zeros((4, 8, 1))}

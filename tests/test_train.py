@@ -11,11 +11,11 @@ import pytest
 from flax import linen, nnx
 
 from distill_jax import data, losses, train
-from distill_jax.models import MLP, ConvNet, build, from_linen, from_nnx
+from distill_jax.models import MLP, ConvNet, Model, build, from_function, from_linen, from_nnx
 
 
-def linear(params, model_state, x, *, key=None):
-    return x @ params["w"], model_state
+def linear(params, x):
+    return x @ params["w"]
 
 
 def make_data(n=12, inputs=4, classes=3, seed=0):
@@ -28,6 +28,7 @@ def make_data(n=12, inputs=4, classes=3, seed=0):
 
 
 PARAMS = {"w": np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)}
+LINEAR = from_function(linear, PARAMS)
 
 
 def softmax(z):
@@ -49,9 +50,9 @@ def test_distillation_step_by_hand():
     hard = -np.log(softmax(z)[np.arange(len(x)), batch["label"]]).mean()
 
     tx = optax.sgd(rate)
-    step = train.make_train_step(train.distill(linear, temperature=3.0, alpha=alpha), tx)
-    state, metrics = jax.jit(step)(train.init_state(PARAMS, tx, jax.random.key(0)), batch)
-    np.testing.assert_allclose(state.params["w"], expected, atol=1e-6)
+    step = train.make_train_step(train.distill(temperature=3.0, alpha=alpha), tx)
+    state, metrics = jax.jit(step)(train.init_state(LINEAR, tx, jax.random.key(0)), batch)
+    np.testing.assert_allclose(state.model.params["w"], expected, atol=1e-6)
     np.testing.assert_allclose(metrics["soft"], soft, rtol=1e-6)
     np.testing.assert_allclose(metrics["hard"], hard, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], alpha * hard + (1 - alpha) * soft, rtol=1e-6)
@@ -63,10 +64,10 @@ def test_distillation_step_by_hand():
 def test_schedules_of_temperature_and_alpha_follow_the_step():
     tx = optax.sgd(0.0)
     loss_fn = train.distill(
-        linear, temperature=optax.linear_schedule(1.0, 5.0, 4), alpha=optax.linear_schedule(1.0, 0.0, 4)
+        temperature=optax.linear_schedule(1.0, 5.0, 4), alpha=optax.linear_schedule(1.0, 0.0, 4)
     )
     step = jax.jit(train.make_train_step(loss_fn, tx))
-    state, batch = train.init_state(PARAMS, tx, jax.random.key(0)), make_data()
+    state, batch = train.init_state(LINEAR, tx, jax.random.key(0)), make_data()
     logits = batch["image"] @ PARAMS["w"]
     for number in range(5):
         state, metrics = step(state, batch)
@@ -78,30 +79,34 @@ def test_schedules_of_temperature_and_alpha_follow_the_step():
 
 def test_label_smoothing_and_soft_labels():
     batch = make_data()
-    state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
-    step = train.make_train_step(train.supervised(linear, label_smoothing=0.2), optax.sgd(0.1))
+    state = train.init_state(LINEAR, optax.sgd(0.1), jax.random.key(0))
+    step = train.make_train_step(train.supervised(label_smoothing=0.2), optax.sgd(0.1))
     smoothed = jax.nn.one_hot(batch["label"], 3) * 0.8 + 0.2 / 3
-    plain = train.make_train_step(train.supervised(linear), optax.sgd(0.1))
+    plain = train.make_train_step(train.supervised(), optax.sgd(0.1))
     chex.assert_trees_all_close(
-        step(state, batch)[0].params, plain(state, {**batch, "label": smoothed})[0].params, rtol=1e-6
+        step(state, batch)[0].model.params,
+        plain(state, {**batch, "label": smoothed})[0].model.params,
+        rtol=1e-6,
     )
 
 
 def test_examples_of_weight_zero_do_not_exist():
     batch = make_data()
     shorter = jax.tree.map(lambda x: x[:9], batch)
-    step = train.make_train_step(train.distill(linear), optax.sgd(0.1))
-    state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
+    step = train.make_train_step(train.distill(), optax.sgd(0.1))
+    state = train.init_state(LINEAR, optax.sgd(0.1), jax.random.key(0))
     weight = (jnp.arange(12) < 9).astype(jnp.float32)
     masked, metrics = step(state, {**batch, "weight": weight})
     expected, expected_metrics = step(state, shorter)
-    chex.assert_trees_all_close((masked.params, metrics), (expected.params, expected_metrics), rtol=1e-5)
+    chex.assert_trees_all_close(
+        (masked.model.params, metrics), (expected.model.params, expected_metrics), rtol=1e-5
+    )
     values = jnp.where(weight > 0, 1.0, jnp.nan)
     assert train.weighted_mean(values, {"weight": weight}) == 1.0
 
 
 def test_any_loss_of_the_library_distils():
-    state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
+    state = train.init_state(LINEAR, optax.sgd(0.1), jax.random.key(0))
     batch = make_data()
     for soft, temperature in [
         (losses.reverse_kl, 2.0),
@@ -110,7 +115,7 @@ def test_any_loss_of_the_library_distils():
         (losses.soft_cross_entropy, 2.0),
         (losses.mean_squared_logits, None),
     ]:
-        loss_fn = train.distill(linear, temperature=temperature, alpha=0.0, soft=soft)
+        loss_fn = train.distill(temperature=temperature, alpha=0.0, soft=soft)
         step = jax.jit(train.make_train_step(loss_fn, optax.sgd(0.01)))
         after, first = step(state, batch)
         _, second = step(after, batch)
@@ -119,8 +124,8 @@ def test_any_loss_of_the_library_distils():
 
 
 def test_a_batch_without_teacher_is_refused():
-    step = train.make_train_step(train.distill(linear), optax.sgd(0.1))
-    state = train.init_state(PARAMS, optax.sgd(0.1), jax.random.key(0))
+    step = train.make_train_step(train.distill(), optax.sgd(0.1))
+    state = train.init_state(LINEAR, optax.sgd(0.1), jax.random.key(0))
     batch = {k: v for k, v in make_data().items() if k != "teacher"}
     with pytest.raises(ValueError, match=r"no 'teacher' logits.*it has \['image', 'label'\]"):
         step(state, batch)
@@ -132,7 +137,7 @@ def test_a_batch_without_teacher_is_refused():
 )
 def test_bad_hyperparameters_are_refused_when_the_objective_is_made(options, message):
     with pytest.raises(ValueError, match=message):
-        train.distill(linear, **options)
+        train.distill(**options)
 
 
 # --- epochs ----------------------------------------------------------------------------------
@@ -147,9 +152,9 @@ def conv_and_dense():
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
 def test_an_epoch_is_its_steps(kind, monkeypatch):
     model, tx = conv_and_dense()[kind], optax.sgd(0.1, momentum=0.9)
-    step = train.make_train_step(train.supervised(model.apply_fn), tx)
+    step = train.make_train_step(train.supervised(), tx)
     rng = np.random.default_rng(0)
-    data = {
+    examples = {
         "image": jnp.asarray(rng.normal(size=(20, 6, 6, 1)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 3, 20), jnp.int32),
     }
@@ -161,16 +166,16 @@ def test_an_epoch_is_its_steps(kind, monkeypatch):
         return {**batch, "image": context * data.random_shift(key, batch["image"], 1)}
 
     epoch = train.make_epoch(step, transform=transform)
-    state = train.init_state(model.params, tx, jax.random.key(3), model.model_state)
+    state = train.init_state(model, tx, jax.random.key(3))
     expected = state
     for rows in order:
-        batch = jax.tree.map(lambda x, rows=rows: x[rows], data)
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], examples)
         batch = transform(2.0, batch, train.step_key(expected, 1))
         expected, metrics = jax.jit(step)(expected, batch)
     monkeypatch.setattr(jax.lax, "scan", lambda *a, **k: scans.append(1) or original(*a, **k))
-    state, collected = epoch(state, data, order, 2.0)
+    state, collected = epoch(state, examples, order, 2.0)
     assert bool(scans) == (kind == "dense")  # a convolution must not stand in a scan on a CPU
-    chex.assert_trees_all_close(state.params, expected.params, atol=1e-6)
+    chex.assert_trees_all_close(state.model.params, expected.model.params, atol=1e-6)
     np.testing.assert_allclose(collected["loss"][-1], metrics["loss"], rtol=1e-5)
     assert collected["loss"].shape == (5,)
     jax.tree.map(np.asarray, model.params)  # the step donates its state, not the model's arrays
@@ -188,7 +193,7 @@ def test_scan_is_fast_sees_through_jit_and_custom_rules():
 
 def test_a_sweep_of_seeds_is_a_vmap_of_the_epoch():
     tx = optax.adam(1e-2)
-    step = train.make_train_step(train.distill(linear), tx)
+    step = train.make_train_step(train.distill(), tx)
     batches = jax.tree.map(lambda x: x.reshape(3, 4, *x.shape[1:]), make_data())
 
     def epoch(state):
@@ -196,13 +201,13 @@ def test_a_sweep_of_seeds_is_a_vmap_of_the_epoch():
 
     def start(seed):
         params = {"w": jax.random.normal(jax.random.key(seed), (4, 3))}
-        return train.init_state(params, tx, jax.random.key(seed))
+        return train.init_state(from_function(linear, params), tx, jax.random.key(seed))
 
     states = jax.vmap(start)(jnp.arange(3))
     swept, _ = jax.jit(jax.vmap(epoch))(states)
     for seed in range(3):
         single, _ = jax.jit(epoch)(start(seed))
-        chex.assert_trees_all_close(swept.params["w"][seed], single.params["w"], atol=1e-6)
+        chex.assert_trees_all_close(swept.model.params["w"][seed], single.model.params["w"], atol=1e-6)
 
 
 # --- optimizer parts -------------------------------------------------------------------------
@@ -210,13 +215,13 @@ def test_a_sweep_of_seeds_is_a_vmap_of_the_epoch():
 
 def test_max_norm_bounds_each_unit():
     tx = optax.chain(optax.sgd(10.0), train.max_norm(0.5))
-    step = train.make_train_step(train.supervised(linear), tx)
+    step = train.make_train_step(train.supervised(), tx)
     params = {"w": jnp.asarray(PARAMS["w"]) * jnp.array([0.01, 1.0, 1.0])}
-    state, _ = step(train.init_state(params, tx, jax.random.key(0)), make_data())
-    free, _ = train.make_train_step(train.supervised(linear), optax.sgd(10.0))(
-        train.init_state(params, optax.sgd(10.0), jax.random.key(0)), make_data()
+    state, _ = step(train.init_state(from_function(linear, params), tx, jax.random.key(0)), make_data())
+    free, _ = train.make_train_step(train.supervised(), optax.sgd(10.0))(
+        train.init_state(from_function(linear, params), optax.sgd(10.0), jax.random.key(0)), make_data()
     )
-    norms, free_norms = (np.linalg.norm(s.params["w"], axis=0) for s in (state, free))
+    norms, free_norms = (np.linalg.norm(s.model.params["w"], axis=0) for s in (state, free))
     np.testing.assert_allclose(norms, np.minimum(free_norms, 0.5), rtol=1e-6)
     assert (free_norms > 0.5).any()
     with pytest.raises(ValueError, match="limit must be positive"):
@@ -248,16 +253,17 @@ def test_training_mode_comes_with_the_key(name):
         x = x.reshape(12, 2, 2, 1)
         options = {"channels": (2,), "batch_norm": True, "dropout": 0.5}
         model = from_nnx(ConvNet((2, 2, 1), 3, **options, rngs=nnx.Rngs(0)))
-    run = jax.jit(model.apply_fn)
-    quiet, same = run(model.params, model.model_state, x)
-    chex.assert_trees_all_equal(same, model.model_state)
-    np.testing.assert_array_equal(quiet, run(model.params, model.model_state, x)[0])
-    a, state = run(model.params, model.model_state, x, key=jax.random.key(1))
-    b, _ = run(model.params, model.model_state, x, key=jax.random.key(2))
-    again, _ = run(model.params, model.model_state, x, key=jax.random.key(1))
+    run = jax.jit(lambda model, x, key=None: model.apply(x, key=key))
+    quiet, same = run(model, x)
+    chex.assert_trees_all_equal(same, model.state)
+    np.testing.assert_array_equal(quiet, run(model, x)[0])
+    np.testing.assert_array_equal(quiet, jax.jit(Model.__call__)(model, x))
+    a, state = run(model, x, jax.random.key(1))
+    b, _ = run(model, x, jax.random.key(2))
+    again, _ = run(model, x, jax.random.key(1))
     np.testing.assert_array_equal(a, again)
     assert np.abs(np.asarray(a - b)).max() > 0.01
-    assert jax.tree.structure(state) == jax.tree.structure(model.model_state)
+    assert jax.tree.structure(state) == jax.tree.structure(model.state)
     if name == "convnet":
         assert np.abs(np.asarray(state["norm"][0]["mean"])).max() > 0
 
@@ -273,27 +279,25 @@ def test_linen_and_plain_functions_train_like_nnx():
             x = linen.relu(linen.Dense(8)(x))
             return linen.Dense(3)(x)
 
-    def plain(params, model_state, x, *, key=None):
+    def plain(params, x):
         (w1, b1), (w2, b2) = params
-        return jax.nn.relu(x @ w1 + b1) @ w2 + b2, model_state
+        return jax.nn.relu(x @ w1 + b1) @ w2 + b2
 
-    others = {
-        "linen": (
-            from_linen(Plain(), jax.random.key(0), batch["image"]).apply_fn,
-            {"Dense_0": kernels[0], "Dense_1": kernels[1]},
-        ),
-        "plain": (plain, [(k["kernel"], k["bias"]) for k in kernels.values()]),
-    }
+    linen_model = from_linen(Plain(), jax.random.key(0), batch["image"])
+    others = [
+        linen_model.replace(params={"Dense_0": kernels[0], "Dense_1": kernels[1]}),
+        from_function(plain, [(k["kernel"], k["bias"]) for k in kernels.values()]),
+    ]
     tx = optax.adam(0.1)
+    step = jax.jit(train.make_train_step(train.distill(), tx))
 
-    def leaves_after_a_step(apply_fn, params):
-        step = train.make_train_step(train.distill(apply_fn), tx)
-        state, _ = jax.jit(step)(train.init_state(params, tx, jax.random.key(0)), batch)
-        return sorted(jax.tree.leaves(state.params), key=lambda x: (x.ndim, x.size))
+    def leaves_after_a_step(model):
+        state, _ = step(train.init_state(model, tx, jax.random.key(0)), batch)
+        return sorted(jax.tree.leaves(state.model.params), key=lambda x: (x.ndim, x.size))
 
-    expected = leaves_after_a_step(model.apply_fn, model.params)
-    for apply_fn, params in others.values():
-        chex.assert_trees_all_close(leaves_after_a_step(apply_fn, params), expected, atol=1e-6)
+    expected = leaves_after_a_step(model)
+    for other in others:
+        chex.assert_trees_all_close(leaves_after_a_step(other), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["mlp", "mlp:", "mlp:0", "mlp:12,x", "resnet:3", ""])

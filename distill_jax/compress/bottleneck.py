@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import Model, predict
 from distill_jax.compress import linear_codes
 from distill_jax.features.capturing import capture, resume
-from distill_jax._model import Model
-from distill_jax._model import predict
 from distill_jax.weights.structure import by_path, path_name
 
 PyTree = Any

@@ -14,6 +14,7 @@ down only while a capture traces them.)
 - A value inside ``jax.lax.scan`` is stacked over the iterations, a leading axis.
 """
 
+import dataclasses
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from distill_jax._model import Model
+from distill_jax._jaxpr import trace
+from distill_jax._model import ApplyFn, Model, PyTree
 
 # Distinguishes a module's path from the names that a rematerialisation policy may speak of
 _MARK = "distill_jax:"
@@ -94,27 +96,32 @@ def capture(model: Model, select: str | Sequence[str]) -> Model:
     if not patterns:
         raise ValueError("select must name at least one value, got none: give names or patterns")
 
-    apply_fn = model.apply_fn
+    return model.replace(apply_fn=_Captured(model.apply_fn, patterns))
 
-    def captured(params, model_state, x, *, key=None):
-        program, results = _trace(apply_fn, params, model_state, x, key)
-        names = _Names(lambda name: any(fnmatch.fnmatchcase(name, p) for p in patterns))
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """The ``apply_fn`` of :func:`capture`; equal where the function and the patterns are."""
+
+    apply_fn: ApplyFn
+    patterns: tuple[str, ...]
+
+    def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
+        program, results = _trace(self.apply_fn, params, state, x, key)
+        names = _Names(lambda name: any(fnmatch.fnmatchcase(name, p) for p in self.patterns))
         jaxpr, found = names.expose(program.jaxpr)
-        for pattern in patterns:
+        for pattern in self.patterns:
             if not fnmatch.filter(names.seen, pattern):
                 raise ValueError(
                     f"select: no value is named {pattern!r}. Named are: "
                     f"{', '.join(names.seen) or 'none (see the docstring of distill_jax.features.capture)'}"
                 )
         program = program.replace(jaxpr=jaxpr.replace(outvars=[*jaxpr.outvars, *(var for _, var in found)]))
-        leaves = jax.tree.leaves((params, model_state, x, key))
-        values = core.jaxpr_as_fun(program)(*leaves)
+        values = core.jaxpr_as_fun(program)(*jax.tree.leaves((params, state, x, key)))
         count = len(values) - len(found)
-        outputs, model_state = jax.tree.unflatten(jax.tree.structure(results), values[:count])
+        outputs, state = jax.tree.unflatten(jax.tree.structure(results), values[:count])
         names_found = [name for name, _ in found]
-        return (outputs, dict(zip(names_found, values[count:], strict=True))), model_state
-
-    return model.replace(apply_fn=captured)
+        return (outputs, dict(zip(names_found, values[count:], strict=True))), state
 
 
 def resume(model: Model, name: str, example: Any) -> Model:
@@ -141,30 +148,42 @@ def resume(model: Model, name: str, example: Any) -> Model:
     >>> print(resume(model, "more", jnp.zeros(()))(jnp.array([5.0])))
     [50.]
     """
-    apply_fn = model.apply_fn
+    shape, dtype = tuple(jnp.shape(example)), jnp.dtype(jnp.result_type(example))
+    return model.replace(apply_fn=_Resumed(model.apply_fn, name, shape, dtype))
 
-    def rest(params, model_state, value, *, key=None):
-        shape, dtype = jnp.shape(example), jnp.result_type(example)
-        x = jax.ShapeDtypeStruct((value.shape[0], *shape), dtype)
-        program, results = _trace(apply_fn, params, model_state, x, key)
-        names = _Names(lambda found: found == name)
+
+@dataclasses.dataclass(frozen=True)
+class _Resumed:
+    """The ``apply_fn`` of :func:`resume`; equal where the function, the name and the inputs' form are."""
+
+    apply_fn: ApplyFn
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __call__(self, params: PyTree, state: PyTree, value: Any, *, key: Any = None) -> tuple[Any, PyTree]:
+        x = jax.ShapeDtypeStruct((value.shape[0], *self.shape), self.dtype)
+        program, results = _trace(self.apply_fn, params, state, x, key)
+        names = _Names(lambda found: found == self.name)
         jaxpr, found = names.expose(program.jaxpr)
         if not found:
-            raise ValueError(f"name: no value is named {name!r}, only {', '.join(names.seen)}")
+            raise ValueError(f"name: no value is named {self.name!r}, only {', '.join(names.seen)}")
         start = found[0][1]
         if start.aval.shape != value.shape:
-            raise ValueError(f"value must be of the shape of {name!r}, {start.aval.shape}, got {value.shape}")
-        leaves = jax.tree.leaves((params, model_state))
+            raise ValueError(
+                f"value must be of the shape of {self.name!r}, {start.aval.shape}, got {value.shape}"
+            )
+        leaves = jax.tree.leaves((params, state))
         given, other = jaxpr.invars[: len(leaves)], jaxpr.invars[len(leaves) + 1 :]
         outside = _followers(jaxpr, jaxpr.invars[len(leaves)], start)
         outputs = list(jaxpr.outvars)
         count = len(jax.tree.leaves(results[0]))
         if any(_is_var(out) and out in outside for out in outputs[:count]):
             raise ValueError(
-                f"the outputs do not follow from {name!r} alone: cut the model where no connection "
+                f"the outputs do not follow from {self.name!r} alone: cut the model where no connection "
                 "passes by, and not within jax.jit (give the function, not the jitted one)"
             )
-        states = given[len(given) - len(jax.tree.leaves(model_state)) :]
+        states = given[len(given) - len(jax.tree.leaves(state)) :]
         outputs[count:] = [
             old if _is_var(new) and new in outside else new
             for old, new in zip(states, outputs[count:], strict=True)
@@ -177,8 +196,6 @@ def resume(model: Model, name: str, example: Any) -> Model:
         )
         values = core.jaxpr_as_fun(program.replace(jaxpr=kept))(*leaves, *jax.tree.leaves(key), value)
         return jax.tree.unflatten(jax.tree.structure(results), values)
-
-    return model.replace(apply_fn=rest)
 
 
 def _is_var(atom: Any) -> bool:
@@ -227,12 +244,9 @@ def layer_shapes(model: Model, x: Any, *, key: jax.Array | None = None) -> dict[
     }
 
 
-def _trace(apply_fn: Callable[..., Any], params: Any, model_state: Any, x: Any, key: Any) -> Any:
-    def fresh(params, model_state, x, key):  # a new function, so that no cache of traces answers
-        return apply_fn(params, model_state, x, key=key)
-
+def _trace(apply_fn: ApplyFn, params: PyTree, state: PyTree, x: Any, key: Any) -> tuple[Any, Any]:
     with _naming(True):
-        return jax.make_jaxpr(fresh, return_shape=True)(params, model_state, x, key)
+        return trace(lambda *arguments: apply_fn(*arguments[:-1], key=arguments[-1]), params, state, x, key)
 
 
 class _Names:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._jaxpr import primitives
 from distill_jax.train.step import Batch, Metrics, PyTree, Step, TrainState, step_key
 
 
@@ -22,8 +23,7 @@ def scan_is_fast(fn: Callable[..., Any], *args: Any) -> bool:
     """
     if jax.default_backend() != "cpu":
         return True
-    # Printed, a jaxpr shows the primitives of every jaxpr inside it.
-    return "conv_general_dilated" not in str(jax.make_jaxpr(fn)(*args))
+    return "conv_general_dilated" not in primitives(jax.make_jaxpr(fn)(*args))
 
 
 def make_epoch(
@@ -65,10 +65,11 @@ def make_epoch(
 
     def epoch(state, data, order, context=None):
         order = np.asarray(order)
-        shapes = tuple(map(np.shape, jax.tree.leaves((state, data)))), order.shape[1:]
-        if shapes not in fast:
-            fast[shapes] = scan_is_fast(one, state, order[0], data, context)
-        if fast[shapes]:
+        leaves, structure = jax.tree.flatten((state, data, context))  # models' functions are in the structure
+        program = structure, tuple(map(np.shape, leaves)), order.shape[1:]
+        if program not in fast:
+            fast[program] = scan_is_fast(one, state, order[0], data, context)
+        if fast[program]:
             return jitted_scan(state, data, order, context)
         collected = []
         for rows in order:

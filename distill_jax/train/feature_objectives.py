@@ -1,6 +1,7 @@
 """The objective of learning from a teacher's intermediate layers, and the parameters trained beside it."""
 
 import dataclasses
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,12 +68,15 @@ def distill_features(
     """
     terms = _terms(learned, pairs)
     names = sorted({name for _, _, layers in terms for name, _ in layers} - {OUTPUTS})
+    patterns = [glob.escape(name) for name in names]
     check_options(0.0, temperature)
     for name, weight in {"hard_weight": hard_weight, "soft_weight": soft_weight}.items():
         if not callable(weight) and not weight >= 0:
             raise ValueError(f"{name} must not be negative, got {weight}")
 
     def loss_fn(model, batch, *, key, step):
+        if not isinstance(model.apply_fn, _StudentPart):
+            raise ValueError("distill_features needs a model from attach_learned, got another one")
         teacher = teacher_of(batch)
         if names and "features" not in teacher:
             raise ValueError(
@@ -80,7 +84,7 @@ def distill_features(
                 "features.capture(teacher, names)"
             )
         if names:
-            (logits, features), state = capture(model, names).apply(batch["image"], key=key)
+            (logits, features), state = capture(model, patterns).apply(batch["image"], key=key)
         else:
             (logits, state), features = model.apply(batch["image"], key=key), {}
         ours = {**features, OUTPUTS: logits}
@@ -132,12 +136,15 @@ def attach_learned(
       learned: the feature losses, as given to :func:`distill_features`.
       pairs: the pairs of layers, as given to :func:`distill_features`.
       student_shapes: name → anything with a ``shape``, for example from
-        :func:`distill_jax.features.layer_shapes`.
+        :func:`distill_jax.features.layer_shapes`; with an entry ``"outputs"`` where a pair names them.
       teacher_shapes: the same for the teacher's layers.
 
     Returns:
       A model with the parameters ``{"student": ..., "learned": (...)}``, the latter a tuple with one entry
       per loss. It computes what the student computes. :func:`detach_learned` gives the student back.
+
+    Raises:
+      ValueError: if there is no loss, no pair for one, or no shape for a layer.
     """
     terms = _terms(learned, pairs)
     keys = jax.random.split(key, len(terms))
@@ -158,6 +165,9 @@ def detach_learned(model: Model) -> Model:
 
     Args:
       model: the model in training, or after it.
+
+    Raises:
+      ValueError: if the model does not come from :func:`attach_learned`.
     """
     if not isinstance(model.apply_fn, _StudentPart):
         raise ValueError("expected a model from attach_learned, got another one")

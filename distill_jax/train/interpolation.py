@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from distill_jax import weights
 from distill_jax._model import ApplyFn, Model, PyTree
@@ -123,9 +124,10 @@ def join(student: Model, teacher: Model, rate: Rate) -> Model:
     """
     _check(rate)
     _interpolate(student.params, teacher.params, _at(rate, jnp.int32(0)))
-    frozen = tuple(rate.items()) if isinstance(rate, Mapping) else rate
+    named = rate if isinstance(rate, Mapping) else {None: rate}
+    constant = tuple((pattern, x if callable(x) else float(x)) for pattern, x in named.items())
     return Model(
-        _Interpolated(student.apply_fn, teacher.apply_fn, frozen),
+        _Interpolated(student.apply_fn, teacher.apply_fn, constant),
         {"student": student.params, "teacher": teacher.params},
         {"student": student.state, "teacher": teacher.state},
     )
@@ -133,18 +135,15 @@ def join(student: Model, teacher: Model, rate: Rate) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Interpolated:
-    """The ``apply_fn`` of :func:`join`."""
+    """The ``apply_fn`` of :func:`join`; the pattern None stands for all parameters."""
 
     student_fn: ApplyFn
     teacher_fn: ApplyFn
-    frozen_rate: Any
-
-    @property
-    def rate(self) -> Rate:
-        return dict(self.frozen_rate) if isinstance(self.frozen_rate, tuple) else self.frozen_rate
+    rates: tuple[tuple[str | None, Schedule], ...]
 
     def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
-        share = _at(self.rate, jnp.int32(0))
+        rates: dict[Any, Schedule] = dict(self.rates)
+        share = _at(rates.get(None, rates), jnp.int32(0))
         mixed = _interpolate(params["student"], params["teacher"], share)
         outputs, student = self.student_fn(mixed, state["student"], x, key=key)
         return outputs, {**state, "student": student}
@@ -224,7 +223,7 @@ def split_tx(
     )
 
 
-def mix(model: Model, rate: Any) -> Model:
+def mix(model: Model | Pair, rate: float | ArrayLike | Mapping[str, Any]) -> Model:
     """Computes the interpolated network of a model from :func:`join`, as a model of its own.
 
     Args:
@@ -244,7 +243,7 @@ def mix(model: Model, rate: Any) -> Model:
     return Model(_interpolated(model).student_fn, mixed, model.state["student"])
 
 
-def sweep(make: Callable[[Any], Step], rates: Any) -> Step:
+def sweep(make: Callable[[Any], Step], rates: ArrayLike) -> Step:
     """Makes one step of many: the same step at each of several λ, in one program.
 
     The students are mapped by ``vmap``. The teacher does not depend on λ, so it is trained once for all.
@@ -315,6 +314,11 @@ def student_axes(states: Any) -> Any:
         return Pair(whole(states.teacher, None), mapped)
     model = states.model
     _interpolated(model)
+    if not hasattr(states.opt_state, "inner_states"):
+        raise ValueError(
+            "a sweep of a joined model needs the optimizer of interpolation.split_tx itself, got the state "
+            f"{type(states.opt_state).__name__}: put other transformations inside its parts"
+        )
     axes = model.replace(params=split(model.params), state=split(model.state))
     opt_state = states.opt_state._replace(inner_states=split(states.opt_state.inner_states))
     return TrainState(shared, axes, opt_state, shared)

@@ -205,7 +205,7 @@ def make_measure(
       A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``:
       means over the examples, except for the errors, which are counted.
     """
-    data = {"weight": np.ones(len(data["image"]), np.float32), **data}
+    data = {"weight": np.ones(_examples(data), np.float32), **data}
     batches = [
         {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(batch["weight"] * counted, jnp.float32)}
         for batch, counted in padded_batches(data, batch_size)
@@ -227,6 +227,10 @@ def make_measure(
         }
 
     return measure
+
+
+def _examples(data: Mapping[str, Any]) -> int:
+    return len(jax.tree.leaves(data["image"])[0])
 
 
 def train_stages(
@@ -299,7 +303,7 @@ def train_stages(
     history: dict[str, Any] = {}
     done, seconds = [], 0.0
     for number, (name, frozen) in enumerate(stages.items()):
-        optimizer = only(tx(max(1, len(data["image"]) // batch_size)), frozen)
+        optimizer = only(tx(max(1, _examples(data) // batch_size)), frozen)
         in_stage = compose(encoder, decoder, code=code, frozen=frozen).replace(
             params=model.params, state=model.state
         )

@@ -44,7 +44,8 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]], *, key: jax.
     key = jax.random.key(0) if key is None else key
     total, count = None, 0
     for number, batch in enumerate(batches):
-        images, size = batch["image"], len(batch["image"])
+        images = batch["image"]
+        size = len(jax.tree.leaves(images)[0])
         found = _statistics(model, images, jax.random.fold_in(key, number))
         found = jax.tree.map(lambda x, n=size: n * x, found)
         total = found if total is None else jax.tree.map(jnp.add, total, found)

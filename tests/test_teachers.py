@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import teachers
+from distill_jax import models, teachers
+from distill_jax.models import Model
 
 IDS = np.array([70, 3, 55, 12, 9, 1, 400, 8, 31, 2])
 LOGITS = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32) * 5
@@ -187,35 +188,52 @@ def test_labels_from_another_framework(tmp_path):
         teachers.import_labels(tmp_path / "t", IDS, LOGITS[:9], source="x", data="d1")
 
 
-def scaled(params, model_state, x, *, key=None):
+def scaled(params, state, x, *, key=None):
     assert key is None, "a teacher runs in evaluation mode"
-    return x * params, model_state
+    return x * params, state
+
+
+def scaling(by):
+    return Model(scaled, jnp.float32(by), {})
 
 
 def test_a_teacher_is_a_function_from_batch_to_batch():
     batch = {"image": jnp.arange(6.0).reshape(2, 3), "label": jnp.array([0, 1])}
-    label = jax.jit(teachers.make_label(scaled))
-    labelled = label((jnp.float32(2.0), {}), batch)
+    labelled = jax.jit(teachers.label)(scaling(2.0), batch)
     np.testing.assert_array_equal(labelled["teacher"], batch["image"] * 2)
     np.testing.assert_array_equal(labelled["label"], batch["label"])
-    gradient = jax.grad(lambda t: label((t, {}), batch)["teacher"].sum())(2.0)
-    assert gradient == 0
+    assert "teacher" not in batch
+    gradient = jax.grad(lambda teacher: teachers.label(teacher, batch)["teacher"].sum())(scaling(2.0))
+    assert gradient.params == 0
+
+
+def test_several_teachers_label_a_batch():
+    batch = {"image": jnp.arange(6.0).reshape(2, 3), "label": jnp.array([0, 1])}
+    labelled = jax.jit(teachers.label_each)([scaling(2.0), scaling(-1.0)], batch)
+    first, second = labelled["teacher"]["logits"]
+    np.testing.assert_array_equal(first, batch["image"] * 2)
+    np.testing.assert_array_equal(second, -batch["image"])
+
+    def total(each):
+        return sum(x.sum() for x in teachers.label_each(each, batch)["teacher"]["logits"])
+
+    gradients = jax.grad(total)([scaling(2.0), scaling(-1.0)])
+    assert [each.params for each in gradients] == [0, 0]
+    with pytest.raises(ValueError, match="at least one"):
+        teachers.label_each([], batch)
 
 
 def test_an_ensemble_averages_probabilities():
-    x = jnp.asarray(LOGITS)
-    logits, _ = teachers.ensemble(scaled, scaled, scaled)((1.0, -0.5, 0.1), ({}, {}, {}), x)
-    expected = np.mean([jax.nn.softmax(x * t) for t in (1.0, -0.5, 0.1)], 0)
-    np.testing.assert_allclose(np.exp(logits), expected, rtol=1e-5)
+    x, factors = jnp.asarray(LOGITS), (1.0, -0.5, 0.1)
+    ensemble = teachers.ensemble(*map(scaling, factors))
+    expected = np.mean([jax.nn.softmax(x * t) for t in factors], 0)
+    np.testing.assert_allclose(np.exp(ensemble(x)), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(models.predict(ensemble, x, batch_size=4)), expected, rtol=1e-5)
+    labelled = teachers.label(ensemble, {"image": x})
+    np.testing.assert_allclose(np.exp(labelled["teacher"]), expected, rtol=1e-5)
+    assert ensemble.apply_fn == teachers.ensemble(*map(scaling, (2.0, 3.0, 4.0))).apply_fn
     with pytest.raises(ValueError, match="at least one"):
         teachers.ensemble()
-
-
-@pytest.mark.parametrize("count", [1, 7, 10, 11])
-def test_predict_pads_and_cuts(count):
-    x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    result = teachers.predict(scaled, 3.0, {}, x, prepare=lambda x: x + 1, batch_size=5)
-    np.testing.assert_allclose(result, (x + 1) * 3, rtol=1e-6)
 
 
 def test_fingerprint_sees_values_shapes_dtypes_and_names():
