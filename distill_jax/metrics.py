@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._model import Model, identity, predict
+from distill_jax._model import Model, PyTree, identity, predict
 
 
 def errors(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -162,7 +162,7 @@ def figures(
 
 def evaluate(
     model: Model,
-    inputs: ArrayLike,
+    inputs: PyTree,
     labels: ArrayLike,
     *,
     teacher: Model | None = None,
@@ -173,7 +173,7 @@ def evaluate(
 
     Args:
       model: the classifier; its outputs are logits ``[batch, classes]``.
-      inputs: the inputs, ``[n, ...]``.
+      inputs: an array or a pytree of arrays ``[n, ...]``.
       labels: integer classes, ``[n]``.
       teacher: a teacher to compare with, for agreement and KL divergence.
       prepare: applied to each batch of inputs inside the compiled program.
@@ -181,11 +181,20 @@ def evaluate(
 
     Returns:
       The figures by name.
+
+    Raises:
+      ValueError: as :func:`figures` does.
+
+    >>> from distill_jax.models import from_function
+    >>> model = from_function(lambda w, x: x @ w, jnp.eye(2))
+    >>> evaluate(model, jnp.eye(2), jnp.array([0, 0]))["errors"]
+    1.0
     """
-    logits, *others = (
-        predict(each, inputs, prepare=prepare, batch_size=batch_size) for each in (model, teacher) if each
-    )
-    return figures(logits, labels, *others)
+
+    def run(model: Model) -> np.ndarray:
+        return predict(model, inputs, prepare=prepare, batch_size=batch_size)
+
+    return figures(run(model), labels, None if teacher is None else run(teacher))
 
 
 def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:

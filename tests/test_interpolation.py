@@ -267,7 +267,7 @@ class Misnamed(nnx.Module):
 
 @pytest.mark.parametrize("kind", ["pull", "through"])
 def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
-    tx, batches, rates = optax.adam(0.01), make_batches(3), jnp.array([0.0, 0.5, 1.0])
+    tx, batches, rates = optax.sgd(0.1, momentum=0.9), make_batches(3), jnp.array([0.0, 0.5, 1.0])
 
     def make(seed):
         return from_nnx(Misnamed(nnx.Rngs(seed)))
@@ -277,8 +277,8 @@ def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
     axes = interpolation.student_axes(start)
     if kind == "pull":
         student, teacher, axis = states.student.model, states.teacher.model, axes.student.model.params
-        assert states.student.opt_state[0].mu["teacher"]["bias"].shape == (3, 4)
-        assert states.teacher.opt_state[0].mu["student"]["bias"].shape == (CLASSES,)
+        assert states.student.opt_state[0].trace["teacher"]["bias"].shape == (3, 4)
+        assert states.teacher.opt_state[0].trace["student"]["bias"].shape == (CLASSES,)
     else:
         student, teacher = (
             Model(make(1).apply_fn, states.model.params[n], states.model.state[n])
@@ -287,9 +287,8 @@ def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
         axis = axes.model.params["student"]
         moments = states.opt_state.inner_states
         assert {x.shape[:1] for x in jax.tree.leaves(moments["student"])} == {(3,)}
-        assert {x.shape for x in jax.tree.leaves(moments["teacher"])} == {
-            x.shape for x in jax.tree.leaves((make(1).params, 0))
-        } | {()}
+        shapes = ({x.shape for x in jax.tree.leaves(tree)} for tree in (moments["teacher"], make(1).params))
+        assert len(set(map(frozenset, shapes))) == 1
     assert set(jax.tree.leaves(axis)) == {0}
     chex.assert_trees_all_equal_shapes(teacher, make(1))
     chex.assert_trees_all_equal_shapes(interpolation.lane(states, 1), start)

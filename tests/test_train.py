@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from distill_jax import data, losses, train
+from distill_jax import data, losses, teachers, train
 from distill_jax.models import MLP, ConvNet, Model, build, from_function, from_linen, from_nnx
 
 
@@ -179,6 +179,33 @@ def test_an_epoch_is_its_steps(kind, monkeypatch):
     np.testing.assert_allclose(collected["loss"][-1], metrics["loss"], rtol=1e-5)
     assert collected["loss"].shape == (5,)
     jax.tree.map(np.asarray, model.params)  # the step donates its state, not the model's arrays
+
+
+def test_an_epoch_judges_each_program_anew(monkeypatch):
+    """Arrays of the same shapes, another function: of the student, or of the teacher in the context."""
+
+    def convolved(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x.mean((1, 2))
+
+    def dense(params, x):
+        return x.mean((1, 2)) @ params[0, 0]
+
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 1, 3)).astype(np.float32)
+    slow, fast = (from_function(fn, kernel) for fn in (convolved, dense))
+    examples = {"image": jnp.ones((4, 5, 5, 1)), "label": jnp.arange(4) % 3}
+    order, tx = np.arange(4).reshape(2, 2), optax.sgd(0.1)
+    epoch = train.make_epoch(
+        train.make_train_step(train.distill(), tx),
+        transform=lambda teacher, batch, key: teachers.label(teacher, batch),
+    )
+    scans, original = [], jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *a, **k: scans.append(1) or original(*a, **k))
+    for student, teacher, scanned in [(fast, fast, 1), (slow, fast, 1), (fast, slow, 1), (fast, fast, 1)]:
+        epoch(train.init_state(student, tx, jax.random.key(0)), examples, order, teacher)
+        assert len(scans) == scanned
 
 
 def test_scan_is_fast_sees_through_jit_and_custom_rules():

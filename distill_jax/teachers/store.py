@@ -1,8 +1,4 @@
-"""The teacher as a function from batch to batch, and the store of its soft labels.
-
-Called inside the student's step, a label function is online distillation; mapped over the data set
-and saved, it is the soft-label store; averaged over several teachers, it is an ensemble.
-"""
+"""The store of soft labels: a teacher's outputs for a data set on disk, found by example id."""
 
 import hashlib
 import json
@@ -13,15 +9,26 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike
 
 from distill_jax._files import write_atomically, write_json
+from distill_jax._model import PyTree
 
-PyTree = Any
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def fingerprint(tree: PyTree) -> str:
-    """SHA-256 of a pytree's paths, shapes, dtypes and bytes, as 64 hex digits."""
+    """Computes a checksum of a pytree: the SHA-256 of its paths, shapes, dtypes and bytes.
+
+    Args:
+      tree: a pytree of arrays, numbers and strings, such as a model or a data set.
+
+    Returns:
+      64 hexadecimal digits.
+
+    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.ones(2)})
+    False
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, str):
@@ -36,14 +43,16 @@ def fingerprint(tree: PyTree) -> str:
 class LabelStore:
     """Soft labels on disk, read by memory map and found by example id.
 
-    Open one with :func:`open_labels`, write one with :func:`write_labels`. A directory holds
-    ``store.json`` (what it is, and a checksum a file), ``ids.npy`` (sorted) and ``00000.bin`` … (the
-    logits in order of id, a fixed number of rows a file).
+    Open a store with :func:`open_labels`, and write one with :func:`write_labels`. Its directory holds
+    ``store.json`` (a description, with a checksum of each file), ``ids.npy`` (the ids, sorted) and the
+    files ``00000.bin``, ``00001.bin`` and so on (the logits in the order of the ids, with the same number of
+    rows per file).
 
     Attributes:
-      count: how many examples.
-      classes: how many logits each.
-      fingerprint: what the labels were made of and from: names → strings.
+      path: the directory.
+      count: the number of examples.
+      classes: the number of logits per example.
+      fingerprint: name → string; says what the labels were made from, such as the teacher and the data.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -58,8 +67,14 @@ class LabelStore:
             for i in range(len(manifest["shards"]))
         ]
 
-    def __getitem__(self, ids: Any) -> np.ndarray:
-        """Reads the logits of examples: float32 ``[len(ids), classes]``, in the order of ``ids``.
+    def __getitem__(self, ids: ArrayLike) -> np.ndarray:
+        """Reads the logits of examples.
+
+        Args:
+          ids: integers ``[n]``, in any order; an id may occur several times.
+
+        Returns:
+          The logits in the order of ``ids``, float32 ``[n, classes]``.
 
         Raises:
           KeyError: if an id has no label.
@@ -90,37 +105,47 @@ def _sha256(path: Path) -> str:
 
 def write_labels(
     path: str | Path,
-    ids: Any,
-    logits: Callable[[np.ndarray], Any],
+    ids: ArrayLike,
+    logits: Callable[[np.ndarray], ArrayLike],
     *,
     fingerprint: Mapping[str, str],
     dtype: str = "float32",
     shard_rows: int = 8192,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> LabelStore:
-    """Writes a store, or finishes one whose writing was interrupted.
+    """Writes a store of soft labels, or completes one whose writing was interrupted.
 
     Args:
-      path: the directory; made where it does not exist.
-      ids: int ``[n]``, the examples' ids, each once.
-      logits: ``positions -> [len(positions), classes]``, where position i means ``ids[i]``.
-      fingerprint: what the labels depend on, for instance
-        ``{"teacher": fingerprint(params), "preprocessing": "x / 255", "data": fingerprint(images)}``.
-      dtype: "float32", "bfloat16" or "float16".
-      shard_rows: examples a file. An interrupted writing loses at most one file.
-      progress: called with (examples written, all examples).
+      path: the directory, which is created if it does not exist.
+      ids: the ids of the examples, integers ``[n]``, without repetition.
+      logits: a function ``positions -> logits [len(positions), classes]``, where position i means the
+        example ``ids[i]``.
+      fingerprint: names → strings that say what the labels depend on, for example
+        ``{"teacher": fingerprint(model), "preprocessing": "x / 255", "data": fingerprint(images)}``.
+      dtype: the dtype on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+      shard_rows: the number of examples per file. An interruption loses at most one file.
+      progress: called after each file with the number of examples written and the number of all.
 
     Returns:
-      The store, opened as by :func:`open_labels`. A complete one that fits is returned as it is.
+      The opened store. A complete store that fits is returned as it is.
 
     Raises:
-      ValueError: if the directory holds other labels (naming what differs), a file's checksum is
-        wrong, ids repeat, or logits have the wrong shape, are NaN, or overflow ``dtype``.
+      ValueError: if the directory holds other labels (the message names the difference), if the checksum of
+        a file is wrong, if ids repeat, or if logits have the wrong shape, are NaN, or overflow ``dtype``.
+
+    >>> import tempfile
+    >>> logits = np.array([[1.0, -1.0], [0.0, 2.0]])
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     store = write_labels(path, [7, 3], lambda rows: logits[rows], fingerprint={"teacher": "t"})
+    ...     print(store[[3]])
+    [[0. 2.]]
     """
     path, ids = Path(path), np.asarray(ids, np.int64)
     order = np.argsort(ids, kind="stable")
     if ids.ndim != 1 or not len(ids) or (np.diff(ids[order]) == 0).any():
-        raise ValueError(f"ids must be a non-empty list without repetition, got shape {ids.shape}")
+        raise ValueError(
+            f"ids must be a non-empty list without repetition, got an array of shape {ids.shape}"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     if shard_rows < 1:
@@ -141,9 +166,9 @@ def write_labels(
         _refuse_differences(path, {k: state.get(k) for k in described}, described)
         _verify(path, state)
     else:
-        # A kill before the first manifest leaves the ids, or a part of them
+        # A process that was killed before the first manifest leaves the ids, or a part of them
         if any(file.name != "ids.npy" and file.suffix != ".tmp" for file in path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no label store: choose another")
+            raise ValueError(f"{path} is not empty and holds no label store: choose another directory")
         write_atomically(path / "ids.npy", lambda tmp: _save_array(tmp, ids[order]))
         state = {**described, "classes": None, "shards": []}
         write_json(manifest, state)
@@ -152,7 +177,7 @@ def write_labels(
         values = np.asarray(logits(rows), np.float32)
         classes = state["classes"] or values.shape[-1]
         if values.shape != (len(rows), classes):
-            raise ValueError(f"expected logits {(len(rows), classes)}, got {values.shape}")
+            raise ValueError(f"expected logits of shape {(len(rows), classes)}, got {values.shape}")
         with np.errstate(over="ignore"):
             stored = values.astype(DTYPES[dtype])
         lost = ~np.isfinite(stored.astype(np.float32)) & (values != -np.inf)
@@ -171,21 +196,24 @@ def write_labels(
 
 
 def import_labels(
-    path: str | Path, ids: Any, logits: Any, *, source: str, data: str, dtype: str = "float32"
+    path: str | Path, ids: ArrayLike, logits: ArrayLike, *, source: str, data: str, dtype: str = "float32"
 ) -> LabelStore:
-    """Stores the outputs of a teacher from another framework.
+    """Writes a store from the outputs of a teacher from another framework.
 
     Args:
-      path: the directory.
-      ids: int ``[n]``, the examples' ids as the data set gives them.
-      logits: ``[n, classes]``, row i for ``ids[i]``, as an array (log-probabilities will do).
-      source: which teacher, with version and preprocessing: it stands in the fingerprint, along with
+      path: the directory, which is created if it does not exist.
+      ids: the ids of the examples in the data set, integers ``[n]``.
+      logits: ``[n, classes]``, row i for ``ids[i]``. Logarithms of probabilities are logits, too.
+      source: the name of the teacher, with version and preprocessing. The store's fingerprint holds it, with
         a checksum of the logits.
-      data: fingerprint of the data (see :func:`fingerprint`), to be checked when the store is read.
-      dtype: as in :func:`write_labels`.
+      data: the fingerprint of the data, see :func:`fingerprint`, to be checked when the store is opened.
+      dtype: the dtype on disk, as in :func:`write_labels`.
 
     Returns:
-      The store.
+      The opened store.
+
+    Raises:
+      ValueError: if there is not one row of logits per id, or for the reasons of :func:`write_labels`.
     """
     logits = np.asarray(logits)
     if logits.ndim != 2 or len(logits) != len(np.asarray(ids)):
@@ -197,16 +225,16 @@ def import_labels(
 def open_labels(
     path: str | Path, *, expect: Mapping[str, str] | None = None, verify: bool = True
 ) -> LabelStore:
-    """Opens a store that is complete.
+    """Opens a complete store of soft labels.
 
     Args:
       path: the directory.
-      expect: entries that its fingerprint must have.
-      verify: read every file once and compare checksums.
+      expect: entries that the store's fingerprint must have.
+      verify: whether every file is read once, to compare its checksum.
 
     Raises:
-      ValueError: if there is no complete store, the fingerprint differs (naming how), or a file is
-        not as it was written.
+      ValueError: if there is no complete store, if the fingerprint differs (the message says where), or if a
+        file is not as it was written.
     """
     path = Path(path)
     state = _read_manifest(path)

@@ -1,4 +1,4 @@
-"""Checkpoints: a pytree and a little JSON, saved by Orbax, asynchronously and whole or not at all."""
+"""Checkpoints: a pytree and some JSON, saved by Orbax in the background, completely or not at all."""
 
 import errno
 from collections.abc import Iterator
@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from distill_jax._model import PyTree
 from distill_jax.weights.structure import by_path
-
-PyTree = Any
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, random keys as their data: names do not depend on container types."""
+    """Returns the leaves by path, and random keys as their data; no name depends on a container's type."""
     flat = by_path(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path when written with dots")
@@ -32,7 +31,12 @@ def _describe(flat: dict[str, Any]) -> dict[str, str]:
 
 
 def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
-    """Lists by path where two trees' leaves differ, given ``path → "dtype[shape]"``."""
+    """Lists where the leaves of two trees differ, one line per path.
+
+    Args:
+      found: path → ``"dtype[shape]"`` of the first tree.
+      expected: path → ``"dtype[shape]"`` of the second tree.
+    """
     return [
         f"{path}: {found.get(path, 'absent')}, expected {expected.get(path, 'absent')}"
         for path in sorted(found.keys() | expected.keys())
@@ -41,14 +45,24 @@ def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[st
 
 
 class Checkpoints:
-    """A directory of checkpoints, of which the last ``keep`` stay.
+    """A directory that keeps the last checkpoints of a training.
 
-    A checkpoint is visible once it is complete: a process killed while saving leaves the one before.
-    Use it as a context manager, or call :meth:`close`, so that the last save is finished.
+    A checkpoint becomes visible when it is complete: a process that is killed while saving leaves the
+    checkpoint before. Use the object as a context manager, or call :meth:`close`, so that the last save is
+    finished.
 
     Args:
-      directory: made where it does not exist.
-      keep: how many stay.
+      directory: the directory, which is created if it does not exist.
+      keep: the number of checkpoints that are kept.
+
+    >>> import tempfile
+    >>> from distill_jax.models import from_function
+    >>> model = from_function(lambda w, x: w * x, jax.numpy.float32(3.0))
+    >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+    ...     checkpoints.save(1, model, {"epoch": 1})
+    ...     restored, info = checkpoints.restore(model.replace(params=jax.numpy.float32(0.0)))
+    >>> float(restored(2.0)), info
+    (6.0, {'epoch': 1})
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
@@ -62,7 +76,12 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: PyTree, info: dict[str, Any]) -> None:
-        """Starts to save ``tree`` (arrays) and ``info`` (JSON); the arrays may be donated after it.
+        """Starts to save a checkpoint. After the call the arrays may be donated or changed.
+
+        Args:
+          step: the number of the checkpoint, higher than those before.
+          tree: a pytree of arrays, such as a model or a training state.
+          info: anything that JSON can hold.
 
         Raises:
           OSError: if this save, or the one before, could not be written; so does :meth:`close`.
@@ -76,10 +95,16 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
-        """Reads the newest checkpoint into the structure of ``like``; None where there is none.
+        """Reads the newest checkpoint.
+
+        Args:
+          like: a pytree of the structure, shapes and dtypes that were saved; its values are not used.
+
+        Returns:
+          The saved arrays in the structure of ``like``, and the ``info``; None if there is no checkpoint.
 
         Raises:
-          ValueError: if it is damaged, or holds other leaves, naming those that differ.
+          ValueError: if the checkpoint is damaged, or has other leaves than ``like`` (each is named).
         """
         step = self._manager.latest_step()
         if step is None:
@@ -108,7 +133,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), described["json"]["info"]
 
     def close(self) -> None:
-        """Waits for the save under way, and closes the directory."""
+        """Waits until the running save is finished, and closes the directory."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -125,7 +150,7 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Makes one kind of error of what a failed write raises, here or in a save before."""
+        """Turns the various errors of a failed write, in this save or the one before, into an OSError."""
         try:
             yield
         except Exception as error:  # of several types, among them ValueError for a full disk

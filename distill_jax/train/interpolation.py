@@ -184,11 +184,11 @@ def through(loss_fn: LossFn, rate: Rate, *, teacher_loss: LossFn | None = None) 
     _check(rate)
 
     def joint_loss(model, batch, *, key, step):
+        functions = _interpolated(model)
         keys: Any = (None, None) if key is None else jax.random.split(key)
         share = _at(rate, step)
         teacher = model.params["teacher"]
         mixed = _interpolate(model.params["student"], jax.lax.stop_gradient(teacher), share)
-        functions = _interpolated(model)
         inside = Model(functions.student_fn, mixed, model.state["student"])
         loss, (student_state, metrics) = loss_fn(inside, batch, key=keys[0], step=step)
         state = {**model.state, "student": student_state}

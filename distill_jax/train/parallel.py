@@ -1,13 +1,19 @@
-"""Data parallelism under ``jit``: the batch laid over devices, everything else on each of them."""
+"""Several devices under ``jit``: each holds a part of the batch and a copy of everything else."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def use_cpu_devices(count: int) -> None:
-    """Splits the CPU into ``count`` devices; only before anything else has used JAX.
+    """Splits the CPU into several devices. It must be called before anything else uses JAX.
 
-    One device a core is the fastest way to train convolutions on a CPU.
+    One device per core is the fastest way to train convolutions on a CPU.
+
+    Args:
+      count: the number of devices.
+
+    Raises:
+      ValueError: if JAX is already running with fewer devices.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -20,7 +26,10 @@ def use_cpu_devices(count: int) -> None:
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """Makes a mesh with one axis, ``"batch"``, over the first ``devices`` devices (None: all).
+    """Makes a mesh of devices with one axis, named ``"batch"``.
+
+    Args:
+      devices: the number of devices, of which the first are taken; None takes all.
 
     Raises:
       ValueError: if there are not that many.
@@ -33,10 +42,18 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
 
 def sharded(mesh: Mesh) -> NamedSharding:
-    """Lays an array's first axis over the mesh."""
+    """Makes the sharding that splits the first axis of an array over the devices of a mesh.
+
+    Args:
+      mesh: a mesh from :func:`data_mesh`.
+    """
     return NamedSharding(mesh, PartitionSpec("batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Puts the whole array on every device of the mesh."""
+    """Makes the sharding that puts a copy of the whole array on each device of a mesh.
+
+    Args:
+      mesh: a mesh from :func:`data_mesh`.
+    """
     return NamedSharding(mesh, PartitionSpec())

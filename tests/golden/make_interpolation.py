@@ -1,4 +1,4 @@
-"""Constants for system S3: 100 steps of the tutorial's loop, corrected, in PyTorch.
+"""Constants for the interpolation of student and teacher: 100 steps of a tutorial's loop, corrected, in PyTorch.
 
 Needs PyTorch. Writes ``interpolation.json`` beside this file. The loop is the text's (teacher step on
 cross-entropy; the student's parameters move towards the teacher's by λ; the student's own step); its
