@@ -185,6 +185,23 @@ def test_a_linen_module_may_have_a_list_as_a_field():
     assert counter.traces == 2
 
 
+def test_a_linen_module_may_have_an_array_as_a_field():
+    """Arrays have no single answer to "equal?": models of one module are one program, of two are two."""
+
+    class Shifted(linen.Module):
+        mean: np.ndarray
+
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3)(x - self.mean)
+
+    counter, modules = Counter(), [Shifted(X.mean(0)) for _ in range(2)]
+    for module in (modules[0], modules[0], modules[1]):
+        model = from_linen(module, jax.random.key(0), X)
+        np.testing.assert_allclose(counter.run(model, X), model(X), rtol=1e-5)
+    assert counter.traces == 2
+
+
 # From functions
 
 

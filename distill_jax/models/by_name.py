@@ -45,21 +45,28 @@ NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
 def nnx_module(
     description: str, shape: tuple[int, int, int], classes: int, *, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Module:
-    """Makes a model's NNX module.
+    """Makes the NNX module of a reference network from its description.
 
     Args:
-      description: a family and its hidden sizes, ``mlp:1200,1200`` or ``convnet:16,32`` (channels of
-        the convolutions); or a network by name, with a multiplier of its channels if wanted:
-        ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5`` (``-t3``
-        before the colon expands 3 times in the place of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
+      description: a family and its hidden sizes, ``mlp:1200,1200`` or ``convnet:16,32`` (the channels of
+        the convolutions); or the name of a network, with or without a multiplier of its channels:
+        ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5``
+        (``mobilenetv2-t3:0.5`` expands 3 times instead of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      rngs: initialises the parameters, and the stream of the masks.
-      options: further arguments of the module: ``dropout``; for networks by name also ``axis_name``,
-        ``dtype`` (``jnp.bfloat16``, say) and ``param_dtype``.
+      classes: the number of classes, which is the number of outputs.
+      rngs: the random streams that initialise the parameters and draw dropout's masks.
+      options: further arguments of the module: ``dropout``; for networks with a name also ``axis_name``,
+        ``dtype`` (for example ``jnp.bfloat16``) and ``param_dtype``.
+
+    Returns:
+      The module, which is called as ``module(images)``.
 
     Raises:
       ValueError: if the description is not of that form, or there is no network of that depth.
+
+    >>> import jax.numpy as jnp
+    >>> nnx_module("mlp:16", (8, 8, 1), 10, rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 8, 1))).shape
+    (2, 10)
     """
     family, colon, size = description.partition(":")
     try:
@@ -97,19 +104,27 @@ def build(
     dropout: float = 0.0,
     **options: Any,
 ) -> Model:
-    """Builds and initialises a model.
+    """Builds and initialises a reference network as a :class:`~distill_jax.models.Model`.
 
     Args:
       description: such as ``mlp:1200,1200``, ``convnet:16,32``, ``vgg8:0.25`` or ``resnet20``; see
         :func:`nnx_module`.
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      key: initialises the parameters.
-      dropout: dropped fraction of hidden units, in training.
-      options: further arguments of the module, as in :func:`nnx_module`.
+      classes: the number of classes, which is the number of outputs.
+      key: a random key that initialises the parameters.
+      dropout: the fraction of hidden units that are dropped in training, in [0, 1).
+      options: further arguments of the module, see :func:`nnx_module`.
+
+    Returns:
+      The model; its inputs are images ``[batch, height, width, channels]``, its outputs logits
+      ``[batch, classes]``.
 
     Raises:
       ValueError: if the description is not of that form, or there is no network of that depth.
+
+    >>> import jax.numpy as jnp
+    >>> build("convnet:4", (8, 8, 1), 10, jax.random.key(0))(jnp.zeros((2, 8, 8, 1))).shape
+    (2, 10)
     """
     rngs = nnx.Rngs(key)
     return from_nnx(nnx_module(description, shape, classes, rngs=rngs, dropout=dropout, **options))
@@ -118,19 +133,20 @@ def build(
 def feature_names(
     description: str, shape: tuple[int, int, int], *, preactivation: bool = False
 ) -> tuple[str, ...]:
-    """Names the layers of a network that the literature distils, shallow to deep.
+    """Lists the layers of a reference network that the literature distils, from shallow to deep.
 
     Args:
-      description: a network by name, as in :func:`nnx_module`.
+      description: a network with a name, see :func:`nnx_module`.
       shape: ``(height, width, channels)`` of an image.
-      preactivation: the stages' values before their last ReLU instead of after it, as OFD wants.
+      preactivation: whether to take the values of the stages before their last ReLU, as OFD needs them,
+        and not after it.
 
     Returns:
-      Paths for :mod:`distill_jax.features.capturing`: the stem, the stages, and last ``pool``, the embedding that
-      the head receives.
+      Names for :func:`distill_jax.features.capture`: the stem, the stages, and at the end ``pool``, the
+      embedding that the last layer receives.
 
     Raises:
-      ValueError: if the description is not one of a network by name.
+      ValueError: if the description has a family and sizes, and not the name of a network.
 
     >>> feature_names("resnet20", (32, 32, 3))
     ('stem', 'stages.0', 'stages.1', 'stages.2', 'pool')

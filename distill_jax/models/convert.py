@@ -138,7 +138,7 @@ def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
     return Model(apply_fn, params, variables)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _LinenFunction:
     """The ``apply_fn`` of a Linen module; equal for equal modules."""
 
@@ -147,6 +147,14 @@ class _LinenFunction:
 
     def __hash__(self) -> int:
         return hash((type(self.module), self.takes_train))  # a module's fields need not be hashable
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _LinenFunction) or self.takes_train != other.takes_train:
+            return False
+        try:
+            return self.module is other.module or bool(self.module == other.module)
+        except ValueError:  # a field is an array, which has no single answer
+            return False
 
     def mode(self, *, training: bool) -> dict[str, Any]:
         return {"train": training} if self.takes_train else {}
