@@ -27,7 +27,7 @@ class ApplyFn(Protocol):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["params", "state"], meta_fields=["apply_fn"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no single answer to "equal?", and no hash
 class Model:
     """A model: a function, the parameters that are trained, and the state that training changes.
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from distill_jax import train
+from distill_jax.losses import _numerics
 from distill_jax.models import Model, build
 
 RNG = np.random.default_rng(0)
@@ -156,3 +157,27 @@ def test_a_model_is_saved_and_restored_bit_by_bit(tmp_path):
     chex.assert_trees_all_equal((found.params, found.state), (model.params, model.state))
     np.testing.assert_array_equal(found(x), model(x))
     assert (found(x) != other(x)).any()
+
+
+@pytest.mark.parametrize("form", ["array", "dict", "several"])
+def test_probabilities_of_a_teacher_are_warned_of(form, monkeypatch):
+    monkeypatch.setattr(_numerics, "_warned", set())
+    teacher = jax.nn.softmax(RNG.normal(size=(50, 3)).astype(np.float32))
+    forms = {
+        "array": teacher,
+        "dict": {"logits": teacher},
+        "several": {"logits": (jnp.log(teacher), teacher)},
+    }
+    objective = train.distill_each() if form == "several" else train.distill()
+    model, tx = build("mlp:8", (4, 4, 1), 3, jax.random.key(0)), optax.sgd(0.01)
+    epoch = train.make_epoch(train.make_train_step(objective, tx))
+
+    def run(teacher):
+        state = train.init_state(model, tx, jax.random.key(0))
+        train.fit(state, epoch, {**DATA, "teacher": teacher}, epochs=1, batch_size=10, seed=0)
+
+    run(jax.tree.map(jnp.log, forms[form]) if form != "several" else {"logits": (jnp.log(teacher),) * 2})
+    with pytest.warns(UserWarning, match=r"logits in data\['teacher'\] look like probabilities") as caught:
+        run(forms[form])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

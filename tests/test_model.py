@@ -83,6 +83,18 @@ def test_stacked_models_are_mapped():
         )
 
 
+def test_a_model_is_a_function():
+    """It may itself be transformed, and be compared and hashed: by identity, as functions are."""
+    model = mlp()
+    np.testing.assert_allclose(jax.jit(model)(X), model(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(model)(X[:, None])[:, 0], model(X), rtol=1e-5, atol=1e-6)
+    assert jax.eval_shape(model, X).shape == (6, 3)
+    other = model.replace()
+    assert model == model
+    assert model != other
+    assert len({model, model, other}) == 2
+
+
 def test_replace_is_a_copy():
     model = from_function(lambda params, x: x * params, jnp.float32(2.0))
     assert model.state == {}

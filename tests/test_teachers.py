@@ -1,6 +1,7 @@
 """Teachers, ensembles, and the soft-label store under every kind of damage."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from distill_jax import models, teachers
+from distill_jax.losses import _numerics
 from distill_jax.models import Model
 
 IDS = np.array([70, 3, 55, 12, 9, 1, 400, 8, 31, 2])
@@ -186,6 +188,21 @@ def test_labels_from_another_framework(tmp_path):
         teachers.import_labels(tmp_path / "s", IDS, LOGITS, source="torch net v1", data="d1")
     with pytest.raises(ValueError, match=r"expected logits \[10, classes\], got \(9, 4\)"):
         teachers.import_labels(tmp_path / "t", IDS, LOGITS[:9], source="x", data="d1")
+
+
+def test_probabilities_in_the_place_of_logits_warn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(_numerics, "_warned", set())
+    probabilities = np.asarray(jax.nn.softmax(LOGITS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in "ab":
+            teachers.import_labels(tmp_path / name, IDS, probabilities, source="net", data="d")
+        write(tmp_path / "c")
+    assert len(caught) == 1
+    assert "the labels to store look like probabilities" in str(caught[0].message)
+    assert "take the logarithm" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(teachers.open_labels(tmp_path / "a")[IDS], probabilities)
 
 
 def scaled(params, state, x, *, key=None):

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from distill_jax._files import write_atomically, write_json
 from distill_jax._model import PyTree
+from distill_jax.losses._numerics import warn_if_probabilities
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -133,6 +134,9 @@ def write_labels(
       ValueError: if the directory holds other labels (the message names the difference), if the checksum of
         a file is wrong, if ids repeat, or if logits have the wrong shape, are NaN, or overflow ``dtype``.
 
+    Warns:
+      UserWarning: if the labels seem to be probabilities and not logits.
+
     >>> import tempfile
     >>> logits = np.array([[1.0, -1.0], [0.0, 2.0]])
     >>> with tempfile.TemporaryDirectory() as path:
@@ -178,6 +182,7 @@ def write_labels(
         classes = state["classes"] or values.shape[-1]
         if values.shape != (len(rows), classes):
             raise ValueError(f"expected logits of shape {(len(rows), classes)}, got {values.shape}")
+        warn_if_probabilities("the labels to store", values)
         with np.errstate(over="ignore"):
             stored = values.astype(DTYPES[dtype])
         lost = ~np.isfinite(stored.astype(np.float32)) & (values != -np.inf)
@@ -214,6 +219,9 @@ def import_labels(
 
     Raises:
       ValueError: if there is not one row of logits per id, or for the reasons of :func:`write_labels`.
+
+    Warns:
+      UserWarning: if the labels seem to be probabilities and not logits. Give their logarithms.
     """
     logits = np.asarray(logits)
     if logits.ndim != 2 or len(logits) != len(np.asarray(ids)):

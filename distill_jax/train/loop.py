@@ -12,8 +12,10 @@ import numpy as np
 
 from distill_jax import losses, metrics
 from distill_jax._model import Model, PyTree, identity, padded_batches
+from distill_jax.losses._numerics import warn_if_probabilities
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order
+from distill_jax.train.objectives import teacher_of
 from distill_jax.train.step import make_eval_step
 
 History = dict[str, list[float]]
@@ -114,6 +116,9 @@ def fit(
       save_seconds: the shortest time between two checkpoints, in seconds. The last epoch is always saved.
       on_epoch: called with the number of epochs done and the figures, once at a resume too.
 
+    Warns:
+      UserWarning: if ``data["teacher"]`` seems to hold probabilities and not logits.
+
     Returns:
       The final state, the best model, the history and the time.
 
@@ -123,6 +128,9 @@ def fit(
         learning rate: use another directory for another run.)
     """
     data = jax.tree.map(jnp.asarray, dict(data))
+    if "teacher" in data:
+        for logits in jax.tree.leaves(teacher_of(data)["logits"]):
+            warn_if_probabilities("the teacher's logits in data['teacher']", logits)
     examples = len(jax.tree.leaves(data)[0])
     best = jax.tree.map(jnp.copy, state.model)
     run = {"seed": seed, "batch_size": batch_size, "examples": examples}
