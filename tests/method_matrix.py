@@ -23,6 +23,7 @@ from tqdm import tqdm
 from distill_jax import features, models
 from distill_jax.features.capturing import capture, layer_shapes
 from distill_jax.features.matching import match_layers
+from distill_jax.models import Model
 
 NETWORKS = {
     "mlp": "mlp:32,24",
@@ -72,7 +73,7 @@ def network(name, side=0):
         model = models.from_linen(LinenCNN(), key, images())
     else:
         model = models.build(NETWORKS[name], SHAPE, CLASSES, key)
-    return model, layer_shapes(*model, images())
+    return model, layer_shapes(model, images())
 
 
 @functools.cache
@@ -87,33 +88,31 @@ def captured(name, side):
     """The model, which also gives the layers that any pairing names."""
     others = [(name, other) if side == 0 else (other, name) for other in NETWORKS]
     names = {pair[side] for two in others for pair in pairing(*two)}
-    return capture(network(name)[0].apply_fn, sorted(names))
+    return capture(network(name, side)[0], sorted(names))
 
 
 @functools.cache
 def teacher_features(name):
-    model, _ = network(name, 1)
-    (_, features), _ = jax.jit(captured(name, 1))(model.params, model.model_state, images())
+    _, features = jax.jit(Model.__call__)(captured(name, 1), images())
     return jax.tree.map(np.asarray, features)
 
 
 @functools.cache
 def student_program(name):
     """``(params, cotangents) -> (features, gradient)``, in training mode; and cotangents of zero."""
-    model, _ = network(name)
-    apply_fn = captured(name, 0)
+    model = captured(name, 0)
 
     @jax.jit
-    def run(params, cotangents, model_state):
+    def run(params, cotangents, model):
         def features(params):
-            return apply_fn(params, model_state, images(), key=KEY)[0][1]
+            return model.replace(params=params).apply(images(), key=KEY)[0][1]
 
         values, pull = jax.vjp(features, params)
         return values, pull(cotangents)[0]
 
-    values = jax.eval_shape(apply_fn, model.params, model.model_state, images())[0][1]
+    _, values = jax.eval_shape(model, images())
     zeros = {name: np.zeros(value.shape, value.dtype) for name, value in values.items()}
-    return functools.partial(run, model_state=model.model_state), zeros
+    return functools.partial(run, model=model), zeros
 
 
 def start(name, student_shapes, teacher_shapes):
