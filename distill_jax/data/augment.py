@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 
 def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
-    """Moves each image by a whole number of pixels, up to ``pixels`` in each direction.
+    """Shifts each image by a whole number of pixels, at most ``pixels`` in each direction.
 
-    The vertical and the horizontal shift are uniform and independent; what comes in is 0.
+    The vertical and the horizontal shift are uniform and independent. Pixels that come in at the edge
+    are 0.
 
     Args:
       key: draws the shifts.
@@ -15,10 +16,17 @@ def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
       pixels: the largest shift, ≥ 0.
 
     Returns:
-      As ``images``.
+      The shifted images, of the same shape and dtype.
+
+    Raises:
+      ValueError: if ``pixels`` is negative.
 
     References:
-      The jitter of Hinton, Vinyals, Dean, 2015, §3 (there two pixels).
+      Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network`, 2015, §3 (the jitter of two
+      pixels).
+
+    >>> random_shift(jax.random.key(0), jnp.ones((2, 8, 8, 1)), 2).shape
+    (2, 8, 8, 1)
     """
     if pixels < 0:
         raise ValueError(f"pixels must not be negative, got {pixels}")
@@ -37,17 +45,20 @@ def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability ½.
 
-    With :func:`random_shift` of four pixels the standard augmentation of CIFAR.
+    Together with :func:`random_shift` by four pixels it is the usual augmentation of CIFAR.
 
     Args:
-      key: draws which.
+      key: draws which images are mirrored.
       images: ``[batch, height, width, channels]``, any dtype.
 
     Returns:
-      As ``images``.
+      The images, of the same shape and dtype.
 
     References:
-      He et al., `Deep Residual Learning`, 2016, §4.2 (CIFAR-10; shifts of four pixels there too).
+      He et al., `Deep Residual Learning`, 2016, §4.2 (CIFAR-10; with shifts of four pixels).
+
+    >>> random_flip(jax.random.key(0), jnp.ones((2, 8, 8, 1))).shape
+    (2, 8, 8, 1)
     """
     mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)

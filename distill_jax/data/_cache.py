@@ -1,0 +1,55 @@
+"""Keeps decoded and downloaded arrays in a file, which is used only if it is whole and up to date."""
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from distill_jax.data._errors import one_line
+
+# train_image, train_label, test_image, test_label
+Arrays = dict[str, np.ndarray]
+
+
+def cached(folder: Path, what: str, version: str, build: Callable[[], Arrays]) -> Arrays:
+    """Returns the arrays that ``build`` makes, from a file of an earlier call where there is one.
+
+    Args:
+      folder: where the file is kept.
+      what: names the data; each has its own file.
+      version: changes when the source does; a file of another version is built anew.
+      build: makes the arrays.
+    """
+    stem = f"{what.split('/')[0]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    path, partial = folder / f"{stem}.npz", folder / f"{stem}.{os.getpid()}.tmp"
+    # NumPy and zipfile raise errors of a dozen types for a damaged file; each means: build anew
+    with contextlib.suppress(Exception), path.open("rb") as opened, np.load(opened) as saved:
+        arrays = {name: saved[name] for name in saved.files if name != "digest"}
+        if str(saved["digest"]) == _digest(version, arrays):
+            return arrays
+    arrays = build()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, digest=_digest(version, arrays), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"decoded data is not kept in {folder}: {one_line(error)}", stacklevel=5)
+    return arrays
+
+
+def _digest(version: str, arrays: Arrays) -> str:
+    digest = hashlib.sha256(version.encode())
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
