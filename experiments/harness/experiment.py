@@ -22,8 +22,9 @@ PROBE = np.arange(256, dtype=np.uint8)  # its preparation tells one preprocessin
 
 
 def prepare(images: Any) -> Any:
-    """Turns uint8 images into the network's input, numbers in [0, 1]."""
-    return images.astype(np.float32) / 255
+    """Turns images into the network's input, float32 from 0 to 1: uint8 is divided by 255, floats are kept."""
+    scaled = images.astype(np.float32)
+    return scaled / 255 if images.dtype == np.uint8 else scaled
 
 
 def arrays(split: data.Split) -> dict[str, np.ndarray]:
