@@ -1,21 +1,21 @@
-"""Low-rank factors in the place of kernels, in any model, without editing it.
+"""Replaces kernels by low-rank factors, in any model, without editing it.
 
-:func:`kernels` traces an ``apply_fn`` and finds the parameters that multiply as matrices: dense and
-convolution kernels. :func:`factorise` replaces chosen ones by :class:`Factors`, and :func:`factored`
-makes an ``apply_fn`` that runs the same program with two thin products in the place of each of them, so
-that parameters, FLOPs and time really fall:
+:func:`kernels` traces a model and finds the parameters that multiply as matrices: dense and convolution
+kernels. :func:`factorise` replaces chosen kernels by two thin factors (:class:`Factors`). The model it returns
+runs the same program with two thin products in place of each of these kernels, so that parameters, operations
+and time really fall:
 
 - x·W becomes (x·E)·D, with W ≈ E·D of rank r;
-- a k×k convolution becomes one of r channels, and a 1×1 convolution after it.
+- a k×k convolution becomes one with r channels, and a 1×1 convolution after it.
 
-The factors are best for the layer's own inputs (:func:`layer_roots`), or for W alone, and the ranks
-share out a budget by what each layer's spectrum says it would lose (:func:`allocate`).
+The factors are the best for the inputs that the layer sees (:func:`layer_roots`), or for W alone.
+:func:`allocate` chooses the ranks for a budget, by what each layer's spectrum says it would lose.
 """
 
 import functools
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import _jaxpr
+from distill_jax._model import ApplyFn, Model
 from distill_jax.compress import linear_codes
 from distill_jax.weights.structure import by_path, path_name
 
@@ -33,16 +34,16 @@ PyTree = Any
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["encoder", "decoder"], meta_fields=["axis"])
 @dataclass(frozen=True)
 class Factors:
-    """A kernel of rank r: one leaf of the original's parameters, now two.
+    """A kernel of rank r, as two arrays in the place of one parameter.
 
     Attributes:
-      encoder: the kernel's shape, but r where the outputs were.
-      decoder: ``[r, outputs]``.
-      axis: which of the kernel's axes the outputs were.
+      encoder: E, of the kernel's shape, but with r in place of the number of outputs.
+      decoder: D, ``[r, outputs]``.
+      axis: the axis of the kernel that holds its outputs.
     """
 
-    encoder: Any
-    decoder: Any
+    encoder: jax.Array
+    decoder: jax.Array
     axis: int
 
 
@@ -50,9 +51,10 @@ class Kernel(NamedTuple):
     """A parameter that multiplies its layer's inputs as a matrix ``[inputs, outputs]``.
 
     Attributes:
-      shape: of the parameter.
-      order: its axes in the order of the matrix: those of the inputs, last that of the outputs.
-      positions: at how many places of an example it is applied; 1 for a dense layer on a vector.
+      shape: the shape of the parameter.
+      order: its axes in the order of the matrix: the axes of the inputs, and last that of the outputs.
+      positions: number of places of an example at which the kernel is applied; 1 for a dense layer on a
+        vector.
     """
 
     shape: tuple[int, ...]
@@ -61,52 +63,46 @@ class Kernel(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Columns of the matrix."""
+        """Number of columns of the matrix."""
         return self.shape[self.order[-1]]
 
     @property
     def inputs(self) -> int:
-        """Rows of the matrix."""
+        """Number of rows of the matrix."""
         return math.prod(self.shape) // self.outputs
 
     def matrix(self, array: Any) -> np.ndarray:
-        """The parameter as float64 ``[inputs, outputs]``."""
+        """Returns the parameter as a float64 matrix ``[inputs, outputs]``."""
         array = np.transpose(np.asarray(array, np.float64), self.order)
         return array.reshape(-1, self.outputs)
 
 
-def kernels(apply_fn: Callable[..., Any], params: PyTree, model_state: PyTree, x: Any) -> dict[str, Kernel]:
+def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
     """Lists the parameters that can be factorised, by path, in the order of computation.
 
-    Those are the right or left sides of matrix products over all their axes but one, and the kernels
-    of ungrouped convolutions. A parameter that is also used otherwise is left out. Nothing is computed.
+    These are the left or right sides of matrix products over all their axes but one, and the kernels of
+    ungrouped convolutions. A parameter that is also used in another way is left out. Nothing is computed.
 
     Args:
-      apply_fn: ``(params, model_state, x, *, key=None) -> (outputs, model_state)``, as in
-        :class:`distill_jax.models.Model`.
-      params: arrays, or ``jax.ShapeDtypeStruct``.
-      model_state: likewise.
-      x: likewise, a batch of inputs.
+      model: the model; its arrays may be ``jax.ShapeDtypeStruct``.
+      x: a batch of inputs, or ``jax.ShapeDtypeStruct``.
     """
-    found, _ = _probe(apply_fn, params, model_state, x)
+    found, _ = _probe(model, x)
     return found
 
 
-def layer_roots(
-    apply_fn: Callable[..., Any], params: PyTree, model_state: PyTree, x: Any, *, batch: int = 256
-) -> dict[str, np.ndarray]:
-    """Computes a root of the second moments of each kernel's inputs: see :func:`codec.root`.
+def layer_roots(model: Model, x: PyTree, *, batch: int = 256) -> dict[str, np.ndarray]:
+    """Computes a root of the second moments of each kernel's inputs, see :func:`linear_codes.root`.
 
     Args:
-      apply_fn: as for :func:`kernels`.
-      params: the original's.
-      model_state: likewise.
-      x: inputs ``[n, ...]``: more than the widest layer's inputs (of a convolution: kernel area times
-        channels, over its positions), or the root has too few rows to tell all directions.
-      batch: examples at a time.
+      model: the model.
+      x: inputs ``[n, ...]``. There should be more of them than inputs of the widest layer (for a
+        convolution, n times the number of positions counts, against kernel area times channels). With
+        fewer, the root cannot tell all directions apart.
+      batch: number of examples at a time.
 
     Returns:
-      path → float64 ``[at most inputs, inputs]``, the inputs in the order of :class:`Kernel`.
+      path → float64 ``[at most inputs, inputs]``, with the inputs in the order of :class:`Kernel`.
 
     Raises:
       ValueError: if a layer's inputs are not finite.
@@ -114,17 +110,16 @@ def layer_roots(
 
     @jax.jit
     def rows(part):
-        return _probe(apply_fn, params, model_state, part, rows=True)[1]
+        return _probe(model, part, rows=True)[1]
 
     roots: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
-    for start in range(0, len(x), batch):
-        for path, values in rows(jnp.asarray(x[start : start + batch])).items():
+    for start in range(0, len(jax.tree.leaves(x)[0]), batch):
+        part = jax.tree.map(lambda leaf, i=start: jnp.asarray(leaf[i : i + batch]), x)
+        for path, values in rows(part).items():
             values = np.asarray(values, np.float64)
             if not np.isfinite(values).all():
-                raise ValueError(
-                    f"the inputs of {path} are not finite: check the original's parameters and x"
-                )
+                raise ValueError(f"the inputs of {path} are not finite: check the model's parameters and x")
             count = counts.get(path, 0)
             total = counts[path] = count + len(values)
             before = [np.sqrt(count) * roots[path]] if count else []
@@ -134,37 +129,38 @@ def layer_roots(
 
 
 def allocate(
-    params: PyTree,
+    model: Model,
     kernels: Mapping[str, Kernel],
     budget: float,
     *,
     of: Literal["parameters", "flops"] = "parameters",
     roots: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
-    """Chooses a rank for each kernel, so that a model is at most ``budget`` of its size.
+    """Chooses a rank for each kernel, so that the model costs at most ``budget`` of what it did.
 
-    The product over kernels of the share of energy that is kept, Π (Σ_{i≤r} s_i²)/(Σ s_i²) with s the
-    singular values of root·W, is made large greedily: each kernel has rank 1 at first, and the next
-    direction is the one with the highest log gain a unit of cost. A kernel whose factors would cost as
-    much as it does stays whole.
+    Makes the product over kernels of the share of energy that is kept large, Π (Σ_{i≤r} s_i²)/(Σ s_i²)
+    with s the singular values of root·W. The choice is greedy: each kernel has rank 1 at first, and the next
+    direction is the one with the highest log gain per unit of cost. A kernel whose factors would cost as much
+    as it does stays whole.
 
     Args:
-      params: the original's.
-      kernels: those to factorise, from :func:`kernels`; what is not among them stays as it is.
-      budget: the share of the original's cost, in (0, 1].
-      of: what is counted: ``"parameters"``, all of them; or ``"flops"``, the multiplications of the
+      model: the model to be factorised.
+      kernels: the kernels that may be factorised, from :func:`kernels`. All other parameters stay as they
+        are.
+      budget: the share of the model's cost that may be left, in (0, 1].
+      of: the cost: ``"parameters"`` counts all parameters; ``"flops"`` counts the multiplications of the
         kernels alone.
-      roots: from :func:`layer_roots`; None for the kernels' own spectra.
+      roots: from :func:`layer_roots`; None to use the kernels' own spectra.
 
     Returns:
-      path → rank, without those that stay whole.
+      path → rank, without the kernels that stay whole.
 
     Raises:
-      ValueError: if even ranks of 1 exceed the budget.
+      ValueError: if ``budget`` is out of range, or even ranks of 1 exceed it.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must lie in (0, 1], got {budget}")
-    leaves = by_path(params)
+    leaves = by_path(model.params)
     weight = {p: k.positions if of == "flops" else 1.0 for p, k in kernels.items()}
     total = sum(weight[p] * k.inputs * k.outputs for p, k in kernels.items())
     fixed = 0
@@ -178,7 +174,7 @@ def allocate(
         energy[path] = tail[0] - tail
 
     def step(path):
-        """(−log gain a unit of cost, path, rank, cost), the next for a kernel."""
+        """Returns the next step of a kernel: (−log gain per unit of cost, path, rank, cost)."""
         kernel, rank, kept = kernels[path], ranks[path] + 1, energy[path]
         whole = rank * (kernel.inputs + kernel.outputs) >= kernel.inputs * kernel.outputs
         thin = (rank - 1) * (kernel.inputs + kernel.outputs)
@@ -196,7 +192,7 @@ def allocate(
         if cost > left:
             if ranks[path] == 0:
                 raise ValueError(
-                    f"budget: ranks of 1 already exceed {budget:g} of the original's {of}: allow more, "
+                    f"budget: ranks of 1 already exceed {budget:g} of the model's {of}: allow more, "
                     "or give fewer kernels"
                 )
             continue
@@ -208,26 +204,39 @@ def allocate(
 
 
 def factorise(
-    params: PyTree,
+    model: Model,
     kernels: Mapping[str, Kernel],
     ranks: Mapping[str, int],
     *,
     roots: Mapping[str, np.ndarray] | None = None,
-) -> PyTree:
-    """Replaces kernels by their best factors, for :func:`factored`.
+) -> Model:
+    """Replaces kernels by their best low-rank factors.
 
     Args:
-      params: the original's.
-      kernels: from :func:`kernels`.
-      ranks: path → rank, from :func:`allocate` or by hand; other parameters stay as they are.
-      roots: from :func:`layer_roots`, for the factors that lose least on the data; None for those
+      model: the model.
+      kernels: its kernels, from :func:`kernels`.
+      ranks: path → rank, from :func:`allocate` or chosen by hand. Other parameters stay as they are.
+      roots: from :func:`layer_roots`, for the factors that lose least on the data; None for the factors
         nearest to the kernels (a plain SVD).
 
     Returns:
-      The parameters with :class:`Factors` in the kernels' places, of their dtypes.
+      A model that has :class:`Factors` in the places of the kernels and runs with them, in training and
+      evaluation mode, and under ``jit``, ``grad``, ``vmap`` and the like. It performs the model's
+      operations, except for two products in place of one where there are factors. Each call traces it
+      anew, so use it within ``jit``.
 
     Raises:
-      ValueError: if a path is not among the kernels, or a rank does not fit.
+      ValueError: if a path is not among the kernels, or a rank does not fit; when called, if a parameter
+        is used in a way in which factors cannot replace it.
+
+    >>> from distill_jax import models
+    >>> model = models.from_function(lambda params, x: jnp.tanh(x @ params["w"]), {"w": jnp.ones((3, 4))})
+    >>> x = jnp.ones((2, 3))
+    >>> thin = factorise(model, kernels(model, x), {"w": 1})
+    >>> thin.params["w"].encoder.shape, thin.params["w"].decoder.shape
+    ((3, 1), (1, 4))
+    >>> bool(jnp.allclose(thin(x), model(x)))
+    True
     """
     for path in ranks:
         if path not in kernels:
@@ -249,59 +258,39 @@ def factorise(
         dtype = leaf.dtype
         return Factors(jnp.asarray(encoder, dtype), jnp.asarray(factors.decoder, dtype), kernel.order[-1])
 
-    return jax.tree_util.tree_map_with_path(replace, params)
+    apply_fn = model.apply_fn if isinstance(model.apply_fn, _FactoredFn) else _FactoredFn(model.apply_fn)
+    return Model(apply_fn, jax.tree_util.tree_map_with_path(replace, model.params), model.state)
 
 
-def factored(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an ``apply_fn`` that takes :class:`Factors` in the place of kernels.
+@dataclass(frozen=True)
+class _FactoredFn:
+    """An ``apply_fn`` that takes :class:`Factors` in the place of kernels; equal for equal functions."""
 
-    Args:
-      apply_fn: the original's.
+    apply_fn: ApplyFn
 
-    Returns:
-      An ``apply_fn`` for parameters from :func:`factorise`. It runs the original's operations, but two
-      products where there are factors, in training and in evaluation mode, under ``jit``, ``grad``,
-      ``vmap`` and the like. It is traced anew at each call: put it under ``jit``.
-
-    Raises:
-      ValueError: when traced, if a parameter is used in a way that factors cannot stand in for.
-
-    >>> def apply_fn(params, model_state, x, *, key=None):
-    ...     return jnp.tanh(x @ params["w"]), model_state
-    >>> params, x = {"w": jnp.ones((3, 4))}, jnp.ones((2, 3))
-    >>> thin = factorise(params, kernels(apply_fn, params, {}, x), {"w": 1})
-    >>> thin["w"].encoder.shape, thin["w"].decoder.shape
-    ((3, 1), (1, 4))
-    >>> bool(jnp.allclose(factored(apply_fn)(thin, {}, x)[0], apply_fn(params, {}, x)[0]))
-    True
-    """
-
-    def thin_fn(params, model_state, x, *, key=None):
+    def __call__(
+        self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
         def whole(leaf):
-            if not isinstance(leaf, Factors):
+            if not _is_factors(leaf):
                 return leaf
             shape = list(leaf.encoder.shape)
             shape[leaf.axis] = leaf.decoder.shape[1]
             return jax.ShapeDtypeStruct(shape, leaf.encoder.dtype)
 
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_factors)
-        arguments = [jax.tree.unflatten(structure, map(whole, leaves)), model_state, x, key]
-        values = [
-            _jaxpr.View(leaf, path_name(path)) if _is_factors(leaf) else leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
-        ]
-        return _jaxpr.run(apply_fn, arguments, values, _multiply)
-
-    return thin_fn
+        pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
+        values = [_jaxpr.View(leaf, path_name(path)) if _is_factors(leaf) else leaf for path, leaf in pairs]
+        like = jax.tree.map(whole, params, is_leaf=_is_factors)
+        return _jaxpr.run(self.apply_fn, [like, state, x, key], values, _multiply)
 
 
-def ranks_of(params: PyTree) -> dict[str, int]:
-    """The ranks of the factors in a model's parameters, by path.
+def ranks_of(model: Model) -> dict[str, int]:
+    """Returns the ranks of the factors in a model's parameters, by path.
 
     Args:
-      params: from :func:`factorise`.
+      model: from :func:`factorise`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factors)
+    leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=_is_factors)
     return {path_name(path): leaf.decoder.shape[0] for path, leaf in leaves if _is_factors(leaf)}
 
 
@@ -310,14 +299,13 @@ def _is_factors(x: Any) -> bool:
 
 
 def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list[Any]:
-    """A product with factors: first with the encoder, then with the decoder."""
+    """Multiplies by factors in place of a kernel: first by the encoder, then by the decoder."""
     place, view = views[0], inputs[views[0]]
     rank = view.value.encoder.ndim
     axis = _jaxpr.outputs_axis(eqn, place, rank) if len(views) == 1 else None
     if axis is None or view.order(rank)[axis] != view.value.axis:
         raise ValueError(
-            f"{view.path} is used by {eqn.primitive.name!r}, where no factors can stand in for it: "
-            "leave it whole"
+            f"{view.path} is used by {eqn.primitive.name!r}, where factors cannot replace it: leave it whole"
         )
     operands = list(inputs)
     operands[place] = view.array(view.value.encoder)
@@ -332,10 +320,8 @@ def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list
     return [jnp.moveaxis(outputs, -1, axis)]
 
 
-def _probe(
-    apply_fn: Callable[..., Any], params: PyTree, model_state: PyTree, x: Any, *, rows: bool = False
-) -> tuple[dict[str, Kernel], dict[str, jax.Array]]:
-    """Runs a model and notes its kernels, and if wanted the rows ``[any, inputs]`` they multiply."""
+def _probe(model: Model, x: PyTree, *, rows: bool = False) -> tuple[dict[str, Kernel], dict[str, jax.Array]]:
+    """Runs a model and notes its kernels, and if wanted the rows ``[any, inputs]`` that they multiply."""
     found: dict[str, Kernel] = {}
     seen: dict[str, list[jax.Array]] = {}
     spoiled: set[str] = set()
@@ -362,12 +348,13 @@ def _probe(
                 seen.setdefault(view.path, []).append(_jaxpr.rows_of(eqn, arrays, place))
         return outputs
 
-    def run(params, model_state, x):
+    def run(params, state, x):
         pairs = jax.tree_util.tree_leaves_with_path(params)
         values = [_jaxpr.View(leaf, path_name(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs]
-        _jaxpr.run(apply_fn, [params, model_state, x, None], values, note)
+        _jaxpr.run(model.apply_fn, [params, state, x, None], values, note)
         return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in spoiled}
 
     batch_of = jax.tree.leaves(x)[0]
-    collected = run(params, model_state, x) if rows else jax.eval_shape(run, params, model_state, x)
+    arguments = model.params, model.state, x
+    collected = run(*arguments) if rows else jax.eval_shape(run, *arguments)
     return {path: kernel for path, kernel in found.items() if path not in spoiled}, collected

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from distill_jax import _jaxpr
 from distill_jax._model import Model
@@ -87,10 +88,17 @@ class ShrunkFn:
             )
         if key is not None:
             self.check_training()
-        smaller = self.program_for(x)
-        leaves = [jnp.asarray(leaf) for leaf in (*arrays, *jax.tree.leaves(x))]
-        outputs = smaller.run(smaller.program, leaves)
-        return jax.tree.unflatten(smaller.structure, outputs), state
+        if any(map(export.is_symbolic_dim, (n for leaf in jax.tree.leaves(x) for n in np.shape(leaf)))):
+            # For any batch size, as models.save exports it: each example by itself
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
+            program = self.program_for(one)
+
+            def example(x: PyTree) -> PyTree:
+                outputs = program(arrays, jax.tree.map(lambda leaf: leaf[None], x))
+                return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+            return jax.vmap(example)(x), state
+        return self.program_for(x)(arrays, x), state
 
     def program_for(self, x: PyTree) -> "_Smaller":
         """The program for inputs of these shapes."""
@@ -170,6 +178,11 @@ class _Smaller:
             gone[np.asarray(indices)] = False
             removed.append(traced.units[name][gone])
         return cls(traced, removed)
+
+    def __call__(self, arrays: Sequence[Any], x: PyTree) -> PyTree:
+        """Runs the program on the smaller arrays of parameters and state, and inputs."""
+        leaves = [jnp.asarray(leaf) for leaf in (*arrays, *jax.tree.leaves(x))]
+        return jax.tree.unflatten(self.structure, self.run(self.program, leaves))
 
     def stays(self, number: int) -> list[np.ndarray]:
         """Says for each axis of a value which positions stay."""

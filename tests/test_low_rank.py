@@ -11,10 +11,11 @@ from flax import linen
 
 from distill_jax import metrics
 from distill_jax.compress import linear_codes, low_rank
-from distill_jax.models import Model, build, from_linen
+from distill_jax.models import build, from_function, from_linen
 from distill_jax.train.checkpoints import Checkpoints
 
 SHAPE = (8, 8, 1)
+RUN = jax.jit(lambda model, x: model(x))
 
 
 class Linen(linen.Module):
@@ -33,18 +34,18 @@ def product(x, w):
 product.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, g: (g @ xw[1].T, xw[0].T @ g))
 
 
-def transposed(params, model_state, x, *, key=None):
+def transposed(params, x):
     """Kernels ``[outputs, inputs]``, one on the left, one in half precision, with its own gradient."""
     x = jax.nn.tanh(jax.jit(lambda w, x: x @ w.T)(params["a"], x.reshape(x.shape[0], -1)))
     x = jax.vmap(lambda row: params["b"] @ row)(x)
-    return product(x, params["c"].astype(jnp.bfloat16).astype(jnp.float32)), model_state
+    return product(x, params["c"].astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def plain_model():
     rng = np.random.default_rng(0)
     shapes = {"a": (20, 64), "b": (12, 20), "c": (12, 5)}
     params = {name: rng.normal(size=s).astype("f4") / 4 for name, s in shapes.items()}
-    return Model(transposed, params, {})
+    return from_function(transposed, params)
 
 
 def images(n=80, seed=0):
@@ -74,16 +75,15 @@ EXPECTED = {
 def test_at_full_rank_the_function_is_the_originals(name):
     """Which holds only if axes, paddings and strides are understood, of the factors and the rows."""
     model, x = MODELS[name](), images()
-    kernels = low_rank.kernels(*model, x)
+    kernels = low_rank.kernels(model, x)
     assert [(k.inputs, k.outputs) for k in kernels.values()] == EXPECTED[name]
-    expected, _ = jax.jit(model.apply_fn)(*model[1:], x)
+    expected = RUN(model, x)
     full = {path: min(k.inputs, k.outputs) for path, k in kernels.items()}
-    roots = low_rank.layer_roots(*model, x, batch=48)
-    thin_fn = jax.jit(low_rank.factored(model.apply_fn))
+    roots = low_rank.layer_roots(model, x, batch=48)
     for root in (None, roots):
-        thin = low_rank.factorise(model.params, kernels, full, roots=root)
+        thin = low_rank.factorise(model, kernels, full, roots=root)
         assert low_rank.ranks_of(thin) == full
-        outputs, _ = thin_fn(thin, model.model_state, x)
+        outputs = RUN(thin, x)
         tolerance = 0.02 if name == "plain" else 1e-4  # bfloat16
         np.testing.assert_allclose(outputs, expected, atol=tolerance, rtol=tolerance)
 
@@ -91,7 +91,7 @@ def test_at_full_rank_the_function_is_the_originals(name):
 def test_rows_times_kernel_are_the_layers_outputs():
     """Of a convolution, in the middle of a network and with its biases zero, and of a dense layer."""
     model, x = MODELS["convnet"](), images(20)
-    kernels, roots = low_rank.kernels(*model, x), low_rank.layer_roots(*model, x)
+    kernels, roots = low_rank.kernels(model, x), low_rank.layer_roots(model, x)
     first = np.asarray(model.params["convolution"][0]["kernel"], float)
     values = jax.lax.conv_general_dilated(
         x, first, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -106,19 +106,19 @@ def test_rows_times_kernel_are_the_layers_outputs():
 
 def test_whitened_factors_lose_less_on_the_data():
     model, x = MODELS["mlp"](), images(300)
-    kernels = low_rank.kernels(*model, x)
-    roots = low_rank.layer_roots(*model, x)
-    expected = model.apply_fn(*model[1:], x)[0]
-    thin_fn = jax.jit(low_rank.factored(model.apply_fn))
+    kernels = low_rank.kernels(model, x)
+    roots = low_rank.layer_roots(model, x)
+    expected = model(x)
     for rank in (2, 5, 8):
         lost = []
         for root in (None, roots):
-            thin = low_rank.factorise(model.params, kernels, {"dense.0.kernel": rank}, roots=root)
-            first = [thin["dense"][0]["kernel"].encoder, thin["dense"][0]["kernel"].decoder]
+            thin = low_rank.factorise(model, kernels, {"dense.0.kernel": rank}, roots=root)
+            factors = thin.params["dense"][0]["kernel"]
+            first = [factors.encoder, factors.decoder]
             flat = x.reshape(300, -1)
             exact = flat @ model.params["dense"][0]["kernel"]
             lost.append(float(np.square(flat @ first[0] @ first[1] - exact).sum(1).mean()))
-            assert thin_fn(thin, {}, x)[0].shape == expected.shape
+            assert RUN(thin, x).shape == expected.shape
         best = linear_codes.optimum(kernels["dense.0.kernel"].matrix(model.params["dense"][0]["kernel"]),
                              roots["dense.0.kernel"])  # fmt: skip
         np.testing.assert_allclose(lost[1], best[rank], rtol=1e-3)
@@ -130,32 +130,32 @@ def test_whitened_factors_lose_less_on_the_data():
 def test_ranks_keep_the_budget_and_use_it(of, budget):
     model = build("convnet:8,16", SHAPE, 10, jax.random.key(0))
     x = images(200)
-    kernels, roots = low_rank.kernels(*model, x), low_rank.layer_roots(*model, x)
-    ranks = low_rank.allocate(model.params, kernels, budget, of=of, roots=roots)
-    thin = low_rank.factorise(model.params, kernels, ranks, roots=roots)
+    kernels, roots = low_rank.kernels(model, x), low_rank.layer_roots(model, x)
+    ranks = low_rank.allocate(model, kernels, budget, of=of, roots=roots)
+    thin = low_rank.factorise(model, kernels, ranks, roots=roots)
 
-    def size(params):
+    def size(model):
         if of == "parameters":
-            return sum(leaf.size for leaf in jax.tree.leaves(params))
-        thins = low_rank.ranks_of(params)
+            return sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        thins = low_rank.ranks_of(model)
         return sum(
             k.positions * min(k.inputs * k.outputs, thins.get(p, 10**9) * (k.inputs + k.outputs))
             for p, k in kernels.items()
         )
 
-    share = size(thin) / size(model.params)
+    share = size(thin) / size(model)
     assert share <= budget
     dearest = max(k.positions * (k.inputs + k.outputs) for k in kernels.values())
     unit = dearest if of == "flops" else max(k.inputs + k.outputs for k in kernels.values())
     # What is left is less than a direction costs, unless a kernel would have to become whole
-    assert share == 1 if budget == 1 else share >= budget - 8 * unit / size(model.params)
+    assert share == 1 if budget == 1 else share >= budget - 8 * unit / size(model)
     assert all(1 <= rank < min(kernels[p].inputs, kernels[p].outputs) for p, rank in ranks.items())
 
 
 def test_a_kernel_of_zeros_takes_nothing_from_the_others():
     model = plain_model()
-    kernels = low_rank.kernels(*model, jnp.ones((1, *SHAPE)))
-    without = {**model.params, "b": 0 * model.params["b"]}
+    kernels = low_rank.kernels(model, jnp.ones((1, *SHAPE)))
+    without = model.replace(params={**model.params, "b": 0 * model.params["b"]})
     ranks = low_rank.allocate(without, kernels, 0.5)
     assert ranks["b"] == 1
     assert ranks["a"] > 5
@@ -163,17 +163,15 @@ def test_a_kernel_of_zeros_takes_nothing_from_the_others():
 
 def test_flops_fall_and_gradients_reach_every_factor():
     model, x = MODELS["mlp"](), images()
-    kernels = low_rank.kernels(*model, x)
-    thin = low_rank.factorise(model.params, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
-    thin_fn = low_rank.factored(model.apply_fn)
-    both = [model, (thin_fn, thin, model.model_state)]
-    before, after = metrics.costs(both, x[0], repeats=1)
+    kernels = low_rank.kernels(model, x)
+    thin = low_rank.factorise(model, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
+    before, after = metrics.costs([model, thin], x[0], repeats=1)
     assert after["parameters"] == before["parameters"] - 64 * 24 - 24 * 16 + 4 * 88 + 3 * 40
     saved = 2 * (before["parameters"] - after["parameters"])
     assert abs(before["flops"] - after["flops"] - saved) < 0.1 * saved
 
-    def loss(params, key):
-        return jnp.square(thin_fn(params, model.model_state, x, key=key)[0]).mean()
+    def loss(model, key):
+        return jnp.square(model.apply(x, key=key)[0]).mean()
 
     key = jax.random.key(0)
     value, gradient = jax.jit(jax.value_and_grad(loss))(thin, key)
@@ -183,52 +181,61 @@ def test_flops_fall_and_gradients_reach_every_factor():
 
 def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
     model, x = MODELS["convnet"](), images(4)
-    kernels = low_rank.kernels(*model, x)
+    kernels = low_rank.kernels(model, x)
     ranks = {"convolution.1.kernel": 3, "hidden.kernel": 5}
-    thin = low_rank.factorise(model.params, kernels, ranks)
+    thin = low_rank.factorise(model, kernels, ranks)
     with Checkpoints(tmp_path / "thin") as checkpoints:
-        checkpoints.save(1, {"params": thin}, {"ranks": low_rank.ranks_of(thin)})
+        checkpoints.save(1, {"params": thin.params}, {"ranks": low_rank.ranks_of(thin)})
     np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", low_rank.factored(model.apply_fn)(thin, {}, x)[0])
+    np.save(tmp_path / "y.npy", thin(x))
     program = """
 import sys, jax, numpy as np
 from pathlib import Path
-from distill_jax import factors, models
-from distill_jax.checkpoint import Checkpoints
+from distill_jax import models
+from distill_jax.compress import low_rank
+from distill_jax.train.checkpoints import Checkpoints
 folder = Path(sys.argv[1])
 x = np.load(folder / "x.npy")
 model = models.build("convnet:4,8", (8, 8, 1), 10, jax.random.key(7))
-kernels = factors.kernels(*model, x)
-like = factors.factorise(model.params, kernels, {"convolution.1.kernel": 3, "hidden.kernel": 5})
+kernels = low_rank.kernels(model, x)
+like = low_rank.factorise(model, kernels, {"convolution.1.kernel": 3, "hidden.kernel": 5})
 with Checkpoints(folder / "thin") as checkpoints:
-    tree, info = checkpoints.restore({"params": like})
-assert info["ranks"] == factors.ranks_of(tree["params"])
-y, _ = factors.factored(model.apply_fn)(tree["params"], {}, x)
-np.testing.assert_allclose(y, np.load(folder / "y.npy"), atol=1e-5)
+    tree, info = checkpoints.restore({"params": like.params})
+thin = like.replace(**tree)
+assert info["ranks"] == low_rank.ranks_of(thin)
+np.testing.assert_allclose(thin(x), np.load(folder / "y.npy"), atol=1e-5)
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
 
 
+def test_a_factorised_model_can_be_factorised_further():
+    model, x = MODELS["mlp"](), images(8)
+    kernels = low_rank.kernels(model, x)
+    once = low_rank.factorise(model, kernels, {"dense.0.kernel": 4})
+    twice = low_rank.factorise(once, kernels, {"dense.1.kernel": 3})
+    both = low_rank.factorise(model, kernels, {"dense.0.kernel": 4, "dense.1.kernel": 3})
+    assert jax.tree.structure(twice) == jax.tree.structure(both)
+    np.testing.assert_allclose(RUN(twice, x), RUN(both, x), rtol=1e-5)
+
+
 def test_errors():
     model, x = MODELS["mlp"](), images(8)
-    kernels = low_rank.kernels(*model, x)
+    kernels = low_rank.kernels(model, x)
     with pytest.raises(ValueError, match=r"no kernel is named 'dense'"):
-        low_rank.factorise(model.params, kernels, {"dense": 1})
+        low_rank.factorise(model, kernels, {"dense": 1})
     with pytest.raises(ValueError, match=r"dense.0.kernel: rank must be 1 to .* 24, got 25"):
-        low_rank.factorise(model.params, kernels, {"dense.0.kernel": 25})
+        low_rank.factorise(model, kernels, {"dense.0.kernel": 25})
     with pytest.raises(ValueError, match="budget: ranks of 1 already exceed"):
-        low_rank.allocate(model.params, kernels, 0.05)
+        low_rank.allocate(model, kernels, 0.05)
     with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
-        low_rank.allocate(model.params, kernels, 0)
-    broken = jax.tree.map(lambda p: p * jnp.nan, model.params)
+        low_rank.allocate(model, kernels, 0)
+    broken = jax.tree.map(lambda p: p * jnp.nan, model)
     with pytest.raises(ValueError, match=r"the inputs of dense.1.kernel are not finite"):
-        low_rank.layer_roots(model.apply_fn, broken, {}, x)
+        low_rank.layer_roots(broken, x)
 
-    def tied(params, model_state, x, *, key=None):
-        return x @ params["w"] + params["w"].sum(), model_state
-
-    params = {"w": jnp.ones((4, 3))}
-    assert low_rank.kernels(tied, params, {}, jnp.ones((2, 4))) == {}
-    thin = {"w": low_rank.Factors(jnp.ones((4, 1)), jnp.ones((1, 3)), 1)}
+    tied = from_function(lambda params, x: x @ params["w"] + params["w"].sum(), {"w": jnp.ones((4, 3))})
+    assert low_rank.kernels(tied, jnp.ones((2, 4))) == {}
+    forced = {"w": low_rank.Kernel((4, 3), (0, 1), 1.0)}
+    thin = low_rank.factorise(tied, forced, {"w": 1})
     with pytest.raises(ValueError, match="w is used by 'reduce_sum'"):
-        low_rank.factored(tied)(thin, {}, jnp.ones((2, 4)))
+        thin(jnp.ones((2, 4)))

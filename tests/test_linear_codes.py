@@ -1,6 +1,4 @@
-"""Codes of linear maps against their optimum, and codes as bytes."""
-
-import functools
+"""Codes of linear maps against their optimum."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,7 @@ import pytest
 
 from distill_jax import train
 from distill_jax.compress import linear_codes
-
-STATE = {"encoder": {}, "decoder": {}}
+from distill_jax.models import compose
 
 
 def problem(inputs, outputs, n=2000):
@@ -70,9 +67,8 @@ def test_gradient_descent_in_three_stages_reaches_the_optimum():
         fields.append({"image": z.astype("f4"), "teacher": t.astype("f4")})
     done = train.train_stages(
         jax.random.key(0),
-        linear_codes.init_linear(jax.random.key(1), 10, 2, 5),
-        STATE,
-        functools.partial(train.encoder_decoder, linear_codes.affine, linear_codes.affine),
+        *linear_codes.init_linear(jax.random.key(1), 10, 2, 5),
+        train.encoder_decoder(),
         *fields,
         tx=lambda steps: optax.adam(1e-2),
         epochs=1500,
@@ -81,7 +77,7 @@ def test_gradient_descent_in_three_stages_reaches_the_optimum():
         tolerance=1e-4,
         patience=100,  # Adam swings about its goal for some dozens of epochs
     )
-    pair, root = linear_codes.fold(done.params, frame), linear_codes.root(x[0], centre=True)
+    pair, root = linear_codes.fold(done.model, frame).params, linear_codes.root(x[0], centre=True)
     best = linear_codes.optimum(params["kernel"], root)
     learned = linear_codes.Linear(pair["encoder"]["kernel"], pair["decoder"]["kernel"])
     excess = linear_codes.error(params["kernel"], root, learned) - best[2]
@@ -97,31 +93,12 @@ def test_folding_gives_the_same_function_in_the_datas_coordinates():
     frame = linear_codes.coordinates(x[0], y)
     np.testing.assert_allclose(np.cov((x[0] - frame.mean) @ frame.whiten, rowvar=False, bias=True),
                                np.eye(6), atol=1e-9)  # fmt: skip
-    pair = linear_codes.init_linear(jax.random.key(0), 6, 2, 4)
-    pair["decoder"]["bias"] += 0.3
-    both = linear_codes.compose(linear_codes.affine, linear_codes.affine)
+    both = compose(*linear_codes.init_linear(jax.random.key(0), 6, 2, 4))
+    both.params["decoder"]["bias"] += 0.3
     z, _ = linear_codes.transform(frame, x[0], y)
-    inside = np.asarray(both(pair, STATE, jnp.asarray(z))[0], float)
-    outside, _ = both(linear_codes.fold(pair, frame), STATE, x[0])
+    inside = np.asarray(both(jnp.asarray(z)), float)
+    outside = linear_codes.fold(both, frame)(x[0])
     np.testing.assert_allclose(outside, frame.offset + frame.scale * inside, atol=1e-4)
-
-
-@pytest.mark.parametrize(("width", "bits"), [(4, 2), (3, 5), (16, 8), (1, 16), (5, 1)])
-def test_codes_are_sent_in_as_many_bits_as_they_have(width, bits):
-    values = 2 * jax.random.normal(jax.random.key(0), (50, width))
-    code = linear_codes.quantise(values, bits=bits)
-    assert len(np.unique(code)) <= 2**bits
-    assert np.abs(code - np.tanh(values)).max() <= 1 / (2**bits - 1) + 1e-6
-    sent = linear_codes.pack(code, bits=bits)
-    assert sent.dtype == np.uint8
-    assert sent.shape == (50, -(-width * bits // 8))
-    np.testing.assert_allclose(linear_codes.unpack(sent, (width,), bits=bits), code, atol=2e-7)
-    half = linear_codes.quantise(values.astype(jnp.bfloat16), bits=bits)
-    np.testing.assert_allclose(
-        linear_codes.unpack(linear_codes.pack(half, bits=bits), (width,), bits=bits), half, atol=2e-7
-    )
-    gradient = jax.grad(lambda v: linear_codes.quantise(v, bits=bits).sum())(values)
-    np.testing.assert_allclose(gradient, 1 - np.tanh(values) ** 2, rtol=1e-4, atol=1e-6)
 
 
 def test_errors():
@@ -140,13 +117,6 @@ def test_errors():
         linear_codes.coordinates(x[0], x[0][:5])
     with pytest.raises(ValueError, match="nothing to encode"):
         linear_codes.coordinates(x[0], np.ones((2000, 2)))
-    with pytest.raises(ValueError, match="bits must be 1 to 16, got 0"):
-        linear_codes.quantise(jnp.zeros(3), bits=0)
-    with pytest.raises(ValueError, match=r"3 bytes an example, got an array of shape \(2, 4\)"):
-        linear_codes.unpack(np.zeros((2, 4), np.uint8), (6,), bits=4)
-    for code in (np.full((1, 2), 1.2), np.full((1, 2), 0.1), np.full((1, 2), np.nan)):
-        with pytest.raises(ValueError, match=r"what quantise\(…, bits=3\) returned"):
-            linear_codes.pack(code, bits=3)
     thin = linear_codes.reduced_rank(params["kernel"], root, 2)
     with pytest.raises(ValueError, match=r"must make a \(6, 4\) kernel, got one of \(6, 1\)"):
         linear_codes.error(params["kernel"], root, thin._replace(decoder=thin.decoder[:, :1]))
@@ -154,4 +124,4 @@ def test_errors():
     with pytest.raises(ValueError, match=r"must be \(6, 4\) wide, got \(6, 1\)"):
         linear_codes.transform(frame, x[0], x[0][:, :1])
     with pytest.raises(ValueError, match=r"must be \[batch, 6\] .*, got \(2000, 5\)"):
-        linear_codes.affine(params, {}, x[0][:, :5])
+        linear_codes.affine(params, x[0][:, :5])

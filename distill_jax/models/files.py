@@ -1,0 +1,334 @@
+"""Writes a model to a file, and reads it where the code of its network is not there."""
+
+import hashlib
+import itertools
+import json
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from distill_jax import _files
+from distill_jax._model import Model, PyTree
+
+FORMAT = "distill_jax model 1"
+PLATFORMS = ("cpu", "cuda", "tpu")
+DESCRIPTION = "model.json"
+MODES = ("evaluation", "training")
+
+
+def save(path: str | Path, model: Model, x: PyTree) -> None:
+    """Writes a model to a file, its arrays and its program: :func:`load` needs no code of the network.
+
+    The arrays are stored bit for bit, each with a SHA-256. The program is stored by ``jax.export`` for CPU,
+    CUDA and TPU, once for evaluation and once for training with a random key, each with its gradient. It
+    takes any batch size. Where a program cannot be exported for any batch size or for all platforms, a warning
+    says so, and it takes the batch size of ``x``, or runs on this platform only. Where the model has no
+    training mode, a warning says so, and the loaded model has none.
+
+    Args:
+      path: the file. An older saved model there is replaced; anything else is not overwritten.
+      model: any model: of a library or a plain function, pruned, factorised, composed.
+      x: a batch of inputs; only its shapes and dtypes are used.
+
+    Raises:
+      ValueError: if ``path`` is something else than a saved model, or an array of the model is a random
+        key.
+
+    >>> import tempfile
+    >>> from distill_jax.models import from_function
+    >>> path = Path(tempfile.mkdtemp()) / "doubler.model"
+    >>> save(path, from_function(lambda w, x: w * x, jnp.array([2.0])), jnp.ones((1, 1)))
+    >>> load(path)(jnp.array([[3.0], [4.0]]))
+    Array([[6.],
+           [8.]], dtype=float32)
+    """
+    path = Path(path)
+    if path.exists() and not _is_saved(path):
+        raise ValueError(f"path: {path} exists and is no saved model: choose another path, or remove it")
+    x = jax.eval_shape(lambda x: x, x)
+    leaves, structure = jax.tree.flatten((model.params, model.state))
+    names = [
+        jax.tree_util.keystr(key)
+        for key, _ in jax.tree_util.tree_leaves_with_path({"params": model.params, "state": model.state})
+    ]
+    for name, leaf in zip(names, leaves, strict=True):
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended):
+            raise ValueError(
+                f"model: {name} is a random key, which cannot be saved: keep it out of the state"
+            )
+    arrays = [np.asarray(jnp.asarray(leaf)) for leaf in leaves]
+    files = {f"arrays/{i}": array.tobytes() for i, array in enumerate(arrays)}
+    programs = {}
+    for mode in MODES:
+        try:
+            programs[mode], files[mode] = _export(model, structure, leaves, x, mode)
+        except Exception as error:
+            if mode == "evaluation":
+                raise
+            message = f"the training program cannot be saved, and the loaded model will have none: {error}"
+            warnings.warn(message, stacklevel=2)
+    description = {
+        "format": FORMAT,
+        "jax": jax.__version__,
+        "parameters": len(jax.tree.leaves(model.params)),
+        "params": _describe(model.params),
+        "state": _describe(model.state),
+        "x": _describe(x),
+        "x arrays": [{"shape": leaf.shape, "dtype": str(leaf.dtype)} for leaf in jax.tree.leaves(x)],
+        "arrays": [
+            {"name": name, "shape": array.shape, "dtype": str(array.dtype)}
+            for name, array in zip(names, arrays, strict=True)
+        ],
+        "programs": programs,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    text = json.dumps(_files.plain(description), ensure_ascii=False).encode()
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            archive.comment = hashlib.sha256(text).hexdigest().encode()
+            for name, data in {DESCRIPTION: text, **files}.items():
+                archive.writestr(zipfile.ZipInfo(name), data)
+
+    _files.write_atomically(path, write)
+
+
+def load(path: str | Path) -> Model:
+    """Reads a model that :func:`save` wrote, without the code of its network.
+
+    The model runs in evaluation and training mode, under ``jit`` and ``grad``; it can be fine-tuned and saved
+    again. Its program is closed: ``vmap`` over models, ``features.capture`` and ``units.trace`` cannot look
+    into it. So prune and factorise before saving.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The model. Dicts, lists and tuples in its parameters and state are as they were. Other containers,
+      such as named tuples or :class:`~distill_jax.compress.low_rank.Factors`, have become dicts of their
+      arrays, so that each array has the same path as before.
+
+    Raises:
+      ValueError: if the file is no saved model, is damaged, or holds 64-bit arrays where JAX has them
+        disabled.
+    """
+    path = Path(path)
+    if not _is_saved(path):
+        raise ValueError(f"path: {path} is no saved model: expected a file that models.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read(DESCRIPTION)
+            _check(path, DESCRIPTION, text, archive.comment.decode())
+            description = json.loads(text)
+            files = {name: archive.read(name) for name in description["sha256"]}
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"path: {path} is damaged: {error}") from None
+    for name, data in files.items():
+        _check(path, name, data, description["sha256"][name])
+    leaves = []
+    for i, array in enumerate(description["arrays"]):
+        dtype = jnp.dtype(array["dtype"])
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"path: {path} holds {array['name']} in {dtype}, which JAX has disabled: call "
+                "jax.config.update('jax_enable_x64', True) first"
+            )
+        values = np.frombuffer(files[f"arrays/{i}"], dtype).reshape(array["shape"])
+        leaves.append(jnp.asarray(values))
+    count = description["parameters"]
+    params = _build(description["params"], leaves[:count])
+    state = _build(description["state"], leaves[count:])
+    programs = {mode: export.deserialize(bytearray(files[mode])) for mode in description["programs"]}
+    return Model(_LoadedFn(description, programs), params, state)
+
+
+class _LoadedFn:
+    """The ``apply_fn`` of a loaded model: checks what it is given, and calls the stored programs."""
+
+    def __init__(self, description: dict[str, Any], programs: dict[str, export.Exported]):
+        self.description = description
+        self.programs = programs
+        count = description["parameters"]
+        numbers = range(len(description["arrays"]))
+        params = _build(description["params"], numbers[:count])
+        state = _build(description["state"], numbers[count:])
+        # The number that each array had when the model was saved: dicts have another order than their owners
+        self.order, self.structure = jax.tree.flatten((params, state))
+
+    def __call__(
+        self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
+        structure: Any
+        given, structure = jax.tree.flatten((params, state))
+        if structure != self.structure:
+            raise ValueError(
+                f"params and state must have the structure that was saved, {self.structure}, got {structure}"
+            )
+        arrays = dict(zip(self.order, map(jnp.asarray, given), strict=True))
+        leaves = [arrays[number] for number in sorted(arrays)]
+        for leaf, saved in zip(leaves, self.description["arrays"], strict=True):
+            if leaf.shape != tuple(saved["shape"]) or leaf.dtype != saved["dtype"]:
+                raise ValueError(
+                    f"{saved['name']} must be {saved['dtype']} {tuple(saved['shape'])}, as it was saved, got "
+                    f"{leaf.dtype} {leaf.shape}"
+                )
+        mode = MODES[key is not None]
+        if mode not in self.programs:
+            raise ValueError("key: the model was saved without a training mode: call it without a key")
+        program = self.programs[mode]
+        outputs = self.description["programs"][mode]["outputs"]
+        if key is None:
+            return _build(outputs, program.call(leaves, self.inputs(x, mode))), state
+        results = program.call(leaves, self.inputs(x, mode), _key_data(key))
+        count = len(results) - (len(leaves) - self.description["parameters"])
+        return _build(outputs, results[:count]), _build(self.description["state"], results[count:])
+
+    def inputs(self, x: PyTree, mode: str) -> list[jax.Array]:
+        """The arrays of x, checked against what was saved."""
+        structure = jax.tree.structure(
+            _build(self.description["x"], range(len(self.description["x arrays"])))
+        )
+        given: Any = jax.tree.structure(x)
+        if given != structure:
+            raise ValueError(f"x must have the structure {structure}, got {given}")
+        any_batch = self.description["programs"][mode]["any batch size"]
+        arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+        for array, saved in zip(arrays, self.description["x arrays"], strict=True):
+            shape = tuple(saved["shape"])
+            fits = array.shape == shape
+            if any_batch and array.ndim == len(shape):
+                fits = array.shape[1:] == shape[1:]
+            if not fits or array.dtype != saved["dtype"]:
+                expected = ", ".join(map(str, ("batch", *shape[1:]) if any_batch else shape))
+                raise ValueError(
+                    f"x must be {saved['dtype']} [{expected}], as in the {mode} program that was saved, got "
+                    f"{array.dtype} {list(array.shape)}"
+                )
+        return arrays
+
+
+def _export(
+    model: Model, structure: Any, leaves: list[Any], x: PyTree, mode: str
+) -> tuple[dict[str, Any], bytes]:
+    """Exports one of the model's programs, and returns a description of it and its bytes."""
+    x_structure: Any
+    inputs, x_structure = jax.tree.flatten(x)
+    found: dict[str, Any] = {}
+
+    def run(leaves: list[Any], inputs: list[Any], *key_data: Any) -> list[Any]:
+        params, state = structure.unflatten(leaves)
+        key = jax.random.wrap_key_data(key_data[0], impl="threefry2x32") if key_data else None
+        outputs, after = model.apply_fn(params, state, x_structure.unflatten(inputs), key=key)
+        found["outputs"] = _describe(outputs)
+        if not key_data:
+            return jax.tree.leaves(outputs)
+        new: Any = jax.tree.structure(after)
+        if new != jax.tree.structure(state):
+            raise ValueError(
+                f"training turns the state's structure {jax.tree.structure(state)} into "
+                f"{new}, which cannot be saved"
+            )
+        return [*jax.tree.leaves(outputs), *jax.tree.leaves(after)]
+
+    like = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    key_like = [jax.ShapeDtypeStruct((2,), np.uint32)] if mode == "training" else []
+    problems = []
+    for platforms, any_batch in itertools.product(
+        (PLATFORMS, (export.default_export_platform(),)), (True, False)
+    ):
+        try:
+            given = _any_batch(inputs) if any_batch else inputs
+            exported = export.export(jax.jit(run), platforms=platforms)(like, given, *key_like)
+            data = bytes(exported.serialize(vjp_order=1))
+        except Exception as error:  # Whatever tracing or lowering raises: the next way may work
+            problems.append(error)
+            continue
+        if problems:
+            sizes = (
+                "any batch size" if any_batch else f"batches of the shapes of x, {[i.shape for i in inputs]}"
+            )
+            warnings.warn(
+                f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {problems[0]}",
+                stacklevel=3,
+            )
+        return {"any batch size": any_batch, "platforms": platforms, **found}, data
+    raise problems[-1]
+
+
+def _any_batch(inputs: list[Any]) -> list[Any]:
+    """Returns the inputs' shapes with a symbol in place of the batch size."""
+    if len({leaf.shape[:1] for leaf in inputs}) != 1 or not inputs[0].shape:
+        raise ValueError("the arrays of x have no batch axis in common")
+    (batch,) = export.symbolic_shape("batch")
+    return [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in inputs]
+
+
+def _key_data(key: jax.Array) -> jax.Array:
+    """Returns the numbers of a threefry key: those of the given key, or drawn from it if it is another."""
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if jax.random.key_impl(key) == "threefry2x32":
+        return jax.random.key_data(key)
+    return jax.random.bits(key, (2,), np.uint32)
+
+
+def _describe(tree: PyTree) -> Any:
+    """Describes the containers of a pytree in JSON; a leaf is its number in the tree's own order."""
+    numbers = itertools.count()
+
+    def describe(node: Any) -> Any:
+        if node is None or jax.tree_util.all_leaves([node]):
+            return None if node is None else next(numbers)
+        pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
+        children = [describe(child) for _, child in pairs]
+        if type(node) in (list, tuple):
+            return [type(node).__name__, children]
+        return [
+            "dict",
+            [[_plain_key(path[0]), child] for (path, _), child in zip(pairs, children, strict=True)],
+        ]
+
+    return describe(tree)
+
+
+def _plain_key(key: Any) -> str | int:
+    """Returns a dict's key, or the name or number of a child of another container."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            found = getattr(key, attribute)
+            return found if isinstance(found, str | int) else str(found)
+    return str(key)
+
+
+def _build(description: Any, leaves: Sequence[Any]) -> PyTree:
+    """Builds a pytree of such containers from leaves in the order of the tree that was described."""
+    if description is None:
+        return None
+    if isinstance(description, int):
+        return leaves[description]
+    kind, children = description
+    if kind == "dict":
+        return {key: _build(child, leaves) for key, child in children}
+    made = [_build(child, leaves) for child in children]
+    return made if kind == "list" else tuple(made)
+
+
+def _is_saved(path: Path) -> bool:
+    """Says whether a file is a saved model, whole or damaged."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        return names[:1] == [DESCRIPTION] and MODES[0] in names
+
+
+def _check(path: Path, name: str, data: bytes, expected: str) -> None:
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(f"path: {path} is damaged: the SHA-256 of {name} is not the one that was written")
