@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-from distill_jax._jaxpr import trace
+from distill_jax._jaxpr import CALLS, trace
 from distill_jax._model import ApplyFn, Model, PyTree
 
 # Distinguishes a module's path from the names that a rematerialisation policy may speak of
@@ -273,13 +273,14 @@ class _Names:
                         eqn = eqn.replace(outvars=[core.Var(eqn.outvars[0].aval)])
                     found.append((name, eqn.outvars[0]))
             elif kind in _OPEN and not closed:
-                inner = eqn.params["jaxpr"]
+                place = _BODY[kind]
+                inner = eqn.params[place]
                 body, values = self.expose(getattr(inner, "jaxpr", inner))
                 if values:
                     body = body.replace(outvars=[*body.outvars, *(var for _, var in values)])
                     inner = inner.replace(jaxpr=body) if hasattr(inner, "jaxpr") else body
                     avals = [_OPEN[kind](eqn.params, var.aval) for _, var in values]
-                    params = {**eqn.params, "jaxpr": inner}
+                    params = {**eqn.params, place: inner}
                     for option, value in _UNSPECIFIED.items():
                         if option in params:
                             params[option] = (*params[option], *[value()] * len(values))
@@ -311,11 +312,13 @@ def _stacked(params: Mapping[str, Any], aval: Any) -> Any:
     return core.unmapped_aval(params["length"], 0, aval)
 
 
-# Primitives whose bodies may have further results, and how those look from outside
+# Primitives whose bodies may have further results: where the body is, and how those look from outside. What
+# defines its own derivative has as many results as that says.
+_CALLS = {kind: place for kind, place in CALLS.items() if not kind.startswith("custom")}
+_BODY = {**_CALLS, "scan": "jaxpr"}
 _OPEN: dict[str, Callable[[Mapping[str, Any], Any], Any]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "checkpoint", "remat2"), lambda _, aval: aval),
-    "scan": _stacked,
-}
+    **dict.fromkeys(_CALLS, lambda _, aval: aval), "scan": _stacked
+}  # fmt: skip
 
 
 @cache

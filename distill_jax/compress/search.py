@@ -1,0 +1,170 @@
+"""Searches for the smallest network within a budget of loss: train, edit, validate, adjust.
+
+The caller edits and trains (:data:`Attempt`). :func:`find_smallest` decides what is tried next.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+ORIGINAL = "original"
+
+
+class Edit(NamedTuple):
+    """A smaller network that is to be made.
+
+    Attributes:
+      name: its name, such as ``"prune, iterative 0.18"``.
+      operator: the name of the operator that makes it, such as ``"prune"``.
+      share: the share of the original's units that shall stay, between 0 and 1.
+      start: the name of the network from which it is made: ``"original"``, or an earlier trial.
+    """
+
+    name: str
+    operator: str
+    share: float
+    start: str
+
+    @property
+    def iterative(self) -> bool:
+        """Whether it is made from a network that is already smaller than the original."""
+        return self.start != ORIGINAL
+
+
+class Trial(NamedTuple):
+    """A smaller network that was made.
+
+    Attributes:
+      edit: what was done.
+      loss: its validation loss after fine-tuning.
+      size: its size, such as the number of parameters.
+    """
+
+    edit: Edit
+    loss: float
+    size: float
+
+
+class Found(NamedTuple):
+    """The result of :func:`find_smallest`.
+
+    Attributes:
+      chosen: the name of the smallest network within the budget; ``"original"`` if no smaller one is.
+      trials: all networks that were tried, by name, in their order.
+    """
+
+    chosen: str
+    trials: dict[str, Trial]
+
+
+# Makes a network, fine-tunes it, and returns its validation loss and its size
+Attempt = Callable[[Edit], tuple[float, float]]
+
+
+def find_smallest(
+    attempt: Attempt,
+    original: tuple[float, float],
+    *,
+    operators: Sequence[str],
+    shares: Sequence[float],
+    budget: float,
+    iterative: Sequence[str] = (),
+    refinements: int = 0,
+    baselines: Sequence[str] = (),
+) -> Found:
+    """Tries a grid of edits, refines it where the budget ends, and chooses the smallest network within it.
+
+    First each operator is applied to the original at each share. Then each iterative operator is applied
+    step by step, to the network that it made at the share before. Each refinement looks at the smallest
+    network within the budget so far, and tries a share between it and the next smaller one of the same
+    operator, at the geometric mean of both. In the end each baseline is tried at the share of the chosen
+    network.
+
+    Args:
+      attempt: ``edit -> (loss, size)``: makes, fine-tunes and validates a network. It is called once for
+        each name.
+      original: the validation loss and the size of the original.
+      operators: the names of the operators, baselines included.
+      shares: the shares of units of the grid, falling, between 0 and 1.
+      budget: by how much the loss may exceed that of the original.
+      iterative: the operators that are also applied step by step.
+      refinements: number of further shares.
+      baselines: operators that use nothing of the original, such as training from random weights. They are
+        tried for comparison and never chosen.
+
+    Returns:
+      The chosen network, and all trials. Of networks of equal size the one with the lower loss is chosen.
+
+    Raises:
+      ValueError: if there is no operator, ``shares`` do not fall between 1 and 0, or an iterative operator
+        is a baseline.
+
+    >>> def attempt(edit):
+    ...     return 1 / edit.share, 100 * edit.share
+    >>> find_smallest(
+    ...     attempt, (1.0, 100.0), operators=["prune"], shares=[0.5, 0.25], budget=2.0, refinements=1
+    ... ).trials.keys()
+    dict_keys(['prune 0.5', 'prune 0.25', 'prune 0.354'])
+    """
+    falling = [1.0, *shares, 0.0]
+    if not operators or not shares or any(a <= b for a, b in itertools.pairwise(falling)):
+        raise ValueError(
+            f"operators and shares: expected at least one operator and shares that fall between 1 and 0, got "
+            f"{list(operators)} and {list(shares)}"
+        )
+    if wrong := [name for name in iterative if name in baselines]:
+        raise ValueError(f"iterative: {wrong} are baselines, which use nothing of the network before")
+    trials: dict[str, Trial] = {}
+
+    def run(operator: str, share: float, start: str = ORIGINAL) -> str:
+        kind = "" if start == ORIGINAL else ", iterative"
+        edit = Edit(f"{operator}{kind} {share:.3g}", operator, share, start)
+        if edit.name not in trials:
+            trials[edit.name] = Trial(edit, *attempt(edit))
+        return edit.name
+
+    def chosen() -> str:
+        return smallest_within(trials, original, budget, baselines=baselines)
+
+    for operator in operators:
+        for share in shares:
+            run(operator, share)
+    for operator in iterative:
+        start = run(operator, shares[0])
+        for share in shares[1:]:
+            start = run(operator, share, start)
+    for _ in range(refinements):
+        best = chosen()
+        edit = trials[best].edit if best in trials else Edit(ORIGINAL, operators[0], 1.0, ORIGINAL)
+        series = [t.edit for t in trials.values() if t.edit.operator == edit.operator]
+        smaller = [e.share for e in series if e.iterative == edit.iterative and e.share < edit.share]
+        if not smaller:
+            break
+        run(edit.operator, (edit.share * max(smaller)) ** 0.5, best if edit.iterative else ORIGINAL)
+    best = chosen()
+    for operator in baselines if best in trials else ():
+        if operator in operators:
+            run(operator, trials[best].edit.share)
+    return Found(best, trials)
+
+
+def smallest_within(
+    trials: Mapping[str, Trial],
+    original: tuple[float, float],
+    budget: float,
+    *,
+    baselines: Sequence[str] = (),
+) -> str:
+    """Names the smallest network whose loss is within the budget; ``"original"`` if no trial's is.
+
+    Args:
+      trials: the networks that were tried, by name.
+      original: the validation loss and the size of the original.
+      budget: by how much the loss may exceed that of the original.
+      baselines: the operators whose networks are not chosen.
+    """
+    limit = original[0] + budget
+    fitting = [t for t in trials.values() if t.edit.operator not in baselines and t.loss <= limit]
+    candidates = [(original[1], original[0], ORIGINAL)]
+    candidates += [(trial.size, trial.loss, trial.edit.name) for trial in fitting]
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
