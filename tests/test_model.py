@@ -10,6 +10,7 @@ from flax import linen, nnx
 
 from distill_jax import train
 from distill_jax._model import padded_batches
+from distill_jax.features import layer_shapes
 from distill_jax.models import MLP, ConvNet, Model, from_function, from_linen, from_nnx, predict, side_by_side
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -93,6 +94,56 @@ def test_a_model_is_a_function():
     assert model == model
     assert model != other
     assert len({model, model, other}) == 2
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_models_are_made_inside_vmap_and_eval_shape(kind):
+    """Many seeds at once, and no seed at all; nothing of the transformation stays behind."""
+
+    def make(key):
+        if kind == "nnx":
+            options = {"channels": (2,), "batch_norm": True, "dropout": 0.5}
+            return from_nnx(ConvNet((2, 2, 1), 3, **options, rngs=nnx.Rngs(key)))
+        return from_linen(LinenNet(), key, X)
+
+    x = X.reshape(6, 2, 2, 1) if kind == "nnx" else X
+    keys = jax.random.split(jax.random.key(0), 3)
+    several = jax.vmap(make)(keys)
+    for number, key in enumerate(keys):
+        one = make(key)
+        lane = jax.tree.map(lambda leaf, number=number: leaf[number], several)
+        chex.assert_trees_all_equal_structs(lane, one)
+        chex.assert_trees_all_close((lane.params, lane.state), (one.params, one.state), rtol=1e-6, atol=1e-7)
+        expected = one.apply(x, key=key)
+        chex.assert_trees_all_close(lane.apply(x, key=key), expected, rtol=1e-5, atol=1e-6)
+    shapes = jax.eval_shape(make, keys[0])
+    chex.assert_trees_all_equal_structs(shapes, one)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, one)
+    names = [layer_shapes(model, x, key=keys[0]) for model in (shapes, one)]
+    assert names[0] == names[1]
+    assert names[0]
+
+
+def test_a_module_that_draws_in_evaluation_keeps_no_seed():
+    """Equal models compute the same, wherever their modules were made."""
+
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.rngs = nnx.Linear(4, 3, rngs=rngs), rngs
+
+        def __call__(self, x):
+            return self.linear(x) + jax.random.normal(self.rngs.noise(), (3,))
+
+    def make(key):
+        return from_nnx(Noisy(nnx.Rngs(params=key, noise=key)))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    several, one = jax.vmap(make)(keys), make(keys[1])
+    second = jax.tree.map(lambda leaf: leaf[1], several)
+    assert second.apply_fn == one.apply_fn
+    np.testing.assert_allclose(second(X), one(X), rtol=1e-5, atol=1e-6)
+    draws = [one.apply(X, key=key)[0] for key in keys]
+    assert (draws[0] != draws[1]).all()
 
 
 def test_replace_is_a_copy():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from distill_jax._model import ApplyFn, Model, PyTree, identity
@@ -40,8 +41,7 @@ def from_nnx(module: nnx.Module) -> Model:
         evaluation[0],
         training[0],
         tuple(streams),
-        # The random streams are reseeded at each training call, so what they hold is a constant
-        random_state=training[2],
+        random_state=jax.tree.map(_blank, training[2]),
         like=nnx.eval_shape(lambda: (training[1], training[3])),
     )
     return Model(apply_fn, nnx.to_pure_dict(training[1]), nnx.to_pure_dict(training[3]))
@@ -87,6 +87,18 @@ class _NnxFunction:
         # `copy=True`, or BatchNorm under jax.grad raises TraceContextError
         module = nnx.merge(self.definitions[training], *restored, copy=True)
         return _name_calls(module) if naming() else module
+
+
+def _blank(leaf: jax.Array) -> jax.Array:
+    """A constant in the place of random state, which each training call reseeds.
+
+    So models that are equal compute the same, and nothing is kept of a transformation in which the module
+    was made.
+    """
+    with jax.ensure_compile_time_eval():
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
 
 
 def _restore(like: Any, pure: PyTree) -> Any:
