@@ -1,21 +1,31 @@
 """Writes the pages of the API reference from the rooms' ``__all__``, and checks that every public name is there."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
+import sys
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.util import logging
+
 import distill_jax
+
+logger = logging.getLogger(__name__)
 
 # Names in our signatures that belong to nobody's page: type variables, aliases, literals.
 OUTSIDE = [
     "Array", "ArrayLike", "PyTree", "Any", "Callable", "Sequence", "Mapping", "Iterable", "Iterator",
     "Path", "ModuleType", "Literal", "Hashable", "Protocol", "NamedTuple", "Generic", "Union", "Optional",
+    "Mesh", "NamedSharding", "Sharding",
 ]  # fmt: skip
 
 
@@ -79,7 +89,7 @@ def page(path: str, module: ModuleType) -> str:
             lines += [heading, "-" * len(heading), "", _paragraphs(importlib.import_module(home)), ""]
             lines += [f".. py:currentmodule:: {path}", ""]
         for name in _by_source(module, sections[home]):
-            lines += _entry(getattr(module, name), name)
+            lines += _entry(path, getattr(module, name), name)
     return "\n".join(lines)
 
 
@@ -105,11 +115,14 @@ def _by_source(module: ModuleType, names: list[str]) -> list[str]:
     return sorted(names, key=line)
 
 
-def _entry(value: Any, name: str) -> list[str]:
+def _entry(path: str, value: Any, name: str) -> list[str]:
     if inspect.isclass(value):
         return [f".. autoclass:: {name}", "   :members:", ""]
     if inspect.isroutine(value):
         return [f".. autofunction:: {name}", ""]
+    found, _ = alias(path, name)
+    if _is_type(value) and found is not None:
+        return [f".. py:type:: {name}", f"   :canonical: {ast.unparse(found)}", ""]
     return [f".. py:data:: {name}", f"   :type: {type(value).__name__}", ""]
 
 
@@ -158,29 +171,48 @@ class _Spelled(ast.NodeTransformer):
     def __init__(self, module: str) -> None:
         self.module = module
 
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if isinstance(node.value, str) and node.value.isidentifier():  # a forward reference
             return self.visit(ast.Name(node.value))
         return node
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         module = getattr(importlib.import_module(self.module), ast.unparse(node.value), None)
         ours = inspect.ismodule(module) and module.__name__.startswith("distill_jax")
         return ast.Name(node.attr) if ours else node
 
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:  # noqa: N802
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         return node if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
-        if node.id in OUTSIDE:
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in OUTSIDE or node.id in _public_by_last_name():
             return node
-        module: str | None = self.module
-        while module:
-            tree = ast.parse(inspect.getsource(importlib.import_module(module)))
-            found, module = _definition(tree, node.id)
-            if found is not None:
-                return _Spelled(self.module).visit(found)
-        return node
+        found, module = alias(self.module, node.id)
+        return node if found is None else _Spelled(module).visit(found)
+
+
+@functools.cache
+def _public_by_last_name() -> dict[str, str]:
+    """Maps ``Model`` to ``distill_jax.models.Model``: public classes and aliases whose own name is unique."""
+    found: dict[str, list[str]] = {}
+    for path, value in public_objects().items():
+        if _is_type(value):
+            found.setdefault(path.rpartition(".")[2], []).append(path)
+    return {name: paths[0] for name, paths in found.items() if len(paths) == 1}
+
+
+def _is_type(value: Any) -> bool:
+    return inspect.isclass(value) or isinstance(value, types.UnionType) or hasattr(value, "__origin__")
+
+
+def alias(module: str, name: str) -> tuple[ast.expr | None, str]:
+    """Finds what an alias stands for, and the module that says so; (None, module) if it is no alias."""
+    while True:
+        tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+        found, origin = _definition(tree, name)
+        if found is not None or origin is None:
+            return found, module
+        module = origin
 
 
 def _definition(tree: ast.Module, name: str) -> tuple[ast.expr | None, str | None]:
@@ -188,9 +220,9 @@ def _definition(tree: ast.Module, name: str) -> tuple[ast.expr | None, str | Non
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return node.value, None
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill_jax"):
-            if name in {alias.asname or alias.name for alias in node.names}:
-                return None, node.module
+        ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill_jax")
+        if ours and name in {alias.asname or alias.name for alias in node.names}:
+            return None, node.module
     return None, None
 
 
@@ -215,7 +247,7 @@ def resolve_private_path(app, env, node, contnode):
     if node.get("refdomain") != "py" or not target:
         return None
     module = node.get("py:module") or ""
-    candidates = [target, f"{module}.{target}"] if module else [target]
+    candidates = [target, f"{module}.{target}", _public_by_last_name().get(target, target)]
     for candidate in candidates:
         value = _import(candidate)
         if value is None:
@@ -228,7 +260,15 @@ def resolve_private_path(app, env, node, contnode):
                 )
         if inspect.ismodule(value) and candidate.startswith("distill_jax."):
             return contnode  # a private module: its name is text
+    homes = [home for home in list(sys.modules) if home.startswith("distill_jax")]
+    if node.get("reftype") == "class" and any(_is_alias(home, target) for home in homes):
+        return contnode  # an alias in a class body: text
     return None
+
+
+def _is_alias(module: str, name: str) -> bool:
+    value = getattr(sys.modules[module], name, None)
+    return _is_type(value) and not inspect.isclass(value)
 
 
 def _import(path: str) -> Any:
@@ -246,12 +286,31 @@ def _import(path: str) -> Any:
     return None
 
 
+def link_names(app, doctree):
+    """Links inline code such as ``losses.kl`` to its entry, and warns where a room has no such name."""
+    if app.env.docname.startswith("api/distill_jax"):
+        return
+    public = public_objects()
+    short = {path.rpartition(".")[2]: path for path, _ in rooms()}  # `units` for compress.units
+    for literal in list(doctree.findall(nodes.literal)):
+        match = re.fullmatch(r"(?:distill_jax\.)?(\w+)((?:\.\w+)+)(?:\(\))?", literal.astext())
+        if not match or match[1] not in short or isinstance(literal.parent, nodes.reference):
+            continue
+        target = short[match[1]] + match[2]
+        if target in public:
+            link = addnodes.pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=target, refexplicit=True, refwarn=True
+            )
+            literal.replace_self(link)
+            link += literal
+        elif _import(target) is None and not inspect.isclass(_import(target.rpartition(".")[0])):
+            logger.warning("%s is no public name", literal.astext(), location=literal)
+
+
 def check_complete(app, exception):
     """Warns, and so fails the build, if a public name has no entry in the reference."""
     if exception is None and app.builder.name == "html":
-        from sphinx.util import logging
-
         written = app.env.get_domain("py").objects
         missing = sorted(set(public_objects()) - set(written))
         if missing:
-            logging.getLogger(__name__).warning("the API reference lacks %s", ", ".join(missing))
+            logger.warning("the API reference lacks %s", ", ".join(missing))

@@ -30,7 +30,7 @@ templates_path: list[str] = []
 nitpicky = True
 # Names of other projects, and the parameters of generic types: this site has no page for them.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jaxlib|flax|optax|numpy|np|collections|typing|types|pathlib|os)(\..*)?"),
+    ("py:.*", r"(jax|jaxlib|flax|nnx|linen|optax|numpy|np|collections|typing|types|pathlib|os)(\..*)?"),
     ("py:.*", "|".join(api_pages.OUTSIDE)),
 ]
 
@@ -69,5 +69,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", api_pages.escape_bars)
     app.connect("autodoc-skip-member", api_pages.skip_member)
     app.connect("missing-reference", api_pages.resolve_private_path)
+    app.connect("doctree-read", api_pages.link_names)
     app.connect("build-finished", api_pages.check_complete)
     return {"parallel_read_safe": True}

@@ -12,7 +12,6 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from harness import runs  # noqa: E402
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -37,6 +36,8 @@ def run(request, capsys, monkeypatch):
 
     The command line is the module's SMALL, or ``small``, and the arguments.
     """
+
+    from harness import runs  # the tests of the library run where there is no harness
 
     def run(*arguments, small=request.module.SMALL):
         experiment = request.module.EXPERIMENT

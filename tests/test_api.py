@@ -5,6 +5,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -136,22 +138,48 @@ def test_a_logit_loss_gives_one_float32_an_example(name):
     assert value.dtype == jnp.float32
 
 
+def requirements(*extras):
+    """The import names that the library's dependencies, or those of extras, provide."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = set() if extras else set(project["dependencies"])
+    for extra in extras:
+        for line in project["optional-dependencies"][extra]:
+            inner = re.fullmatch(r"distill_jax\[(.*)\]", line)
+            names |= requirements(*inner[1].split(",")) if inner else {line}
+    renamed = {"scikit_learn": "sklearn", "orbax_checkpoint": "orbax", "pillow": "PIL"}
+    names = {re.split(r"[>=\[]", name)[0].lower().replace("-", "_") for name in names}
+    return {renamed.get(name, name) for name in names}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
 def test_every_import_is_declared():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {re.split(r"[>=\[]", d)[0].lower().replace("-", "_") for d in declared["dependencies"]}
-    names |= {"sklearn", "orbax"} if {"scikit_learn", "orbax_checkpoint"} <= names else set()
-    standard = __import__("sys").stdlib_module_names
-    for path in [*(ROOT / "distill_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                found = [node.module or ""]
-            else:
-                continue
-            for module in found:
-                top = module.split(".")[0]
-                optional = path.name == "bench_step.py" and top == "torch"
-                assert top in standard or top in names or optional or top == "distill_jax", (
-                    f"{path.name} imports {top}, which pyproject.toml does not declare"
-                )
+    """The library needs its dependencies alone, and ``data`` its extra; experiments need theirs."""
+    needed = requirements()
+    assert needed == {"jax", "flax", "optax", "orbax", "numpy", "scipy", "ml_dtypes"}
+    known = {*sys.stdlib_module_names, "distill_jax", "harness"}
+    for path in [*(ROOT / "distill_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+        allowed = needed | known
+        if "experiments" in path.parts:
+            allowed |= requirements("experiments") | {file.stem for file in path.parent.glob("*.py")}
+        elif "data" in path.parts:
+            allowed |= requirements("data")
+        if path.name == "bench_step.py":
+            allowed |= {"torch"}
+        extra = set(imports(path)) - allowed
+        assert not extra, f"{path.name} imports {extra}, which pyproject.toml does not declare"
+
+
+def test_losses_load_none_of_the_extras():
+    program = "import sys; from distill_jax import losses, models, train, compress, data; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
+    heavy = {"sklearn", "tensorflow_datasets", "matplotlib", "tyro", "tqdm", "PIL", "requests", "harness"}
+    assert not heavy & set(loaded)

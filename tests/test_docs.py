@@ -1,54 +1,80 @@
-"""The page of methods names all there are, and its program runs."""
+"""The site names everything there is, and the programs of its short pages run (notebooks run at the build)."""
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from test_units_trace import large_networks
 
-from distill_jax import features, losses, train
+from distill_jax import features, losses
 from distill_jax.compress import sparsity, units
-from distill_jax.train import several_teachers
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "methods.md").read_text()
+DOCS = ROOT / "docs"
+METHODS = sorted((DOCS / "methods").glob("*.md"))
 
 
-def test_every_method_is_named():
-    names = {*losses.__all__, *losses.tokens.__all__, *(f"learned.{n}" for n in features.__all__)}
-    for module in (train, several_teachers, sparsity):
-        functions = inspect.getmembers(module, inspect.isfunction)
-        names |= {n for n, f in functions if f.__module__ == module.__name__ and n[0] != "_"}
-    named = re.findall(r"`(?:(?:losses|schemes|teachers|sparsity)\.)?([\w.]+)[`(]", PAGE)
-    assert names <= set(named), sorted(names - set(named))
+def programs(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_the_program_runs():
-    program = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    space = {}
-    exec(compile(program, "docs/methods.md", "exec"), space)
-    assert np.isfinite(space["metrics"]["loss"])
-    before, after = space["student"].params, space["params"]
-    assert jax.tree.structure(before) == jax.tree.structure(after)
+def functions(module):
+    return {name for name in module.__all__ if not inspect.ismodule(getattr(module, name))}
 
 
-def test_readme_leads_there():
-    text = (ROOT / "README.md").read_text()
-    assert "docs/methods.md" in text
-    assert "docs/units.md" in text
+@pytest.mark.parametrize("room", [losses, losses.tokens, features, sparsity, units])
+def test_every_method_is_named(room):
+    """A page of methods, or the guide beside it, names each function by its call."""
+    pages = [*METHODS, *(DOCS / "guides").glob("*.md"), DOCS / "units.md"]
+    text = "\n".join(page.read_text() for page in pages)
+    path = room.__name__.removeprefix("distill_jax.")
+    short = path.rpartition(".")[2]
+    plumbing = {name for name in functions(room) if inspect.isclass(getattr(room, name))}
+    plumbing |= {"name_values", "naming", "layer_shapes"}
+    missing = {
+        name
+        for name in functions(room) - plumbing
+        if not re.search(rf"\b({re.escape(path)}|{short})\.{name}\b", text)
+    }
+    assert not missing
+
+
+def test_every_public_name_has_an_entry(tmp_path, monkeypatch):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(str(DOCS))
+    import api_pages
+
+    pages = api_pages.write(tmp_path)
+    index = (DOCS / "api" / "index.md").read_text()
+    text = {path: (tmp_path / f"{path}.rst").read_text() for path in pages}
+    reached = "".join(text.values())
+    for path in pages:
+        assert f"<{path}>" in index + reached, f"no table of contents leads to {path}"
+    for path, value in api_pages.public_objects().items():
+        if not inspect.ismodule(value):
+            room, _, name = path.rpartition(".")
+            assert re.search(rf"^\.\. (py:)?\w+:: {name}$", text[room], re.MULTILINE), path
+    sys.modules.pop("api_pages")
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
+def test_the_short_programs_run(page):
+    for program in programs(page):
+        exec(compile(program, page.name, "exec"), {})
 
 
 def test_the_tables_of_units_are_what_is_printed_and_the_program_runs():
-    page = (ROOT / "docs" / "units.md").read_text()
-    program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    page = DOCS / "units.md"
     space = {}
-    exec(compile(program.replace("resnet56", "resnet8"), "docs/units.md", "exec"), space)
-    jax.tree.map(np.testing.assert_array_equal, space["back"], space["model"])
+    exec(compile("\n".join(programs(page)).replace("resnet56", "resnet8"), page.name, "exec"), space)
+    jax.tree.map(np.testing.assert_array_equal, space["back"], space["variables"])
     graphs = [units.trace(*network) for network in large_networks()]
     printed = {tuple(row.split()) for graph in graphs for row in str(graph).splitlines()}
-    tables = re.findall(r"```\n(group .*?)```", page, re.DOTALL)
+    tables = re.findall(r"```\n(group .*?)```", page.read_text(), re.DOTALL)
     shown = [tuple(row.split()) for table in tables for row in table.splitlines()]
     assert len(shown) > 20
     assert not [row for row in shown if row not in printed]
