@@ -76,7 +76,7 @@ def test_the_tables_of_units_are_what_is_printed_and_the_program_runs():
     page = DOCS / "units.md"
     space = {}
     exec(compile("\n".join(programs(page)).replace("resnet56", "resnet8"), page.name, "exec"), space)
-    jax.tree.map(np.testing.assert_array_equal, space["back"], space["variables"])
+    jax.tree.map(np.testing.assert_array_equal, space["back"], space["model"])
     graphs = [units.trace(*network) for network in large_networks()]
     printed = {tuple(row.split()) for graph in graphs for row in str(graph).splitlines()}
     tables = re.findall(r"```\n(group .*?)```", page.read_text(), re.DOTALL)
