@@ -162,7 +162,7 @@ def imports(path):
 def test_every_import_is_declared():
     """The library needs its dependencies alone, and ``data`` its extra; experiments need theirs."""
     needed = requirements()
-    assert needed == {"jax", "flax", "optax", "orbax", "numpy", "scipy", "ml_dtypes"}
+    assert needed == {"jax", "flax", "optax", "orbax", "numpy", "scipy", "ml_dtypes", "flatbuffers"}
     known = {*sys.stdlib_module_names, "distill_jax", "harness"}
     for path in [*(ROOT / "distill_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
         allowed = needed | known

@@ -14,11 +14,12 @@ from distill_jax.weights.connectivity import (
     warn_if_stale,
 )
 from distill_jax.weights.distances import cosine, distance
-from distill_jax.weights.means import ema, fisher_mean, greedy_soup, lerp, mean, slerp, swa
+from distill_jax.weights.means import Soup, ema, fisher_mean, greedy_soup, lerp, mean, slerp, swa
 from distill_jax.weights.structure import by_path, check, is_float, mismatch_report, path_name, scalars
 from distill_jax.weights.tasks import add, dare, lowest, task_vector, ties
 
 __all__ = [
+    "Soup",
     "StaleStatisticsWarning",
     "add",
     "along",

@@ -216,7 +216,7 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
       trees: as in :func:`mean`.
       score: tree → a number, higher is better, on *validation* data. Called at most 2·n − 1 times. A
         network with BatchNorm must be recalibrated in it
-        (:func:`distill_jax.train.interpolation.recalibrate`).
+        (:func:`distill_jax.weights.recalibrate`).
 
     Returns:
       The soup, never below the best of the trees.
