@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from distill_jax import weights
+from distill_jax import models, weights
 
 KEY = jax.random.key(0)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -372,8 +373,11 @@ def test_bad_values_of_t(t, message):
         (lambda a: weights.mean([]), "trees must have at least one entry"),
         (lambda a: weights.mean([a, a], [1, -1]), "weights must be finite, ≥ 0 and not all 0, got"),
         (lambda a: weights.mean([a, a], [0, 0]), "not all 0"),
-        (lambda a: weights.mean([a, a], [1, 1, 1]), r"weights must be one a tree, 2, got shape \(3,\)"),
-        (lambda a: weights.fisher_mean([a, a], [a]), "fishers must be one a tree, 2, got 1"),
+        (
+            lambda a: weights.mean([a, a], [1, 1, 1]),
+            r"weights must have one entry per tree, 2, got shape \(3,\)",
+        ),
+        (lambda a: weights.fisher_mean([a, a], [a]), "fishers must have one entry per tree, 2, got 1"),
         (lambda a: weights.ema(a, a, 1.5), r"decay must lie in \[0, 1\], got 1.5"),
         (lambda a: weights.ema(a, a, 1.0, step=1), "got 1.0: use swa"),
         (lambda a: weights.ema(a, a, 0.5, step=0), "step must be at least 1"),
@@ -389,6 +393,64 @@ def test_bad_values(call, message):
         call({"w": jnp.ones(2)})
 
 
+# Models
+
+
+class Normalised(nnx.Module):
+    """A network with parameters, running statistics, a counter of calls and a random key."""
+
+    def __init__(self, rngs, width=5):
+        self.linear = nnx.Linear(3, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def make_model(seed, width=5):
+    model = models.from_nnx(Normalised(nnx.Rngs(seed), width))
+    _, state = model.apply(jax.random.normal(jax.random.key(seed), (4, 3)), key=KEY)
+    return model.replace(state=state)
+
+
+def test_models_of_one_function_are_trees_like_others():
+    a, b = make_model(1), make_model(2)
+    x = jax.random.normal(KEY, (2, 3))
+    for function in (weights.lerp, jax.jit(weights.lerp)):
+        middle = function(a, b, 0.25)
+        assert isinstance(middle, models.Model)
+        chex.assert_trees_all_equal(middle.params, weights.lerp(a.params, b.params, 0.25))
+        chex.assert_trees_all_equal(middle.state, weights.lerp(a.state, b.state, 0.25))
+        chex.assert_trees_all_equal(function(a, b, 1.0)(x), b(x))
+    halves = weights.lerp(a, b, 0.5)
+    for tree in (
+        weights.mean([a, b]),
+        weights.ema(a, b, 0.5),
+        weights.swa(a, b, 1),
+        weights.slerp(a, b, 0.5),
+    ):
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, a)
+        assert np.isfinite(tree(x)).all()
+    assert_floats_close(weights.mean([a, b]), halves)
+    assert_floats_close(weights.add(a, weights.task_vector(a, b)), b)
+    assert weights.distance(a, b) > 0
+    kernel = weights.lerp(a, b, {r"^params.*kernel": 1.0, "": 0.0})
+    chex.assert_trees_all_equal(kernel.state, a.state)
+    assert_floats_close(kernel.params["linear"]["kernel"], b.params["linear"]["kernel"])
+
+
+def test_models_that_do_not_fit_are_named_by_path():
+    with pytest.raises(
+        ValueError, match=r"params.linear.kernel: shape \(3, 5\) in tree_a, \(3, 4\) in tree_b"
+    ):
+        weights.lerp(make_model(1), make_model(2, 4), 0.5)
+    one, other = (models.from_function(lambda w, x, n=n: n * x @ w, jnp.ones((3, 2))) for n in (1, 2))
+    with pytest.raises(ValueError, match=r"apply_fn: trees\[0\] and trees\[1\] are models of different"):
+        weights.mean([one, other])
+    chex.assert_trees_all_equal(weights.mean([one, other.replace(apply_fn=one.apply_fn)]), one)
+
+
 # Several devices
 
 
@@ -397,22 +459,23 @@ def test_sharded_leaves_stay_sharded():
     program = """
         import jax, jax.numpy as jnp, numpy as np
         jax.config.update("jax_num_cpu_devices", 4)
-        from distill_jax import parallel, trees
-        mesh = parallel.data_mesh(4)
-        rows, everywhere = parallel.sharded(mesh), parallel.replicated(mesh)
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from distill_jax import weights
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
         rng = np.random.default_rng(0)
         places = {"w": rows, "b": everywhere}
         host = [{"w": rng.normal(size=(8, 6)).astype("f4"), "b": rng.normal(size=6).astype("f4")}
                 for _ in range(2)]
         a, b = jax.device_put(host, [places, places])
         for name, function in {
-            "lerp": lambda a, b: trees.lerp(a, b, 0.3), "slerp": lambda a, b: trees.slerp(a, b, 0.3),
-            "mean": lambda a, b: trees.mean([a, b]), "ema": lambda a, b: trees.ema(a, b, 0.9),
-            "swa": lambda a, b: trees.swa(a, b, 3), "add": trees.add,
-            "task_vector": trees.task_vector, "ties": lambda a, b: trees.ties([a, b]),
-            "fisher": lambda a, b: trees.fisher_mean([a, b], jax.tree.map(jnp.square, [a, b])),
-            "dare": lambda a, b: trees.dare(jax.random.key(0), a, rate=0.5),
-            "distance": trees.distance, "cosine": trees.cosine,
+            "lerp": lambda a, b: weights.lerp(a, b, 0.3), "slerp": lambda a, b: weights.slerp(a, b, 0.3),
+            "mean": lambda a, b: weights.mean([a, b]), "ema": lambda a, b: weights.ema(a, b, 0.9),
+            "swa": lambda a, b: weights.swa(a, b, 3), "add": weights.add,
+            "task_vector": weights.task_vector, "ties": lambda a, b: weights.ties([a, b]),
+            "fisher": lambda a, b: weights.fisher_mean([a, b], jax.tree.map(jnp.square, [a, b])),
+            "dare": lambda a, b: weights.dare(jax.random.key(0), a, rate=0.5),
+            "distance": weights.distance, "cosine": weights.cosine,
         }.items():
             whole = function(*host)
             for wrapped in (function, jax.jit(function)):
@@ -420,7 +483,7 @@ def test_sharded_leaves_stay_sharded():
                 jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), result, whole)
                 if isinstance(result, dict) and name not in ("ties", "dare"):
                     assert result["w"].sharding.is_equivalent_to(rows, 2), (name, result["w"].sharding)
-        exact = jax.jit(trees.lerp)(a, b, 1.0)
+        exact = jax.jit(weights.lerp)(a, b, 1.0)
         assert (exact["w"] == b["w"]).all()
         print("done")
     """

@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 from distill_jax.weights.structure import by_path, path_name
-from distill_jax.weights.tasks import lowest
 
 PyTree = Any
 
@@ -451,9 +450,9 @@ def _remove(masks, values, counts, ranking, pattern, axis):
     flat = [key.ravel() for key in keys]
     if ranking == "global":
         ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-        gone = jnp.split(lowest(jnp.concatenate(flat), counts(ends[-1])), ends[:-1])
+        gone = jnp.split(_lowest(jnp.concatenate(flat), counts(ends[-1])), ends[:-1])
     else:
-        gone = [lowest(key, counts(key.size)) for key in flat]
+        gone = [_lowest(key, counts(key.size)) for key in flat]
     new = [mask & ~part.reshape(mask.shape) for mask, part in zip(leaves, gone, strict=True)]
     return jax.tree.unflatten(structure, new)
 
@@ -468,3 +467,22 @@ def _spare(keys: jax.Array, pattern: tuple[int, int], axis: int) -> jax.Array:
     rank = jnp.sum((other < one) | ((other == one) & first), -1)
     groups = jnp.where(rank < group - keep, groups, np.iinfo(np.int32).max)
     return jnp.moveaxis(groups.reshape(moved.shape), -1, axis)
+
+
+def _lowest(keys: jax.Array, count: Any) -> jax.Array:
+    """Marks the ``count`` lowest of int32 ``[n]`` keys ≥ −1, the first among equal ones.
+
+    The key at that place in the order is found by bisection: 31 sums over the keys, which take a
+    tenth of the time of a sort on a CPU, and leave keys that lie over several devices where they are.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(keys <= middle) >= count
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    bounds = jnp.int32(0), jnp.int32(np.iinfo(np.int32).max)
+    last, _ = jax.lax.fori_loop(0, 31, halve, bounds)
+    below, equal = keys < last, keys == last
+    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))

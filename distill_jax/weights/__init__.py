@@ -1,9 +1,10 @@
-"""The arithmetic of weights: pure functions on pytrees, for parameters and whatever goes with them.
+"""Arithmetic of parameters: interpolation, means, task vectors, distances, and the path between networks.
 
-Every function keeps structure, shapes, dtypes and sharding, and computes in float32 at least. Leaves
-that are no floats (counters, masks, random keys) are carried over, never averaged. Trees that do not
-fit, or hold values that are not finite, are one error that lists every path concerned; inside ``jit``,
-where values are not known, their finiteness is not checked.
+All functions take any pytrees of arrays, a :class:`~distill_jax.models.Model` included, and return trees
+of the same structure, shapes, dtypes and sharding. They compute in float32 at least. Leaves that are not
+floating-point numbers (counters, masks, random keys) are copied and never averaged. If trees do not fit
+each other, or hold values that are not finite, one error lists every path concerned. Inside ``jit`` the
+values are not known and are not checked.
 """
 
 from distill_jax.weights.connectivity import (
@@ -16,7 +17,7 @@ from distill_jax.weights.connectivity import (
 from distill_jax.weights.distances import cosine, distance
 from distill_jax.weights.means import Soup, ema, fisher_mean, greedy_soup, lerp, mean, slerp, swa
 from distill_jax.weights.structure import by_path, check, is_float, mismatch_report, path_name, scalars
-from distill_jax.weights.tasks import add, dare, lowest, task_vector, ties
+from distill_jax.weights.tasks import add, dare, task_vector, ties
 
 __all__ = [
     "Soup",
@@ -34,7 +35,6 @@ __all__ = [
     "greedy_soup",
     "is_float",
     "lerp",
-    "lowest",
     "mean",
     "mismatch_report",
     "path_name",

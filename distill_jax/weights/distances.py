@@ -1,18 +1,22 @@
-"""How far apart two trees are."""
+"""Distance and angle between two pytrees of parameters."""
 
 import jax
 import jax.numpy as jnp
 
+from distill_jax._model import PyTree
 from distill_jax.losses._numerics import to_float
-from distill_jax.weights.structure import PyTree, check, is_float
+from distill_jax.weights.structure import check, is_float
 
 
 def distance(tree_a: PyTree, tree_b: PyTree) -> jax.Array:
-    """The Euclidean distance ‖a − b‖₂ of all float leaves as one vector: float32 scalar.
+    """Euclidean distance ‖a − b‖₂ between two trees, with all float leaves as one vector.
 
     Args:
-      tree_a: any pytree of arrays.
-      tree_b: another of the same structure, shapes and dtypes.
+      tree_a: any pytree of arrays, for instance a model's parameters.
+      tree_b: a tree of the same structure, shapes and dtypes.
+
+    Returns:
+      The distance, a float32 scalar.
 
     Raises:
       ValueError: if the trees do not fit, or hold values that are not finite.
@@ -26,17 +30,17 @@ def distance(tree_a: PyTree, tree_b: PyTree) -> jax.Array:
 
 
 def cosine(tree_a: PyTree, tree_b: PyTree) -> jax.Array:
-    """The cosine a·b / (‖a‖‖b‖) of all float leaves as one vector: float32 scalar.
+    """Cosine a·b / (‖a‖‖b‖) of the angle between two trees, with all float leaves as one vector.
 
     Args:
-      tree_a: as in :func:`distance`.
-      tree_b: likewise.
+      tree_a: any pytree of arrays, for instance a task vector.
+      tree_b: a tree of the same structure, shapes and dtypes.
 
     Returns:
-      in [−1, 1]; NaN where one of the two is zero, which has no direction.
+      The cosine, a float32 scalar in [−1, 1]; NaN if one of the two is zero and so has no direction.
 
     Raises:
-      ValueError: as in :func:`distance`.
+      ValueError: if the trees do not fit, or hold values that are not finite.
 
     >>> float(cosine({"a": 1.0, "b": 1.0}, {"a": -2.0, "b": 2.0}))
     0.0
@@ -53,6 +57,6 @@ def _floats(tree_a, tree_b):
 
 
 def _dot(a, b):
-    """Re Σ x̄y: the product of complex numbers as vectors of two."""
+    """Computes Re Σ x̄y, which treats complex numbers as vectors of two."""
     products = (jnp.sum(jnp.real(jnp.conj(x) * y)) for x, y in zip(a, b, strict=True))
     return sum(products, jnp.float32(0))

@@ -1,4 +1,4 @@
-"""Between two trees, and in the middle of several."""
+"""Interpolation between two pytrees of parameters, and means of several."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,31 +6,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from distill_jax._model import PyTree
 from distill_jax.losses._numerics import check_fraction, to_float
-from distill_jax.weights.structure import PyTree, Scalar, Scalars, check, is_float, map_floats, scalars
+from distill_jax.weights.structure import Scalar, Scalars, check, is_float, map_floats, scalars
 
 
 def lerp(tree_a: PyTree, tree_b: PyTree, t: Scalars) -> PyTree:
-    """Linear interpolation, (1 − t)·a + t·b: exactly a at t = 0 and b at t = 1.
-
-    With the student's parameters as a, the teacher's as b and t = λ this is λθₜ + (1 − λ)θ_g.
+    """Linear interpolation between two trees, (1 − t)·a + t·b: exactly a at t = 0 and b at t = 1.
 
     Args:
-      tree_a: any pytree of arrays.
-      tree_b: another of the same structure, shapes and dtypes.
-      t: in [0, 1]; or a value for each path pattern, see :func:`distill_jax.weights.scalars`. It may be
-        traced: mapped by ``vmap``, differentiated by ``grad``.
+      tree_a: any pytree of arrays: parameters, or a whole :class:`~distill_jax.models.Model`.
+      tree_b: a tree of the same structure, shapes and dtypes.
+      t: a number in [0, 1]; or a mapping from path patterns to numbers, see
+        :func:`distill_jax.weights.scalars`. It may be traced, so ``vmap`` and ``grad`` over t work.
 
     Returns:
-      A tree like ``tree_a``. Its leaves that are no floats are ``tree_a``'s, at t = 1 ``tree_b``'s.
+      A tree with the structure, shapes and dtypes of ``tree_a``. Leaves that are not floating-point
+      numbers are those of ``tree_a``, or of ``tree_b`` at t = 1. A model with BatchNorm needs
+      :func:`distill_jax.weights.recalibrate` afterwards.
 
     Raises:
       ValueError: if the trees do not fit, hold values that are not finite, or t lies outside [0, 1].
 
     References:
-      The interpolation of parameters of system S3; Wortsman et al., `Robust fine-tuning of zero-shot
-      models`, 2022, Eq. 1.
+      Wortsman et al., `Robust fine-tuning of zero-shot models`, 2022, Eq. 1.
 
     >>> lerp({"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}, 0.25)
     {'w': Array([0.25, 0.5 ], dtype=float32)}
@@ -51,15 +52,22 @@ def _lerp(a: Any, b: Any, t: Scalar) -> jax.Array:
 
 
 def slerp(tree_a: PyTree, tree_b: PyTree, t: Scalars) -> PyTree:
-    """Spherical interpolation, leaf by leaf: (sin((1 − t)Ω)·a + sin(tΩ)·b)/sin Ω.
+    """Spherical interpolation between two trees, leaf by leaf: (sin((1 − t)Ω)·a + sin(tΩ)·b)/sin Ω.
 
-    Ω is the angle between the two leaves as vectors. Where they are parallel, opposite or zero
-    (sin Ω < 1e-4), the great circle between them is not defined, and the leaf is that of :func:`lerp`.
+    Ω is the angle between the two leaves as vectors. If they are parallel, opposite or zero (sin Ω <
+    1e-4), the great circle between them is not defined, and the leaf is interpolated linearly.
 
     Args:
-      tree_a: as in :func:`lerp`.
-      tree_b: likewise.
-      t: likewise.
+      tree_a: any pytree of arrays: parameters, or a whole :class:`~distill_jax.models.Model`.
+      tree_b: a tree of the same structure, shapes and dtypes.
+      t: a number in [0, 1]; or a mapping from path patterns to numbers, see
+        :func:`distill_jax.weights.scalars`.
+
+    Returns:
+      A tree with the structure, shapes and dtypes of ``tree_a``.
+
+    Raises:
+      ValueError: if the trees do not fit, hold values that are not finite, or t lies outside [0, 1].
 
     References:
       Shoemake, `Animating Rotation with Quaternion Curves`, 1985, §3.3.
@@ -79,7 +87,7 @@ def _slerp(a: Any, b: Any, t: Scalar) -> jax.Array:
     x, y, t = to_float(a), to_float(b), jnp.asarray(t)
     lengths = _norm(x), _norm(y)
     u, v = (z / jnp.where(length > 0, length, 1.0) for z, length in zip((x, y), lengths, strict=True))
-    # Of arccos, small angles have no digits (Kahan, `How Futile are Mindless Assessments`, 2006, §12)
+    # arccos loses the digits of small angles (Kahan, `How Futile are Mindless Assessments`, 2006, §12)
     angle = 2 * jnp.arctan2(_norm(u - v), _norm(u + v))
     defined = (jnp.sin(angle) >= 1e-4) & (lengths[0] > 0) & (lengths[1] > 0)
     angle = jnp.where(defined, angle, 1.0)
@@ -90,23 +98,24 @@ def _slerp(a: Any, b: Any, t: Scalar) -> jax.Array:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """The L2 norm, with gradient 0 at zero."""
+    """Computes the L2 norm, with gradient 0 at zero."""
     square = jnp.sum(jnp.square(jnp.abs(x)))
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def mean(trees: Sequence[PyTree], weights: Any = None) -> PyTree:
-    """The weighted mean Σ wᵢθᵢ / Σ wᵢ: a uniform soup.
+def mean(trees: Sequence[PyTree], weights: ArrayLike | Sequence[ArrayLike] | None = None) -> PyTree:
+    """Weighted mean of trees, Σ wᵢθᵢ / Σ wᵢ; with equal weights a uniform soup.
 
     Args:
-      trees: at least one; of the same structure, shapes and dtypes.
-      weights: w ≥ 0 ``[trees]``, not all 0; 1 each by default.
+      trees: one or more trees of the same structure, shapes and dtypes.
+      weights: w ≥ 0, one per tree and not all 0; by default all are equal.
 
     Returns:
-      A tree like the first, whose leaves that are no floats it has.
+      A tree with the structure, shapes and dtypes of the first. Leaves that are not floating-point
+      numbers are those of the first.
 
     Raises:
-      ValueError: if the trees do not fit, or the weights are not such.
+      ValueError: if the trees do not fit, or the weights are not valid.
 
     References:
       Wortsman et al., `Model soups`, 2022, §2 (uniform soup).
@@ -127,7 +136,7 @@ def _shares(trees: Sequence[PyTree], weights: Any) -> jax.Array:
     if weights is None:
         weights = np.ones(len(trees))
     if np.shape(weights) != (len(trees),):
-        raise ValueError(f"weights must be one a tree, {len(trees)}, got shape {np.shape(weights)}")
+        raise ValueError(f"weights must have one entry per tree, {len(trees)}, got shape {np.shape(weights)}")
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(weights)):
         values = np.asarray(weights, np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
@@ -143,20 +152,23 @@ def _sum(terms: Any, like: Any) -> jax.Array:
     return total.astype(jnp.asarray(like).dtype)
 
 
-def fisher_mean(trees: Sequence[PyTree], fishers: Sequence[PyTree], weights: Any = None) -> PyTree:
-    """The mean in which each parameter counts by its Fisher information: Σ wᵢFᵢθᵢ / Σ wᵢFᵢ.
+def fisher_mean(
+    trees: Sequence[PyTree], fishers: Sequence[PyTree], weights: ArrayLike | Sequence[ArrayLike] | None = None
+) -> PyTree:
+    """Mean of trees in which each parameter is weighted by its Fisher information: Σ wᵢFᵢθᵢ / Σ wᵢFᵢ.
 
     Args:
-      trees: as in :func:`mean`.
-      fishers: of each tree the diagonal of the Fisher information, F ≥ 0, in the same structure: the
-        mean over examples of the squared gradient of the log-likelihood.
-      weights: as in :func:`mean`.
+      trees: one or more trees of the same structure, shapes and dtypes.
+      fishers: one tree of the same structure per entry of ``trees``, with the diagonal of its Fisher
+        information, F ≥ 0: the mean over examples of the squared gradient of the log-likelihood.
+      weights: w ≥ 0, one per tree and not all 0; by default all are equal.
 
     Returns:
-      A tree like the first. A parameter that no tree has information on has the mean of :func:`mean`.
+      A tree with the structure, shapes and dtypes of the first. A parameter on which no tree has
+      information gets the plain weighted mean.
 
     Raises:
-      ValueError: if trees do not fit, are not as many as ``fishers``, or a value of F is negative.
+      ValueError: if trees do not fit, the two lists differ in length, or a value of F is negative.
 
     References:
       Matena, Raffel, `Merging Models with Fisher-Weighted Averaging`, 2022, Eq. 4.
@@ -165,7 +177,7 @@ def fisher_mean(trees: Sequence[PyTree], fishers: Sequence[PyTree], weights: Any
     1.25
     """
     if len(fishers) != len(trees):
-        raise ValueError(f"fishers must be one a tree, {len(trees)}, got {len(fishers)}")
+        raise ValueError(f"fishers must have one entry per tree, {len(trees)}, got {len(fishers)}")
     shares = _shares(trees, weights)
     names = ["trees[0]", *(f"fishers[{i}]" for i in range(len(fishers)))]
     check(trees[0], *fishers, names=names, dtypes=False)
@@ -177,7 +189,7 @@ def fisher_mean(trees: Sequence[PyTree], fishers: Sequence[PyTree], weights: Any
     def one(*leaves):
         values = [to_float(x) for x in leaves[: len(trees)]]
         information = [to_float(x) for x in leaves[len(trees) :]]
-        # Only ratios matter; of the tiny values that they are, sums would underflow
+        # Only ratios matter, and sums of values as tiny as these would underflow
         highest = jnp.max(jnp.stack(information), 0)
         known = highest > 0
         highest = jnp.where(known, highest, 1.0)
@@ -196,12 +208,12 @@ def fisher_mean(trees: Sequence[PyTree], fishers: Sequence[PyTree], weights: Any
 
 
 class Soup(NamedTuple):
-    """A greedy soup.
+    """The result of :func:`greedy_soup`.
 
     Attributes:
       tree: the mean of the members.
-      members: their places in the list that was given, the best first.
-      score: the soup's.
+      members: the members' places in the list of trees, the best first.
+      score: the score of ``tree``.
     """
 
     tree: PyTree
@@ -210,16 +222,16 @@ class Soup(NamedTuple):
 
 
 def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> Soup:
-    """Averages trees one after another, the best first, keeping those that do not make it worse.
+    """Greedy soup: averages trees one by one, the best first, and keeps each that does not lower the score.
 
     Args:
-      trees: as in :func:`mean`.
-      score: tree → a number, higher is better, on *validation* data. Called at most 2·n − 1 times. A
-        network with BatchNorm must be recalibrated in it
-        (:func:`distill_jax.weights.recalibrate`).
+      trees: one or more trees of the same structure, shapes and dtypes.
+      score: a function from a tree to a number on *validation* data, where higher is better. It is
+        called at most 2·n − 1 times for n trees. If the network has BatchNorm, it must first call
+        :func:`distill_jax.weights.recalibrate`.
 
     Returns:
-      The soup, never below the best of the trees.
+      The soup; its score is never below that of the best tree.
 
     Raises:
       ValueError: if trees do not fit, or a score is NaN.
@@ -245,21 +257,22 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
     return soup
 
 
-def ema(average: PyTree, tree: PyTree, decay: Scalar, *, step: Any = None) -> PyTree:
+def ema(average: PyTree, tree: PyTree, decay: Scalar, *, step: Scalar | None = None) -> PyTree:
     """One step of an exponential moving average: d·average + (1 − d)·θ.
 
-    With ``step``, bias-corrected: the average of the first t trees is Σ dᵗ⁻ⁱθᵢ / Σ dᵗ⁻ⁱ, whatever
-    ``average`` was at the start. It is kept normalised: the share of the past is d(1 − dᵗ⁻¹)/(1 − dᵗ).
+    With ``step`` it is bias-corrected: the average of the first t trees is Σ dᵗ⁻ⁱθᵢ / Σ dᵗ⁻ⁱ, whatever
+    ``average`` was at the start. It stays normalised: the weight of the past is d(1 − dᵗ⁻¹)/(1 − dᵗ).
 
     Args:
-      average: so far; its dtypes may be wider than the tree's, and should: a mean over many steps moves
-        by less than bfloat16 can hold.
-      tree: what joins it, of the same structure and shapes.
-      decay: d in [0, 1], with ``step`` in [0, 1).
-      step: t ≥ 1, how many trees the new average is of; None for no correction.
+      average: the average so far. Its dtypes may be wider than the tree's and should be: a mean over many
+        steps moves by less than bfloat16 can hold.
+      tree: the tree θ to add, of the same structure and shapes.
+      decay: d in [0, 1]; with ``step`` in [0, 1).
+      step: t ≥ 1, the number of trees in the new average; None for no correction.
 
     Returns:
-      A tree like ``average``. Its leaves that are no floats are ``tree``'s (at d = 1 ``average``'s).
+      A tree with the structure, shapes and dtypes of ``average``. Leaves that are not floating-point
+      numbers are those of ``tree``, or of ``average`` at d = 1.
 
     Raises:
       ValueError: if the trees do not fit, or decay or step lie outside these bounds.
@@ -277,23 +290,24 @@ def ema(average: PyTree, tree: PyTree, decay: Scalar, *, step: Any = None) -> Py
     if not isinstance(decay, jax.core.Tracer) and not decay < 1:
         raise ValueError(f"decay must lie in [0, 1) where step is given, got {decay}: use swa")
     if not isinstance(step, jax.core.Tracer) and not step >= 1:
-        raise ValueError(f"step must be at least 1, the trees in the new average, got {step}")
+        raise ValueError(f"step must be at least 1, the number of trees in the new average, got {step}")
     decay, step = jnp.asarray(decay, jnp.float32), jnp.asarray(step, jnp.float32)
     log = jnp.log(jnp.where(decay > 0, decay, 1.0))
     share = decay * jnp.expm1((step - 1) * log) / jnp.where(decay > 0, jnp.expm1(step * log), 1.0)
     return _join(average, tree, share)
 
 
-def swa(average: PyTree, tree: PyTree, count: Any) -> PyTree:
-    """One step of the plain mean of all trees so far: (n·average + θ)/(n + 1).
+def swa(average: PyTree, tree: PyTree, count: Scalar) -> PyTree:
+    """One step of stochastic weight averaging, the plain mean of all trees: (n·average + θ)/(n + 1).
 
     Args:
-      average: of the first n trees; see :func:`ema` for its dtypes.
-      tree: what joins it.
+      average: the mean of the first n trees; its dtypes should be float32 or wider.
+      tree: the tree θ to add, of the same structure and shapes.
       count: n ≥ 0. At 0 the result is ``tree``.
 
     Returns:
-      A tree like ``average``. Its leaves that are no floats are ``tree``'s.
+      A tree with the structure, shapes and dtypes of ``average``. Leaves that are not floating-point
+      numbers are those of ``tree``.
 
     Raises:
       ValueError: if the trees do not fit, or the count is negative.

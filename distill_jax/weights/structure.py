@@ -1,4 +1,4 @@
-"""What two trees must have in common, and which leaf a path pattern means."""
+"""Paths of leaves, checks that trees fit each other, and scalars chosen by path patterns."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import Model, PyTree
 from distill_jax.losses._numerics import check_fractions
 
-PyTree = Any
 Scalar = float | jax.Array
 Scalars = Scalar | Mapping[str, Scalar]
 
 
-def path_name(path: Any) -> str:
-    """Writes the path of a leaf as this library does everywhere: ``dense.0.kernel``.
+def path_name(path: tuple[Any, ...]) -> str:
+    """Writes the path of a leaf in this library's form, ``dense.0.kernel``.
+
+    Args:
+      path: a path as JAX gives it, for instance in ``jax.tree_util.tree_leaves_with_path``.
 
     >>> path_name(jax.tree_util.tree_leaves_with_path({"dense": [{"kernel": 1}]})[0][0])
     'dense.0.kernel'
@@ -25,7 +28,7 @@ def path_name(path: Any) -> str:
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by path, in the tree's order.
+    """Lists the leaves of a tree by their paths, in the tree's order.
 
     >>> by_path({"b": 1, "a": [2, 3]})
     {'a.0': 2, 'a.1': 3, 'b': 1}
@@ -34,25 +37,26 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether arithmetic concerns a leaf: floating point, real or complex."""
+    """Says whether a leaf holds floating-point numbers, real or complex: those that arithmetic changes."""
     return jnp.issubdtype(_dtype(leaf), jnp.inexact)
 
 
 def map_floats(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """``jax.tree.map`` over the float leaves; others are those of the first tree."""
+    """Maps a function over the float leaves; all other leaves are those of the first tree."""
     return jax.tree.map(lambda x, *xs: function(x, *xs) if is_float(x) else x, tree, *rest)
 
 
 def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = True) -> str:
-    """Says where trees differ in structure, shape or dtype, or hold values that are not finite.
+    """Lists where trees differ in structure, shape or dtype, or hold values that are not finite.
 
     Args:
-      trees: one or more. The leaves of the first are what those of the others are held to.
-      names: what the report calls them; by default ``tree_a``, ``tree_b`` and so on.
+      trees: one or more trees. All others are compared with the first.
+      names: the names of the trees in the report; by default ``tree_a``, ``tree_b`` and so on.
       dtypes: whether dtypes must agree.
 
     Returns:
-      A line a difference, with its path; empty if there is none. Traced values count as finite.
+      One line per difference, with the path of the leaf; an empty string if there is none. Traced values
+      count as finite.
 
     >>> import numpy as np
     >>> print(mismatch_report({"w": np.ones(2), "b": np.ones(1)}, {"w": np.ones(3)}))
@@ -74,8 +78,8 @@ def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: 
     if not lines:
         structures: list[Any] = [jax.tree.structure(tree) for tree in trees]
         lines += [
-            f"containers: {structures[0]} in {names[0]}, {structure} in {name}"
-            for name, structure in zip(names[1:], structures[1:], strict=True)
+            _containers(trees[0], tree, names[0], name)
+            for name, tree, structure in zip(names[1:], trees[1:], structures[1:], strict=True)
             if structure != structures[0]
         ]
     for name, tree in zip(names, leaves, strict=True):
@@ -88,13 +92,27 @@ def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: 
     return "\n".join(lines)
 
 
+def _containers(first: PyTree, other: PyTree, first_name: str, name: str) -> str:
+    """Says how two trees differ whose leaves have the same paths, shapes and dtypes."""
+    models = isinstance(first, Model) and isinstance(other, Model)
+    if models and first.apply_fn != other.apply_fn:
+        return (
+            f"apply_fn: {first_name} and {name} are models of different functions; if both compute the "
+            "same, give one the other's function with replace(apply_fn=...)"
+        )
+    return f"containers: {jax.tree.structure(first)} in {first_name}, {jax.tree.structure(other)} in {name}"
+
+
 def check(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = True) -> None:
-    """Raises ``ValueError`` with :func:`mismatch_report` if there is something to report.
+    """Raises ``ValueError`` unless trees fit each other and hold finite values.
 
     Args:
-      trees: as in :func:`mismatch_report`.
-      names: likewise.
-      dtypes: likewise.
+      trees: one or more trees. All others are compared with the first.
+      names: the names of the trees in the message; by default ``tree_a``, ``tree_b`` and so on.
+      dtypes: whether dtypes must agree.
+
+    Raises:
+      ValueError: with the lines of :func:`mismatch_report`, if there are any.
     """
     if report := mismatch_report(*trees, names=names, dtypes=dtypes):
         raise ValueError(
@@ -103,23 +121,23 @@ def check(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = Tru
 
 
 def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = True) -> PyTree:
-    """Gives each leaf its scalar, from one for all or from one for each path pattern.
+    """Gives each leaf of a tree a scalar: one for all leaves, or one per path pattern.
 
     Args:
-      value: a scalar; or regular expressions with a scalar each, such as ``{"dense.0": 0.2, "": 0.5}``.
-        A leaf has the scalar of the expression that is found in its path, and where there is none,
-        that of the empty expression. (That no order decides is on purpose: a dict that has been through
-        ``jit`` is sorted.)
-      tree: the leaves.
-      name: of the argument, for messages.
-      fraction: whether values must lie in [0, 1].
+      value: a scalar; or a mapping from regular expressions to scalars, such as ``{"dense.0": 0.2, "":
+        0.5}``. A leaf gets the scalar of the expression that is found in its path, and the scalar of the
+        empty expression if there is none. (The order of the mapping has no meaning, because ``jit`` sorts
+        dictionaries.)
+      tree: the tree whose leaves get the scalars.
+      name: the argument's name in messages.
+      fraction: whether the scalars must lie in [0, 1].
 
     Returns:
-      A tree of scalars.
+      A tree of the same structure, with scalars as leaves.
 
     Raises:
-      ValueError: if a value is no scalar or out of range, an expression is found in no path, or a leaf
-        has no scalar or several. All such expressions and paths are named.
+      ValueError: if a value is not a scalar or out of range, an expression is found in no path, or a leaf
+        has no scalar or several. The message names all such expressions and paths.
 
     >>> scalars({"a": 0.2, "": 0.5}, {"a": 7.0, "b": 8.0})
     {'a': 0.2, 'b': 0.5}

@@ -1,25 +1,25 @@
-"""Task vectors: what training added to the weights, to be kept, mixed and put elsewhere."""
+"""Task vectors: the differences that training makes to parameters, and how to add and merge them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import PyTree
 from distill_jax.losses._numerics import check_fraction, to_float
-from distill_jax.weights.structure import PyTree, Scalars, check, is_float, map_floats, scalars
+from distill_jax.weights.structure import Scalars, check, is_float, map_floats, scalars
 
 
 def task_vector(base: PyTree, tuned: PyTree) -> PyTree:
-    """The difference τ = θ_tuned − θ_base, in float32 at least.
+    """Computes a task vector τ = θ_tuned − θ_base, in float32 at least.
 
     Args:
-      base: the weights before.
-      tuned: the weights after, of the same structure, shapes and dtypes.
+      base: the parameters before training, any pytree of arrays.
+      tuned: the parameters after training, of the same structure, shapes and dtypes.
 
     Returns:
-      A tree for :func:`add`. Its leaves that are no floats are the base's, and are not used.
+      A tree for :func:`add`. Leaves that are not floating-point numbers are the base's, and are not used.
 
     Raises:
       ValueError: if the trees do not fit, or hold values that are not finite.
@@ -35,15 +35,16 @@ def task_vector(base: PyTree, tuned: PyTree) -> PyTree:
 
 
 def add(tree: PyTree, vector: PyTree, scale: Scalars = 1.0) -> PyTree:
-    """Adds a task vector: θ + s·τ.
+    """Adds a task vector to parameters: θ + s·τ.
 
     Args:
-      tree: the weights.
-      vector: of the same structure and shapes; its dtypes may be others.
-      scale: s, any number (negative to forget), or one for each path pattern.
+      tree: the parameters θ.
+      vector: the task vector τ, of the same structure and shapes; dtypes may differ.
+      scale: s, any number (a negative one unlearns the task); or a mapping from path patterns to numbers,
+        see :func:`distill_jax.weights.scalars`.
 
     Returns:
-      A tree like ``tree``.
+      A tree with the structure, shapes and dtypes of ``tree``.
 
     Raises:
       ValueError: if the trees do not fit, hold values that are not finite, or a pattern is in no path.
@@ -64,17 +65,18 @@ def add(tree: PyTree, vector: PyTree, scale: Scalars = 1.0) -> PyTree:
 
 
 def ties(vectors: Sequence[PyTree], *, density: float = 0.2) -> PyTree:
-    """Merges task vectors: trims each, elects a sign for each parameter, and averages who agrees.
+    """Merges task vectors (TIES): trims each, elects a sign per parameter, and averages what agrees.
 
-    Trim: of each vector the ``density`` of its entries that are largest stay, of all leaves together.
-    Elect: γ = sgn Σ τᵢ. Merge: the mean of the entries ≠ 0 whose sign is γ; 0 where there is none.
+    Trim: each vector keeps the fraction ``density`` of its entries with the largest absolute values,
+    counted over all leaves together. Elect: γ = sgn Σ τᵢ. Merge: the mean of the entries ≠ 0 whose sign
+    is γ; 0 where there is none.
 
     Args:
-      vectors: at least one; of the same structure, shapes and dtypes.
-      density: the fraction that stays, in (0, 1].
+      vectors: one or more task vectors, of the same structure, shapes and dtypes.
+      density: the fraction of entries that is kept, in (0, 1].
 
     Returns:
-      A vector for :func:`add`.
+      A task vector for :func:`add`.
 
     Raises:
       ValueError: if the vectors do not fit, or the density lies outside (0, 1].
@@ -113,7 +115,8 @@ def _trim(vector: PyTree, density: float) -> PyTree:
     ]
     if keys:
         size = sum(key.size for key in keys)
-        gone = lowest(jnp.concatenate(keys), size - max(1, round(density * size)))
+        order = jnp.argsort(jnp.concatenate(keys), stable=True)
+        gone = jnp.zeros(size, bool).at[order[: size - max(1, round(density * size))]].set(True)
         ends = np.cumsum([key.size for key in keys])[:-1].tolist()
         for i, part in zip(floats, jnp.split(gone, ends), strict=True):
             leaf = jnp.asarray(leaves[i])
@@ -121,40 +124,18 @@ def _trim(vector: PyTree, density: float) -> PyTree:
     return jax.tree.unflatten(structure, leaves)
 
 
-def lowest(keys: jax.Array, count: Any) -> jax.Array:
-    """True at the ``count`` lowest of int32 ``[n]`` keys ≥ −1, the first of equals; else false.
-
-    The key at that place in the order is found by bisection: 31 sums over the keys, which take a
-    tenth of the time of a sort on a CPU, and leave keys that lie over several devices where they are.
-
-    >>> lowest(jnp.array([3, 1, 2, 1]), 2)
-    Array([False,  True, False,  True], dtype=bool)
-    """
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(keys <= middle) >= count
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    bounds = jnp.int32(0), jnp.int32(np.iinfo(np.int32).max)
-    last, _ = jax.lax.fori_loop(0, 31, halve, bounds)
-    below, equal = keys < last, keys == last
-    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))
-
-
 def dare(key: jax.Array, vector: PyTree, *, rate: float) -> PyTree:
-    """Drops entries of a task vector at random and rescales the rest: τ·m/(1 − p).
+    """Drops entries of a task vector at random and rescales the rest (DARE): τ·m/(1 − p).
 
-    m is 1 with probability 1 − p, else 0. The expectation is the vector itself.
+    m is 1 with probability 1 − p, else 0, so the expectation is the vector itself.
 
     Args:
       key: draws the mask of each leaf.
       vector: a task vector.
-      rate: p in [0, 1), the fraction dropped.
+      rate: p in [0, 1), the probability that an entry is dropped.
 
     Returns:
-      A tree like ``vector``.
+      A tree with the structure, shapes and dtypes of ``vector``.
 
     Raises:
       ValueError: if the rate lies outside [0, 1), or the vector holds values that are not finite.
@@ -167,7 +148,7 @@ def dare(key: jax.Array, vector: PyTree, *, rate: float) -> PyTree:
     """
     check_fraction("rate", rate)
     if not isinstance(rate, jax.core.Tracer) and not rate < 1:
-        raise ValueError(f"rate must lie in [0, 1), got {rate}: at 1 nothing would be left")
+        raise ValueError(f"rate must lie in [0, 1), got {rate}: at 1 every entry would be dropped")
     check(vector, names=("vector",))
     leaves, structure = jax.tree.flatten(vector)
     keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
