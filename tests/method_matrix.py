@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen
 from tqdm import tqdm
 
-from distill_jax import features, models
+from distill_jax import features, losses, models
 from distill_jax.features.capturing import capture, layer_shapes
 from distill_jax.features.matching import match_layers
 from distill_jax.models import Model
@@ -41,6 +41,16 @@ METHODS = (
     "cka", "cat_kd", "review_kd", "simkd", "mgd", "semckd", "similarity_preserving", "rkd", "pkt",
     "correlation_congruence", "ickd", "info_nce", "crd",
 )  # fmt: skip
+# Losses without a builder of their own
+GENERAL = {
+    "hint": lambda: features.project(losses.hint),
+    "attention_transfer": lambda: features.project_maps(losses.attention_transfer),
+    "nst": lambda: features.project_maps(losses.nst),
+    "activation_boundary": lambda: features.project(losses.activation_boundary, always=True),
+    "cka": lambda: features.relation(losses.cka),
+    "similarity_preserving": lambda: features.relation(losses.similarity_preserving),
+    "pkt": lambda: features.relation(losses.pkt, pool=True),
+}
 OPTIONS = {"crd": {"negatives": 64}}
 STEPS, RATE = 5, 1e-3
 LAYERS = None  # pairs of layers: as many as match_layers finds
@@ -117,7 +127,8 @@ def student_program(name):
 
 def start(name, student_shapes, teacher_shapes):
     """The part, its parameters and its state: CRD's memory, of the last layer; none for others."""
-    part = getattr(features, name)(**OPTIONS.get(name, {}))
+    build = GENERAL[name] if name in GENERAL else getattr(features, name)
+    part = build(**OPTIONS.get(name, {}))
     if isinstance(part, features.LearnedWithState):
         params = part.init(KEY, student_shapes[-1:], teacher_shapes[-1:])
         return part, params, part.init_state(KEY, examples=2 * BATCH)
@@ -171,12 +182,12 @@ def train(student, teacher, methods=METHODS):
     # A memory takes its first examples, and then stays: it is part of the loss
     first = evaluate(params, states, features(students))
     states = {method: state for method, ((_, state), _) in first.items()}
-    losses = {method: [] for method in methods}
+    history = {method: [] for method in methods}
     best, rates = {}, dict.fromkeys(methods, RATE)
     for _ in range(STEPS + 1):
         for method, ((loss, _), gradients) in evaluate(params, states, features(students)).items():
-            losses[method].append(float(loss))
-            if losses[method][-1] <= min(losses[method]):
+            history[method].append(float(loss))
+            if history[method][-1] <= min(history[method]):
                 cotangents = zeros | dict(zip(names, gradients[1], strict=True))
                 _, gradient = run(students[method], cotangents)
                 best[method] = students[method], gradient, params[method], gradients[0]
@@ -184,9 +195,9 @@ def train(student, teacher, methods=METHODS):
                 rates[method] /= 10
             ours, by_ours, learned_params, by_params = best[method]
             students[method] = against(ours, by_ours, rates[method])
-            if losses[method][0] > min(losses[method]):
+            if history[method][0] > min(history[method]):
                 params[method] = against(learned_params, by_params, rates[method])
-    return losses
+    return history
 
 
 def failures(losses):
