@@ -22,7 +22,7 @@ from distill_jax.compress.sparsity import (
     sparsity,
     sparsity_at,
 )
-from distill_jax.models import build
+from distill_jax.models import build, from_function
 
 SCHEDULE = {"begin": 2, "end": 17, "every": 4}  # removals at 2, 6, 10, 14 and 17
 
@@ -336,8 +336,8 @@ BATCH = {
 }
 
 
-def net(params, model_state, x, *, key=None):
-    return jnp.tanh(x @ params["a"]) @ params["b"] + params["c"], model_state
+def net(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"] + params["c"]
 
 
 def net_params(seed=0):
@@ -361,11 +361,11 @@ def pruner(name):
 
 
 def net_step(name, **options):
-    return train.make_train_step(train.supervised(net), pruner(name), **options)
+    return train.make_train_step(train.supervised(), pruner(name), **options)
 
 
 def start(name, seed=0):
-    return train.init_state(net_params(seed), pruner(name), jax.random.key(seed))
+    return train.init_state(from_function(net, net_params(seed)), pruner(name), jax.random.key(seed))
 
 
 def loop(step, state, steps=8):
@@ -484,10 +484,10 @@ def test_a_pruned_student_still_learns_digits():
     steps = 200
 
     def accuracy(tx, params=model.params):
-        step = train.make_train_step(train.supervised(model.apply_fn), tx)
-        state = train.init_state(params, tx, jax.random.key(0))
+        step = train.make_train_step(train.supervised(), tx)
+        state = train.init_state(model.replace(params=params), tx, jax.random.key(0))
         state, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, batch), s, length=steps))(state)
-        logits, _ = model.apply_fn(state.params, {}, digits.test.image.astype(np.float32) / 256)
+        logits = state.model(digits.test.image.astype(np.float32) / 256)
         return 1 - float(metrics.errors(logits, digits.test.label).mean()), state
 
     dense, trained = accuracy(optax.adam(1e-2))
@@ -495,10 +495,10 @@ def test_a_pruned_student_still_learns_digits():
     sparse, state = accuracy(sparsify(optax.adam(1e-2), schedule))
     assert dense > 0.93
     assert sparse > dense - 0.025
-    found = sparsity(state.params)
+    found = sparsity(state.model.params)
     assert float(found["dense.0.kernel"]) == pytest.approx(0.8, abs=1 / 4096)
     # The same sparsity cut out of the dense network afterwards costs several times as much
-    cut, _ = accuracy(optax.set_to_zero(), apply_masks(trained.params, smallest(trained.params)))
+    cut, _ = accuracy(optax.set_to_zero(), apply_masks(trained.model.params, smallest(trained.model.params)))
     assert sparse > cut + 0.02
 
 

@@ -1,30 +1,37 @@
-"""Weight pruning during training: unstructured and N:M sparsity as part of the optimizer.
+"""Prunes weights during training: unstructured and N:M sparsity as part of the optimizer.
 
-:func:`sparsify` wraps any optax transformation. On a schedule it removes the weights with the lowest
-scores, and from then on they are *exactly* zero: their update is −w, and w + (−w) = 0 in floating
-point. A weight once removed never returns (masks are monotone; a zero weight has score zero, so it
-could not win against those that stayed). The masks live in the optimizer's state, and so in every
-checkpoint.
+:func:`sparsify` wraps any optax transformation. On a schedule it removes the weights with the lowest scores.
+From then on they are *exactly* zero: their update is −w, and w + (−w) = 0 in floating point. A removed weight
+never returns. The masks are part of the optimizer's state, and so of every checkpoint.
 """
 
 import functools
-import itertools
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from distill_jax.weights.structure import by_path, path_name
+from distill_jax.compress._masks import (
+    check_groups,
+    check_masks,
+    choose_leaves,
+    f32,
+    map_present,
+    masked,
+    masked_update,
+    remove,
+    zeroed,
+)
+from distill_jax.weights.structure import by_path
 
 PyTree = Any
 
 
 class Schedule(NamedTuple):
-    """When to prune, and how much: see :func:`polynomial`, which checks the values."""
+    """When to prune, and how much, from :func:`polynomial`, which explains and checks the values."""
 
     final: float
     begin: int
@@ -37,17 +44,19 @@ class Schedule(NamedTuple):
 def polynomial(
     final: float, *, begin: int, end: int, initial: float = 0.0, every: int = 1, power: float = 3.0
 ) -> Schedule:
-    """A sparsity that rises fast at first, while there is much to choose from, then ever slower.
+    """Makes a schedule of a sparsity that rises fast at first, then ever more slowly.
 
     s(t) = final + (initial − final)·(1 − (t − begin)/(end − begin))^power
 
     Args:
       final: the fraction of weights that are zero from step ``end`` on, in [0, 1).
       begin: the first step at which weights are removed. Steps are counted from 0.
-      end: the last one, > ``begin``. It removes weights also where ``every`` does not divide the way.
+      end: the last step at which weights are removed, later than ``begin``, also if ``every`` does not
+        divide the distance.
       initial: the sparsity reached at ``begin``, in [0, ``final``].
-      every: steps between removals, ≥ 1; a hundred or more let the network recover in between.
-      power: 3 in the paper, 1 for a straight line; > 0.
+      every: number of steps from one removal to the next, at least 1. A hundred or more let the network
+        recover in between.
+      power: 3 in the paper, 1 for a straight line; greater than 0.
 
     Raises:
       ValueError: for values outside these bounds.
@@ -76,8 +85,13 @@ def polynomial(
     return Schedule(final, begin, end, initial, every, power)
 
 
-def sparsity_at(schedule: Schedule, step: Any) -> jax.Array:
-    """The sparsity that a schedule asks for at a step: float32, 0 before it begins."""
+def sparsity_at(schedule: Schedule, step: ArrayLike) -> jax.Array:
+    """Returns the sparsity that a schedule asks for at a step: float32, 0 before it begins.
+
+    Args:
+      schedule: from :func:`polynomial`.
+      step: the number of the step, an integer or an array of integers.
+    """
     step = jnp.asarray(step)
     way = (step - schedule.begin).astype(jnp.float32) / (schedule.end - schedule.begin)
     rest = (1 - jnp.clip(way, 0, 1)) ** schedule.power
@@ -93,14 +107,22 @@ def _due(schedule: Schedule, step: jax.Array) -> jax.Array:
     return (within & on_grid) | (step == schedule.end)
 
 
+def _count_at(schedule: Schedule, step: jax.Array, size: int) -> jax.Array:
+    """Says how many of ``size`` weights are zero after an update at ``step``."""
+    last = round(schedule.final * size)
+    count = jnp.round(sparsity_at(schedule, step) * size).astype(jnp.int32)
+    return jnp.where(step >= schedule.end, last, jnp.minimum(count, last))
+
+
 class SparsityState(NamedTuple):
     """The state of :func:`sparsify` and :func:`frozen`.
 
     Attributes:
-      step: int32 scalar, the updates made.
-      masks: bool arrays in the places of the leaves that are pruned, true where a weight lives; the
-        other leaves are ``optax.MaskedNode``, which has no arrays.
-      scores: the moving average of the saliency, float32, in the same places; empty for magnitude.
+      step: int32 scalar, the number of updates made.
+      masks: for each leaf that is pruned a bool array, true where a weight lives; for all other leaves
+        ``optax.MaskedNode``, which has no arrays.
+      scores: for each leaf that is pruned the moving average of the saliency, float32; empty if weights
+        are scored by magnitude.
       inner: the state of the wrapped transformation.
     """
 
@@ -122,42 +144,44 @@ def sparsify(
     min_ndim: int = 2,
     decay: float = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes while ``tx`` trains: ``sparsify(optax.adam(1e-3), polynomial(0.8, begin=100, end=900))``.
+    """Prunes weights while ``tx`` trains them, for example ``sparsify(optax.adam(1e-3), polynomial(...))``.
 
-    It wraps ``tx`` rather than follow it in a chain, so that nothing can come after it, whatever
-    ``tx`` does (momentum, weight decay), and so that ``tx`` sees zero gradients for removed weights:
-    a norm that it clips by is the living weights'. Put it outermost.
+    It wraps ``tx`` and does not follow it in a chain, so that nothing comes after it, whatever ``tx`` does
+    (momentum, weight decay), and so that ``tx`` sees zero gradients for removed weights: if it clips by a
+    norm, this is the norm of the living weights. Put it outermost.
 
-    Removal at step t looks at the weights as ``tx`` leaves them after step t, and ends with exactly
-    k = round(s(t)·n) zeros among the n weights ranked together, also where weights are equal (the
-    first of them go). On the way, s(t)·n has float32's 24 bits; the last k is exact. It costs some 40
-    passes over the weights, at the steps of the schedule only, by ``lax.cond``; under ``vmap`` over
-    states XLA makes of that a ``select``, which pays them at every step.
+    A removal at step t looks at the weights as ``tx`` leaves them after step t. After it exactly
+    k = round(s(t)·n) of the n weights that are ranked together are zero, also if weights are equal (then the
+    first of them go). On the way s(t)·n has the 24 bits of float32; the last k is exact. A removal costs
+    about 40 passes over the weights, at the steps of the schedule only, by ``lax.cond``. Under ``vmap`` over
+    states XLA turns this into a ``select``, which costs as much at every step.
 
     Args:
       tx: any optax transformation.
       schedule: from :func:`polynomial`.
-      score: what a weight is worth. "magnitude": |w|. "saliency": the first-order Taylor estimate
-        of what its loss would change, |w·∂L/∂w|, of each step's gradient, as a moving average that
-        starts with the first step (its bias is the same for all weights, so it is not corrected).
-      ranking: "uniform": every leaf gets the schedule's sparsity. "global": all leaves' weights are
-        ranked together, so that some leaves lose more; the number of zeros is that of all of them.
-      pattern: (N, M): at the end N of M neighbours along ``axis`` live, such as (2, 4); on the way
-        there at least N do. ``final`` must be 1 − N/M.
-      axis: of the groups of ``pattern``: −2, the inputs of dense and convolution kernels in Flax.
-      exclude: regular expressions; a leaf in whose path (such as ``head.kernel``) one is found keeps
-        all of its weights.
-      min_ndim: leaves of fewer axes keep theirs: biases and the scales of normalisation by default.
-      decay: of the saliency's moving average, in [0, 1).
+      score: how weights are scored. ``"magnitude"``: |w|. ``"saliency"``: the first-order estimate of how
+        the loss would change, |w·∂L/∂w|, as a moving average over steps. (The average starts with the
+        first step. Its bias is the same for all weights, so it is not corrected.)
+      ranking: ``"uniform"``: each leaf gets the schedule's sparsity. ``"global"``: the weights of all
+        leaves are ranked together, so that some leaves lose more than others.
+      pattern: (N, M), such as (2, 4): at the end N of M neighbours along ``axis`` live; before that at
+        least N do. The schedule's ``final`` must be 1 − N/M.
+      axis: the axis along which the neighbours of ``pattern`` lie: −2 is that of the inputs of dense and
+        convolution kernels in Flax.
+      exclude: regular expressions. A leaf in whose path (such as ``head.kernel``) one of them is found
+        keeps all its weights.
+      min_ndim: leaves with fewer axes keep all their weights: by default biases and the scales of
+        normalisation.
+      decay: the decay of the saliency's moving average, in [0, 1).
 
     Returns:
-      A transformation with state :class:`SparsityState`. Its ``update`` needs ``params``, and passes
-      further keyword arguments on to ``tx``.
+      A transformation with the state :class:`SparsityState`. Its ``update`` needs ``params``, and passes
+      further keyword arguments to ``tx``.
 
     Raises:
-      ValueError: for options that cannot be meant; from ``init``, if a pattern of ``exclude`` is
-        found in no path, no leaf is left to prune, or a leaf's axis cannot be grouped by M; from
-        ``update``, without ``params``.
+      ValueError: if an option has an impossible value; from ``init``, if an expression of ``exclude`` is
+        found in no path, no leaf is left to prune, or an axis cannot be cut into groups of M; from
+        ``update``, if it is called without ``params``.
 
     References:
       Zhu, Gupta, 2017 (schedule and magnitude); Molchanov et al., `Importance Estimation for Neural
@@ -197,9 +221,9 @@ def sparsify(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        chosen = _choose(params, exclude, min_ndim)
+        chosen = choose_leaves(params, exclude, min_ndim)
         if pattern is not None:
-            _check_groups(params, chosen, pattern[1], axis)
+            check_groups(params, chosen, pattern[1], axis)
 
         def where(make):
             return jax.tree.map(lambda chosen, p: make(p) if chosen else optax.MaskedNode(), chosen, params)
@@ -209,40 +233,42 @@ def sparsify(
         return SparsityState(jnp.zeros((), jnp.int32), masks, scores, tx.init(params))
 
     def update(updates, state, params=None, **extra):
-        _need(params)
+        _need_params(params)
         masks, scores = state.masks, state.scores
         if score == "saliency":
-            scores = _map(
-                lambda old, p, g: decay * old + (1 - decay) * jnp.abs(_f32(p) * _f32(g)),
+            scores = map_present(
+                lambda old, p, g: decay * old + (1 - decay) * jnp.abs(f32(p) * f32(g)),
                 scores, params, updates,
             )  # fmt: skip
-        updates, inner = _inner(tx, masks, updates, state.inner, params, extra)
+        updates, inner = masked_update(tx, masks, updates, state.inner, params, extra)
 
         def prune(masks):
             values = scores
             if score == "magnitude":
-                values = _map(lambda _, p, u: jnp.abs(_f32((p + u).astype(p.dtype))), masks, params, updates)
-            counts = functools.partial(_count, schedule, state.step)
-            return _remove(masks, values, counts, ranking, pattern, axis)
+                values = map_present(
+                    lambda _, p, u: jnp.abs(f32((p + u).astype(p.dtype))), masks, params, updates
+                )
+            counts = functools.partial(_count_at, schedule, state.step)
+            return remove(masks, values, counts, ranking, pattern, axis)
 
         masks = jax.lax.cond(_due(schedule, state.step), prune, lambda masks: masks, masks)
         step = optax.safe_increment(state.step)
-        return _zeroed(masks, updates, params), SparsityState(step, masks, scores, inner)
+        return zeroed(masks, updates, params), SparsityState(step, masks, scores, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def frozen(tx: optax.GradientTransformation, masks: PyTree) -> optax.GradientTransformationExtraArgs:
-    """Trains the living weights and keeps the others zero: fine-tuning with fixed masks.
+    """Trains the living weights with fixed masks, and keeps all other weights zero.
 
     Args:
-      tx: any optax transformation, wrapped as by :func:`sparsify`.
-      masks: from :func:`mask_of`, for parameters of the same structure. They become part of the
-        state, so a checkpoint holds them; they are read from there, not from this argument.
+      tx: any optax transformation. It is wrapped as :func:`sparsify` wraps it.
+      masks: from :func:`mask_of`, for parameters of the same structure. They become part of the state,
+        from which they are read, so that a checkpoint holds them.
 
     Returns:
-      A transformation with state :class:`SparsityState`. Weights outside the masks are zero after
-      the first update, whatever they were before.
+      A transformation with the state :class:`SparsityState`. After the first update the weights outside
+      the masks are zero, whatever they were before.
 
     Raises:
       ValueError: from ``init``, if the masks do not fit the parameters.
@@ -256,15 +282,15 @@ def frozen(tx: optax.GradientTransformation, masks: PyTree) -> optax.GradientTra
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        _check_masks(masks, params)
+        check_masks(masks, params)
         copies = jax.tree.map(jnp.copy, masks)  # or a donated state would take the caller's arrays
         return SparsityState(jnp.zeros((), jnp.int32), copies, (), tx.init(params))
 
     def update(updates, state, params=None, **extra):
-        _need(params)
-        updates, inner = _inner(tx, state.masks, updates, state.inner, params, extra)
+        _need_params(params)
+        updates, inner = masked_update(tx, state.masks, updates, state.inner, params, extra)
         state = state._replace(step=optax.safe_increment(state.step), inner=inner)
-        return _zeroed(state.masks, updates, params), state
+        return zeroed(state.masks, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -272,30 +298,39 @@ def frozen(tx: optax.GradientTransformation, masks: PyTree) -> optax.GradientTra
 def mask_of(opt_state: PyTree) -> PyTree:
     """Finds the masks in an optimizer's state, however deep in chains and wrappers.
 
+    Args:
+      opt_state: the state of an optimizer that contains :func:`sparsify` or :func:`frozen`.
+
     Raises:
       ValueError: unless there is exactly one :class:`SparsityState`.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SparsityState))
     found = [leaf.masks for leaf in leaves if isinstance(leaf, SparsityState)]
     if len(found) != 1:
-        raise ValueError(
-            f"expected the state of one sparsify or frozen in the optimizer's, found {len(found)}"
-        )
+        raise ValueError(f"opt_state: expected the state of one sparsify or frozen in it, found {len(found)}")
     return found[0]
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Sets the weights outside the masks to zero; leaves without a mask stay as they are."""
-    _check_masks(masks, params)
-    return _masked(params, masks)
+    """Sets the weights outside the masks to zero. Leaves without a mask stay as they are.
+
+    Args:
+      params: the parameters.
+      masks: from :func:`mask_of`.
+
+    Raises:
+      ValueError: if the masks do not fit the parameters.
+    """
+    check_masks(masks, params)
+    return masked(params, masks)
 
 
 def sparsity(tree: PyTree) -> dict[str, jax.Array]:
-    """The fraction of zeros of each leaf by path, and of all of them as ``"overall"``: float32.
+    """Returns the fraction of zeros in each leaf by path, and in all leaves as ``"overall"``: float32.
 
     Args:
-      tree: parameters, where zeros are counted (biases too, which may be zero by chance), or masks,
-        where only what may be pruned is.
+      tree: parameters, whose zeros are counted in all leaves (also in biases, which may be zero by
+        chance); or masks, which exist for pruned leaves only.
 
     >>> {name: float(value) for name, value in sparsity({"w": jnp.array([0, 0, 1, 2])}).items()}
     {'w': 0.5, 'overall': 0.5}
@@ -304,15 +339,15 @@ def sparsity(tree: PyTree) -> dict[str, jax.Array]:
     zeros = {path: jnp.sum(leaf == 0) for path, leaf in leaves.items()}
     result = {path: zeros[path].astype(jnp.float32) / leaf.size for path, leaf in leaves.items()}
     total = sum(leaf.size for leaf in leaves.values())
-    overall = sum(map(_f32, zeros.values()), jnp.float32(0)) / max(total, 1)
+    overall = sum(map(f32, zeros.values()), jnp.float32(0)) / max(total, 1)
     return {**result, "overall": overall}
 
 
 def report(tree: PyTree) -> str:
-    """A table of :func:`sparsity`: path, shape, weights, zeros, and zeros in percent.
+    """Makes a table of zeros: path, shape, weights, zeros, and zeros in percent.
 
     Args:
-      tree: parameters; masks; or an optimizer's state, of which the masks are shown.
+      tree: parameters; masks; or an optimizer's state, whose masks are shown.
     """
     states = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SparsityState))
     if any(isinstance(leaf, SparsityState) for leaf in states):
@@ -336,153 +371,6 @@ def report(tree: PyTree) -> str:
     )
 
 
-# --- leaves --------------------------------------------------------------------------------------
-
-
-def _f32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)
-
-
-def _absent(mask: Any) -> bool:
-    return isinstance(mask, optax.MaskedNode)
-
-
-def _map(fn: Any, first: PyTree, *rest: PyTree) -> PyTree:
-    """Maps over the leaves that ``first`` has, leaving its ``MaskedNode`` in the others' places."""
-    return jax.tree.map(lambda x, *others: x if _absent(x) else fn(x, *others), first, *rest, is_leaf=_absent)
-
-
-def _choose(params: PyTree, exclude: Sequence[str], min_ndim: int) -> PyTree:
-    """Which leaves are pruned: a bool a leaf."""
-    leaves = by_path(params)
-    for expression in exclude:
-        if leaves and not any(re.search(expression, path) for path in leaves):
-            raise ValueError(f"exclude: {expression!r} is found in no path; there are {', '.join(leaves)}")
-
-    def chosen(path, leaf):
-        return bool(
-            leaf.ndim >= min_ndim
-            and leaf.size
-            and jnp.issubdtype(leaf.dtype, jnp.floating)
-            and not any(re.search(expression, path_name(path)) for expression in exclude)
-        )
-
-    tree = jax.tree_util.tree_map_with_path(chosen, params)
-    if leaves and not any(jax.tree.leaves(tree)):
-        raise ValueError(
-            f"no leaf is left to prune: of {', '.join(leaves)}, all are excluded, not of a floating "
-            f"type, or have fewer than min_ndim={min_ndim} axes"
-        )
-    return tree
-
-
-def _check_groups(params: PyTree, chosen: PyTree, group: int, axis: int) -> None:
-    wrong = [
-        f"{path} {leaf.shape}"
-        for (path, leaf), is_chosen in zip(by_path(params).items(), jax.tree.leaves(chosen), strict=True)
-        if is_chosen and (not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] % group)
-    ]
-    if wrong:
-        raise ValueError(
-            f"axis {axis} must be a multiple of pattern's M={group} in every leaf that is pruned, "
-            f"but is not in {', '.join(wrong)}: exclude them"
-        )
-
-
-def _check_masks(masks: PyTree, params: PyTree) -> None:
-    try:
-        fits = jax.tree.map(
-            lambda p, mask: _absent(mask) or (mask.dtype == bool and mask.shape == p.shape), params, masks
-        )
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"masks must have the structure of params, with an array or MaskedNode a leaf: {error}"
-        ) from None
-    wrong = [path for path, fit in by_path(fits).items() if not fit]
-    if wrong:
-        raise ValueError(f"masks must be bool arrays of the parameters' shapes; not so: {wrong}")
-
-
-def _need(params: PyTree | None) -> None:
+def _need_params(params: PyTree | None) -> None:
     if params is None:
         raise ValueError("pruning needs the parameters: call update(updates, state, params)")
-
-
-# --- one update ----------------------------------------------------------------------------------
-
-
-def _inner(tx, masks, updates, inner, params, extra):
-    """Updates by ``tx``, which sees no gradient of removed weights."""
-    return tx.update(_masked(updates, masks), inner, params, **extra)
-
-
-def _masked(tree: PyTree, masks: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda x, mask: x if _absent(mask) else jnp.where(mask, x, jnp.zeros_like(x)), tree, masks
-    )
-
-
-def _zeroed(masks: PyTree, updates: PyTree, params: PyTree) -> PyTree:
-    """Updates after which each removed weight is exactly zero."""
-    # −p in the wider of both types: rounded to a narrower one it would leave a remainder
-    return jax.tree.map(
-        lambda u, mask, p: u if _absent(mask) else jnp.where(mask, u, -p), updates, masks, params
-    )
-
-
-def _count(schedule: Schedule, step: jax.Array, size: int) -> jax.Array:
-    """How many of ``size`` weights are zero after an update at ``step``."""
-    last = round(schedule.final * size)
-    count = jnp.round(sparsity_at(schedule, step) * size).astype(jnp.int32)
-    return jnp.where(step >= schedule.end, last, jnp.minimum(count, last))
-
-
-def _remove(masks, values, counts, ranking, pattern, axis):
-    """Masks in which the ``counts(n)`` lowest of n values are gone, and those that were before."""
-    leaves, structure = jax.tree.flatten(masks)
-    # The bits of floats ≥ 0 are integers in the same order; what is gone comes before them
-    keys = [
-        jnp.where(mask, jax.lax.bitcast_convert_type(value, jnp.int32), -1)
-        for mask, value in zip(leaves, jax.tree.leaves(values), strict=True)
-    ]
-    if pattern is not None:
-        keys = [_spare(key, pattern, axis) for key in keys]
-    flat = [key.ravel() for key in keys]
-    if ranking == "global":
-        ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-        gone = jnp.split(_lowest(jnp.concatenate(flat), counts(ends[-1])), ends[:-1])
-    else:
-        gone = [_lowest(key, counts(key.size)) for key in flat]
-    new = [mask & ~part.reshape(mask.shape) for mask, part in zip(leaves, gone, strict=True)]
-    return jax.tree.unflatten(structure, new)
-
-
-def _spare(keys: jax.Array, pattern: tuple[int, int], axis: int) -> jax.Array:
-    """Puts the N highest of each M neighbours out of the reach of removal."""
-    keep, group = pattern
-    moved = jnp.moveaxis(keys, axis, -1)
-    groups = moved.reshape(*moved.shape[:-1], -1, group)
-    one, other = groups[..., :, None], groups[..., None, :]
-    first = np.tri(group, k=-1, dtype=bool)  # of equals, the first is the lower
-    rank = jnp.sum((other < one) | ((other == one) & first), -1)
-    groups = jnp.where(rank < group - keep, groups, np.iinfo(np.int32).max)
-    return jnp.moveaxis(groups.reshape(moved.shape), -1, axis)
-
-
-def _lowest(keys: jax.Array, count: Any) -> jax.Array:
-    """Marks the ``count`` lowest of int32 ``[n]`` keys ≥ −1, the first among equal ones.
-
-    The key at that place in the order is found by bisection: 31 sums over the keys, which take a
-    tenth of the time of a sort on a CPU, and leave keys that lie over several devices where they are.
-    """
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = jnp.sum(keys <= middle) >= count
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    bounds = jnp.int32(0), jnp.int32(np.iinfo(np.int32).max)
-    last, _ = jax.lax.fori_loop(0, 31, halve, bounds)
-    below, equal = keys < last, keys == last
-    return below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))

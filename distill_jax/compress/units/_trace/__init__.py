@@ -1,1 +1,1 @@
-"""Rules by which a network's jaxpr is read: which positions of its arrays belong to one unit."""
+"""Reads a network's program with labels in the place of numbers, to find which positions belong to one unit."""

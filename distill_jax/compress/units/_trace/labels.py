@@ -1,11 +1,12 @@
-"""Which units a position belongs to, and what is known of units to be the same.
+"""Labels of positions: which units a position along an axis belongs to, and which units are the same.
 
-A *label array* ``[layers, positions]`` says for each position along an axis to which nodes it belongs:
-it stays only if all of them do. −1 stands for none; a position with none always stays. A node stands
-for a unit as long as nobody knows better. Later it may turn out to be the same as another
-(:meth:`Labels.unify`), or to be a product: position (i, j) of an axis that is split into heads and
-head size belongs to the i-th head and to the j-th place in all heads. All arrays that hold the node
-then mean what is known now (:meth:`Labels.resolve`).
+A *label array* ``[layers, positions]`` says for each position along an axis to which nodes it belongs. The
+position stays only if all these nodes stay. −1 means no node; a position without any node always stays.
+
+A node stands for a unit until more is known. It may turn out to be the same unit as another node
+(:meth:`Labels.unify`), or to be a product: position (i, j) of an axis that is split into heads and head size
+belongs to the i-th head and to the j-th place of all heads. Label arrays that hold the node then have the new
+meaning (:meth:`Labels.resolve`).
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ NONE = -1
 
 
 class Labels:
-    """Nodes, their unions and their products; and which of them cannot go, or not exactly."""
+    """Nodes, their unions and their products, and which of them cannot be removed, or not exactly."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -31,7 +32,7 @@ class Labels:
         self.inexact: list[tuple[np.ndarray, str]] = []
 
     def fresh(self, size: int, *, born: bool = False) -> np.ndarray:
-        """Label array ``[1, size]`` of new nodes."""
+        """Makes a label array ``[1, size]`` of new nodes."""
         nodes = np.arange(self.count, self.count + size)
         self.count += size
         if self.count > len(self.parent):
@@ -46,7 +47,7 @@ class Labels:
         return nodes[None]
 
     def find(self, nodes: np.ndarray) -> np.ndarray:
-        """The roots of nodes; NONE stays."""
+        """Returns the roots of nodes; NONE stays NONE."""
         roots = nodes
         while True:
             above = np.where(roots < 0, NONE, self.parent[roots])
@@ -58,7 +59,7 @@ class Labels:
         return roots
 
     def resolve(self, labels: np.ndarray) -> np.ndarray:
-        """What a label array means now: roots that are no products, each once a position."""
+        """Returns what a label array means now: roots that are no products, each once per position."""
         labels = self.find(labels)
         while labels.size:
             products = (labels >= 0) & (self.product[0][labels] >= 0)
@@ -72,22 +73,22 @@ class Labels:
         return labels[(labels >= 0).any(1)]
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
-        """These nodes must stay."""
+        """Notes that these nodes must stay."""
         if (labels >= 0).any():
             self.frozen.append((np.unique(labels), reason))
 
     def mark(self, labels: np.ndarray, reason: str) -> None:
-        """Without these nodes the network is another than with them silenced."""
+        """Notes that removing these nodes changes the outputs, compared with setting them to zero."""
         if (labels >= 0).any():
             self.inexact.append((np.unique(labels), reason))
 
     def unify(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
-        """Position p of the one axis stays if and only if position p of the other does."""
+        """Ties two axes: position p of one axis stays if and only if position p of the other stays."""
         if a is b:
             return
         while True:
             a, b = self.resolve(a), self.resolve(b)
-            # What both have needs no thought
+            # Nodes that both have agree already
             common_a = (a[:, None] == b[None]).any(1)
             common_b = (b[:, None] == a[None]).any(1)
             a, b = np.where(common_a, NONE, a), np.where(common_b, NONE, b)
@@ -103,7 +104,7 @@ class Labels:
                 return
 
     def _step(self, a: np.ndarray, b: np.ndarray, in_a: np.ndarray, in_b: np.ndarray) -> bool:
-        """Makes some of the open positions agree; says whether it could."""
+        """Makes some of the open positions agree, and says whether it could."""
         single = (in_a == 1) & (in_b == 1)
         if single.any():
             self._union(a[:, single].max(0), b[:, single].max(0))
@@ -119,7 +120,7 @@ class Labels:
         return self._match(_compact(a[:, here]), _compact(b[:, here]))
 
     def _match(self, a: np.ndarray, b: np.ndarray) -> bool:
-        """Pairs layers, or a layer with several, that tell the positions apart in the same way."""
+        """Pairs layers, or a layer with several layers, that distinguish the positions in the same way."""
         for one, many in ((a, b), (b, a)):
             for layer in one:
                 for size in range(1, len(many) + 1):
@@ -143,7 +144,7 @@ class Labels:
             self.parent[np.maximum(a, b)] = np.minimum(a, b)
 
     def _expand(self, nodes: np.ndarray, factors: np.ndarray) -> None:
-        """Node ``nodes[p]`` means ``factors[:, p]`` from now on (where it stands twice: its first)."""
+        """Makes node ``nodes[p]`` mean ``factors[:, p]``, the first one if the node occurs twice."""
         nodes, first = np.unique(nodes, return_index=True)
         factors = factors[:, first]
         # Nothing may be a part of itself: what stands on both sides waits for the next round
@@ -157,7 +158,7 @@ class Labels:
         self.product[:, nodes] = factors
 
     def split(self, labels: np.ndarray, sizes: Sequence[int], reason: str) -> list[np.ndarray]:
-        """Labels of the axes into which one of ``prod(sizes)`` positions is split, row-major."""
+        """Returns the labels of the axes into which an axis of ``prod(sizes)`` positions is split, row-major."""
         parts: list[list[np.ndarray]] = [[] for _ in sizes]
         for layer in self.resolve(labels):
             grid = layer.reshape(sizes)
@@ -180,7 +181,7 @@ class Labels:
 
 
 def merge(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Labels of the axis that joins several, row-major."""
+    """Returns the labels of the axis into which several axes are merged, row-major."""
     sizes = [part.shape[1] for part in parts]
     layers = []
     for d, part in enumerate(parts):
@@ -190,14 +191,14 @@ def merge(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def append(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Labels of the axis in which several stand one after another."""
+    """Returns the labels of an axis in which several axes stand one after another."""
     depth = max(len(part) for part in parts)
     padded = [np.pad(part, ((0, depth - len(part)), (0, 0)), constant_values=NONE) for part in parts]
     return np.concatenate(padded, 1)
 
 
 def _compact(labels: np.ndarray) -> np.ndarray:
-    """Moves the nodes of each position to the first layers; all positions have as many."""
+    """Moves the nodes of each position to the first layers. All positions have equally many nodes."""
     order = np.argsort(labels < 0, axis=0, kind="stable")
     return np.take_along_axis(labels, order, 0)[: int((labels[:, 0] >= 0).sum())]
 

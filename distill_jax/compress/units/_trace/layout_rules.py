@@ -1,4 +1,4 @@
-"""Rules of the primitives that move values about, and of loops and choices."""
+"""Rules for the primitives that move values around, and for loops and choices."""
 
 from functools import reduce
 from typing import Any
@@ -60,7 +60,7 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
 
 
 def segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Cuts two shapes of one size into the shortest runs of axes of equal products.
+    """Cuts two shapes of equal size into the shortest runs of axes with equal products.
 
     Args:
       old: a shape.
@@ -87,7 +87,7 @@ def segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int]
 
 
 def _single(tracer: Tracer, axis: Axis, name: str) -> Axis:
-    """An axis of size 1 has no units: removed, it would leave nothing."""
+    """Freezes an axis of size 1: without its only unit nothing would be left."""
     return tracer.settle(axis, f"one index alone, by {name}") if axis[0].shape[1] == 1 else axis
 
 
@@ -174,7 +174,7 @@ def _pad(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             tracer.settle(axis, f"filled by {step.name}")
             axes.append(fixed(total))
         else:
-            # As many new positions as whatever they meet has
+            # New positions, as many as there are in what they will meet
             ends = [tracer.labels.fresh(n) for n in (low, high)]
             units = append([ends[0], axis[0], ends[1]])
             axes.append((units, np.pad(axis[1], (low, high), constant_values=filling.nil)))
@@ -182,7 +182,7 @@ def _pad(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
 
 
 def _whole(tracer: Tracer, step: Step, operand: Value, sizes: Any) -> list[Axis]:
-    """Axes that are taken whole pass; the others are counted, and frozen."""
+    """Returns the axes that are taken whole, and freezes the others."""
     return [
         operand.axis(a)
         if size == n
@@ -268,7 +268,7 @@ def _inner(tracer: Tracer, program: Program, inputs: list[Value]) -> list[Value]
 
 
 def _agree(tracer: Tracer, a: Value, b: Value, name: str) -> Value:
-    """Two values that take each other's place."""
+    """Ties two values of which one can take the place of the other."""
     axes = []
     for i in range(len(a.shape)):
         units = tracer.join([a.axis(i), b.axis(i)], name)
@@ -277,7 +277,7 @@ def _agree(tracer: Tracer, a: Value, b: Value, name: str) -> Value:
 
 
 def _loop(tracer: Tracer, carry: list[Value], name: str, body: Any) -> list[Value]:
-    """The carry's labels: as it goes in and as it comes out, until nothing new is learnt of zeros."""
+    """Finds the labels of a loop's carry, going round until nothing new is known of its zeros."""
     while True:
         outputs = body(carry)
         after = [_agree(tracer, a, b, name) for a, b in zip(carry, outputs, strict=True)]

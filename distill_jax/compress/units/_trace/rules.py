@@ -1,8 +1,8 @@
-"""What each primitive does to units: one rule a primitive, in :data:`RULES`.
+"""Rules for what each primitive does to units: one rule per primitive, in :data:`RULES`.
 
-A rule takes the tracer, the step and the operands as :class:`Value`, and gives the results. It says
-which positions of the operands belong together, and moves their labels to the results. What it does
-not say is frozen: a primitive without a rule freezes all it touches.
+A rule takes the tracer, the step and the operands as :class:`Value`, and returns the results. It ties the
+positions of the operands that belong together, and moves their labels to the results. A primitive without a
+rule freezes all axes that it touches.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +17,15 @@ from distill_jax.compress.units._trace.program import Program, Step
 
 
 class Value(NamedTuple):
-    """What is known of a value.
+    """What is known of a value in a program.
 
-    Args:
+    Attributes:
       units: for each axis, its label array ``[layers, positions]``.
-      zero: for each axis, ``[positions]``: the value is 0 there with any unit of the position silenced.
-      nil: whether all of it is 0.
-      total: if it is a sum over units, or a function of one in shape only: the number of its terms,
-        and their labels. (The sum over n divided by n is a mean, and then n counts the units.)
+      zero: for each axis, bool ``[positions]``: whether the value is 0 at a position if any unit of the
+        position is silenced.
+      nil: whether the whole value is 0.
+      total: for a sum over units, perhaps reshaped: the number of its terms, and their labels. (If it is
+        later divided by that number, it is a mean, and the number counts the units.)
     """
 
     units: tuple[np.ndarray, ...]
@@ -38,7 +39,7 @@ class Value(NamedTuple):
         return tuple(units.shape[1] for units in self.units)
 
     def axis(self, a: int) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and zeros of one axis."""
+        """Returns the labels and zeros of one axis."""
         return self.units[a], self.zero[a]
 
 
@@ -46,24 +47,24 @@ Axis = tuple[np.ndarray, np.ndarray]
 
 
 def value(axes: Iterable[Axis], *, nil: bool = False, total: Any = None) -> Value:
-    """Makes a value of its axes; positions without a unit count as zero, for nothing can fall silent.
+    """Makes a value from its axes. Positions without a unit count as zero, because none can be silenced.
 
     Args:
-      axes: labels and zeros of each.
-      nil: as in :class:`Value`.
-      total: as in :class:`Value`.
+      axes: the labels and zeros of each axis.
+      nil: whether the whole value is 0.
+      total: see :class:`Value`.
     """
     pairs = [(units, zero | nil | (units < 0).all(0)) for units, zero in axes]
     return Value(tuple(u for u, _ in pairs), tuple(z for _, z in pairs), nil, total)
 
 
 def fixed(size: int) -> Axis:
-    """An axis whose positions always stay."""
+    """Makes an axis whose positions always stay."""
     return np.zeros((0, size), np.int64), np.ones(size, bool)
 
 
 class Tracer:
-    """Runs a program on labels."""
+    """Runs a program on labels in the place of numbers."""
 
     def __init__(self) -> None:
         self.labels = Labels()
@@ -75,7 +76,7 @@ class Tracer:
         self.avals: list[Any] = []
 
     def run(self, program: Program) -> None:
-        """Gives every value of the program its labels; its inputs have them."""
+        """Finds the labels of every value of the program; its inputs have theirs already."""
         self.constants, self.avals = program.constants, program.avals
         for step in program.steps:
             operands = [self.read(number, program) for number in step.inputs]
@@ -90,13 +91,13 @@ class Tracer:
                 self.values[number] = result
 
     def read(self, number: int, program: Program) -> Value:
-        """The labels of a value; constants have some along axes on which nothing depends."""
+        """Returns the labels of a value. Constants have labels along axes along which they are constant."""
         if number not in self.values:
             self.values[number] = self.constant(program.constants[number])
         return self.values[number]
 
     def constant(self, array: Any) -> Value:
-        """A constant can have any size along an axis along which it is constant."""
+        """Labels a constant: along an axis along which it does not vary it can have any size."""
         if jax.dtypes.issubdtype(jax.numpy.asarray(array).dtype, jax.dtypes.extended):
             return value(fixed(n) for n in np.shape(array))
         array = np.asarray(array)
@@ -111,14 +112,14 @@ class Tracer:
         )
 
     def number(self, number: int) -> float | None:
-        """The value of a constant scalar."""
+        """Returns the value of a constant scalar, and None for any other value."""
         array = self.constants.get(number)
         if array is None or np.size(array) != 1 or not np.isrealobj(np.asarray(array)):
             return None
         return float(np.asarray(array).reshape(()))
 
     def freeze_all(self, step: Step, operands: Sequence[Value], shapes: Sequence[Any]) -> Any:
-        """What happens where there is no rule."""
+        """Freezes all axes of operands and results, where there is no rule."""
         reason = f"no rule for {step.name}"
         touched = [units for operand in operands for units in operand.units if units.size]
         for units in touched:
@@ -133,26 +134,26 @@ class Tracer:
         return results
 
     def settle(self, axis: Axis, reason: str) -> Axis:
-        """Freezes an axis: what comes after sees none of its units."""
+        """Freezes an axis, and returns one without units for what comes after."""
         self.labels.freeze(axis[0], reason)
         return fixed(axis[0].shape[1])
 
     def join(self, axes: Sequence[Axis], reason: str) -> np.ndarray:
-        """The labels of axes that correspond, position by position."""
+        """Ties axes that correspond position by position, and returns their labels."""
         first = axes[0][0]
         for units, _ in axes[1:]:
             self.labels.unify(first, units, reason)
         return first
 
     def contract(self, a: Axis, b: Axis | None, reason: str) -> None:
-        """A sum over the products of two axes, or over one: right if what is silent adds nothing."""
+        """Notes a sum over the products of two axes, or over one: exact if silent units add nothing."""
         silent = a[1] if b is None else a[1] | b[1]
         if b is not None:
             self.labels.unify(a[0], b[0], reason)
         self.labels.mark(a[0][:, ~silent], reason)
 
     def fresh(self, size: int) -> Axis:
-        """An axis along which a value repeats, and so may have any size."""
+        """Makes an axis along which a value repeats, and which may therefore have any size."""
         if size == 1:
             return fixed(1)
         return self.labels.fresh(size), np.zeros(size, bool)
@@ -164,7 +165,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[R], R]:
-    """Registers a rule for primitives of these names."""
+    """Registers a function as the rule for primitives of these names."""
 
     def register(function: R) -> R:
         RULES.update(dict.fromkeys(names, function))
@@ -173,7 +174,7 @@ def rule(*names: str) -> Callable[[R], R]:
     return register
 
 
-# Elementwise: what is 0 where all operands are (its value at zeros is 0); where any is; or nowhere.
+# Elementwise operations: their result is 0 where all operands are 0, where any operand is 0, or nowhere.
 ZERO_IF_ALL = (
     "add add_any sub neg abs sign floor ceil round real imag conj sin tan tanh sinh asin atan "
     "asinh atanh erf expm1 log1p sqrt cbrt square max min or xor relu copy stop_gradient "
@@ -184,12 +185,12 @@ ZERO_NEVER = (
     "exp exp2 cos cosh acos acosh logistic erfc erf_inv eq ne lt le gt ge not is_finite "
     "shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
 )
-# Not finite where an operand (the last) is 0: what is silenced there is no number, and spoils sums
+# Operations that are not finite where an operand (the last) is 0: a silenced unit then spoils sums
 POLE = "log rsqrt lgamma digamma"
 
 
 def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -> list[Value]:
-    """Position by position; axes of size 1 and scalars repeat."""
+    """Ties operands position by position; axes of size 1 and scalars repeat."""
     shape = np.broadcast_shapes(*(operand.shape for operand in operands))
     axes = []
     for a, n in enumerate(shape):
@@ -280,7 +281,7 @@ def _integer_pow(tracer: Tracer, step: Step, operands: list[Value]) -> list[Valu
 
 
 def _mean(tracer: Tracer, step: Step, summed: Value, by: float | None, power: int) -> None:
-    """A sum over n units divided by n: a mean of what is left is another number."""
+    """Notes a sum over n units that is divided by n: the mean of the units that are left is another."""
     if not by or summed.total is None or not np.isclose(by**power, summed.total[0]):
         return
     tracer.means[step.outputs[0]] = summed.total[1]
