@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a reader never meets half of one."""
+"""Writes files and JSON in one piece: a reader finds the whole file, the old one, or none."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write(temporary path)`` and moves the result to ``path``: whole, or not there."""
+    """Calls ``write`` with a temporary path and then moves the file to ``path``, so it is never half there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -21,7 +21,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def plain(value: Any, where: str = "") -> Any:
-    """Turns NumPy's values into JSON's, and refuses what JSON has not, naming its key."""
+    """Turns NumPy values into plain ones for JSON.
+
+    Args:
+      value: mappings with string keys, lists, arrays, numbers, strings and None, nested in any way.
+      where: the key of ``value``, for messages.
+
+    Raises:
+      ValueError: if a value is NaN, infinite, or of a type that JSON cannot hold; the message names its key.
+    """
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -34,10 +42,10 @@ def plain(value: Any, where: str = "") -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON atomically.
+    """Writes strict JSON in one piece.
 
     Raises:
-      ValueError: if a value is NaN, infinite or not JSON's, naming its key.
+      ValueError: if a value is NaN, infinite, or of a type that JSON cannot hold; the message names its key.
     """
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

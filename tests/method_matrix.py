@@ -36,22 +36,29 @@ NETWORKS = {
     "shufflenetv2": "shufflenetv2:0.25",
     "linen": "",
 }
-METHODS = (
-    "hint", "attention_transfer", "nst", "activation_boundary", "ofd", "vid", "factor_transfer", "fsp",
-    "cka", "cat_kd", "review_kd", "simkd", "mgd", "semckd", "similarity_preserving", "rkd", "pkt",
-    "correlation_congruence", "ickd", "info_nce", "crd",
-)  # fmt: skip
-# Losses without a builder of their own
-GENERAL = {
+METHODS = {
     "hint": lambda: features.project(losses.hint),
     "attention_transfer": lambda: features.project_maps(losses.attention_transfer),
     "nst": lambda: features.project_maps(losses.nst),
     "activation_boundary": lambda: features.project(losses.activation_boundary, always=True),
+    "ofd": features.ofd,
+    "vid": features.vid,
+    "factor_transfer": features.factor_transfer,
+    "fsp": features.fsp,
     "cka": lambda: features.relation(losses.cka),
+    "cat_kd": features.cat_kd,
+    "review_kd": features.review_kd,
+    "simkd": features.simkd,
+    "mgd": features.mgd,
+    "semckd": features.semckd,
     "similarity_preserving": lambda: features.relation(losses.similarity_preserving),
+    "rkd": features.rkd,
     "pkt": lambda: features.relation(losses.pkt, pool=True),
+    "correlation_congruence": features.correlation_congruence,
+    "ickd": features.ickd,
+    "info_nce": features.info_nce,
+    "crd": lambda: features.crd(negatives=64),
 }
-OPTIONS = {"crd": {"negatives": 64}}
 STEPS, RATE = 5, 1e-3
 LAYERS = None  # pairs of layers: as many as match_layers finds
 BATCH, SHAPE, CLASSES = 8, (16, 16, 3), 10
@@ -127,8 +134,7 @@ def student_program(name):
 
 def start(name, student_shapes, teacher_shapes):
     """The part, its parameters and its state: CRD's memory, of the last layer; none for others."""
-    build = GENERAL[name] if name in GENERAL else getattr(features, name)
-    part = build(**OPTIONS.get(name, {}))
+    part = METHODS[name]()
     if isinstance(part, features.LearnedWithState):
         params = part.init(KEY, student_shapes[-1:], teacher_shapes[-1:])
         return part, params, part.init_state(KEY, examples=2 * BATCH)
@@ -157,7 +163,7 @@ def against(params, gradient, rate):
     return jax.tree.map(lambda x, g: np.asarray(x - rate * g, x.dtype), params, gradient)
 
 
-def train(student, teacher, methods=METHODS):
+def train(student, teacher, methods=tuple(METHODS)):
     """Distils each method's own copy of the student: the loss before and after each step."""
     names, teacher_names = zip(*pairing(student, teacher), strict=True)
     theirs = [teacher_features(teacher)[name] for name in teacher_names]
@@ -200,11 +206,11 @@ def train(student, teacher, methods=METHODS):
     return history
 
 
-def failures(losses):
+def failures(history):
     """Which methods failed, and their losses."""
     return {
         method: values
-        for method, values in losses.items()
+        for method, values in history.items()
         if not (np.isfinite(values).all() and min(values) < (1 - 1e-6) * values[0])
     }
 
@@ -234,8 +240,8 @@ def main():
             progress.set_description(f"{teacher} → {student}")
             bad = failures(train(student, teacher, options.methods))
             counts[student, teacher] = len(options.methods) - len(bad)
-            for method, losses in bad.items():
-                failed.append(f"{teacher} → {student} by {method}: {losses}")
+            for method, values in bad.items():
+                failed.append(f"{teacher} → {student} by {method}: {values}")
                 progress.write(failed[-1])
     print(f"\nMethods, of {len(options.methods)}, whose loss fell; students down, teachers across:")
     print(table(counts, options.students, options.teachers))

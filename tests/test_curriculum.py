@@ -1,4 +1,4 @@
-"""A learned temperature: reversed gradients and their schedule."""
+"""Curriculum temperature: reversed gradients and their schedule."""
 
 import itertools
 
