@@ -4,12 +4,10 @@ import method_matrix
 import pytest
 
 NAMES = list(method_matrix.NETWORKS)
+METHODS = list(method_matrix.METHODS)
 PAIRS = [(NAMES[i], NAMES[(i + 4) % len(NAMES)]) for i in range(len(NAMES))]
 PAIRS += [("mlp", "vgg8"), ("convnet", "mobilenetv2"), ("linen", "mlp")]
-CASES = [
-    (*pair, tuple(method_matrix.METHODS[(2 * i + k) % len(method_matrix.METHODS)] for k in (0, 1)))
-    for i, pair in enumerate(PAIRS)
-]
+CASES = [(*pair, tuple(METHODS[(2 * i + k) % len(METHODS)] for k in (0, 1))) for i, pair in enumerate(PAIRS)]
 
 
 @pytest.mark.parametrize(("student", "teacher", "methods"), CASES)
@@ -22,7 +20,7 @@ def test_the_loss_falls_on_a_repeated_batch(student, teacher, methods):
 def test_a_dozen_pairs_cover_every_network_and_every_method():
     students, teachers, methods = zip(*CASES, strict=True)
     assert set(students) == set(teachers) == set(NAMES)
-    assert {name for names in methods for name in names} == set(method_matrix.METHODS)
+    assert {name for names in methods for name in names} == set(METHODS)
 
 
 def test_failures_are_seen():
