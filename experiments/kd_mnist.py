@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -105,65 +105,78 @@ def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models
     return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key, dropout=dropout)
 
 
+class Recipe(NamedTuple):
+    """How to train one kind of model; made once, so that it is compiled once for all seeds."""
+
+    tx: optax.GradientTransformation
+    epoch: Any
+    epochs: int
+    batch_size: int
+
+
+def recipe(run: Run, kind: str, loss_fn: train.LossFn, examples: int, transform: Any = plain) -> Recipe:
+    """Makes the optimizer, the step and the epoch of the teacher or of a student."""
+    config = run.config
+    rate, epochs, batch_size = (
+        (config.teacher_learning_rate, config.teacher_epochs, config.teacher_batch_size)
+        if kind == "teacher"
+        else (config.learning_rate, config.epochs, config.batch_size)
+    )
+    tx = adam(rate, epochs, steps=examples // batch_size)
+    if kind == "teacher" and config.max_norm:
+        tx = optax.chain(tx, train.max_norm(config.max_norm))
+    step = train.make_train_step(loss_fn, tx)  # (state, batch) -> (state, metrics)
+    epoch = train.make_epoch(step, transform=transform, sharding=run.sharding)  # many steps in one call
+    return Recipe(tx, epoch, epochs, batch_size)
+
+
 def train_model(
-    run: Run, name: str, seed: int, model: models.Model, loss_fn: train.LossFn, tx: optax.GradientTransformation,
-    examples: Mapping[str, Any], *, epochs: int, batch_size: int, order: int, transform: Any = plain,
+    run: Run, name: str, seed: int, model: models.Model, how: Recipe, examples: Mapping[str, Any], order: int,
     context: Any = None,
 ) -> Trained:  # fmt: skip
     """Trains one model, or takes it from the checkpoint of the run."""
-    step = train.make_train_step(loss_fn, tx)  # (state, batch) -> (state, metrics)
-    epoch = train.make_epoch(step, transform=transform, sharding=run.sharding)  # many steps in one call
-    state = train.init_state(model, tx, run.key(seed, order))
+    state = train.init_state(model, how.tx, run.key(seed, order))
     done = run.fit(
-        name, seed, state, epoch, examples, epochs=epochs, batch_size=batch_size, order=order, context=context
-    )
+        name, seed, state, how.epoch, examples, epochs=how.epochs, batch_size=how.batch_size, order=order,
+        context=context,
+    )  # fmt: skip
     return run.judge(done.model, done.history, done.seconds)
 
 
-def train_teacher(config: Config, run: Run, seed: int) -> Trained:
+def train_teacher(run: Run, seed: int, how: Recipe) -> Trained:
     """Trains the teacher: one network, or several whose probabilities are averaged."""
-    examples = arrays(run.dataset.train)
-    steps = len(examples["label"]) // config.teacher_batch_size
-    tx = adam(config.teacher_learning_rate, config.teacher_epochs, steps)
-    if config.max_norm:
-        tx = optax.chain(tx, train.max_norm(config.max_norm))
-    members = []
-    for number in range(seed * config.members, (seed + 1) * config.members):
-        name = f"teacher{number % config.members}" if config.members > 1 else "teacher"
-        members.append(train_model(
-            run, name, seed, build(config, run.dataset, "teacher", number), train.supervised(), tx, examples,
-            epochs=config.teacher_epochs, batch_size=config.teacher_batch_size, order=10_000 + number,
-            transform=jittered(config.jitter),
-        ))  # fmt: skip
-    if len(members) == 1:
+    count, members = run.config.members, []
+    for number in range(seed * count, (seed + 1) * count):
+        model = build(run.config, run.dataset, "teacher", number)
+        name = f"teacher{number % count}" if count > 1 else "teacher"
+        members.append(train_model(run, name, seed, model, how, arrays(run.dataset.train), 10_000 + number))
+    if count == 1:
         return members[0]
     history = {name: np.mean([m.history[name] for m in members], 0).tolist() for name in members[0].history}
     return run.judge(teachers.ensemble(*[m.model for m in members]), history, sum(m.seconds for m in members))
 
 
-def train_students(config: Config, run: Run, seed: int, teacher: models.Model) -> dict[str, Trained]:
-    """Trains the students of one seed, all from the same initial parameters."""
-    student = build(config, run.dataset, "student", seed)
-    examples = arrays(run.dataset.train)
+def train_students(
+    run: Run, seed: int, teacher: models.Model, how: Mapping[str, Recipe]
+) -> dict[str, Trained]:
+    """Trains the students of one seed, all from the same initial parameters and in the same order of examples."""
+    config, examples = run.config, arrays(run.dataset.train)
     soft_labels = examples | {"teacher": run.store_labels(seed, teacher)}
-    hard = train.supervised()
-    soft = train.distill(temperature=config.temperature, alpha=config.alpha)
+    student = build(config, run.dataset, "student", seed)
 
-    def learn(name, loss_fn, examples, **options):
-        steps = len(examples["label"]) // config.batch_size
-        return train_model(
-            run, name, seed, student, loss_fn, adam(config.learning_rate, config.epochs, steps), examples,
-            epochs=config.epochs, batch_size=config.batch_size, order=20_000 + seed, **options,
-        )  # fmt: skip
+    def learn(name, recipe, examples, context=None):
+        return train_model(run, name, seed, student, how[recipe], examples, 20_000 + seed, context)
 
-    found = {"scratch": learn("scratch", hard, examples), "distilled": learn("distilled", soft, soft_labels)}
+    found = {
+        "scratch": learn("scratch", "hard", examples),
+        "distilled": learn("distilled", "soft", soft_labels),
+    }
     if config.patient:
-        online = labelled(jittered(config.jitter))
-        found["patient"] = learn("patient", soft, examples, transform=online, context=teacher)
+        found["patient"] = learn("patient", "online", examples, teacher)
     if config.omit_classes:
         kept = ~np.isin(run.dataset.train.label, config.omit_classes)
         name = "without " + ", ".join(map(str, config.omit_classes))
-        found[name] = learn(name, soft, {field: values[kept] for field, values in soft_labels.items()})
+        found[name] = learn(name, "partial", {field: values[kept] for field, values in soft_labels.items()})
         found[f"{name}, shifted"] = shift_bias(config, run, found[name])
     return found
 
@@ -193,10 +206,20 @@ def main() -> int:
     if config.devices > 1:
         train.use_cpu_devices(config.devices)
     run = Run.start("kd_mnist", name, config, check)
+    hard, soft = train.supervised(), train.distill(temperature=config.temperature, alpha=config.alpha)
+    shifted, labels = jittered(config.jitter), run.dataset.train.label
+    kept = int((~np.isin(labels, config.omit_classes)).sum())
+    how = {
+        "teacher": recipe(run, "teacher", hard, len(labels), shifted),
+        "hard": recipe(run, "student", hard, len(labels)),
+        "soft": recipe(run, "student", soft, len(labels)),
+        "online": recipe(run, "student", soft, len(labels), labelled(shifted)),
+        "partial": recipe(run, "student", soft, kept),
+    }
     trained = []
     for seed in range(config.seeds):
-        teacher = train_teacher(config, run, seed)
-        trained.append({"teacher": teacher, **train_students(config, run, seed, teacher.model)})
+        teacher = train_teacher(run, seed, how["teacher"])
+        trained.append({"teacher": teacher, **train_students(run, seed, teacher.model, how)})
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits)
     drawn = results.draw(run.directory, run.dataset, trained, logits, ("teacher", "scratch", "distilled"))

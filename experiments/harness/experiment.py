@@ -1,6 +1,7 @@
 """A run of an experiment: its data, its directory, training with checkpoints, and the report at the end."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,6 +140,11 @@ class Run:
             run.sharding = train.sharded(train.data_mesh(config.devices))
         return run
 
+    @functools.cached_property
+    def validation(self) -> Callable[[Model], dict[str, float]]:
+        """The validation of classifiers on the run's data: made once, so that it is compiled once."""
+        return train.make_validation(arrays(self.dataset.validation), prepare=prepare)
+
     def key(self, seed: int, order: int) -> jax.Array:
         """Makes the random key of one training."""
         return jax.random.fold_in(jax.random.key(seed, impl="rbg"), order)
@@ -174,9 +180,7 @@ class Run:
         if self.sharding is not None:
             mesh = self.sharding.mesh  # type: ignore[attr-defined]
             state, context = jax.device_put((state, context), train.replicated(mesh))
-        options.setdefault(
-            "validate", train.make_validation(arrays(self.dataset.validation), prepare=prepare)
-        )
+        options.setdefault("validate", self.validation)
         with progress(f"seed {seed + 1}/{self.config.seeds}, {name}", epochs) as on_epoch:
             return train.fit(
                 state,
