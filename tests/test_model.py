@@ -389,3 +389,13 @@ def test_padded_batches():
     ]:
         with pytest.raises(ValueError, match=message):
             padded_batches(wrong, size)
+
+
+def test_equal_modules_share_one_function():
+    """A jitted call compares the functions of its models, which takes no time where they are the same."""
+    first, second, other = (
+        models.build(name, (8, 8, 1), 3, jax.random.key(seed))
+        for name, seed in (("mlp:4", 0), ("mlp:4", 1), ("mlp:4,4", 0))
+    )
+    assert first.apply_fn is second.apply_fn
+    assert first.apply_fn is not other.apply_fn

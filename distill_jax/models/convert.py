@@ -5,8 +5,9 @@ import dataclasses
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,33 @@ def from_nnx(module: nnx.Module) -> Model:
     evaluation: Any = nnx.split(module, *kinds)
     nodes = nnx.iter_graph(module)
     streams = sorted({str(node.tag) for _, node in nodes if isinstance(node, nnx.RngStream)})
-    apply_fn = _NnxFunction(
-        evaluation[0],
-        training[0],
-        tuple(streams),
-        random_state=jax.tree.map(_blank, training[2]),
-        like=nnx.eval_shape(lambda: (training[1], training[3])),
+    apply_fn = _known(
+        _NnxFunction(
+            evaluation[0],
+            training[0],
+            tuple(streams),
+            random_state=jax.tree.map(_blank, training[2]),
+            like=nnx.eval_shape(lambda: (training[1], training[3])),
+        )
     )
     return Model(apply_fn, nnx.to_pure_dict(training[1]), nnx.to_pure_dict(training[3]))
+
+
+F = TypeVar("F", bound=ApplyFn)
+_functions: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _known(function: F) -> F:
+    """Returns the function of an earlier model if it is equal, else this one.
+
+    A jitted call compares the functions of its models. That takes no time for one and the same function,
+    and a millisecond for equal ones of a large network.
+    """
+    found = _functions.get(hash(function))
+    if found == function:
+        return found
+    _functions[hash(function)] = function
+    return function
 
 
 class _NnxFunction:
@@ -144,7 +164,8 @@ def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
       A model whose ``params`` are the collection of that name and whose ``state`` holds all other
       collections, such as ``batch_stats``. Dropout draws from the stream ``"dropout"``.
     """
-    apply_fn = _LinenFunction(module, "train" in inspect.signature(module.__call__).parameters)
+    takes_train = "train" in inspect.signature(module.__call__).parameters
+    apply_fn = _known(_LinenFunction(module, takes_train))
     variables = dict(module.init(key, x, **apply_fn.mode(training=False)))
     params = variables.pop("params", {})
     return Model(apply_fn, params, variables)
