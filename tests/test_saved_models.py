@@ -95,7 +95,13 @@ for path in sys.argv[2:]:
 def test_a_process_without_the_networks_code_runs_and_tunes_them(tmp_path):
     made = {name: make() for name, make in MODELS.items()}
     for name, model in made.items():
-        models.save(tmp_path / f"{name}.model", model, X[:4])
+        if name == "shrunk":
+            with pytest.warns(
+                UserWarning, match="the training program is saved for batches of the shapes of x"
+            ):
+                models.save(tmp_path / f"{name}.model", model, X)
+        else:
+            models.save(tmp_path / f"{name}.model", model, X[:4])
     np.save(tmp_path / "x.npy", X)
     command = [sys.executable, "-c", FRESH, str(tmp_path), *made]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -187,16 +193,32 @@ def test_a_program_of_one_batch_size_is_saved_with_a_warning(tmp_path):
         loaded(jnp.ones((4, 2)))
 
 
-def test_a_model_without_a_training_mode_is_saved_without_it(tmp_path):
+def test_a_shrunk_model_with_statistics_trains_for_the_batch_size_it_was_saved_with(tmp_path):
     model = models.from_linen(LinenNet(), jax.random.key(0), X[:1])
     graph = units.trace(model, X[:1])
     small = units.shrink(graph, model, units.prune(graph, units.scores.l2(graph, model), 0.5))
-    with pytest.warns(UserWarning, match="the training program cannot be saved.*has no training mode"):
+    with pytest.warns(UserWarning, match="the training program is saved for batches of the shapes of x"):
         models.save(tmp_path / "m", small, X)
     loaded = models.load(tmp_path / "m")
-    np.testing.assert_allclose(loaded(X), small(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loaded(X[:5]), small(X[:5]), rtol=1e-5, atol=1e-6)
+    given, wanted = (each.apply(X, key=jax.random.key(1)) for each in (loaded, small))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), given, wanted)
+    with pytest.raises(ValueError, match="in the training program that was saved"):
+        loaded.apply(X[:5], key=jax.random.key(1))
+
+
+def test_a_model_without_a_training_mode_is_saved_without_it(tmp_path):
+    def apply_fn(params, state, x, *, key=None):
+        if key is not None:
+            raise ValueError("no training here")
+        return x * params, state
+
+    with pytest.warns(UserWarning, match="the training program cannot be saved.*no training here"):
+        models.save(tmp_path / "m", models.Model(apply_fn, jnp.ones(2)), jnp.ones((3, 2)))
+    loaded = models.load(tmp_path / "m")
+    np.testing.assert_array_equal(loaded(jnp.ones((1, 2))), 1)
     with pytest.raises(ValueError, match="saved without a training mode"):
-        loaded.apply(X, key=jax.random.key(0))
+        loaded.apply(jnp.ones((1, 2)), key=jax.random.key(0))
 
 
 def test_what_is_damaged_or_no_model_is_refused(tmp_path):

@@ -208,7 +208,7 @@ def test_units_that_were_doubled_and_split_are_merged_again(kind):
         for options in ({}, {"incoming": "best", "scores": scores.l2(graph, grown)}):
             merged, kept = units.merge(graph, grown, sizes, **options)
             small = units.keep(graph, merged, kept)
-            assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, model)
+            assert jax.tree.map(np.shape, small.params) == jax.tree.map(np.shape, model.params)
             np.testing.assert_allclose(compiled(small, x), expected, rtol=1e-6)
             np.testing.assert_allclose(compiled(units.shrink(graph, merged, kept), x), expected, rtol=1e-6)
 

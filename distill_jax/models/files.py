@@ -65,15 +65,17 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
             )
     arrays = [np.asarray(jnp.asarray(leaf)) for leaf in leaves]
     files = {f"arrays/{i}": array.tobytes() for i, array in enumerate(arrays)}
-    programs = {}
+    programs, notes = {}, []
     for mode in MODES:
         try:
-            programs[mode], files[mode] = _export(model, structure, leaves, x, mode)
-        except Exception as error:
+            programs[mode], files[mode], note = _export(model, structure, leaves, x, mode)
+            notes += [note] if note else []
+        except Exception as error:  # Whatever the model raises: it has no training mode
             if mode == "evaluation":
                 raise
-            message = f"the training program cannot be saved, and the loaded model will have none: {error}"
-            warnings.warn(message, stacklevel=2)
+            notes.append(f"the training program cannot be saved, and the loaded model has none: {error}")
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     description = {
         "format": FORMAT,
         "jax": jax.__version__,
@@ -216,8 +218,8 @@ class _LoadedFn:
 
 def _export(
     model: Model, structure: Any, leaves: list[Any], x: PyTree, mode: str
-) -> tuple[dict[str, Any], bytes]:
-    """Exports one of the model's programs, and returns a description of it and its bytes."""
+) -> tuple[dict[str, Any], bytes, str]:
+    """Exports one of the model's programs: returns a description, its bytes, and a note on what it cannot do."""
     x_structure: Any
     inputs, x_structure = jax.tree.flatten(x)
     found: dict[str, Any] = {}
@@ -250,15 +252,13 @@ def _export(
         except Exception as error:  # Whatever tracing or lowering raises: the next way may work
             problems.append(error)
             continue
+        note = ""
         if problems:
             sizes = (
                 "any batch size" if any_batch else f"batches of the shapes of x, {[i.shape for i in inputs]}"
             )
-            warnings.warn(
-                f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {problems[0]}",
-                stacklevel=3,
-            )
-        return {"any batch size": any_batch, "platforms": platforms, **found}, data
+            note = f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {problems[0]}"
+        return {"any batch size": any_batch, "platforms": platforms, **found}, data, note
     raise problems[-1]
 
 

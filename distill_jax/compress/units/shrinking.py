@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from distill_jax import _jaxpr
 from distill_jax._model import Model
-from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate, flatten, same
+from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.removal import Kept, keep, shapes_of, unit_masks
 from distill_jax.compress.units.tracing import Traced, groups_of
@@ -28,10 +27,9 @@ def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
     ReLU's is kept. For inputs of other shapes than the traced ones, such as another batch size, the network
     is traced anew.
 
-    The program is that of evaluation. With a key, in training mode, it runs only if the network's training
-    program is the same: no dropout, and no statistics that change. Networks that have these must be built
-    anew with the smaller widths (``units.architecture(graph, kept)["widths"]``), to take the arrays of
-    ``keep(graph, model, kept)``.
+    In training mode, with a key, the network's training program runs, with dropout masks of the smaller sizes
+    and with the smaller statistics as its state. (:func:`distill_jax.models.save` stores that program for the
+    batch size that it is given.)
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
@@ -43,7 +41,7 @@ def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
 
     Raises:
       ValueError: if ``kept`` is not valid; when the result is called, if its arrays have not the shapes
-        that the kept units make, or in training mode, as said above.
+        that the kept units make, or if the units are not the same for these inputs or in training mode.
 
     >>> from distill_jax import models
     >>> from distill_jax.compress import units
@@ -70,13 +68,12 @@ class ShrunkFn:
         self.kept = {name: np.flatnonzero(mask) for name, mask in masks.items()}
         self.shapes = [like.shape for like in shapes_of(graph, kept).values()]
         self.first = graph
-        self.programs = {_shapes(graph.traced.x): _Smaller.of(graph, self.kept)}
-        self.same_in_training: bool | None = None
+        self.programs = {_shapes((graph.traced.x, None)): _Smaller.of(graph, self.kept)}
 
     def __call__(
         self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
     ) -> tuple[Any, PyTree]:
-        """Computes the outputs with the smaller arrays, and returns the state as it is."""
+        """Computes the outputs and the state with the smaller arrays."""
         like = self.first.traced.model
         structure: Any = jax.tree.structure((like.params, like.state))
         arrays, given = jax.tree.flatten((params, state))
@@ -87,69 +84,53 @@ class ShrunkFn:
                 f"{[np.shape(leaf) for leaf in arrays]} in {given}"
             )
         if key is not None:
-            self.check_training()
+            return self.program_for(x, key)(arrays, x, key)
         if any(map(export.is_symbolic_dim, (n for leaf in jax.tree.leaves(x) for n in np.shape(leaf)))):
             # For any batch size, as models.save exports it: each example by itself
             one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
-            program = self.program_for(one)
+            program = self.program_for(one, None)
 
             def example(x: PyTree) -> PyTree:
                 outputs = program(arrays, jax.tree.map(lambda leaf: leaf[None], x))
                 return jax.tree.map(lambda leaf: leaf[0], outputs)
 
             return jax.vmap(example)(x), state
-        return self.program_for(x)(arrays, x), state
+        return self.program_for(x, None)(arrays, x), state
 
-    def program_for(self, x: PyTree) -> "_Smaller":
-        """The program for inputs of these shapes."""
-        shapes = _shapes(x)
+    def program_for(self, x: PyTree, key: Any) -> "_Smaller":
+        """Returns the program for inputs of these shapes, in training mode if there is a key."""
+        shapes = _shapes((x, key))
         if shapes not in self.programs:
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), x)
-            self.programs[shapes] = _Smaller.of(self.again(like), self.kept)
+            x, key = jax.tree.map(_like, (x, key))
+            self.programs[shapes] = _Smaller.of(self.again(x, key), self.kept)
         return self.programs[shapes]
 
-    def again(self, x: PyTree) -> UnitGraph:
-        """Traces the whole network on other inputs, and finds the groups that lose units there."""
-        graph = groups_of(self.first.traced.model, x)
+    def again(self, x: PyTree, key: Any) -> UnitGraph:
+        """Traces the whole network on other inputs or in training mode, and finds the groups there."""
+        graph = groups_of(self.first.traced.model, x, key)
         places = {_places(group.slices): name for name, group in graph.groups.items()}
         units = {}
         for name in self.kept:
             same = places.get(_places(self.first.groups[name].slices))
             if same is None or not graph.groups[same].free:
+                mode = "in evaluation" if key is None else "in training mode"
                 raise ValueError(
-                    f"x: on inputs of shapes {_shapes(x)} the units {name!r} are not the same as on the "
-                    f"traced ones, {_shapes(self.first.traced.x)}: trace the model on these inputs"
+                    f"x: {mode}, on inputs of shapes {[leaf.shape for leaf in jax.tree.leaves(x)]}, the units "
+                    f"{name!r} are not the ones that were traced: trace the model on these inputs, or build "
+                    "the network anew with the widths of units.architecture(graph, kept)"
                 )
             units[name] = graph.traced.units[same]
         groups = {name: self.first.groups[name] for name in self.kept}
         return UnitGraph(groups, graph.shapes, graph.names, (), graph.traced._replace(units=units))
 
-    def check_training(self) -> None:
-        """Refuses training mode, unless its program is that of evaluation."""
-        if self.same_in_training is None:
-            traced: Traced = self.first.traced
-            like = traced.model
-            programs = []
-            for key in (None, jax.random.key(0)):
 
-                def apply(params: PyTree, state: PyTree, x: PyTree, key: Any = key) -> tuple[Any, PyTree]:
-                    return like.apply_fn(params, state, x, key=key)
-
-                closed, _ = _jaxpr.trace(apply, like.params, like.state, traced.x)
-                programs.append(flatten(closed))
-            self.same_in_training = same(*programs)
-        if not self.same_in_training:
-            raise ValueError(
-                "key: a shrunk model has no training mode, because its network has dropout or statistics "
-                "that change in training: build the network anew with the smaller widths, "
-                "units.architecture(graph, kept)['widths'], and give it the arrays of "
-                "units.keep(graph, model, kept)"
-            )
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
 
 
 def _shapes(x: PyTree) -> Any:
     leaves, structure = jax.tree.flatten(x)
-    return structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return structure, tuple((like.shape, like.dtype) for like in map(_like, leaves))
 
 
 def _places(slices: Any) -> Any:
@@ -179,9 +160,9 @@ class _Smaller:
             removed.append(traced.units[name][gone])
         return cls(traced, removed)
 
-    def __call__(self, arrays: Sequence[Any], x: PyTree) -> PyTree:
-        """Runs the program on the smaller arrays of parameters and state, and inputs."""
-        leaves = [jnp.asarray(leaf) for leaf in (*arrays, *jax.tree.leaves(x))]
+    def __call__(self, arrays: Sequence[Any], x: PyTree, *keys: jax.Array) -> PyTree:
+        """Runs the program on the smaller arrays of parameters and state, the inputs, and perhaps a key."""
+        leaves = [jnp.asarray(leaf) for leaf in (*arrays, *jax.tree.leaves(x), *keys)]
         return jax.tree.unflatten(self.structure, self.run(self.program, leaves))
 
     def stays(self, number: int) -> list[np.ndarray]:
@@ -333,7 +314,8 @@ def _cond(small: _Smaller, step: Step, operands: list[Any]) -> Sequence[Any]:
 # Primitives that have sizes among their parameters, or programs within
 ADAPTED: dict[str, Callable[[_Smaller, Step, list[Any]], Sequence[Any]]] = {
     "relu": _relu, "broadcast_in_dim": _sized("shape"), "iota": _sized("shape"),
-    "reshape": _sized("new_sizes"), "dynamic_slice": _sized("slice_sizes"), "split": _split,
-    "slice": _slice, "pad": _pad, "gather": _gather, "conv_general_dilated": _conv,
+    "random_bits": _sized("shape"), "reshape": _sized("new_sizes"),
+    "dynamic_slice": _sized("slice_sizes"), "split": _split, "slice": _slice,
+    "pad": _pad, "gather": _gather, "conv_general_dilated": _conv,
     "div": _scaled, "mul": _scaled, "scan": _scan, "while": _while, "cond": _cond,
 }  # fmt: skip

@@ -24,7 +24,8 @@ class Traced(NamedTuple):
     Attributes:
       model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
       x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
-      program: the steps of ``model(x)``.
+      key: the random key of training mode as a shape, or None for evaluation.
+      program: the steps.
       tracer: the labels of every value.
       units: for each group, the nodes of its units.
       structure: the structure of the outputs.
@@ -32,6 +33,7 @@ class Traced(NamedTuple):
 
     model: Model
     x: PyTree
+    key: Any
     program: Program
     tracer: Tracer
     units: dict[str, np.ndarray]
@@ -39,7 +41,7 @@ class Traced(NamedTuple):
 
     @property
     def arguments(self) -> Any:
-        """The structure of what the program takes: ``(params, state, x)``."""
+        """The structure of what the evaluation program takes: ``(params, state, x)``."""
         return jax.tree.structure((self.model.params, self.model.state, self.x))
 
 
@@ -85,25 +87,23 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
 
-def program_of(model: Model, x: PyTree) -> tuple[Program, PyTree]:
-    """Reads the program of ``model(x)``, of the inputs ``(params, state, x)``, and its outputs' shapes."""
-
-    def evaluate(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-        return model.replace(params=params, state=state)(x)
-
-    closed, outputs = _jaxpr.trace(evaluate, model.params, model.state, x)
-    return flatten(closed), outputs
-
-
-def groups_of(model: Model, x: PyTree) -> UnitGraph:
+def groups_of(model: Model, x: PyTree, key: Any = None) -> UnitGraph:
     """Finds the units as :func:`trace` does, but does not look for numbers computed from sizes.
 
     Args:
       model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
       x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
+      key: the shape of a random key, to read the program of training mode, whose results are the outputs
+        and the new state; None for evaluation, whose results are the outputs.
     """
-    program, outputs = program_of(model, x)
-    tracer = Tracer()
+
+    def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
+        now = model.replace(params=params, state=state)
+        return now.apply(x, key=keys[0]) if keys else now(x)
+
+    closed, results = _jaxpr.trace(run, model.params, model.state, x, *([] if key is None else [key]))
+    program = flatten(closed)
+    tracer = Tracer(training=key is not None)
     names = names_of(model)
     paths = jax.tree.leaves(names)
     for i, number in enumerate(program.inputs):
@@ -115,7 +115,15 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
             # All slices of a silenced unit are 0
             tracer.values[number] = value((units, np.ones_like(zero)) for units, zero in axes)
     tracer.run(program)
-    for number in program.outputs:
+    outputs = program.outputs
+    if key is not None:
+        states = len(jax.tree.leaves(model.state))
+        outputs = program.outputs[: len(outputs) - states]
+        olds = program.inputs[len(paths) - states : len(paths)]
+        for old, new in zip(olds, program.outputs[len(outputs) :], strict=True):
+            for a, units in enumerate(tracer.read(old, program).units):
+                tracer.labels.unify(units, tracer.read(new, program).units[a], "the new state")
+    for number in outputs:
         for units in tracer.read(number, program).units:
             tracer.labels.freeze(units, "a result of the network")
     groups, members = _groups(tracer, program, paths)
@@ -124,7 +132,7 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
         for path, n in zip(paths, program.inputs, strict=False)
     }
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
-    traced = Traced(model, x, program, tracer, members, jax.tree.structure(outputs))
+    traced = Traced(model, x, key, program, tracer, members, jax.tree.structure(results))
     return UnitGraph(groups, shapes, names, tuple(notes), traced)
 
 

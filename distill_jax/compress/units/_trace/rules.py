@@ -64,9 +64,15 @@ def fixed(size: int) -> Axis:
 
 
 class Tracer:
-    """Runs a program on labels in the place of numbers."""
+    """Runs a program on labels in the place of numbers.
 
-    def __init__(self) -> None:
+    Args:
+      training: whether the program is one of training mode, where random masks may have other numbers
+        once units are gone.
+    """
+
+    def __init__(self, *, training: bool = False) -> None:
+        self.rules = RULES | TRAINING_RULES if training else RULES
         self.labels = Labels()
         self.values: dict[int, Value] = {}
         self.notes: list[str] = []
@@ -80,7 +86,7 @@ class Tracer:
         self.constants, self.avals = program.constants, program.avals
         for step in program.steps:
             operands = [self.read(number, program) for number in step.inputs]
-            rule = RULES.get(step.name)
+            rule = self.rules.get(step.name)
             results = None if rule is None else rule(self, step, operands)
             if results is None:
                 shapes = [program.avals[number].shape for number in step.outputs]
@@ -162,13 +168,14 @@ class Tracer:
 Rule = Callable[[Tracer, Step, list[Value]], list[Value] | None]
 R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
+TRAINING_RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[R], R]:
-    """Registers a function as the rule for primitives of these names."""
+def rule(*names: str, training: bool = False) -> Callable[[R], R]:
+    """Registers a function as the rule for primitives of these names, or only for those of training mode."""
 
     def register(function: R) -> R:
-        RULES.update(dict.fromkeys(names, function))
+        (TRAINING_RULES if training else RULES).update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -255,6 +262,19 @@ def _pole(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     for units, zero in zip(operands[0].units, operands[0].zero, strict=True):
         tracer.labels.mark(units[:, zero], f"{step.name} of 0")
     return _elementwise(tracer, step, operands, _never)
+
+
+@rule("random_bits", training=True)
+def _random_bits(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
+    if operands[0].shape:
+        return None
+    return [value(tracer.fresh(n) for n in step.params["shape"])]
+
+
+@rule("bitcast_convert_type", training=True)
+def _bitcast(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
+    same = operands[0].shape == tracer.avals[step.outputs[0]].shape
+    return _elementwise(tracer, step, operands, _never) if same else None
 
 
 @rule("div", "rem", "pow")
