@@ -116,8 +116,30 @@ def test_a_config_and_its_changes(arguments, name, changes):
 
 
 def test_the_default_may_be_chosen_late():
-    assert read(default=lambda: "long")[0] == "long"
-    read("quick", default=lambda: pytest.fail("chosen although a config was named"))
+    assert (
+        read("--few", "2", default=lambda options: "long" if options == ["--few", "2"] else "quick")[0]
+        == "long"
+    )
+    read("quick", default=lambda options: pytest.fail("chosen although a config was named"))
+
+
+@pytest.mark.parametrize("options", [["--data-dir", "here"], ["--seeds", "2", "--data-dir=here", "--check"]])
+def test_the_data_directory_is_the_one_given(options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment.data, "load", lambda name, data_dir: seen.append((name, data_dir)))
+    assert experiment.mnist_or_digits(options) == "mnist"
+    assert seen == [("mnist", "here")]
+
+
+def test_embedded_data_where_mnist_cannot_be_had(monkeypatch, capsys):
+    def load(name, data_dir):
+        raise experiment.data.DataError("no network")
+
+    monkeypatch.setattr(experiment.data, "load", load)
+    assert experiment.mnist_or_digits([]) == "digits"
+    assert "MNIST cannot be had: no network" in capsys.readouterr().out
+    with pytest.raises(experiment.data.DataError):
+        experiment.mnist_or_digits(["--data-dir", "here"])
 
 
 def test_an_unknown_config_is_named_with_those_there_are():

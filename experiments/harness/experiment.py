@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -300,11 +301,19 @@ def load(config: Options) -> data.Dataset:
     return data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
 
 
-def mnist_or_digits() -> str:
-    """Chooses the config where none is named: ``mnist`` where the data can be had, else ``digits``."""
+def mnist_or_digits(options: Sequence[str]) -> str:
+    """Chooses the config where none is named: ``mnist`` where the data can be had, else ``digits``.
+
+    Args:
+      options: the options on the command line, of which ``--data-dir`` says where the data may be.
+    """
+    words = [word for option in options for word in option.split("=", 1)]
+    given = dict(itertools.pairwise(words)).get("--data-dir")
     try:
-        data.load("mnist")
+        data.load("mnist", data_dir=given)
     except data.DataError as error:
+        if given is not None:
+            raise
         print(f"The config is digits, with embedded data, since MNIST cannot be had: {error}")
         return "digits"
     return "mnist"

@@ -122,7 +122,7 @@ def _rules(hint: Any) -> list[Allowed]:
 def read(
     configs: Mapping[str, tuple[str, C]],
     description: str,
-    default: Callable[[], str] | str,
+    default: Callable[[Sequence[str]], str] | str,
     arguments: Sequence[str] | None = None,
 ) -> tuple[str, C]:
     """Reads the command line: the name of a config, then options that change its values.
@@ -132,7 +132,8 @@ def read(
     Args:
       configs: name → (a line of description, the config).
       description: the description of the experiment, usually its module docstring.
-      default: the config that is used where none is named, or a function that chooses it.
+      default: the config that is used where none is named, or a function that chooses it from the options
+        given.
       arguments: the command line; that of this process by default.
 
     Returns:
@@ -154,7 +155,7 @@ def read(
                 f"the config must be one of {', '.join(configs)}, got {name!r}: see {program} --help"
             )
     else:
-        name = default if isinstance(default, str) else default()
+        name = default if isinstance(default, str) else default(given)
     line, config = configs[name]
     config = tyro.cli(
         type(config), prog=f"{program} {name}", description=line, default=config, args=given,
