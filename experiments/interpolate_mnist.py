@@ -1,451 +1,332 @@
-"""λθₜ + (1 − λ)θ_g: a student that shares its teacher's parameters (system S3), on MNIST or digits.
+"""Mixes a student's parameters with its teacher's: the network with λ × teacher + (1 − λ) × student.
 
-Two networks of the same shape learn batch by batch: the teacher by its own step, the student after it
-has moved towards the teacher by λ ("pull"), or through the interpolation of both ("through"). Beside
-them: the student alone, and the student of stored soft labels, at equal epochs. All seeds of a
-model, and all λ of a sweep, run as one compiled program.
+Teacher and student are networks of one shape that learn from the same batches. They are mixed in two ways:
+"pull" moves the student towards the teacher by λ before each of its steps; "through" trains the student by the
+gradient of the loss at the mixed parameters, and the mixed network is the result. A student alone ("scratch")
+and a student of the teacher's soft labels train beside them for as many epochs. A wider teacher is first cut to
+the student's shape, also with its units in the order that is nearest to the student's ("aligned").
 
-    python experiments/interpolate_mnist.py                   # the tutorial's example: minutes
-    python experiments/interpolate_mnist.py --preset study    # few labels, other widths, λ from 0 to 1
+The program also draws the validation loss on the straight line between teacher and student, as trained and
+aligned. On MNIST and on digits neither way of mixing beats the student alone; aligning removes the barrier on
+the line. All seeds of a model, and all λ of a sweep, run as one compiled program.
+
+    python experiments/interpolate_mnist.py                 # mnist where it can be had, else digits: a minute
+    python experiments/interpolate_mnist.py study           # also few labels, a wider teacher, λ from 0 to 1
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import pictures, report, runs, study  # fmt: skip
-from harness.lanes import Lanes, orders
-from harness.options import Count, Options, Positive, Share, Whole, parse
-from harness.training import begin, prepare
-from scipy import stats
+from harness import lanes, pictures, results
+from harness.experiment import Run, mnist_or_digits, prepare
+from harness.options import Count, Options, Positive, Share, Whole, read
+from harness.runs import run_main
 
-from distill_jax import _files, data, losses, metrics, models, train, weights
+from distill_jax import data, losses, models, train, weights
 from distill_jax.compress import units
 from distill_jax.train import interpolation
-
-ALL, EQUAL, UNEQUAL = "all labels", "equal widths", "unequal widths"
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    """Options. The defaults shown are those of the preset tutorial on MNIST."""
+    """The options of the experiment."""
 
-    preset: Literal["tutorial", "study"] = "tutorial"
-    """tutorial: the example of S3; study: also few labels, a wider teacher, and the sweep of λ"""
-    seeds: Count = 3
-    """how many repetitions, each with its own networks and order of examples"""
-    hidden: Count = 128
-    """hidden units of the student, and of the teacher of equal width"""
-    wide: Whole = 0
-    """hidden units of a further, wider teacher; 0: none"""
-    rate: Share = 0.5
-    """λ, the transfer coefficient"""
-    learning_rate: Positive = 0.01
-    """of all networks (SGD)"""
-    batch_size: Count = 100
-    """examples a step"""
-    epochs: Count = 10
-    """of all networks"""
-    few: Whole = 0
-    """a further setting: so many labelled examples, another choice for each seed; 0: none"""
-    few_epochs: Count = 200
-    """in that setting"""
-    temperature: Positive = 4.0
-    """T of the soft labels"""
-    alpha: Share = 0.1
-    """the labels' share of the loss with soft labels"""
-    points: Whole = 0
-    """values of λ from 0 to 1 in a sweep of both readings, with few labels if there are; 0: none"""
+    seeds: Count = 3  # number of repetitions, each with its own networks and order of examples
+    hidden: Count = 128  # number of hidden units of the student and of the teacher of equal width
+    wide: Whole = 0  # number of hidden units of a further, wider teacher; 0: no such teacher
+    rate: Share = 0.5  # λ, the teacher's share of the mixed parameters
+    learning_rate: Positive = 0.01  # learning rate of all networks (SGD)
+    batch_size: Count = 100  # number of examples per step
+    epochs: Count = 10  # number of epochs to train each network on all labels
+    few: Whole = 0  # also train on this number of labelled examples; 0: only on all
+    few_epochs: Count = 200  # number of epochs to train each network on the few labels
+    temperature: Positive = 4.0  # temperature T that softens the predictions of teacher and student
+    alpha: Share = 0.1  # weight of the labels in the loss with soft labels
+    points: Whole = 0  # number of λ from 0 to 1 to sweep, with few labels if there are; 0: no sweep
 
 
-# How the other presets differ
-STUDY: dict[str, Any] = {"wide": 1200, "few": 1000, "points": 21}
-SMALL_IMAGES: dict[str, Any] = {"learning_rate": 0.1, "batch_size": 20, "epochs": 40}
-DEFAULTS = {
-    ("tutorial", True): SMALL_IMAGES, ("study", False): STUDY,
-    ("study", True): SMALL_IMAGES | {"wide": 512, "few": 200, "points": 21},
+SMALL: Any = {"dataset": "digits", "learning_rate": 0.1, "batch_size": 20, "epochs": 40}
+CONFIGS = {
+    "mnist": ("MNIST, two networks 784-128-10: a minute on two cores", Config()),
+    "digits": ("scikit-learn's digits, which need no download: half a minute", Config(**SMALL)),
+    "study": ("MNIST, also 1,000 labels, a teacher of 1200 units, and a sweep of λ: an hour",
+              Config(wide=1200, few=1000, points=21)),
+    "digits_study": ("the same study on digits: minutes", Config(wide=512, few=200, points=21, **SMALL)),
 }  # fmt: skip
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
-    """Refuses values that cannot be meant, before anything is trained or written."""
+    """Refuses options that do not fit the data, before anything is trained or written."""
     examples = len(dataset.train.id)
-    config.need(
-        "wide", not config.wide or config.wide > config.hidden,
-        f"exceed --hidden, {config.hidden}, to have units that the student can select, or be 0",
-    )  # fmt: skip
+    wider = f"exceed --hidden, {config.hidden}, to have units that the student can select, or be 0"
+    config.need("wide", not config.wide or config.wide > config.hidden, wider)
     enough = config.hidden > 1 or not config.wide
     config.need("hidden", enough, "be at least 2 with --wide: one unit alone has no order")
-    config.fit(examples, "batch_size")
-    config.need(
-        "few", not config.few or config.batch_size <= config.few <= examples,
-        f"be from --batch-size, {config.batch_size}, to {examples}, or 0",
-    )  # fmt: skip
+    config.at_most(examples, "batch_size")
+    fits = not config.few or config.batch_size <= config.few <= examples
+    config.need("few", fits, f"be from --batch-size, {config.batch_size}, to {examples}, or 0")
     config.need("points", config.points != 1, "be at least 2, or 0")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Networks of one width and one number of labels.
+    """One width of the teacher and one number of labels."""
+
+    teacher_hidden: int
+    labels: int
+    epochs: int
+
+    def __str__(self) -> str:
+        return f"teacher of {self.teacher_hidden} units, {self.labels:,} labels"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks of all seeds that were trained in one way.
 
     Attributes:
-      config: the options.
-      lanes: with so many labelled examples of each seed.
-      epochs: how many.
-      name: which the models' checkpoints begin with.
+      setting: the setting.
+      method: such as "pull".
+      aligned: whether the wider teacher's units were put into the order of the student's.
+      model: the networks, with a first axis of seeds.
     """
 
-    config: Config
-    lanes: Lanes
-    epochs: int
-    name: str
+    setting: Setting
+    method: str
+    aligned: bool
+    model: models.Model
 
-    def train(self, name: str, step: Callable[..., Any], states: Any, unit: float, soft: Any = None) -> Any:
-        """Trains a model of all seeds: its last state.
-
-        Args:
-          name: of the model.
-          step: ``(state, batch) -> (state, metrics)`` of one seed.
-          states: ``[seeds, ...]``.
-          unit: the work of an example, for the bar.
-          soft: as in :meth:`harness.lanes.Lanes.train`.
-        """
-        epoch = self.lanes.make_epoch(step)
-        name = f"{self.name}, {name}"
-        return self.lanes.train(name, epoch, states, epochs=self.epochs, unit=unit, soft=soft).state
+    def __str__(self) -> str:
+        return f"{self.method}{', aligned' * self.aligned}, {self.setting}"
 
 
 def build(config: Config, dataset: data.Dataset, hidden: int, teacher: bool) -> models.Model:
-    """Builds the networks of all seeds: params with leaves ``[seeds, ...]``."""
-    shape: Any = dataset.train.image.shape[1:]
-    made = [
-        models.build(f"mlp:{hidden}", shape, dataset.classes, jax.random.key(2 * seed + teacher))
-        for seed in range(config.seeds)
-    ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[model.params for model in made])
-    return models.Model(made[0].apply_fn, stacked, {})
-
-
-def starts(params: Any, tx: optax.GradientTransformation) -> train.TrainState:
-    """The states of all seeds before the first step."""
-    return jax.vmap(lambda p, key: train.init_state(p, tx, key))(
-        params, jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)[0]))
+    """Builds the teachers or the students of all seeds."""
+    keys = [jax.random.key(2 * seed + teacher) for seed in range(config.seeds)]
+    return lanes.stack(
+        [models.build(f"mlp:{hidden}", dataset.image_shape, dataset.classes, key) for key in keys]
     )
 
 
-def joined(student: Any, teacher: Any, tx: optax.GradientTransformation) -> train.TrainState:
-    """The states of "through" before the first step."""
-    params, _ = interpolation.join((student, {}), (teacher, {}))
-
-    def one(params, key):
-        return train.init_state(params, tx, key, {"student": {}, "teacher": {}})
-
-    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(student)[0]))
-    return jax.vmap(one)(params, keys)
-
-
-def traced(model: models.Model, dataset: data.Dataset) -> units.UnitGraph:
-    """The units of a network of :func:`build`."""
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), model.params)
-    image = prepare(dataset.train.image[:1])
-    return units.trace(lambda p, x: model.apply_fn(p, {}, x)[0], params, image)
-
-
-def fitted(
-    student: models.Model, teacher: models.Model, dataset: data.Dataset
-) -> dict[str, tuple[Any, list[float]]]:
-    """Brings each seed's teacher to its student's shape, and to its basin as well.
+def bring(
+    dataset: data.Dataset, student: models.Model, teacher: models.Model, align: bool
+) -> tuple[models.Model, list[float]]:
+    """Cuts each seed's teacher to its student's shape; the units of the largest weights stay.
 
     Args:
-      student: params ``[seeds, ...]``.
-      teacher: likewise, as wide or wider; of the largest weights as many units stay as the student has.
-      dataset: for the shapes.
+      dataset: the data, for the shape of an image.
+      student: the students of all seeds.
+      teacher: the teachers, as wide or wider.
+      align: whether the teacher's units are put into the order that is nearest to the student's.
 
     Returns:
-      ``""`` and ``", aligned"`` → the teachers in the student's shape, their cosines to the students.
+      The teachers in the student's shape, and the cosine between the parameters of the two for each seed.
     """
-    ours, theirs = (traced(model, dataset) for model in (student, teacher))
-    found: dict[str, tuple[Any, list[float]]] = {}
-    for suffix, groups in {"": (), ", aligned": None}.items():
-        cosines: list[float] = []
+    image, found = prepare(dataset.train.image[:1]), []
+    for small, large in zip(lanes.unstack(student), lanes.unstack(teacher), strict=True):
+        graph, wide = units.trace(small, image), units.trace(large, image)
+        scores = units.scores.l2(wide, large)
+        found.append(units.bring(graph, small, wide, large, how=scores, groups=None if align else ()))
+    return lanes.stack([each.model for each in found]), [each.cosine[1] for each in found]
 
-        def bring(small, large, groups=groups, cosines=cosines):
-            scores = units.scores.l2(theirs, large)
-            done = units.bring(ours, small, theirs, large, how=scores, groups=groups)
-            cosines.append(done.cosine[1])
-            return done.params
 
-        found[suffix] = each_seed(bring, student.params, teacher.params), cosines
+def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> list[Trained]:
+    """Trains all models of one setting, the teacher first."""
+    examples = lanes.examples(run.dataset.train, rows[:, : setting.labels])
+    wider = setting.teacher_hidden > config.hidden
+    student = build(config, run.dataset, config.hidden, teacher=False)
+    teacher = build(config, run.dataset, setting.teacher_hidden, teacher=True)
+    tx = optax.sgd(config.learning_rate)
+    hard = train.make_train_step(train.supervised(), tx)
+    soft = train.make_train_step(train.distill(temperature=config.temperature, alpha=config.alpha), tx)
+    found: list[Trained] = []
+
+    def learn(method, step, states, *, aligned=False, examples=examples):
+        epoch = train.make_epoch(lanes.each_seed(step))
+        name = str(Trained(setting, method, aligned, student))
+        done = run.fit(
+            name, None, states, epoch, examples, epochs=setting.epochs, batch_size=config.batch_size,
+            order=0, validate=None,
+        )  # fmt: skip
+        model = done.model
+        if method == "through":
+            model = interpolation.mix(model, config.rate)
+        found.append(Trained(setting, method, aligned, model))
+        return model
+
+    def start(model):
+        return lanes.init_states(model, tx)
+
+    taught = learn("teacher", hard, start(teacher))
+    labelled = examples | {"teacher": lanes.logits(taught, examples["image"], own=True)}
+    learn("scratch", hard, start(student))
+    # A wider teacher is trained and cut first; one of the student's shape learns beside the student
+    cut = {align: bring(run.dataset, student, taught, align)[0] for align in (False, True) if wider}
+    for align, partner in (cut or {False: teacher}).items():
+        pull = interpolation.pull(None if wider else hard, hard, config.rate)
+        learn("pull", pull, interpolation.Pair(start(partner), start(student)), aligned=align)
+        supervised = train.supervised()
+        through = interpolation.through(
+            supervised, config.rate, teacher_loss=None if wider else supervised
+        )
+        both = interpolation.split_tx(tx, None if wider else tx)
+        joined = interpolation.join(student, partner, config.rate)
+        states = lanes.init_states(joined, both)
+        learn("through", train.make_train_step(through, both), states, aligned=align)
+    learn("soft labels", soft, start(student), examples=labelled)
+    for align, partner in (cut or {False: taught}).items():
+        pull = interpolation.pull(None, soft, config.rate)
+        states = interpolation.Pair(start(partner), start(student))
+        learn("soft labels + pull", pull, states, aligned=align, examples=labelled)
     return found
 
 
-def each_seed(function: Callable[..., Any], *stacked: Any) -> Any:
-    """Applies a function of NumPy trees to each seed's."""
-    seeds = len(jax.tree.leaves(stacked[0])[0])
-    results = [
-        function(*[jax.tree.map(lambda x, i=i: np.asarray(x[i]), tree) for tree in stacked])
-        for i in range(seeds)
-    ]
-    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *results)
-
-
-def train_setting(setting: Setting, wide: bool) -> dict[str, tuple[Any, Any]]:
-    """Trains all models of one setting: name → ``(apply_fn, params)``, the teacher first."""
-    config, lanes, run = setting.config, setting.lanes, setting.train
-    tx = optax.sgd(config.learning_rate)
-    student = build(config, lanes.dataset, config.hidden, teacher=False)
-    teacher = build(config, lanes.dataset, config.wide if wide else config.hidden, teacher=True)
-    apply_fn = student.apply_fn
-    supervised = train.supervised(apply_fn)
+def sweep(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> dict[str, list[models.Model]]:
+    """Trains at all λ in one program: "pull" and "through" → the networks of each λ."""
+    examples = lanes.examples(run.dataset.train, rows[:, : setting.labels])
+    tx, rates = optax.sgd(config.learning_rate), jnp.linspace(0, 1, config.points)
+    both, supervised = interpolation.split_tx(tx, tx), train.supervised()
     hard = train.make_train_step(supervised, tx)
-    distil = train.distill(apply_fn, temperature=config.temperature, alpha=config.alpha)
-    soft = train.make_train_step(distil, tx)
-    teacher_hard = train.make_train_step(train.supervised(teacher.apply_fn), tx)
-    breadth = config.wide / config.hidden if wide else 1.0
+    student, teacher = (build(config, run.dataset, config.hidden, teacher=t) for t in (False, True))
 
-    taught = run("teacher", teacher_hard, starts(teacher.params, tx), breadth).params
-    labels = lanes.soft_labels(teacher.apply_fn, taught)
-    results = {"teacher": (teacher.apply_fn, taught)}
-    start = starts(student.params, tx)
-
-    results["scratch"] = (apply_fn, run("scratch", hard, start, 1.0).params)
-
-    def both(suffix, theirs, together):
-        """The two readings, from a teacher's parameters in the student's shape."""
-        pulled = interpolation.pull(hard if together else None, hard, config.rate)
-        pair = interpolation.Pair(starts(theirs, tx), start)
-        unit = 2.0 if together else 1.0
-        done = run(f"pull{suffix}", pulled, pair, unit)
-        results[f"pull{suffix}"] = (apply_fn, done.student.params)
-        loss_fn = interpolation.through(
-            supervised, config.rate, teacher_loss=supervised if together else None
-        )
-        split = interpolation.split_tx(tx, tx if together else None)
-        step = train.make_train_step(loss_fn, split)
-        done = run(f"through{suffix}", step, joined(student.params, theirs, split), unit)
-        mixed = jax.vmap(lambda params: interpolation.mix(params, config.rate))(done.params)
-        results[f"through{suffix}"] = (apply_fn, mixed)
-
-    if wide:
-        found = fitted(student, teacher._replace(params=taught), lanes.dataset)
-        fitting = {suffix: theirs for suffix, (theirs, _) in found.items()}
-        for suffix, theirs in fitting.items():
-            both(suffix, theirs, together=False)
-    else:
-        fitting = {"": taught}
-        both("", teacher.params, together=True)
-    results["soft labels"] = (apply_fn, run("soft labels", soft, start, 1.0, labels).params)
-    for suffix, theirs in fitting.items():
-        step = interpolation.pull(None, soft, config.rate)
-        pair = interpolation.Pair(starts(theirs, tx), start)
-        name = f"soft labels + pull{suffix}"
-        results[name] = (apply_fn, run(name, step, pair, 1.0, labels).student.params)
-    return results
-
-
-def sweep(setting: Setting) -> dict[str, np.ndarray]:
-    """Both readings at many λ, each as one program: reading → test errors ``[seeds, λ]``."""
-    config, lanes = setting.config, setting.lanes
-    tx = optax.sgd(config.learning_rate)
-    split = interpolation.split_tx(tx, tx)
-    student, teacher = (build(config, lanes.dataset, config.hidden, teacher=t) for t in (False, True))
-    apply_fn, rates = student.apply_fn, jnp.linspace(0, 1, config.points)
-    supervised = train.supervised(apply_fn)
-    hard = train.make_train_step(supervised, tx)
+    def pull(rate):
+        return interpolation.pull(hard, hard, rate)
 
     def through(rate):
-        loss_fn = interpolation.through(supervised, rate, teacher_loss=supervised)
-        return train.make_train_step(loss_fn, split)
+        return train.make_train_step(interpolation.through(supervised, rate, teacher_loss=supervised), both)
 
-    readings: dict[str, tuple[Any, Any, Any]] = {
-        "pull": (
-            lambda rate: interpolation.pull(hard, hard, rate),
-            interpolation.Pair(starts(teacher.params, tx), starts(student.params, tx)),
-            lambda params, rate: params["student"],
-        ),
-        "through": (through, joined(student.params, teacher.params, split), interpolation.mix),
-    }
-    errors = {}
-    for name, (make, states, model) in readings.items():
+    pair = interpolation.Pair(lanes.init_states(teacher, tx), lanes.init_states(student, tx))
+    joined = lanes.init_states(interpolation.join(student, teacher, config.rate), both)
+    found = {}
+    for method, make, states in (("pull", pull, pair), ("through", through, joined)):
         states = jax.vmap(lambda state: interpolation.repeat(state, config.points))(states)
-        done = setting.train(
-            f"{name} at all λ", interpolation.sweep(make, rates), states, config.points + 1.0
-        )
-
-        test, counts = lanes.dataset.test, []
-        for i, rate in enumerate(rates):
-            params = jax.vmap(
-                lambda s, i=i, rate=rate, model=model: model(interpolation.lane(s, i).params, rate)
-            )(done)
-            wrong = np.argmax(lanes.logits(apply_fn, params, test), -1) != test.label
-            counts.append(wrong.sum(-1))
-        errors[name] = np.stack(counts, 1)
-    return errors
+        epoch = train.make_epoch(lanes.each_seed(interpolation.sweep(make, rates)))
+        states = run.fit(
+            f"{method} at all λ", None, states, epoch, examples, epochs=setting.epochs,
+            batch_size=config.batch_size, order=0, validate=None,
+        ).state  # fmt: skip
+        each = [jax.vmap(lambda s, i=i: interpolation.lane(s, i))(states).model for i in range(len(rates))]
+        if method == "through":
+            each = [interpolation.mix(model, rate) for model, rate in zip(each, rates, strict=True)]
+        found[method] = each
+    return found
 
 
-def lines(
-    dataset: data.Dataset, trained: Mapping[str, tuple[Any, Any]], ts: np.ndarray
-) -> dict[str, tuple[np.ndarray, list[float]]]:
-    """The straight line from teacher to student, before and after alignment.
-
-    Returns:
-      name → the validation loss ``[seeds, points]`` in nats, and the cosines of the ends.
-    """
-    teacher, student = (models.Model(*trained[name], {}) for name in ("teacher", "scratch"))
-    apply_fn = student.apply_fn
+def line(dataset: data.Dataset, setting: Setting, teacher: models.Model, student: models.Model, align: bool):
+    """Computes the validation loss on the straight line from teacher to student: one record."""
+    ts = np.linspace(0, 1, 21)
+    start, cosines = bring(dataset, student, teacher, align)
     image, label = prepare(dataset.validation.image), jnp.asarray(dataset.validation.label)
 
     @jax.jit
     @jax.vmap
-    def way(a, b):
-        def at(t):
-            logits, _ = apply_fn(weights.lerp(a, b, t), {}, image)
-            return jnp.mean(losses.cross_entropy(logits, label))
+    def along(start, end):
+        def loss(t):
+            return jnp.mean(losses.cross_entropy(weights.lerp(start, end, t)(image), label))
 
-        return jax.lax.map(at, jnp.asarray(ts, jnp.float32))
+        return jax.lax.map(loss, jnp.asarray(ts, jnp.float32))
 
-    found = fitted(student, teacher, dataset)
+    values = np.asarray(along(start, student))
     return {
-        name: (np.asarray(way(found[suffix][0], student.params)), found[suffix][1])
-        for suffix, name in {"": "as trained", ", aligned": "aligned"}.items()
-    }
-
-
-def verdict(results: Mapping[str, Any]) -> str:
-    """One sentence: in which settings which reading makes clearly fewer errors than each rival."""
-    readings = [name for name in results["models"] if name.startswith(("pull", "through"))]
-    level = stats.t.ppf(0.975, results["config"]["seeds"] - 1)
-    wins: dict[str, list[str]] = {"scratch": [], "soft labels": []}
-    for setting in results["settings"]:
-        found = {name: model["test"].get(setting) for name, model in results["models"].items()}
-        for reading in (name for name in readings if found[name]):
-            for rival, settings in wins.items():
-                difference = report.paired(found[rival], found[reading])
-                if difference.t < -level:
-                    settings.append(f"{setting} ({reading}, {difference.mean:+.1f} errors)")
-    texts = [
-        f"{'than ' + rival} in {'; '.join(settings) if settings else 'no setting'}"
-        for rival, settings in wins.items()
-    ]
-    return (
-        f"At λ = {results['config']['rate']:g} a reading of the interpolation made clearly fewer test "
-        f"errors (paired t, 5 % on two sides) {', and '.join(texts)}."
-    ).replace("-", "−")
+        **asdict(setting), "aligned": align, "t": ts, "validation_loss": values, "cosine": cosines,
+        "barrier": [weights.barrier(ts, each) for each in values],
+    }  # fmt: skip
 
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    started = time.monotonic()
-    config, dataset = parse(Config, __doc__, DEFAULTS)
-    check(config, dataset)
-    out = begin("interpolate_mnist", config, dataset)
-    examples = len(dataset.train.id)
-    rows = orders(config.seeds, examples)
-    few = f"{config.few:,} labels"
-    counts = {ALL: (examples, config.epochs)}
-    if config.few:
-        counts = {few: (config.few, config.few_epochs), **counts}
-    widths = (EQUAL, UNEQUAL) if config.wide else (EQUAL,)
-    # The unit of work is one example of one student
-    total = sum(n * e for n, e in counts.values())
-    work = total * (9.0 + (6.0 + config.wide / config.hidden if config.wide else 0.0))
-    size, epochs = counts[few] if config.few else counts[ALL]
-    work += bool(config.points) * size * epochs * 2 * (config.points + 1)
-    progress = runs.Progress(work)
+    name, config = read(CONFIGS, __doc__, mnist_or_digits)
+    run = Run.start("interpolate_mnist", name, config, check)
+    dataset, examples = run.dataset, len(run.dataset.train.id)
+    rows = lanes.orders(config.seeds, examples)
+    counts = {config.few: config.few_epochs} if config.few else {}
+    counts[examples] = config.epochs
+    widths = (config.hidden, config.wide) if config.wide else (config.hidden,)
+    settings = [Setting(width, *count) for width in widths for count in counts.items()]
+    trained: list[Trained] = []
+    lines = []
+    for setting in settings:
+        networks = train_setting(config, run, setting, rows)
+        trained += networks
+        if setting.labels == examples:
+            of = {each.method: each.model for each in networks}
+            lines += [line(dataset, setting, of["teacher"], of["scratch"], a) for a in (False, True)]
+    swept = sweep(config, run, settings[0], rows) if config.points else {}
 
-    def setting(count: str, name: str) -> Setting:
-        size, epochs = counts[count]
-        lanes = Lanes(dataset, rows[:, :size], out, progress, config.batch_size, config.save_seconds)
-        return Setting(config, lanes, epochs, name)
-
-    table: dict[str, dict[str, Any]] = {}
-    ways: dict[str, np.ndarray] = {}
-    barriers: dict[str, list[float]] = {}
-    cosines: dict[str, list[float]] = {}
-    ts = np.linspace(0, 1, 21)
-    main_setting = f"{EQUAL}, {ALL}"
-    for width in widths:
-        for count in counts:
-            place = setting(count, f"{width}, {count}")
-            trained = train_setting(place, width == UNEQUAL)
-            for name, (apply_fn, params) in trained.items():
-                logits = place.lanes.logits(apply_fn, params, dataset.test)
-                entry = table.setdefault(name, {"test": {}})
-                figures = [metrics.evaluate(x, dataset.test.label) for x in logits]
-                entry["test"][place.name] = [f["errors"] for f in figures]
-                if place.name == main_setting:
-                    entry["test"] |= {key: [f[key] for f in figures] for key in figures[0]}
-                    entry["parameters"] = sum(x[0].size for x in jax.tree.leaves(params))
-            if count == ALL:
-                for name, (values, ends) in lines(dataset, trained, ts).items():
-                    ways[f"{width}, {name}"], cosines[f"{width}, {name}"] = values, ends
-    for name, values in ways.items():
-        barriers[name] = [weights.barrier(ts, row) for row in values]
-    swept = sweep(setting(few if config.few else ALL, "sweep")) if config.points else {}
-    progress.close()
-
-    settings = [f"{width}, {count}" for width in widths for count in counts]
-    results = study.record(
-        "interpolate_mnist",
-        dataset,
-        table,
-        config=config,
-        seconds={"total": time.monotonic() - started},
-        settings=settings,
-        barriers=barriers,
-        cosines=cosines,
-        line={"t": ts, **ways},
-        sweep={"rate": np.linspace(0, 1, config.points), **swept},
-    )
-    _files.write_json(out / "results.json", _files.plain(results, "results"))
-    drawn = draw(config, out, ways, ts, swept)
-    columns = {setting: report.score(setting) for setting in settings}
-    heights = [
-        f"{name} {report.mean_sd(values)} (cosine {report.mean_sd(cosines[name])})"
-        for name, values in barriers.items()
-    ]
-    notes = [
-        verdict(results),
-        "Barrier of the validation loss between teacher and scratch, nats, and the cosine of their "
-        f"weights: {', '.join(heights)}.",
-        f"Test errors of {len(dataset.test.label):,} in each setting:\n\n" + report.table(results, columns),
-    ]
-    shown = {name: model for name, model in table.items() if "errors" in model["test"]}
-    report.write_report(
-        out, {**results, "models": shown}, drawn, notes,
-        model="pull", method="Pulling the student towards its teacher",
-    )  # fmt: skip
-    print()
-    print("\n\n".join([notes[2], *notes[:2]]))
-    print(f"Report with pictures: {out / 'report.md'}")
+    table = {
+        str(each): {
+            **asdict(each.setting), "method": each.method, "aligned": each.aligned,
+            "validation": {"errors": lanes.errors(each.model, dataset.validation)},
+            **lanes.evaluate(each.model, dataset.test),
+        }
+        for each in trained
+    }  # fmt: skip
+    found = run.record(table) | {"lines": lines, "sweep": {"rate": np.linspace(0, 1, config.points)}}
+    for method, each in swept.items():
+        found["sweep"][method] = np.stack([lanes.errors(model, dataset.test) for model in each], 1)
+    run.finish(found, draw(run, found), headline=headline(config, found, examples), notes=notes(found))
     return 0
 
 
-def draw(
-    config: Config, out: Path, ways: Mapping[str, np.ndarray], ts: np.ndarray, swept: Mapping[str, np.ndarray]
-) -> dict[str, str]:
-    """Draws the pictures: title → file name."""
-    drawn = {}
-    if swept:
-        pictures.curves(
-            out / "sweep.png", np.linspace(0, 1, config.points), swept, xlabel="λ", ylabel="test errors"
-        )
-        drawn["Test errors against λ; band: one standard deviation over seeds"] = "sweep.png"
-    pictures.curves(out / "line.png", ts, ways, xlabel="teacher → student", ylabel="validation loss, nats")
+def headline(config: Config, found: Mapping[str, Any], labels: int) -> str:
+    """Says what each way of mixing did to the test errors with all labels and a teacher of equal width."""
+    of = {
+        entry["method"]: entry
+        for entry in found["models"].values()
+        if entry["teacher_hidden"] == config.hidden and entry["labels"] == labels
+    }
+    return " ".join(
+        results.summary({"models": of}, model=way, method=f"{method} (λ = {config.rate:g})")
+        for way, method in {
+            "pull": "Pulling the student towards its teacher",
+            "through": "Training through the interpolation",
+        }.items()
+    )
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """Describes the lines between teacher and student."""
+    texts = [
+        f"{results.mean_sd(each['barrier'])} (teacher of {each['teacher_hidden']} units, "
+        f"{'aligned' if each['aligned'] else 'as trained'}, cosine {results.mean_sd(each['cosine'])})"
+        for each in found["lines"]
+    ]
+    return [
+        "Barrier of the validation loss on the straight line from the teacher to the student from scratch, in "
+        f"nats, and cosine between their parameters: {'; '.join(texts)}."
+    ]
+
+
+def draw(run: Run, found: Mapping[str, Any]) -> dict[str, str]:
+    """Draws the pictures: caption → file name."""
+    drawn, band = {}, f"mean of {run.config.seeds} seeds; band: one standard deviation"
+    ways = {
+        f"{each['teacher_hidden']} units, {'aligned' if each['aligned'] else 'as trained'}": each
+        for each in found["lines"]
+    }
+    pictures.curves(
+        run.directory / "line.png", found["lines"][0]["t"],
+        {name: each["validation_loss"] for name, each in ways.items()},
+        xlabel="teacher (0) to student (1)", ylabel="validation loss, nats",
+    )  # fmt: skip
     drawn[
-        "Validation loss on the straight line from the teacher to the student from scratch, before and "
-        "after the teacher's units were aligned with the student's"
+        "Validation loss on the straight line from the teacher to the student from scratch, with the teacher's "
+        f"units as trained, and in the order nearest to the student's; {band}"
     ] = "line.png"
+    rate, *_ = found["sweep"].values()
+    if len(rate):
+        series = {name: values for name, values in found["sweep"].items() if name != "rate"}
+        pictures.curves(run.directory / "sweep.png", rate, series, xlabel="λ", ylabel="test errors")
+        drawn[f"Test errors against λ, the teacher's share of the mixed parameters; {band}"] = "sweep.png"
     return drawn
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    run_main(main)

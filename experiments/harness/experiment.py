@@ -153,7 +153,7 @@ class Run:
     def fit(
         self,
         name: str,
-        seed: int,
+        seed: int | None,
         state: Any,
         epoch: Callable[..., Any],
         examples: Mapping[str, Any],
@@ -168,7 +168,7 @@ class Run:
 
         Args:
           name: the name of the model; its checkpoints are in ``seed0/<name>`` and so on.
-          seed: the number of the repetition, from 0.
+          seed: the number of the repetition, from 0; None for a training of all repetitions at once.
           state: the state at the start.
           epoch: from :func:`distill_jax.train.make_epoch`.
           examples: the training arrays, images as uint8.
@@ -182,7 +182,9 @@ class Run:
             mesh = self.sharding.mesh  # type: ignore[attr-defined]
             state, context = jax.device_put((state, context), train.replicated(mesh))
         options.setdefault("validate", self.validation)
-        with progress(f"seed {seed + 1}/{self.config.seeds}, {name}", epochs) as on_epoch:
+        part = "all seeds" if seed is None else f"seed {seed + 1}/{self.config.seeds}"
+        folder = "all_seeds" if seed is None else f"seed{seed}"
+        with progress(f"{part}, {name}", epochs) as on_epoch:
             return train.fit(
                 state,
                 epoch,
@@ -191,7 +193,7 @@ class Run:
                 batch_size=batch_size,
                 seed=order,
                 context=context,
-                directory=self.directory / f"seed{seed}" / runs.file_name(name),
+                directory=self.directory / folder / runs.file_name(name),
                 save_seconds=self.config.save_seconds,
                 on_epoch=on_epoch,
                 **options,
