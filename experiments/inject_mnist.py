@@ -199,7 +199,11 @@ def train_teacher(config: Config, run: Run, rows: np.ndarray, seed: int) -> Trai
 
 
 def train_students(
-    config: Config, run: Run, setting: Setting, examples: Mapping[str, Any], starts: Mapping[Start, models.Model]
+    config: Config,
+    run: Run,
+    setting: Setting,
+    examples: Mapping[str, Any],
+    starts: Mapping[Start, models.Model],
 ) -> list[dict[str, Any]]:
     """Trains the students of all starts, seeds and learning rates of one setting.
 

@@ -173,9 +173,7 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
         pull = interpolation.pull(None if wider else hard, hard, config.rate)
         learn("pull", pull, interpolation.Pair(start(partner), start(student)), aligned=align)
         supervised = train.supervised()
-        through = interpolation.through(
-            supervised, config.rate, teacher_loss=None if wider else supervised
-        )
+        through = interpolation.through(supervised, config.rate, teacher_loss=None if wider else supervised)
         both = interpolation.split_tx(tx, None if wider else tx)
         joined = interpolation.join(student, partner, config.rate)
         states = lanes.init_states(joined, both)

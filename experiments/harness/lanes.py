@@ -5,7 +5,7 @@ Every array of the models has a first axis of seeds, and every array of a batch 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,9 +64,7 @@ def each_seed(step: train.Step) -> train.Step:
     return steps
 
 
-def logits(
-    model: models.Model, images: np.ndarray, *, own: bool = False
-) -> np.ndarray:
+def logits(model: models.Model, images: np.ndarray, *, own: bool = False) -> np.ndarray:
     """Computes the logits of all seeds' models: ``[examples, seeds, classes]``.
 
     Args:
