@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import lanes, runs
-from harness.training import adam, prepare
+from harness import lanes
+from harness.experiment import Run, adam, arrays, plain, prepare
 
 from distill_jax import data, models, train
 
 EXPERIMENT = inject_mnist
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "2", "--teacher", "mlp:12,8", "--student", "mlp:6,4"),
+    *("digits", "--seeds", "2", "--teacher", "mlp:12,8", "--student", "mlp:6,4"),
     *("--labels", "20", "40", "--epochs", "2", "--batch-size", "10", "--teacher-epochs", "2"),
     *("--learning-rates", "0.01", "0.03", "--scores", "l2", "--scales", "0.5"),
     *("--examples", "64"),
@@ -30,52 +30,48 @@ CONFIG = inject_mnist.Config(
 
 def test_a_whole_run_its_resume_and_its_check(tmp_path, monkeypatch, run):
     out = tmp_path / "run"
-    status, printed, error = run("--out", out)
+    status, printed, error = run("--out", out, "--soft")
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
-    settings = ["20 labels", "40 labels"]
-    assert results["settings"] == settings
-    for kind in inject_mnist.STARTS:
-        model = results["models"][kind]
-        for setting in settings:
+    models = {(e["start"], e.get("labels"), e.get("soft")): e for e in results["models"].values()}
+    assert len(models) == 1 + 2 * 2 * len(inject_mnist.STARTS)
+    facts = ("start", "score", "scale", "learning_rate", "labels", "soft", "validation")
+    for labels, soft in ((20, False), (40, False), (20, True), (40, True)):
+        for start in inject_mnist.STARTS:
+            model = models[start, labels, soft]
             tried = [
-                (np.sum(row["validation_errors"]), row)
+                (np.sum(row["validation"]["errors"]), row)
                 for row in results["tried"]
-                if row["setting"] == setting and row["kind"] == kind
+                if (row["labels"], row["soft"], row["start"]) == (labels, soft, start)
             ]
             best, row = min(tried, key=lambda pair: pair[0])
-            assert np.sum(model["validation"][setting]) == best
-            assert model["chosen"][setting].items() <= row.items()
-            assert len(model["test"][setting]) == 2
-            assert np.shape(model["curve"][setting]) == (2, 3)
+            assert np.sum(model["validation"]["errors"]) == best
+            assert {name: model[name] for name in facts} == row
+            assert len(model["test"]["errors"]) == 2
+            assert np.shape(model["curve"]) == (2, 3)
             # The curve ends where the student was judged: digits have fewer than WATCHED examples
-            ends = np.asarray(model["curve"][setting])[:, -1]
-            assert ends.tolist() == model["validation"][setting]
-        assert model["test"]["errors"] == model["test"]["40 labels"]
-        assert model["parameters"] == 64 * 6 + 6 + 6 * 4 + 4 + 4 * 10 + 10
-    assert "With 40 labels, starting from selected units (" in printed
-    for file in ("report.md", "labels.png", "epochs-40-labels.png"):
+            assert np.asarray(model["curve"])[:, -1].tolist() == model["validation"]["errors"]
+            random = models["random", labels, soft]["test"]["errors"]
+            assert model["change"] == np.subtract(model["test"]["errors"], random).tolist()
+            assert model["parameters"] == 64 * 6 + 6 + 6 * 4 + 4 + 4 * 10 + 10
+    assert "Starting from units of the teacher (" in printed
+    for file in ("report.md", "labels.png", "soft-labels.png", "epochs-40-soft-labels.png"):
         assert (out / file).stat().st_size > 500
 
     # As if killed in the middle
-    shutil.rmtree(out / "40-labels-uniform-p-=-0.5")
-    monkeypatch.setattr(inject_mnist, "selected", lambda table, name: inject_mnist.RANDOM)
-    status, _, error = run("--out", out, "--check")
-    assert status == 1
-    assert "check failed: With 40 labels" in error
+    shutil.rmtree(out / "all_seeds" / "40-labels-uniform-p-=-0.5")
+    status, printed, error = run("--out", out, "--soft", "--check")
     again = json.loads((out / "results.json").read_text())
     assert again["models"] == results["models"]
     assert again["tried"] == results["tried"]
-
-
-def test_the_check_asks_for_two_standard_errors():
-    def table(uniform):
-        wrong = {"random": [50, 60, 70], "uniform": uniform, "by score": [90, 90, 90]}
-        return {kind: {"test": {"9 labels": x}, "validation": {"9 labels": x}} for kind, x in wrong.items()}
-
-    assert inject_mnist.selected(table([40, 50, 60]), "9 labels") == "uniform"
-    assert "(uniform) cut the test errors" in inject_mnist.sentence(table([40, 50, 60]), "9 labels")
-    assert "no clear difference" in inject_mnist.sentence(table([10, 60, 80]), "9 labels")
+    # The check is about the start from selected units that is better on validation data
+    pair = [models[start, 40, False] for start in inject_mnist.SELECTED]
+    chosen = min(pair, key=lambda entry: sum(entry["validation"]["errors"]))
+    random = models["random", 40, False]["test"]["errors"]
+    t = inject_mnist.results.paired(random, chosen["test"]["errors"]).t
+    assert f"({chosen['start']}; 40 labels)" in printed
+    assert status == (0 if t < -2 else 1)
+    assert ("check failed: Starting from units" in error) == (status == 1)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +81,11 @@ def digits():
 
 def test_starts_are_the_teachers_numbers(digits):
     teacher = inject_mnist.build(CONFIG, digits, "teacher", 0)
-    found = inject_mnist.begun(CONFIG, digits, teacher, 0)
+    found = inject_mnist.begin(CONFIG, digits, teacher, 0)
     assert list(found) == inject_mnist.all_starts(CONFIG)
     Start = inject_mnist.Start
     fresh = inject_mnist.build(CONFIG, digits, "student", 0).params
+    found = {start: model.params for start, model in found.items()}
     for start, params in found.items():
         assert jax.tree.structure(params) == jax.tree.structure(fresh), start
         assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh), start
@@ -129,50 +126,37 @@ def test_a_teacher_of_doubled_units_merges_into_its_original(digits):
         doubled.append({"kernel": kernel, "bias": bias})
     teacher = inject_mnist.build(CONFIG, digits, "teacher", 0)
     params = {**teacher.params, "dense": dict(enumerate(doubled))}
-    merged = inject_mnist.begun(CONFIG, digits, teacher._replace(params=params), 0)[
-        inject_mnist.Start("merged")
-    ]
+    found = inject_mnist.begin(CONFIG, digits, teacher.replace(params=params), 0)
     images = prepare(digits.test.image[:8])
-    np.testing.assert_allclose(
-        small.apply_fn(merged, {}, images)[0], small.apply_fn(small.params, {}, images)[0],
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+    merged = found[inject_mnist.Start("merged")]
+    np.testing.assert_allclose(merged(images), small(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
+def test_students_side_by_side_learn_as_if_alone(soft, tmp_path, digits):
     config = dataclasses.replace(CONFIG, learning_rates=(0.001, 0.02))
     rows = np.stack([np.random.default_rng(s).permutation(100)[:40] for s in range(2)])
-    progress = runs.Progress(1.0)
-    place = lanes.Lanes(digits, rows, tmp_path, progress, config.batch_size)
+    run = Run("x", config, digits, tmp_path, 0.0)
     students = [inject_mnist.build(config, digits, "student", seed) for seed in range(2)]
-    params = jax.tree.map(lambda *x: jnp.stack(x), *[student.params for student in students])
-    taught = jax.random.normal(jax.random.key(4), (2, 40, 10)) * 9 if soft else None
-    bench = inject_mnist.Bench(config, place, "a", taught)
-    found = bench.train(inject_mnist.Start("random"), params)
-    progress.close()
-    lane = found[1]
-    assert lane.learning_rate == 0.02
-
-    student, chosen = students[1], rows[1]
-    tx = adam(0.02, 2)(4)
-    loss_fn = train.supervised(student.apply_fn)
+    examples = lanes.examples(digits.train, rows)
     if soft:
-        loss_fn = train.distill(student.apply_fn, temperature=4.0, alpha=0.1)
-    step = train.make_train_step(loss_fn, tx)
+        examples["teacher"] = np.asarray(jax.random.normal(jax.random.key(4), (40, 2, 10)) * 9)
+    starts = {inject_mnist.Start("random"): lanes.stack(students)}
+    setting = inject_mnist.Setting(40, soft)
+    found = inject_mnist.train_students(config, run, setting, examples, starts)[1]
+    assert found["learning_rate"] == 0.02
 
-    def transform(context, batch, key):
-        return {**batch, "image": prepare(batch["image"])}
-
-    run = train.make_epoch(step, transform=transform)
-    state = train.init_state(student.params, tx, jax.random.key(3))
-    examples = {"image": digits.train.image[chosen], "label": digits.train.label[chosen]}
-    if taught is not None:
-        examples["teacher"] = np.asarray(taught[1])
+    tx = adam(0.02, 2, 4)
+    loss_fn = train.distill(temperature=4.0, alpha=0.1) if soft else train.supervised()
+    epoch = train.make_epoch(train.make_train_step(loss_fn, tx), transform=plain)
+    state = train.init_state(students[1], tx, jax.random.key(3))
+    alone = {name: values[rows[1]] for name, values in arrays(digits.train).items()}
+    if soft:
+        alone["teacher"] = examples["teacher"][:, 1]
     for number in range(2):
-        state, _ = run(state, examples, train.epoch_order(0, number, 40, 10))
-    for ours, alone in zip(jax.tree.leaves(lane.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_allclose(ours[1], alone, rtol=1e-3, atol=1e-5)
+        state, _ = epoch(state, alone, train.epoch_order(0, number, 40, 10))
+    for ours, theirs in zip(jax.tree.leaves(found["model"]), jax.tree.leaves(state.model), strict=True):
+        np.testing.assert_allclose(ours[1], theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +173,8 @@ def test_a_lane_is_a_student_trained_alone(soft, tmp_path, digits):
         ({"labels": (5,)}, "--labels must rise from at least --batch-size, 10"),
         ({"teacher_labels": 30}, "--labels must rise"),
         ({"teacher_labels": 50}, "--teacher-labels must lie between --teacher-batch-size"),
-        ({"examples": 1}, "--examples must lie in 2"),
-        ({"student": "convnet:4,6"}, "--student must be mlp"),
+        ({"examples": 1}, "--examples must lie between 2"),
+        ({"student": "convnet:4,6"}, "--student must be an MLP"),
         ({"student": "mlp:6"}, "--student must be as deep as the teacher"),
         ({"student": "mlp:20,4"}, "has 20 units where the teacher's"),
     ],

@@ -1,4 +1,4 @@
-"""System S3 whole: a small run with everything in it, its resume, and what it says to bad input."""
+"""Interpolation of teacher and student: a small run of everything, its resume, and bad input."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 EXPERIMENT = interpolate_mnist
 
 SMALL = [
-    *("--dataset", "digits", "--preset", "study", "--seeds", "2", "--hidden", "8", "--wide", "12"),
+    *("digits_study", "--seeds", "2", "--hidden", "8", "--wide", "12"),
     *("--epochs", "2", "--few", "100", "--few-epochs", "2", "--points", "3", "--save-seconds", "0"),
     *("--batch-size", "50"),
 ]
@@ -21,41 +21,50 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     status, printed, error = run("--out", out)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
-    settings = results["settings"]
-    assert settings == [
-        "equal widths, 100 labels", "equal widths, all labels",
-        "unequal widths, 100 labels", "unequal widths, all labels",
-    ]  # fmt: skip
     models = results["models"]
-    for name in ("teacher", "scratch", "pull", "through", "soft labels", "soft labels + pull"):
-        for setting in settings:
-            assert len(models[name]["test"][setting]) == 2
-    assert "pull, aligned" in models
+    of = {
+        (entry["method"], entry["aligned"], entry["teacher_hidden"], entry["labels"]): entry
+        for entry in models.values()
+    }
+    assert len(of) == len(models) == 2 * (6 + 9)
+    for hidden in (8, 12):
+        for labels in (100, 1081):
+            for method in ("teacher", "scratch", "pull", "through", "soft labels", "soft labels + pull"):
+                entry = of[method, False, hidden, labels]
+                assert len(entry["test"]["errors"]) == 2
+                width = hidden if method == "teacher" else 8
+                assert entry["parameters"] == 64 * width + width + 10 * width + 10
+    assert ("pull", True, 12, 100) in of
+    assert ("pull", True, 8, 100) not in of
     # The student from scratch never sees a teacher
-    for count in ("100 labels", "all labels"):
-        a, b = (
-            models["scratch"]["test"][f"{width}, {count}"] for width in ("equal widths", "unequal widths")
-        )
+    for labels in (100, 1081):
+        a, b = (of["scratch", False, hidden, labels]["test"] for hidden in (8, 12))
         assert a == b
-    # At λ = 0 both readings are the student alone
+    # At λ = 0 both ways of mixing are the student alone
     sweep = results["sweep"]
     assert sweep["rate"] == [0, 0.5, 1]
     first = [np.asarray(sweep[name])[:, 0].tolist() for name in ("pull", "through")]
-    assert first[0] == first[1] == models["scratch"]["test"]["equal widths, 100 labels"]
+    assert first[0] == first[1] == of["scratch", False, 8, 100]["test"]["errors"]
+    # The others are the models of the same λ
+    for method in ("pull", "through"):
+        middle = np.asarray(sweep[method])[:, 1].tolist()
+        assert middle == of[method, False, 8, 100]["test"]["errors"]
     # The line ends where it must, and alignment moves no end
-    line = results["line"]
-    for width in ("equal widths", "unequal widths"):
-        before, after = (np.asarray(line[f"{width}, {name}"]) for name in ("as trained", "aligned"))
-        np.testing.assert_allclose(before[:, [0, -1]], after[:, [0, -1]], rtol=1e-4)
-        far, near = (results["cosines"][f"{width}, {name}"] for name in ("as trained", "aligned"))
-        assert (np.asarray(near) > far).all()
-    text = (out / "report.md").read_text()
-    assert "At λ = 0.5 a reading" in printed
-    assert "At λ = 0.5 a reading" in text
+    lines = {(each["teacher_hidden"], each["aligned"]): each for each in results["lines"]}
+    for hidden in (8, 12):
+        before, after = (lines[hidden, aligned] for aligned in (False, True))
+        ends = [np.asarray(each["validation_loss"])[:, [0, -1]] for each in (before, after)]
+        np.testing.assert_allclose(*ends, rtol=1e-4)
+        assert (np.asarray(after["cosine"]) > before["cosine"]).all()
+    sentence = "Pulling the student towards its teacher (λ = 0.5)"
+    assert sentence in printed
+    assert sentence in (out / "report.md").read_text()
+    for file in ("line.png", "sweep.png"):
+        assert (out / file).stat().st_size > 500
 
     # As if killed in the middle
-    for name in ("unequal widths-all labels-soft labels", "sweep-through at all λ"):
-        shutil.rmtree(out / name.replace(" ", "-"))
+    for name in ("soft-labels-teacher-of-12-units-1-081-labels", "through-at-all-λ"):
+        shutil.rmtree(out / "all_seeds" / name)
     assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())
     assert again["models"] == models

@@ -1,14 +1,16 @@
-"""Lanes: each seed sees its own examples, with its own teacher's soft labels."""
+"""Many seeds at once: each seed sees its own examples, with the soft labels of its own teacher."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from harness import lanes, runs
-from harness.training import prepare
+from harness import lanes
+from harness.experiment import prepare
 
-from distill_jax import data, models
-from distill_jax.train.step import TrainState
+from distill_jax import data, metrics, models, train
+
+ROWS = np.stack([np.random.default_rng(seed).permutation(1000)[:40] for seed in range(2)])
 
 
 def test_orders_are_each_seeds_own_and_the_same_again():
@@ -20,56 +22,57 @@ def test_orders_are_each_seeds_own_and_the_same_again():
     np.testing.assert_array_equal(rows, lanes.orders(3, 50))
 
 
-@pytest.fixture
-def place(tmp_path):
-    digits = data.load("digits")
-    rows = lanes.orders(2, len(digits.train.label))[:, :40]
-    progress = runs.Progress(1.0)
-    yield lanes.Lanes(digits, rows, tmp_path, progress, batch_size=10)
-    progress.close()
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
 
 
 def networks():
-    made = [models.build("mlp:6", (8, 8, 1), 10, jax.random.key(seed)) for seed in range(2)]
-    return made, jax.tree.map(lambda *x: jnp.stack(x), *[model.params for model in made])
+    return [models.build("mlp:6", (8, 8, 1), 10, jax.random.key(seed)) for seed in range(2)]
 
 
-def test_logits_and_soft_labels_are_each_networks(place):
-    made, params = networks()
-    said = place.logits(made[0].apply_fn, params, place.dataset.test)
-    soft = place.soft_labels(made[0].apply_fn, params)
+def test_stacked_models_come_apart_again():
+    made = networks()
+    for model, again in zip(made, lanes.unstack(lanes.stack(made)), strict=True):
+        assert again.apply_fn is model.apply_fn
+        jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_logits_errors_and_figures_are_each_networks(digits):
+    made = networks()
+    stacked, test = lanes.stack(made), digits.test
+    shared = lanes.logits(stacked, test.image)
+    own = lanes.logits(stacked, lanes.examples(digits.train, ROWS)["image"], own=True)
+    wrong, entry = lanes.errors(stacked, test), lanes.evaluate(stacked, test, shared)
+    assert entry["parameters"] == 64 * 6 + 6 + 60 + 10
     for seed, model in enumerate(made):
-        for images, logits in (
-            (place.dataset.test.image, said[seed]),
-            (place.dataset.train.image[place.rows[seed]], soft[seed]),
-        ):
-            expected, _ = model.apply_fn(model.params, {}, prepare(images))
-            np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+        images = digits.train.image[ROWS[seed]]
+        np.testing.assert_allclose(shared[:, seed], model(prepare(test.image)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(own[:, seed], model(prepare(images)), rtol=1e-4, atol=1e-5)
+        assert wrong[seed] == metrics.errors(shared[:, seed], test.label).sum()
+        assert entry["test"]["errors"][seed] == wrong[seed]
+        assert entry["test"]["agreement"][seed] == 1
 
 
-def test_a_batch_is_a_seeds_examples_with_their_soft_labels(place):
-    train = place.dataset.train
-    soft = jnp.asarray(place.rows[..., None], jnp.float32)  # each example's is its own number
+def test_a_batch_is_a_seeds_examples_with_their_soft_labels(digits):
+    examples = lanes.examples(digits.train, ROWS)
+    examples["teacher"] = ROWS.T[..., None].astype(np.float32)  # each example's is its own number
 
     def step(state, batch):
         chosen = batch["teacher"][:, 0].astype(jnp.int32)
-        images = prepare(jnp.asarray(train.image)[chosen])
-        same = jnp.all(batch["image"] == images) & jnp.all(batch["label"] == jnp.asarray(train.label)[chosen])
-        seen = state.params["seen"].at[chosen].add(1)
-        wrong = state.params["wrong"] + ~same
-        return state._replace(params={"seen": seen, "wrong": wrong}), {"loss": jnp.float32(1)}
+        images = prepare(jnp.asarray(digits.train.image)[chosen])
+        labels = jnp.asarray(digits.train.label)[chosen]
+        same = jnp.all(batch["image"] == images) & jnp.all(batch["label"] == labels)
+        params = state.model.params
+        params = {"seen": params["seen"].at[chosen].add(1), "wrong": params["wrong"] + ~same}
+        return state._replace(model=state.model.replace(params=params)), {"loss": jnp.float32(1)}
 
-    seen = jnp.zeros((2, len(train.label)), jnp.int32)
-    key = jax.random.split(jax.random.key(0), 2)
-    zeros = jnp.zeros(2, jnp.int32)
-    states = TrainState(zeros, {"seen": seen, "wrong": zeros}, {}, {}, key)
-    done = place.train("x, y", place.make_epoch(step), states, epochs=3, soft=soft)
-    with pytest.raises(ValueError, match="soft must be"):
-        place.train("z", place.make_epoch(step), states, epochs=1, soft=soft[:, :39])
-    params = done.state.params
-    assert not params["wrong"].any()
-    for count, rows in zip(params["seen"], place.rows, strict=True):
+    start = models.from_function(lambda p, x: x, {"seen": jnp.zeros((2, 1081), int), "wrong": jnp.zeros(2)})
+    states = lanes.init_states(start, optax.identity())
+    epoch = train.make_epoch(lanes.each_seed(step))
+    done = train.fit(states, epoch, examples, epochs=3, batch_size=10, seed=0)
+    assert not done.model.params["wrong"].any()
+    for count, rows in zip(done.model.params["seen"], ROWS, strict=True):
         np.testing.assert_array_equal(count[rows], 3)
         assert count.sum() == 3 * 40
-    assert (place.out / "x-y").is_dir()
-    assert states.params["seen"].sum() == 0  # the start can begin another training
+    assert start.params["seen"].sum() == 0  # the same start can begin another training
