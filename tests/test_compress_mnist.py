@@ -7,50 +7,39 @@ import compress_mnist
 import jax
 import numpy as np
 import pytest
-from harness import study, training
+from harness import experiment
+from harness.experiment import Run, prepare
 
-from distill_jax import data, models
+from distill_jax import data
 from distill_jax.compress import units
 
 EXPERIMENT = compress_mnist
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "2", "--original", "mlp:8", "--epochs", "3"),
+    *("digits", "--seeds", "2", "--original", "mlp:8", "--epochs", "3"),
     *("--tuning-epochs", "1", "--shares", "0.5", "0.25", "--operators", "merge"),
     *("--iterative", "prune", "--refinements", "1", "--examples", "64", "--save-seconds", "0"),
 ]
 
 
-def test_a_network_of_no_units_of_the_original_is_not_chosen(monkeypatch):
-    search = object.__new__(compress_mnist.Search)
-    search.config = compress_mnist.Config(budget=0.1)
-    search.tried = {
-        "fresh 0.1": ("fresh", False, 0.1),
-        "prune 0.5": ("prune", False, 0.5),
-        "merge 0.3": ("merge", False, 0.3),
-    }
-    losses = {"original": 1.0, "fresh 0.1": 1.0, "prune 0.5": 1.05, "merge 0.3": 1.2}
-    sizes = {"original": 10, "fresh 0.1": 1, "prune 0.5": 5, "merge 0.3": 3}
-    monkeypatch.setattr(search, "loss", losses.get, raising=False)
-    monkeypatch.setattr(search, "size", sizes.get, raising=False)
-    assert search.chosen() == "prune 0.5"
-    losses["prune 0.5"] = 1.2
-    assert search.chosen() == "original"
-
-
 def test_a_whole_run_and_a_resume(tmp_path, run):
     out = tmp_path / "run"
     options = ["--out", out, "--budget", 10]  # all are within it: the smallest is chosen
-    status, printed, _ = run(*options)
-    assert status == 0
+    status, printed, error = run(*options)
+    assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     names = ["merge 0.5", "merge 0.25", "prune 0.5", "prune, iterative 0.25"]
     assert list(results["models"]) == ["original", *names]
+    facts = [("merge", False, 0.5), ("merge", False, 0.25), ("prune", False, 0.5), ("prune", True, 0.25)]
     widths = dict(zip(names, (4, 2, 4, 2), strict=True)) | {"original": 8}
     for name, model in results["models"].items():
         assert model["parameters"] == 64 * widths[name] + widths[name] * 11 + 10
         assert len(model["test"]["f1"]) == 2
         assert f"{model['validation']['nll']:.4f}" in printed
+        if name != "original":
+            fact = model["operator"], model["iterative"], model["share"]
+            assert fact == facts[names.index(name)]
+            assert len(model["untuned"]["accuracy"]) == 2
     assert widths[results["chosen"]] == 2
     assert f"Chosen: {results['chosen']}, the smallest within 10 nats" in printed
     half = results["claims"]["half of the units"]
@@ -58,7 +47,6 @@ def test_a_whole_run_and_a_resume(tmp_path, run):
     accuracy = {n: np.mean(m["test"]["accuracy"]) for n, m in results["models"].items()}
     lost = 100 * (accuracy["original"] - accuracy[half["model"]])
     np.testing.assert_allclose(half["points"], lost, atol=1e-9)
-    assert results["before_tuning"].keys() == set(names)
     for file in ("report.md", "tradeoffs.png", "untuned.png"):
         assert (out / file).stat().st_size > 500
     assert "Chosen:" in (out / "report.md").read_text()
@@ -68,7 +56,26 @@ def test_a_whole_run_and_a_resume(tmp_path, run):
     repeated = json.loads((out / "results.json").read_text())
     for name, model in results["models"].items():
         assert repeated["models"][name]["test"] == model["test"]
-    assert repeated["before_tuning"] == results["before_tuning"]
+        assert repeated["models"][name].get("untuned") == model.get("untuned")
+
+
+def test_the_smallest_is_held_against_a_random_start(tmp_path, run):
+    out = tmp_path / "run"
+    options = ["--operators", "prune", "fresh", "--shares", 0.25, "--iterative", "--refinements", 0]
+    status, printed, error = run("--out", out, *options, "--budget", 10)
+    assert status == 0, error
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["models"]) == ["original", "prune 0.25", "fresh 0.25"]
+    assert results["chosen"] == "prune 0.25"
+    assert "(prune 0.25) instead of random parameters (fresh 0.25)" in printed
+    assert run("--out", out, *options, "--budget", 10, "--check")[0] == 1  # none has half of the units
+
+
+def test_no_smaller_network_may_be_good_enough(tmp_path, run):
+    options = ["--shares", 0.25, "--iterative", "--refinements", 0, "--budget", 0, "--seeds", 1]
+    status, printed, error = run("--out", tmp_path / "run", *options)
+    assert status == 0, error
+    assert "No smaller network is within 0 nats of the original's validation loss" in printed
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +86,25 @@ def digits():
 @pytest.mark.parametrize("original", ["mlp:12,8", "convnet:4,6"])
 def test_all_operators_give_networks_of_one_size(original, digits):
     config = compress_mnist.Config(dataset="digits", original=original, examples=32, score="l2")
-    model = compress_mnist.build(config, digits, original, 0)
+    model = compress_mnist.build(config, digits, 0)
     widths = compress_mnist.widths_at(config, digits, 0.5)
     shapes = set()
     for operator in ("prune+merge", "merge", "select", "fresh", "prune"):
-        params, state = compress_mnist.edit(config, digits, operator, widths, model.apply_fn, model[1:], 0)
-        shapes.add(str(jax.tree.map(np.shape, params)))
-        assert jax.tree.structure(params) == jax.tree.structure(model.params)
+        edited = compress_mnist.edit(config, digits, operator, widths, model, 0)
+        shapes.add(str(jax.tree.map(np.shape, edited.params)))
+        assert jax.tree.structure(edited.params) == jax.tree.structure(model.params)
     assert len(shapes) == 1
-    logits, _ = model.apply_fn(params, state, compress_mnist.prepare(digits.test.image[:2]))
-    graph = compress_mnist.graph_of(model.apply_fn, model[1:], digits.test.image[:2])
+    images = prepare(digits.test.image[:2])
+    graph = units.trace(model, images)
     sizes = [group.size for group in graph.groups.values() if group.free]
-    kept = units.prune(graph, units.scores.l2(graph, model.params), 0.5, across="group")
+    kept = units.prune(graph, units.scores.l2(graph, model), 0.5, across="group")
     assert [len(i) for i in kept.values()] == [n // 2 for n in sizes]
-    silenced = units.silence(graph, {"params": model.params, "state": model.model_state}, kept)
-    expected, _ = model.apply_fn(
-        silenced["params"], silenced["state"], compress_mnist.prepare(digits.test.image[:2])
+    expected = units.silence(graph, model, kept)(images)
+    np.testing.assert_allclose(edited(images), expected, rtol=1e-4, atol=1e-5)
+    # Nothing is dropped in training
+    np.testing.assert_allclose(
+        edited.apply(images, key=jax.random.key(0))[0], edited(images), rtol=1e-4, atol=1e-5
     )
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_widths_are_shares_multiples_and_never_one(digits):
@@ -111,36 +119,39 @@ def test_widths_are_shares_multiples_and_never_one(digits):
 
 def test_merging_gives_a_doubled_network_back(digits):
     config = compress_mnist.Config(original="mlp:8", examples=32, score="l2")
-    small = compress_mnist.build(config, digits, "mlp:4", 0)
+    small = compress_mnist.build(config, digits, 0, [4])
     dense = small.params["dense"]
     twice = {
         0: {k: np.repeat(v, 2, -1) for k, v in dense[0].items()},
         1: {"kernel": np.repeat(dense[1]["kernel"], 2, 0) / 2, "bias": dense[1]["bias"]},
     }
-    model = compress_mnist.build(config, digits, "mlp:8", 0)
-    variables = {**model.params, "dense": twice}, model.model_state
-    merged, state = compress_mnist.edit(config, digits, "merge", [4], model.apply_fn, variables, 0)
-    images = compress_mnist.prepare(digits.test.image[:4])
-    np.testing.assert_allclose(
-        model.apply_fn(merged, state, images)[0], small.apply_fn(*small[1:], images)[0],
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+    model = compress_mnist.build(config, digits, 0)
+    model = model.replace(params={**model.params, "dense": twice})
+    merged = compress_mnist.edit(config, digits, "merge", [4], model, 0)
+    images = prepare(digits.test.image[:4])
+    np.testing.assert_allclose(merged(images), small(images), rtol=1e-4, atol=1e-5)
 
 
-def test_shifted_images_are_labelled_as_they_are_shifted(digits):
+def test_shifted_images_are_labelled_as_they_are_shifted(digits, tmp_path, monkeypatch):
     config = compress_mnist.Config(original="mlp:8", jitter=1)
-    model = compress_mnist.build(config, digits, "mlp:8", 0)
-    search = object.__new__(compress_mnist.Search)
-    search.config = config
-    search.trained = [{"original": study.Trained(model.apply_fn, model[1:], {}, 0.0, None, None)}]
-    how = search.labelling(0)
+    original = compress_mnist.build(config, digits, 0)
+    asked = {}
+    monkeypatch.setattr(
+        compress_mnist, "train_model", lambda *args, **options: asked.update(options, examples=args[-1])
+    )
+    run = Run("x", config, digits, tmp_path, 0.0)
+    compress_mnist.fine_tune(config, run, "a", 0, original, original)
     batch = {"image": digits.train.image[:16], "label": digits.train.label[:16]}
-    made = how["transform"](how["context"], batch, jax.random.key(0))
-    assert np.abs(made["image"] - compress_mnist.prepare(batch["image"])).max() > 0.1
-    expected, _ = model.apply_fn(*model[1:], made["image"])
-    np.testing.assert_allclose(made["teacher"], expected, rtol=1e-6)
-    search.config = dataclasses.replace(config, jitter=0)
-    assert search.labelling(0) == {}
+    made = asked["transform"](asked["context"], batch, jax.random.key(0))
+    assert np.abs(made["image"] - prepare(batch["image"])).max() > 0.1
+    np.testing.assert_allclose(made["teacher"], original(made["image"]), rtol=1e-6)
+    assert "teacher" not in asked["examples"]
+    config = dataclasses.replace(config, jitter=0)
+    compress_mnist.fine_tune(config, run, "a", 0, original, original)
+    made = asked["transform"](asked["context"], batch, jax.random.key(0))
+    np.testing.assert_array_equal(made["image"], prepare(batch["image"]))
+    expected = original(prepare(digits.train.image))
+    np.testing.assert_allclose(asked["examples"]["teacher"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run):
@@ -148,7 +159,7 @@ def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run)
 
     def jittered(pixels):
         shifts.append(pixels)
-        return training.jittered(pixels)
+        return experiment.jittered(pixels)
 
     monkeypatch.setattr(compress_mnist, "jittered", jittered)
     options = ["--jitter", 1, "--seeds", 1, "--shares", 0.5, "--iterative", "--refinements", 0]
@@ -162,13 +173,17 @@ def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run)
 @pytest.mark.parametrize("score", compress_mnist.SCORES)
 def test_every_score(score, digits):
     config = compress_mnist.Config(original="mlp:8", examples=32, score=score)
-    model = models.build("mlp:8", (8, 8, 1), 10, jax.random.key(0))
-    batch = compress_mnist.arrays(digits.train)
-    batch = {name: values[:32] for name, values in batch.items()}
-    graph = compress_mnist.graph_of(model.apply_fn, model[1:], batch["image"])
-    found = compress_mnist.score(config, graph, model.apply_fn, model[1:], batch, 0)
-    assert {name: x.shape for name, x in found.items()} == {"params.dense.0.kernel": (8,)}
-    assert np.std(found["params.dense.0.kernel"]) > 0
+    model = compress_mnist.build(config, digits, 0)
+    small = compress_mnist.edit(config, digits, "prune", [5], model, 0)
+    x = prepare(digits.train.image[np.random.default_rng(0).permutation(len(digits.train.label))[:32]])
+    graph = units.trace(model, x)
+    inputs = (x,) if score in ("apoz", "mean_activation") else ()
+    (scores,) = getattr(units.scores, score)(graph, model, *inputs).values()
+    best = np.sort(np.argsort(-scores, kind="stable")[:5])
+    np.testing.assert_array_equal(small.params["dense"][0]["bias"], model.params["dense"][0]["bias"][best])
+    np.testing.assert_array_equal(
+        small.params["dense"][0]["kernel"], model.params["dense"][0]["kernel"][:, best]
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +203,7 @@ def test_every_score(score, digits):
         ({"shares": ()}, "--shares must fall"),
         ({"shares": (0.001,)}, "--shares 0.001 is too little: .* with 1 of the units"),
         ({"score": "beauty"}, "--score must be one of l1"),
-        ({"original": "resnet8"}, "--original must be mlp"),
+        ({"original": "resnet8"}, "--original must be an MLP"),
         ({"original": "mlp:0"}, "sizes ≥ 1"),
         ({"examples": 10**6}, "--examples must be at most the number"),
     ],

@@ -67,12 +67,13 @@ def curves(
     """Draws curves over one variable: means over seeds; the band is one standard deviation.
 
     Args:
-      path: of the PNG.
-      x: ``[points]``.
+      path: the PNG file.
+      x: the values of the variable, ``[points]``.
       series: name → values ``[seeds, points]``.
-      xlabel: of the axis.
-      ylabel: likewise; the axis is logarithmic where values > 0 span more than a factor of 20.
-      log_x: whether x is on a logarithmic axis; then each of its points is marked.
+      xlabel: the label of the horizontal axis.
+      ylabel: the label of the vertical axis, which is logarithmic where positive values span more than a
+        factor of 20.
+      log_x: whether the horizontal axis is logarithmic; then each point has a tick.
 
     Raises:
       ValueError: if a series has other points.
@@ -90,6 +91,7 @@ def curves(
     lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
     if lowest > 0 and highest > 20 * lowest:
         axes.set_yscale("log")
+        _log_ticks(axes.yaxis, *axes.get_ylim())
     if log_x:
         axes.set_xscale("log")
         axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -108,22 +110,21 @@ def tradeoffs(
     costs: Mapping[str, Mapping[str, np.ndarray]],
     reference: tuple[Mapping[str, float], Mapping[str, float]],
 ) -> None:
-    """Draws what models can do against what they cost: a row a figure, a column a cost.
+    """Draws what models can do against what they cost: one row per figure, one column per cost.
 
-    Points are means over seeds, bars one standard deviation, crosses the reference; lines join models
-    in the order of the first cost.
+    Points are means over seeds, bars one standard deviation, the cross is the reference; lines join the
+    models of a series in the order of the first cost.
 
     Args:
-      path: of the PNG.
+      path: the PNG file.
       figures: figure → series → values ``[models, seeds]``, in per cent.
-      costs: cost → series → ``[models]``, all > 0, drawn on a logarithmic axis.
-      reference: figure → value and cost → value of the model that all are held against.
+      costs: cost → series → ``[models]``, all positive, drawn on a logarithmic axis.
+      reference: figure → value and cost → value of the model with which all are compared.
 
     Raises:
       ValueError: if a series has not as many figures as costs.
     """
-    size = (7, 0.6 + 1.5 * len(figures))
-    picture = Figure(size, layout="constrained")
+    picture = Figure((7, 1 + 1.6 * len(figures)), layout="constrained")
     grid = picture.subplots(len(figures), len(costs), sharex="col", sharey="row", squeeze=False)
     looks = looks_of(next(iter(figures.values())))
     for row, (figure, series) in zip(grid, figures.items(), strict=True):
@@ -137,25 +138,31 @@ def tradeoffs(
                               markersize=3, elinewidth=0.6, **looks[name])  # fmt: skip
             axes.plot(reference[1][cost], reference[0][figure], "x", color="black", label="original")
             axes.set_xscale("log")
-            low, high = axes.get_xlim()
-            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-            marks = [d * 10.0**p for p in powers for d in (1, 2, 5)]
-            marks = [mark for mark in marks if low <= mark <= high]
-            if len(marks) < 2:  # a narrow range: near its ends, to two digits
-                marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.9)]
-            axes.set_xticks(marks)
-            axes.set_xlim(low, high)
-            axes.xaxis.set_major_formatter(
-                ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
-            )
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            _log_ticks(axes.xaxis, *axes.get_xlim())
             axes.grid(axis="y")
+        row[0].yaxis.set_major_locator(ticker.MaxNLocator(5, min_n_ticks=3))
         row[0].set_ylabel(f"{figure}, %")
     for axes, cost in zip(grid[-1], costs, strict=True):
         axes.set_xlabel(cost)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside upper center", ncols=5)
+    picture.legend(handles, labels, loc="outside upper center", ncols=4)
     save(path, picture)
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    """Gives a logarithmic axis from ``low`` to ``high`` at least three ticks, and keeps its limits."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    choices = [[d * 10.0**p for p in powers for d in digits] for digits in ((1,), (1, 3), (1, 2, 5))]
+    marks: list[float] = []
+    for choice in choices:
+        if len(marks) < 3:
+            marks = [mark for mark in choice if low <= mark <= high]
+    if len(marks) < 3:  # a narrow range: near its ends and in the middle, to two digits
+        marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.5, 0.9)]
+    axis.set_ticks(marks)
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.axes.set(**{f"{axis.axis_name}lim": (low, high)})
 
 
 @style
