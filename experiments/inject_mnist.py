@@ -268,9 +268,7 @@ def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for one in tried:
         name = f"{one['start']}, {Setting(one['labels'], one['soft'])}"
-        known = best.setdefault(name, one)
-        if sum(one["validation"]["errors"]) < sum(known["validation"]["errors"]):
-            best[name] = one
+        best[name] = min(best.get(name, one), one, key=lambda each: sum(each["validation"]["errors"]))
     return best
 
 
@@ -306,7 +304,8 @@ def main() -> int:
     taught = lanes.logits(teacher, dataset.test.image)
     table = {"teacher": {"start": "teacher", **lanes.evaluate(teacher, dataset.test)}}
     for name, one in choose(tried).items():
-        table[name] = {**one, **lanes.evaluate(one.pop("model"), dataset.test, taught)}
+        facts = {key: value for key, value in one.items() if key != "model"}
+        table[name] = facts | lanes.evaluate(one["model"], dataset.test, taught)
         errors = table[f"{RANDOM}, {Setting(one['labels'], one['soft'])}"]["test"]["errors"]
         table[name]["change"] = np.subtract(table[name]["test"]["errors"], errors)
     found = run.record(table)

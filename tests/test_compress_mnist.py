@@ -42,7 +42,7 @@ def test_a_whole_run_and_a_resume(tmp_path, run):
             assert len(model["untuned"]["accuracy"]) == 2
     assert widths[results["chosen"]] == 2
     assert f"Chosen: {results['chosen']}, the smallest within 10 nats" in printed
-    half = results["claims"]["half of the units"]
+    half = next(each for each in results["claims"] if each["claim"] == "half of the units")
     assert half["model"] in ("prune 0.5", "merge 0.5")
     accuracy = {n: np.mean(m["test"]["accuracy"]) for n, m in results["models"].items()}
     lost = 100 * (accuracy["original"] - accuracy[half["model"]])

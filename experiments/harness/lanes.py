@@ -35,7 +35,8 @@ def examples(split: data.Split, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def stack(each: Sequence[models.Model]) -> models.Model:
     """Stacks the models of all seeds into one: its arrays have the axes ``[seeds, ...]``."""
-    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *each)
+    # By way of NumPy: arrays from another program may be bound to a device, for which a step is compiled anew
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack([np.asarray(v) for v in x])), *each)
 
 
 def unstack(model: models.Model) -> list[models.Model]:
