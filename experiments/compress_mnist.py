@@ -342,7 +342,7 @@ def draw(config: Config, run: Run, found: Mapping[str, Any]) -> dict[str, str]:
         pictures.curves(
             run.directory / "untuned.png", config.shares,
             {n: 100 * np.array([e["untuned"]["accuracy"] for e in es]).T for n, es in at_once.items()},
-            xlabel="share of the units left", ylabel="test accuracy, %",
+            xlabel="share of the units left", ylabel="accuracy before fine-tuning, %",
         )  # fmt: skip
         drawn[
             f"Test accuracy before any fine-tuning against the share of the units left, mean over {seeds}; "

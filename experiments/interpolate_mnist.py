@@ -217,7 +217,9 @@ def sweep(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> dict[
     return found
 
 
-def line(dataset: data.Dataset, setting: Setting, teacher: models.Model, student: models.Model, align: bool):
+def line(
+    dataset: data.Dataset, setting: Setting, teacher: models.Model, student: models.Model, align: bool
+) -> dict[str, Any]:
     """Computes the validation loss on the straight line from teacher to student: one record."""
     ts = np.linspace(0, 1, 21)
     start, cosines = bring(dataset, student, teacher, align)
@@ -274,27 +276,33 @@ def main() -> int:
 
 
 def headline(config: Config, found: Mapping[str, Any], labels: int) -> str:
-    """Says what each way of mixing did to the test errors with all labels and a teacher of equal width."""
+    """Says what mixing and aligning did, with all labels and a teacher of the student's width."""
     of = {
         entry["method"]: entry
         for entry in found["models"].values()
         if entry["teacher_hidden"] == config.hidden and entry["labels"] == labels
     }
-    return " ".join(
+    ways = {
+        "pull": "Pulling the student towards its teacher",
+        "through": "Training through the interpolation",
+    }
+    sentences = [
         results.summary({"models": of}, model=way, method=f"{method} (λ = {config.rate:g})")
-        for way, method in {
-            "pull": "Pulling the student towards its teacher",
-            "through": "Training through the interpolation",
-        }.items()
+        for way, method in ways.items()
+    ]
+    trained, aligned = (f"{np.mean(line['barrier']):.2g}" for line in found["lines"][:2])
+    return " ".join(sentences) + (
+        " With the teacher's units in the order nearest to the student's, the barrier of the validation loss "
+        f"between the two was {aligned} nats instead of {trained}."
     )
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """Describes the lines between teacher and student."""
     texts = [
-        f"{results.mean_sd(each['barrier'])} (teacher of {each['teacher_hidden']} units, "
-        f"{'aligned' if each['aligned'] else 'as trained'}, cosine {results.mean_sd(each['cosine'])})"
-        for each in found["lines"]
+        f"{results.mean_sd(line['barrier'])} (teacher of {line['teacher_hidden']} units, "
+        f"{'aligned' if line['aligned'] else 'as trained'}, cosine {results.mean_sd(line['cosine'])})"
+        for line in found["lines"]
     ]
     return [
         "Barrier of the validation loss on the straight line from the teacher to the student from scratch, in "
@@ -305,22 +313,23 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 def draw(run: Run, found: Mapping[str, Any]) -> dict[str, str]:
     """Draws the pictures: caption → file name."""
     drawn, band = {}, f"mean of {run.config.seeds} seeds; band: one standard deviation"
-    ways = {
-        f"{each['teacher_hidden']} units, {'aligned' if each['aligned'] else 'as trained'}": each
+    series = {
+        f"{each['teacher_hidden']} units, {'aligned' if each['aligned'] else 'as trained'}": each[
+            "validation_loss"
+        ]
         for each in found["lines"]
     }
     pictures.curves(
-        run.directory / "line.png", found["lines"][0]["t"],
-        {name: each["validation_loss"] for name, each in ways.items()},
-        xlabel="teacher (0) to student (1)", ylabel="validation loss, nats",
+        run.directory / "line.png", found["lines"][0]["t"], series,
+        xlabel="from teacher (0) to student (1)", ylabel="validation loss, nats",
     )  # fmt: skip
     drawn[
         "Validation loss on the straight line from the teacher to the student from scratch, with the teacher's "
         f"units as trained, and in the order nearest to the student's; {band}"
     ] = "line.png"
-    rate, *_ = found["sweep"].values()
+    series = dict(found["sweep"])
+    rate = series.pop("rate")
     if len(rate):
-        series = {name: values for name, values in found["sweep"].items() if name != "rate"}
         pictures.curves(run.directory / "sweep.png", rate, series, xlabel="λ", ylabel="test errors")
         drawn[f"Test errors against λ, the teacher's share of the mixed parameters; {band}"] = "sweep.png"
     return drawn

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 import pytest
 from harness import pictures
-from harness.pictures import style
+from harness.pictures import comparisons, style
 from matplotlib.image import imread
 
 
@@ -152,6 +152,49 @@ def test_comparison(tmp_path):
         pictures.comparison(tmp_path / "b.png", errors, baseline="none")
     with pytest.raises(ValueError, match=r"errors of unclear must be \[seeds\] = \(3,\), got"):
         pictures.comparison(tmp_path / "b.png", errors | {"unclear": [1, 2]}, baseline="scratch")
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("lowest", [0.02, 0.9])
+def test_curves(tmp_path, seeds, lowest):
+    values = np.linspace(1, lowest, 4) * np.linspace(1, 1.2, seeds)[:, None]
+    series = {"one": values, "another": values + 0.1}
+    pictures.curves(tmp_path / "a.png", [10, 20, 50, 100], series, xlabel="x", ylabel="y", log_x=True)
+    look(tmp_path / "a.png", (3.4, 2.7))
+    with pytest.raises(ValueError, match=r"another must be \[seeds, points\] = "):
+        pictures.curves(
+            tmp_path / "b.png", [1, 2, 3, 4], series | {"another": values[:, :2]}, xlabel="x", ylabel="y"
+        )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_tradeoffs(tmp_path, seeds):
+    accuracy = {"prune": np.array([[98.0], [97.0]]) * np.ones(seeds), "fresh": np.full((1, seeds), 95.0)}
+    costs = {
+        "parameters": {"prune": np.array([5000, 100]), "fresh": np.array([100])},
+        "ms": {"prune": np.array([0.12, 0.11]), "fresh": np.array([0.115])},
+    }
+    original = {"accuracy": 98.5}, {"parameters": 10_000, "ms": 0.13}
+    pictures.tradeoffs(tmp_path / "a.png", {"accuracy": accuracy}, costs, original)
+    look(tmp_path / "a.png", (7, 2.6))
+    short = {"accuracy": accuracy | {"prune": np.ones((3, seeds))}}
+    with pytest.raises(ValueError, match=r"accuracy of prune must be \[models, seeds\] = "):
+        pictures.tradeoffs(tmp_path / "b.png", short, costs, original)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.11, 0.14), (95, 98), (0.7, 7000), (580, 11_000), (3, 25), (99, 101)]
+)
+def test_a_logarithmic_axis_has_three_ticks(low, high):
+    axes = comparisons.Figure().subplots()
+    axes.set(xscale="log", xlim=(low, high))
+    comparisons._log_ticks(axes.xaxis, low, high)
+    ticks = axes.get_xticks()
+    assert len(ticks) >= 3
+    assert ((ticks >= low) & (ticks <= high)).all()
+    texts = [axes.xaxis.get_major_formatter()(tick, 0) for tick in ticks]
+    assert len(set(texts)) == len(texts)
+    np.testing.assert_allclose(axes.get_xlim(), (low, high))
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

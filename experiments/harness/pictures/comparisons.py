@@ -151,14 +151,7 @@ def tradeoffs(
 
 def _log_ticks(axis: Any, low: float, high: float) -> None:
     """Gives a logarithmic axis from ``low`` to ``high`` at least three ticks, and keeps its limits."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    choices = [[d * 10.0**p for p in powers for d in digits] for digits in ((1,), (1, 3), (1, 2, 5))]
-    marks: list[float] = []
-    for choice in choices:
-        if len(marks) < 3:
-            marks = [mark for mark in choice if low <= mark <= high]
-    if len(marks) < 3:  # a narrow range: near its ends and in the middle, to two digits
-        marks = [float(f"{low ** (1 - t) * high**t:.2g}") for t in (0.1, 0.5, 0.9)]
+    marks = [mark for mark in log_ticks(low, high) if low <= mark <= high]
     axis.set_ticks(marks)
     axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"))
     axis.set_minor_locator(ticker.NullLocator())
