@@ -1,4 +1,4 @@
-"""Pictures of many models, or of one against what was varied."""
+"""Pictures that compare many models, or one model at several values of a setting."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from harness.pictures.style import LOOKS, check, log_ticks, looks_of, save, styl
 
 @style
 def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, baseline: str) -> None:
-    """Draws the errors of several models, best last: a point a seed, mean and standard error.
+    """Draws the errors of several models, best last: one point per seed, the mean and its standard error.
 
     A model whose mean differs from the baseline's by more than two standard errors of the paired
     difference is drawn in colour, others in grey.
 
     Args:
-      path: of the PNG.
-      errors: model → a value a seed, the same seeds in each.
-      baseline: one of the models; its mean is a line across.
+      path: the PNG file.
+      errors: model → one value per seed, the same seeds in each.
+      baseline: one of the models; its mean is a vertical line.
 
     Raises:
       ValueError: if the baseline is missing, or a model has not as many seeds as it.
@@ -171,13 +171,13 @@ def code_widths(
     """Draws an error against the width of the code, on log scales; bars are one standard deviation.
 
     Args:
-      path: of the PNG.
-      widths: ``[widths]``, rising.
-      curves: name → ``[widths]``, or ``[widths, seeds]``; the first with points (joined, if it is the
-        only one), others as lines. What is not above 0 is left out.
+      path: the PNG file.
+      widths: the widths of the code, ``[widths]``, rising.
+      curves: name → ``[widths]``, or ``[widths, seeds]``. The first is drawn with points (joined, if it is the
+        only one), the others as lines. Values that are not positive are left out.
       ylabel: the error and its unit.
-      xlabel: of the widths.
-      levels: name → an error that depends on no width, such as the original's.
+      xlabel: the label of the horizontal axis.
+      levels: name → an error that does not depend on the width, such as the original's.
 
     Raises:
       ValueError: if a curve is not as long as the widths.
