@@ -275,7 +275,9 @@ def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 COLUMNS = {
     "parameters": results.count("parameters"),
     "errors": results.score("errors"),
-    "change against random": lambda model: results.mean_sd(model["change"]) if "change" in model else None,
+    "change against random": lambda model: (
+        results.mean_sd(model["change"]) if model["start"] in STARTS[1:] else None
+    ),
     "score": lambda model: model.get("score"),
     "p": lambda model: f"{model['scale']:g}" if model.get("start") in (*SELECTED, SHUFFLED) else None,
     "learning rate": lambda model: f"{model['learning_rate']:g}" if "learning_rate" in model else None,
