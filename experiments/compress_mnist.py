@@ -16,10 +16,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from harness import pictures, results
 from harness.experiment import Run, Trained, adam, arrays, jittered, labelled, mnist_or_digits, plain, prepare
 from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, read
@@ -122,13 +123,8 @@ def widths_at(config: Config, dataset: data.Dataset, share: float) -> list[int]:
 
 
 def edit(
-    config: Config,
-    dataset: data.Dataset,
-    operator: str,
-    widths: Sequence[int],
-    model: models.Model,
-    seed: int,
-) -> models.Model:
+    config: Config, dataset: data.Dataset, operator: str, widths: Sequence[int], model: models.Model, seed: int
+) -> models.Model:  # fmt: skip
     """Applies an operator to a network: returns one whose hidden layers have the given widths."""
     small = build(config, dataset, seed, widths)
     if operator == FRESH:
@@ -158,55 +154,52 @@ def edit(
     return units.keep(graph, model, kept).replace(apply_fn=small.apply_fn)
 
 
+class Recipe(NamedTuple):
+    """How to train; made once, so that networks of the same shapes are compiled once."""
+
+    tx: optax.GradientTransformation
+    epoch: Any
+    epochs: int
+
+
+def recipe(config: Config, run: Run, loss_fn: train.LossFn, epochs: int, transform: Any) -> Recipe:
+    """Makes the optimizer, the step and the epoch of a training."""
+    tx = adam(config.learning_rate, epochs, steps=len(run.dataset.train.label) // config.batch_size)
+    step = train.make_train_step(loss_fn, tx)  # (state, batch) -> (state, metrics)
+    return Recipe(tx, train.make_epoch(step, transform=transform), epochs)
+
+
 def train_model(
-    config: Config, run: Run, name: str, seed: int, model: models.Model, loss_fn: train.LossFn,
-    examples: Mapping[str, Any], *, epochs: int, order: int, transform: Any, context: Any = None,
-) -> Trained:  # fmt: skip
-    """Trains one network, or takes it from the checkpoint of the run."""
-    tx = adam(config.learning_rate, epochs, len(examples["label"]) // config.batch_size)
-    epoch = train.make_epoch(train.make_train_step(loss_fn, tx), transform=transform)
-    state = train.init_state(model, tx, run.key(seed, order))
-    done = run.fit(
-        name, seed, state, epoch, examples, epochs=epochs, batch_size=config.batch_size, order=order,
-        context=context,
-    )  # fmt: skip
-    return run.judge(done.model, done.history, done.seconds)
-
-
-def train_original(config: Config, run: Run, seed: int) -> Trained:
-    """Trains the network that is to be made smaller."""
-    return train_model(
-        config, run, "original", seed, build(config, run.dataset, seed), train.supervised(),
-        arrays(run.dataset.train), epochs=config.epochs, order=10_000 + seed,
-        transform=jittered(config.jitter) if config.jitter else plain,
-    )  # fmt: skip
-
-
-def fine_tune(
-    config: Config, run: Run, name: str, seed: int, model: models.Model, original: models.Model
+    run: Run, name: str, seed: int, model: models.Model, how: Recipe, order: int, original: Any = None
 ) -> Trained:
-    """Trains a smaller network by distillation from the original.
+    """Trains one network, on the labels of the original as well where one is given.
 
     The original's labels for the training images are stored; where the images are shifted at random, the
     original labels each batch.
     """
-    examples = arrays(run.dataset.train)
-    transform, context = labelled(jittered(config.jitter)), original
-    if not config.jitter:
-        transform, context = plain, None
+    examples, context = arrays(run.dataset.train), original if run.config.jitter else None
+    if original is not None and not run.config.jitter:
         examples["teacher"] = run.store_labels(seed, original)
-    loss_fn = train.distill(temperature=config.temperature, alpha=config.alpha)
-    return train_model(
-        config, run, name, seed, model, loss_fn, examples, epochs=config.tuning_epochs, order=20_000 + seed,
-        transform=transform, context=context,
+    state = train.init_state(model, how.tx, run.key(seed, order))
+    done = run.fit(
+        name, seed, state, how.epoch, examples, epochs=how.epochs, batch_size=run.config.batch_size,
+        order=order, context=context,
     )  # fmt: skip
+    return run.judge(done.model, done.history, done.seconds)
 
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, mnist_or_digits)
     run = Run.start("compress_mnist", name, config, check)
-    trained = [{"original": train_original(config, run, seed)} for seed in range(config.seeds)]
+    shifted = jittered(config.jitter) if config.jitter else plain
+    first = recipe(config, run, train.supervised(), config.epochs, shifted)
+    soft = train.distill(temperature=config.temperature, alpha=config.alpha)
+    tuning = recipe(config, run, soft, config.tuning_epochs, labelled(shifted) if config.jitter else plain)
+    trained = []
+    for seed in range(config.seeds):
+        model = build(config, run.dataset, seed)
+        trained.append({"original": train_model(run, "original", seed, model, first, 10_000 + seed)})
     edited: list[dict[str, Trained]] = [{} for _ in trained]  # the same networks before fine-tuning
 
     def loss_and_size(name: str) -> tuple[float, int]:
@@ -217,10 +210,10 @@ def main() -> int:
     def attempt(wanted: search.Edit) -> tuple[float, int]:
         widths = widths_at(config, run.dataset, wanted.share)
         for seed, of in enumerate(trained):
-            start, original = of[wanted.start].model, of["original"].model
-            model = edit(config, run.dataset, wanted.operator, widths, start, seed)
+            model = edit(config, run.dataset, wanted.operator, widths, of[wanted.start].model, seed)
             edited[seed][wanted.name] = run.judge(model)
-            of[wanted.name] = fine_tune(config, run, wanted.name, seed, model, original)
+            original = of["original"].model
+            of[wanted.name] = train_model(run, wanted.name, seed, model, tuning, 20_000 + seed, original)
         return loss_and_size(wanted.name)
 
     done = search.find_smallest(
@@ -305,10 +298,10 @@ def headline(found: Mapping[str, Any]) -> str:
         return "Compression found no smaller network within the budget."
     twin = (FRESH, entries[chosen]["share"])
     twins = [name for name, e in entries.items() if (e.get("operator"), e.get("share")) == twin]
-    if not twins:
-        return results.summary(found, baseline="original", model=chosen, method=f"Compression ({chosen})")
-    method = f"Starting from units of the original ({chosen}) instead of random parameters ({twins[0]})"
-    return results.summary(found, baseline=twins[0], model=chosen, method=method)
+    method = f"Compression ({chosen})"
+    if twins:
+        method = f"Starting from units of the original ({chosen}), not at random ({twins[0]}),"
+    return results.summary(found, baseline=[*twins, "original"][0], model=chosen, method=method)
 
 
 def draw(config: Config, run: Run, found: Mapping[str, Any]) -> dict[str, str]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from harness import lanes, pictures, results
-from harness.experiment import Run, Trained, adam, arrays, mnist_or_digits, plain, prepare
+from harness.experiment import Run, adam, arrays, mnist_or_digits, plain, prepare
 from harness.options import Count, Dropout, Options, Positive, Share, Whole, read
 from harness.runs import run_main
 
@@ -183,19 +183,22 @@ class Setting(NamedTuple):
         return f"{self.labels:,} {'soft ' * self.soft}labels"
 
 
-def train_teacher(config: Config, run: Run, rows: np.ndarray, seed: int) -> Trained:
-    """Trains the teacher of one seed, on all labels or on the first ones."""
-    chosen = np.sort(rows[seed][: config.teacher_labels or None])
-    examples = {name: values[chosen] for name, values in arrays(run.dataset.train).items()}
-    steps, order = len(chosen) // config.teacher_batch_size, 10_000 + seed
+def train_teachers(config: Config, run: Run, rows: np.ndarray) -> list[models.Model]:
+    """Trains the teacher of each seed, on all labels or on its first ones."""
+    examples = arrays(run.dataset.train)
+    steps = (config.teacher_labels or len(examples["label"])) // config.teacher_batch_size
     tx = adam(config.teacher_learning_rate, config.teacher_epochs, steps)
     epoch = train.make_epoch(train.make_train_step(train.supervised(), tx), transform=plain)
-    state = train.init_state(build(config, run.dataset, "teacher", seed), tx, run.key(seed, order))
-    done = run.fit(
-        "teacher", seed, state, epoch, examples, epochs=config.teacher_epochs,
-        batch_size=config.teacher_batch_size, order=order,
-    )  # fmt: skip
-    return run.judge(done.model, done.history, done.seconds)
+    trained = []
+    for seed in range(config.seeds):
+        chosen, order = np.sort(rows[seed][: config.teacher_labels or None]), 10_000 + seed
+        state = train.init_state(build(config, run.dataset, "teacher", seed), tx, run.key(seed, order))
+        done = run.fit(
+            "teacher", seed, state, epoch, {name: values[chosen] for name, values in examples.items()},
+            epochs=config.teacher_epochs, batch_size=config.teacher_batch_size, order=order,
+        )  # fmt: skip
+        trained.append(done.model)
+    return trained
 
 
 def train_students(
@@ -289,9 +292,9 @@ def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, mnist_or_digits)
     run = Run.start("inject_mnist", name, config, check)
-    dataset, seeds = run.dataset, range(config.seeds)
+    dataset = run.dataset
     rows = lanes.orders(config.seeds, len(dataset.train.label))
-    teachers = [train_teacher(config, run, rows, seed).model for seed in seeds]
+    teachers = train_teachers(config, run, rows)
     each = [begin(config, dataset, teacher, seed) for seed, teacher in enumerate(teachers)]
     starts = {start: lanes.stack([seed[start] for seed in each]) for start in all_starts(config)}
     teacher = lanes.stack(teachers)

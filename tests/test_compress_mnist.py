@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import compress_mnist
 import jax
@@ -67,7 +68,7 @@ def test_the_smallest_is_held_against_a_random_start(tmp_path, run):
     results = json.loads((out / "results.json").read_text())
     assert list(results["models"]) == ["original", "prune 0.25", "fresh 0.25"]
     assert results["chosen"] == "prune 0.25"
-    assert "(prune 0.25) instead of random parameters (fresh 0.25)" in printed
+    assert "(prune 0.25), not at random (fresh 0.25)," in printed
     assert run("--out", out, *options, "--budget", 10, "--check")[0] == 1  # none has half of the units
 
 
@@ -133,25 +134,29 @@ def test_merging_gives_a_doubled_network_back(digits):
 
 
 def test_shifted_images_are_labelled_as_they_are_shifted(digits, tmp_path, monkeypatch):
-    config = compress_mnist.Config(original="mlp:8", jitter=1)
-    original = compress_mnist.build(config, digits, 0)
-    asked = {}
-    monkeypatch.setattr(
-        compress_mnist, "train_model", lambda *args, **options: asked.update(options, examples=args[-1])
-    )
-    run = Run("x", config, digits, tmp_path, 0.0)
-    compress_mnist.fine_tune(config, run, "a", 0, original, original)
     batch = {"image": digits.train.image[:16], "label": digits.train.label[:16]}
-    made = asked["transform"](asked["context"], batch, jax.random.key(0))
-    assert np.abs(made["image"] - prepare(batch["image"])).max() > 0.1
-    np.testing.assert_allclose(made["teacher"], original(made["image"]), rtol=1e-6)
-    assert "teacher" not in asked["examples"]
-    config = dataclasses.replace(config, jitter=0)
-    compress_mnist.fine_tune(config, run, "a", 0, original, original)
-    made = asked["transform"](asked["context"], batch, jax.random.key(0))
-    np.testing.assert_array_equal(made["image"], prepare(batch["image"]))
+    seen = {}
+    for jitter in (1, 0):
+        config = compress_mnist.Config(original="mlp:8", jitter=jitter)
+        original = compress_mnist.build(config, digits, 0)
+        run = Run("x", config, digits, tmp_path, 0.0)
+
+        def fit(name, seed, state, epoch, examples, *, context, model=original, **options):
+            seen.update(examples=examples, context=context)
+            return SimpleNamespace(model=model, history={}, seconds=0.0)
+
+        monkeypatch.setattr(run, "fit", fit)
+        how = compress_mnist.Recipe(compress_mnist.adam(0.1, 1, 1), None, 1)
+        compress_mnist.train_model(run, "a", 0, original, how, 0, original)
+        if jitter:
+            transform = compress_mnist.labelled(compress_mnist.jittered(jitter))
+            made = transform(seen["context"], batch, jax.random.key(0))
+            assert np.abs(made["image"] - prepare(batch["image"])).max() > 0.1
+            np.testing.assert_allclose(made["teacher"], original(made["image"]), rtol=1e-6)
+            assert "teacher" not in seen["examples"]
+    assert seen["context"] is None
     expected = original(prepare(digits.train.image))
-    np.testing.assert_allclose(asked["examples"]["teacher"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["examples"]["teacher"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run):
@@ -162,10 +167,15 @@ def test_original_and_fine_tuning_see_shifted_images(tmp_path, monkeypatch, run)
         return experiment.jittered(pixels)
 
     monkeypatch.setattr(compress_mnist, "jittered", jittered)
+    labelled = []
+    monkeypatch.setattr(
+        compress_mnist, "labelled", lambda how: labelled.append(how) or experiment.labelled(how)
+    )
     options = ["--jitter", 1, "--seeds", 1, "--shares", 0.5, "--iterative", "--refinements", 0]
     status, printed, _ = run(*options, "--out", tmp_path / "run")
     assert status == 0
-    assert shifts == [1, 1]  # the original's, and the merged network's
+    assert shifts == [1]
+    assert len(labelled) == 1
     assert "merge 0.5" in printed
     assert not (tmp_path / "run" / "seed0" / "labels").exists()
 
