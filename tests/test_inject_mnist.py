@@ -168,7 +168,7 @@ def test_students_side_by_side_learn_as_if_alone(soft, tmp_path, digits):
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"alpha": 2.0}, "--alpha must lie in"),
         ({"scales": (float("inf"),)}, "--scales must be finite"),
-        ({"scores": ("beauty",)}, "--scores must be of l1"),
+        ({"scores": ("beauty",)}, "--scores must be from l1"),
         ({"labels": (40, 20)}, "--labels must rise"),
         ({"labels": (5,)}, "--labels must rise from at least --batch-size, 10"),
         ({"teacher_labels": 30}, "--labels must rise"),

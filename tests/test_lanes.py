@@ -34,7 +34,7 @@ def networks():
 def test_stacked_models_come_apart_again():
     made = networks()
     for model, again in zip(made, lanes.unstack(lanes.stack(made)), strict=True):
-        assert again.apply_fn is model.apply_fn
+        assert again.apply_fn == model.apply_fn
         jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
