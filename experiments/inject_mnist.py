@@ -158,19 +158,19 @@ def begin(
     values = units.activations(large, teacher, x)
     likeness = {name: values[name].T for name in uniform}
     sizes = {name: len(kept) for name, kept in uniform.items()}
-    selected = {"": cut(teacher, uniform)} | {name: by_score(name) for name in config.scores}
-    places = np.random.default_rng([3, seed])
-    others = {
-        RANDOM: student,
-        MERGED: cut(*units.merge(large, teacher, sizes, likeness=likeness)),
-        SHUFFLED: jax.tree.map(
-            lambda v: jnp.asarray(places.permutation(np.ravel(v)).reshape(v.shape)), selected[""]
-        ),
+    selected, places = cut(teacher, uniform), np.random.default_rng([3, seed])
+
+    def shuffled(values: jax.Array) -> jax.Array:
+        return jnp.asarray(places.permutation(np.ravel(values)).reshape(values.shape))
+
+    made = {
+        (RANDOM, ""): student,
+        (SHUFFLED, ""): jax.tree.map(shuffled, selected),
+        (UNIFORM, ""): selected,
+        (MERGED, ""): cut(*units.merge(large, teacher, sizes, likeness=likeness)),
+        **{(SCORED, name): by_score(name) for name in config.scores},
     }
-    return {
-        start: scaled(others.get(start.start, selected.get(start.score)), start.scale)
-        for start in all_starts(config)
-    }
+    return {start: scaled(made[start.start, start.score], start.scale) for start in all_starts(config)}
 
 
 class Setting(NamedTuple):

@@ -181,8 +181,8 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
     learn("soft labels", soft, start(student), examples=labelled)
     for align, partner in (cut or {False: taught}).items():
         pull = interpolation.pull(None, soft, config.rate)
-        states = interpolation.Pair(start(partner), start(student))
-        learn("soft labels + pull", pull, states, aligned=align, examples=labelled)
+        pair = interpolation.Pair(start(partner), start(student))
+        learn("soft labels + pull", pull, pair, aligned=align, examples=labelled)
     return found
 
 
