@@ -7,13 +7,16 @@ It evaluates all models on the test set once, at the end, and writes a report wi
     python experiments/kd_mnist.py                         # mnist where it can be had, else digits
     python experiments/kd_mnist.py digits                  # two minutes, no download
     python experiments/kd_mnist.py hinton2015              # Hinton, Vinyals and Dean 2015, section 3
+    python experiments/kd_mnist.py --dataset my.npz        # your own images
+
+Where the data have no config of their own, it first chooses the teacher, its labels, T and α on validation data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -30,10 +33,12 @@ from harness import (
     Whole,
     adam,
     arrays,
+    choose,
+    config_of_data,
     jittered,
     labelled,
-    mnist_or_digits,
     plain,
+    prepare,
     read,
     results,
     run_main,
@@ -60,6 +65,9 @@ class Config(Options):
     dropout: Dropout = 0.2  # fraction of the teacher's hidden units that is dropped in training
     max_norm: Amount = 0.0  # largest norm of the incoming weights of a teacher's unit; 0 sets no limit
     jitter: Whole = 2  # largest random shift of the teacher's training images, in pixels
+    labels: Literal["stored", "held-out", "online"] = "stored"  # how the teacher labels, see train_students
+    student_jitter: Whole = 2  # largest random shift of images that the teacher labels online, in pixels
+    force: bool = False  # config choose: distil even if no teacher leads the scratch student
     patient: bool = False  # also train a student on shifted images that the teacher labels online
     omit_classes: tuple[int, ...] = ()  # also distil without these classes, then shift their bias
     devices: Count = 1  # number of devices that share each batch (on a CPU: one per core)
@@ -70,17 +78,19 @@ class Config(Options):
 MNIST = Config(dataset="mnist")
 DIGITS = Config(
     dataset="digits", student="mlp:128", members=3, epochs=100, learning_rate=1e-2, jitter=1,
-    teacher="convnet:16,32", teacher_epochs=100, teacher_batch_size=64,
+    teacher="convnet:16,32", teacher_epochs=100, teacher_batch_size=64, student_jitter=1,
 )  # fmt: skip
 HINTON_2015 = Config(
     dataset="mnist", seeds=3, teacher="mlp:1200,1200", student="mlp:800,800", temperature=20.0, epochs=30,
     teacher_epochs=120, teacher_learning_rate=1e-3, dropout=0.4, max_norm=1.5, validation=2000, patient=True,
     omit_classes=(3,),
 )  # fmt: skip
+CHOOSE = Config(dataset="fashion_mnist")
 CONFIGS = {
     "mnist": ("MNIST; one or two minutes per seed on two cores.", MNIST),
     "digits": ("The digits embedded in scikit-learn, without download; two minutes.", DIGITS),
     "hinton2015": ("The networks of Hinton et al. 2015, section 3, on MNIST; one or two hours.", HINTON_2015),
+    "choose": ("Other data; what you leave at its default is chosen on validation data.", CHOOSE),
 }
 
 
@@ -143,34 +153,54 @@ def train_model(
     return run.judge(done.model, done.history, done.seconds)
 
 
-def train_teacher(run: Run, seed: int, how: Recipe) -> Trained:
-    """Trains the teacher: one network, or several whose probabilities are averaged."""
+def train_teacher(run: Run, seed: int, how: Recipe, rows: Any = ..., name: str = "teacher") -> Trained:
+    """Trains the teacher on some rows of the training data: one network, or several that are averaged."""
+    examples = {field: values[rows] for field, values in arrays(run.dataset.train).items()}
     count, members = run.config.members, []
     for number in range(seed * count, (seed + 1) * count):
         model = build(run.config, run.dataset, "teacher", number)
-        name = f"teacher{number % count}" if count > 1 else "teacher"
-        members.append(train_model(run, name, seed, model, how, arrays(run.dataset.train), 10_000 + number))
+        own_name = f"{name}{number % count}" if count > 1 else name
+        members.append(train_model(run, own_name, seed, model, how, examples, 10_000 + number))
     if count == 1:
         return members[0]
     history = {name: np.mean([m.history[name] for m in members], 0).tolist() for name in members[0].history}
     return run.judge(teachers.ensemble(*[m.model for m in members]), history, sum(m.seconds for m in members))
 
 
+def held_out_labels(run: Run, seed: int, how: Recipe) -> np.ndarray:
+    """Labels each training image with a teacher that was trained without it: logits ``[images, classes]``."""
+    images, fold = run.dataset.train.image, choose.folds(len(run.dataset.train.label), seed)
+    logits = np.empty((len(fold), run.dataset.classes), np.float32)
+    for number in range(choose.FOLDS):
+        teacher = train_teacher(run, seed, how, fold != number, f"teacher without fold {number}")
+        logits[fold == number] = models.predict(teacher.model, images[fold == number], prepare=prepare)
+    return logits
+
+
 def train_students(
     run: Run, seed: int, teacher: models.Model, how: Mapping[str, Recipe]
 ) -> dict[str, Trained]:
-    """Trains the students of one seed, all from the same initial parameters and in the same order of examples."""
+    """Trains the students of one seed, all from the same initial parameters and in the same order of examples.
+
+    The teacher labels the training images once ("stored"), or a teacher does that was trained without the image
+    ("held-out"), or the teacher labels shifted images in each step ("online"). In the last case the comparison is
+    with a further student, trained on the true labels of equally shifted images: "scratch, augmented".
+    """
     config, examples = run.config, arrays(run.dataset.train)
-    soft_labels = examples | {"teacher": run.store_labels(seed, teacher)}
+    held_out = config.labels == "held-out"
+    logits = held_out_labels(run, seed, how["fold"]) if held_out else run.store_labels(seed, teacher)
+    soft_labels = examples | {"teacher": logits}
     student = build(config, run.dataset, "student", seed)
 
     def learn(name, recipe, examples, context=None):
         return train_model(run, name, seed, student, how[recipe], examples, 20_000 + seed, context)
 
-    found = {
-        "scratch": learn("scratch", "hard", examples),
-        "distilled": learn("distilled", "soft", soft_labels),
-    }
+    found = {"scratch": learn("scratch", "hard", examples)}
+    if config.labels == "online":
+        found["scratch, augmented"] = learn("scratch, augmented", "augmented", examples)
+        found["distilled"] = learn("distilled", "online", examples, teacher)
+    else:
+        found["distilled"] = learn("distilled", "soft", soft_labels)
     if config.patient:
         found["patient"] = learn("patient", "online", examples, teacher)
     if config.omit_classes:
@@ -202,16 +232,28 @@ def shift_bias(config: Config, run: Run, student: Trained) -> Trained:
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    name, config = read(CONFIGS, __doc__, mnist_or_digits)
+    name, config = read(CONFIGS, __doc__, lambda: config_of_data("choose"))
     if config.devices > 1:
         train.use_cpu_devices(config.devices)
     run = Run.start("kd_mnist", name, config, check)
+    notes: list[str] = []
+    if name == "choose":
+        choice = choose.choose_once(run, CHOOSE)
+        if not (choice.leads or config.force):
+            return run.check(False, "no teacher leads the scratch student")
+        config, notes = run.config, ["Chosen on validation data:", *(f"- {line}" for line in choice.lines)]
     hard, soft = train.supervised(), train.distill(temperature=config.temperature, alpha=config.alpha)
-    shifted, labels = jittered(config.jitter), run.dataset.train.label
+    jitter, shifted, labels = (
+        jittered(config.jitter),
+        jittered(config.student_jitter),
+        run.dataset.train.label,
+    )
     kept = int((~np.isin(labels, config.omit_classes)).sum())
     how = {
-        "teacher": recipe(run, "teacher", hard, len(labels), shifted),
+        "teacher": recipe(run, "teacher", hard, len(labels), jitter),
+        "fold": recipe(run, "teacher", hard, len(labels) - len(labels) // choose.FOLDS, jitter),
         "hard": recipe(run, "student", hard, len(labels)),
+        "augmented": recipe(run, "student", hard, len(labels), shifted),
         "soft": recipe(run, "student", soft, len(labels)),
         "online": recipe(run, "student", soft, len(labels), labelled(shifted)),
         "partial": recipe(run, "student", soft, kept),
@@ -223,10 +265,11 @@ def main() -> int:
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits)
     drawn = results.draw(run.directory, run.dataset, trained, logits, ("teacher", "scratch", "distilled"))
-    run.finish(found, drawn, headline=results.summary(found))
+    baseline = "scratch, augmented" if config.labels == "online" else "scratch"
+    run.finish(found, drawn, headline=results.summary(found, baseline=baseline), notes=notes)
     errors = {name: np.mean(model["test"]["errors"]) for name, model in found["models"].items()}
     return run.check(
-        errors["distilled"] < errors["scratch"], "the distilled student is not better than scratch"
+        errors["distilled"] < errors[baseline], f"the distilled student is not better than {baseline}"
     )
 
 

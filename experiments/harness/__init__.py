@@ -5,6 +5,7 @@ from harness.experiment import (
     Trained,
     adam,
     arrays,
+    config_of_data,
     jittered,
     labelled,
     load,
@@ -18,5 +19,6 @@ from harness.runs import run_main
 
 __all__ = [
     "Amount", "Count", "Dropout", "Options", "Positive", "Run", "Share", "Trained", "Whole", "adam", "arrays",
-    "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress", "read", "run_main",
+    "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress", "read",
+    "run_main",
 ]  # fmt: skip

@@ -321,6 +321,19 @@ def mnist_or_digits(options: Sequence[str]) -> str:
     return "mnist"
 
 
+def config_of_data(otherwise: str) -> str:
+    """Chooses the config where none is named, by the option ``--dataset`` of the command line.
+
+    Args:
+      otherwise: the config for data that have none of their own.
+    """
+    given = [word.partition("=")[2] or after for word, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True)
+             if word.partition("=")[0] == "--dataset"]  # fmt: skip
+    if not given:
+        return mnist_or_digits()
+    return given[-1] if given[-1] in ("mnist", "digits") else otherwise
+
+
 @contextmanager
 def progress(name: str, epochs: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """Shows the progress of one training: a bar in a terminal, else a line every 30 seconds.
