@@ -193,7 +193,7 @@ class _Choosing:
 
     def teacher(self, bar: np.ndarray) -> tuple[Model, bool]:
         """Stage 2. Returns the best teacher, and whether it leads; takes its options."""
-        found = []
+        found: list[Any] = []
 
         def attempt(**options):
             self.take(**options)
@@ -245,7 +245,7 @@ class _Choosing:
                 temperature=lambda step: setting["temperature"], alpha=lambda step: setting["alpha"]
             )
 
-        found = []
+        found: list[Any] = []
         for way in self.options("labels", ("stored", "held-out", "online")):
             examples, transform, rate = arrays(self.train), plain, self.rates[0]
             if way == "stored":
