@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import kd_mnist
 import numpy as np
 import pytest
-from harness import adam, arrays, choose, config_of_data, many, plain
+from harness import adam, arrays, choose, choosing, config_of_data, many, plain
 
 from distill_jax import data, train
 from distill_jax.models import Model, build
@@ -64,13 +64,13 @@ def made_up(monkeypatch):
         def train_many(student, objective, settings, examples, **options):
             return with_errors(*next(students if "alpha" in settings else scratch))
 
-        def network(choosing, number, split):
-            config = choosing.config
+        def network(self, number, split):
+            config = self.config
             options = config.teacher, config.jitter, config.teacher_epochs, config.members
             return with_errors(teacher(*options), single=True)
 
         monkeypatch.setattr(many, "train_many", train_many)
-        monkeypatch.setattr(choose._Choosing, "network", network)
+        monkeypatch.setattr(choosing.Choosing, "network", network)
 
     return install
 
