@@ -96,7 +96,7 @@ def test_the_fewest_validation_errors_win(made_up):
     assert (vars(CONFIG) | choice.chosen)["temperature"] == 4
     assert "members" not in choice.chosen
     stages = [entry["stage"] for entry in choice.tried]
-    assert [stages.count(s) for s in ("scratch", "teacher", "student")] == [6, 3, 36]
+    assert [stages.count(s) for s in ("scratch", "teacher", "student")] == [6, 2, 36]
     best = min((e for e in choice.tried if e["stage"] == "student"), key=lambda e: e["validation_errors"])
     assert best == {
         "stage": "student", "labels": "online", "temperature": 4.0, "alpha": 0.5, "validation_errors": 20

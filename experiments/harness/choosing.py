@@ -16,7 +16,7 @@ from harness.experiment import adam, arrays, jittered, labelled, plain, prepare
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TEMPERATURES, ALPHAS = (1.0, 2.0, 4.0, 8.0), (0.0, 0.5, 0.9)
-CONVOLUTIONAL, DENSE = "convnet:16,32", "mlp:800,800"
+DENSE = "mlp:800,800"  # the teacher if no convolutional network leads
 BEST = 4  # number of students that stand for a way to label
 FOLDS = 3  # number of parts of the training images, for labels of teachers that have not seen the image
 
@@ -34,7 +34,7 @@ class Effort:
     """
 
     examples: int = 10_000
-    student_images: int = 300_000
+    student_images: int = 200_000
     student_epochs: tuple[int, int] = (15, 100)
     teacher_images: int = 150_000
     teacher_epochs: tuple[int, int] = (6, 40)
@@ -119,7 +119,7 @@ class Choosing:
         """Sets what depends on nothing but the sizes of the images and of the data set."""
         large = min(self.shape[:2]) >= 16
         self.take(
-            student="mlp:256" if large else "mlp:128", epochs=self.effort.epochs("student", self.used),
+            student="mlp:256" if large else "mlp:128", teacher="convnet:8,16" if large else "convnet:16,32", epochs=self.effort.epochs("student", self.used),
             teacher_epochs=self.effort.epochs("teacher", self.used), teacher_learning_rate=2e-3,
             teacher_batch_size=64, dropout=0.3, student_jitter=2 if large else 1,
         )  # fmt: skip
@@ -185,15 +185,13 @@ class Choosing:
             )
             found.append((int(wrong.sum()), len(found), what, model, leads(wrong, bar)))
 
-        shift = self.config.student_jitter
-        listed = ((CONVOLUTIONAL, 0), (CONVOLUTIONAL, shift), (DENSE, 0))
-        pairs = [(self.options("teacher", [t])[0], self.options("jitter", [j])[0]) for t, j in listed]
-        for network, jitter in dict.fromkeys(pairs):
-            attempt(teacher=network, jitter=jitter, members=1)
-        # If none leads: the best one trained twice as long, then three such networks together
-        for option in ({"teacher_epochs": 2 * self.config.teacher_epochs}, {"members": 3}):
-            if not min(found)[4] and not set(option) & set(self.fixed):
-                attempt(**{**min(found)[2], **option})
+        for jitter in self.options("jitter", (0, self.config.student_jitter)):
+            attempt(jitter=jitter, members=1)
+        # While none leads: a dense network, the best one trained twice as long, three such networks together
+        longer = {"teacher_epochs": 2 * self.config.teacher_epochs}
+        for change in ({"teacher": DENSE, "jitter": 0}, longer, {"members": 3}):
+            if not min(found)[4] and not set(change) & set(self.fixed):
+                attempt(**{**min(found)[2], **change})
         _, _, what, model, leading = min(found)
         self.take(**what)
         return model, leading
