@@ -118,10 +118,11 @@ class Choosing:
     def sizes(self) -> None:
         """Sets what depends on nothing but the sizes of the images and of the data set."""
         large = min(self.shape[:2]) >= 16
+        student, teacher, shift = ("mlp:256", "convnet:8,16", 2) if large else ("mlp:128", "convnet:16,32", 1)
         self.take(
-            student="mlp:256" if large else "mlp:128", teacher="convnet:8,16" if large else "convnet:16,32", epochs=self.effort.epochs("student", self.used),
-            teacher_epochs=self.effort.epochs("teacher", self.used), teacher_learning_rate=2e-3,
-            teacher_batch_size=64, dropout=0.3, student_jitter=2 if large else 1,
+            student=student, epochs=self.effort.epochs("student", self.used), student_jitter=shift,
+            teacher=teacher, teacher_epochs=self.effort.epochs("teacher", self.used), teacher_learning_rate=2e-3,
+            teacher_batch_size=64, dropout=0.3,
         )  # fmt: skip
         self.note(
             f"The choice uses {self.used:,} of {self.all:,} training images and {len(self.validation.label):,} "
