@@ -232,7 +232,7 @@ def shift_bias(config: Config, run: Run, student: Trained) -> Trained:
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    name, config = read(CONFIGS, __doc__, lambda: config_of_data("choose"))
+    name, config = read(CONFIGS, __doc__, config_of_data)
     if config.devices > 1:
         train.use_cpu_devices(config.devices)
     run = Run.start("kd_mnist", name, config, check)

@@ -201,9 +201,8 @@ def test_students_in_one_program_learn_what_they_learn_alone():
         (["--dataset", "mnist"], "mnist"),
     ],
 )
-def test_data_without_a_config_of_their_own_are_chosen_for(words, config, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["kd_mnist.py", *words])
-    assert config_of_data("choose") == config
+def test_data_without_a_config_of_their_own_are_chosen_for(words, config):
+    assert config_of_data(words) == config
 
 
 @pytest.fixture

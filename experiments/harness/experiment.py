@@ -321,17 +321,17 @@ def mnist_or_digits(options: Sequence[str]) -> str:
     return "mnist"
 
 
-def config_of_data(otherwise: str) -> str:
-    """Chooses the config where none is named, by the option ``--dataset`` of the command line.
+def config_of_data(options: Sequence[str]) -> str:
+    """Chooses the config where none is named: that of the data set, or "choose" where it has none of its own.
 
     Args:
-      otherwise: the config for data that have none of their own.
+      options: the options on the command line, of which ``--dataset`` names the data set.
     """
-    given = [word.partition("=")[2] or after for word, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True)
-             if word.partition("=")[0] == "--dataset"]  # fmt: skip
-    if not given:
-        return mnist_or_digits()
-    return given[-1] if given[-1] in ("mnist", "digits") else otherwise
+    words = [word for option in options for word in option.split("=", 1)]
+    given = dict(itertools.pairwise(words)).get("--dataset")
+    if given is None:
+        return mnist_or_digits(options)
+    return given if given in ("mnist", "digits") else "choose"
 
 
 @contextmanager
