@@ -1,420 +1,312 @@
-"""Distillation methods beside each other: one teacher, one student, many methods, over seeds.
+"""Compares distillation methods: one teacher, one student network, many methods, over seeds.
 
-Trains a teacher once. Then trains, for each seed, the same student from scratch and by each method,
-from the same initial parameters and in the same order of examples. Evaluates on the test set once, at
-the end, and times a step of each method against a step of plain training.
+The program trains one teacher. For each seed it then trains the same student on the labels alone ("scratch") and by
+each method, always from the same initial parameters and in the same order of examples. It evaluates all students on
+the test set once, at the end, and measures how long a training step of each method takes. The methods, with their
+losses and weights, are listed in kd_methods_table.py.
 
-    python experiments/kd_methods.py                                             # on two cores
-    python experiments/kd_methods.py --preset repdistiller --dataset cifar100    # on a GPU
+    python experiments/kd_methods.py                       # mnist where it can be had, else digits
+    python experiments/kd_methods.py digits                # a few minutes, no download
+    python experiments/kd_methods.py repdistiller          # the protocol of RepDistiller on CIFAR-100: for a GPU
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import pictures, report, runs, study, training  # fmt: skip
-from harness.options import Count, Options, Positive, Whole, parse
-from harness.study import Trained
+from harness import (
+    Count,
+    Options,
+    Positive,
+    Run,
+    Trained,
+    Whole,
+    adam,
+    arrays,
+    mnist_or_digits,
+    pictures,
+    prepare,
+    read,
+    results,
+    run_main,
+)
+from kd_methods_table import METHODS
 
-from distill_jax import _files, data, features, losses, metrics, models, train
-from distill_jax.features import Learned
+from distill_jax import data, features, metrics, models, teachers, train
 
-
-def on_logits(loss: Callable[..., jax.Array], *, labelled: bool = False) -> Callable[[], Learned]:
-    """Gives a loss between logits the form of one between layers, so that one objective serves all."""
-
-    def apply(params, student, teacher, *, labels=None, where=None, key=None):
-        where = None if where is None else where[:, None]
-        return loss(student[0], teacher[0], *([labels] if labelled else []), where=where)
-
-    return lambda: Learned(lambda key, student_shapes, teacher_shapes: {}, apply)
-
-
-def standardized_kl(student: jax.Array, teacher: jax.Array, where: Any) -> jax.Array:
-    """KL after logit standardisation."""
-    student, teacher = (losses.standardize(x, where=where) for x in (student, teacher))
-    return losses.kl(student, teacher, temperature=2.0, where=where)
-
-
-kl = functools.partial(losses.kl, temperature=4.0)  # as RepDistiller has it
-attention = functools.partial(losses.attention_transfer, mean=True)
-
-
-class Method(NamedTuple):
-    """hard·cross-entropy + weight·part, and between which layers part stands.
-
-    ``maps``: the last feature map of each resolution, ``map``: the last of all, ``vector``: the
-    embedding before the classifier, ``logits``.
-    """
-
-    hard: float
-    weight: float
-    part: Callable[[], Learned]
-    layers: Literal["maps", "map", "vector", "logits"]
-
-
-# Weights of the papers or of RepDistiller, whose PKT is ours by the size of the batch, 64; of CC, which
-# is another loss there, and of methods it does not have, 1 or what brings them to KD's size: not tuned.
-METHODS: dict[str, Method] = {
-    "kd": Method(0.1, 0.9, on_logits(kl), "logits"),
-    "lskd": Method(0.1, 9.0, on_logits(standardized_kl), "logits"),
-    "dkd": Method(1.0, 1.0, on_logits(losses.dkd, labelled=True), "logits"),
-    "nkd": Method(1.0, 1.0, on_logits(losses.nkd, labelled=True), "logits"),
-    "wsld": Method(1.0, 2.5, on_logits(losses.wsld, labelled=True), "logits"),
-    "dist": Method(1.0, 32.0, on_logits(functools.partial(losses.dist, temperature=4.0)), "logits"),
-    "ranking": Method(1.0, 1.0, on_logits(losses.ranking_logistic), "logits"),
-    "jensen_shannon": Method(0.1, 4.0, on_logits(losses.jensen_shannon), "logits"),
-    "total_variation": Method(0.1, 0.9, on_logits(losses.total_variation), "logits"),
-    "fitnet": Method(1.0, 100.0, lambda: features.project(losses.hint), "map"),
-    "at": Method(1.0, 1000.0, lambda: features.project_maps(attention), "maps"),
-    "nst": Method(1.0, 50.0, lambda: features.project_maps(losses.nst), "maps"),
-    "vid": Method(1.0, 1.0, lambda: features.vid(mean=True), "maps"),
-    "ft": Method(1.0, 200.0, lambda: features.factor_transfer(mean=True), "map"),
-    "review": Method(1.0, 1.0, features.review_kd, "maps"),
-    "cka": Method(1.0, 1.0, lambda: features.relation(losses.cka), "vector"),
-    "sp": Method(1.0, 3000.0, lambda: features.relation(losses.similarity_preserving), "map"),
-    "rkd": Method(1.0, 1.0, lambda: features.rkd(distance=25.0, angle=50.0), "vector"),
-    "pkt": Method(1.0, 30000.0 / 64, lambda: features.relation(losses.pkt, pool=True), "vector"),
-    "cc": Method(1.0, 1.0, features.correlation_congruence, "vector"),
-    "ickd": Method(1.0, 1.0, features.ickd, "map"),
-    "info_nce": Method(1.0, 0.8, features.info_nce, "vector"),
-}
-
-# Of the preset quick, chosen on validation data
-QUICK_WEIGHTS = {"dist": 8.0, "fitnet": 10.0, "at": 100.0, "pkt": 30000.0}
+OUTPUTS = "outputs"  # the name of a model's logits among its layers
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    """Options. The defaults shown are those of the preset quick on MNIST."""
+    """The options of the experiment."""
 
-    preset: Literal["quick", "repdistiller"] = "quick"
-    """quick: for two cores; repdistiller: 240 epochs of SGD, crops and flips, for a GPU"""
-    methods: tuple[str, ...] = (
-        "kd", "lskd", "dkd", "nkd", "dist", "fitnet", "at", "sp", "rkd", "pkt",
-    )  # fmt: skip
-    """which methods, in the order of the table; all: every one there is"""
-    weight: tuple[str, ...] = ()
-    """such as at=300: the weight of a method's loss, in the place of its own"""
-    seeds: Count = 5
-    """students of each method"""
-    examples: Whole = 2000
-    """training examples, the first of the set (0: all); the teacher is trained on all of it"""
-    teacher: str = "vgg8:0.5"
-    """such as resnet32x4, wrn40-2, vgg13:0.5 or convnet:16,32"""
-    student: str = "vgg8:0.25"
-    """likewise"""
-    epochs: Count = 20
-    """the students'"""
-    learning_rate: Positive = 3e-3
-    """the students', at its highest"""
-    batch_size: Count = 50
-    """examples a step"""
-    teacher_epochs: Count = 2
-    """the teacher's"""
-    teacher_learning_rate: Positive = 3e-3
-    """the teacher's"""
-    jitter: Whole = 0
-    """pixels by which training images are shifted at random; the teacher labels the shifted ones"""
-    flip: bool = False
-    """training images are mirrored at random"""
+    methods: tuple[str, ...] = ("kd", "lskd", "dkd", "nkd", "dist", "fitnet", "at", "sp", "rkd", "pkt")
+    """the methods, in the order of the table; "all" means every method that there is"""
+    weight: tuple[str, ...] = ("dist=8", "fitnet=10", "at=100", "pkt=30000")
+    """weights of methods' losses that shall differ from those of the papers, such as at=300"""
+    examples: Count | None = None  # number of training examples of the students, the first ones
+    teacher: str = "vgg8:0.5"  # teacher network, such as resnet32x4, wrn40-2, vgg13:0.5 or convnet:16,32
+    student: str = "vgg8:0.25"  # student network, such as resnet8x4, wrn16-2, vgg8:0.25 or convnet:2,4
+    epochs: Count = 20  # number of epochs to train each student
+    learning_rate: Positive = 3e-3  # highest learning rate of the students
+    teacher_epochs: Count = 2  # number of epochs to train the teacher
+    teacher_learning_rate: Positive = 3e-3  # highest learning rate of the teacher
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam: Adam with a cosine schedule; sgd: momentum 0.9, weight decay 5e-4, and a learning rate that falls to a
+    tenth after 5/8, 6/8 and 7/8 of the epochs"""
+    batch_size: Count = 50  # number of examples per step
+    jitter: Whole = 0  # largest random shift of training images, in pixels; the teacher sees them too
+    flip: bool = False  # mirror training images at random; the teacher sees the same images
 
 
-SMALL_IMAGES: dict[str, Any] = {
-    "examples": 0, "teacher": "convnet:16,32", "student": "convnet:2,4", "epochs": 40,
-    "teacher_epochs": 60, "learning_rate": 1e-2,
-}  # fmt: skip
-REPDISTILLER: dict[str, Any] = {
-    "dataset": "cifar100", "examples": 0, "teacher": "resnet32x4", "student": "resnet8x4",
-    "epochs": 240, "teacher_epochs": 240, "learning_rate": 0.05, "teacher_learning_rate": 0.05,
-    "batch_size": 64, "jitter": 4, "flip": True, "methods": tuple(METHODS),
-}  # fmt: skip
-DEFAULTS = {("quick", True): SMALL_IMAGES, ("repdistiller", False): REPDISTILLER}
-COLUMNS: Mapping[str, report.Column] = {
-    "parameters": report.count("parameters"),
-    "errors": report.score("errors"),
-    "accuracy %": report.score("accuracy", percent=True),
-    "agreement %": report.score("agreement", percent=True),
-    "ECE %": report.score("ece", percent=True),
+MNIST = Config(dataset="mnist", examples=2000)
+DIGITS = Config(
+    dataset="digits",
+    teacher="convnet:16,32",
+    student="convnet:2,4",
+    epochs=40,
+    learning_rate=1e-2,
+    teacher_epochs=60,
+)
+REPDISTILLER = Config(
+    dataset="cifar100", methods=tuple(METHODS), weight=(), teacher="resnet32x4", student="resnet8x4", epochs=240,
+    learning_rate=0.05, teacher_epochs=240, teacher_learning_rate=0.05, optimizer="sgd", batch_size=64, jitter=4,
+    flip=True,
+)  # fmt: skip
+CONFIGS = {
+    "mnist": ("students of 2000 images of MNIST: half an hour on two cores", MNIST),
+    "digits": ("scikit-learn's digits, which need no download: minutes on two cores", DIGITS),
+    "repdistiller": ("240 epochs of SGD on CIFAR-100 with crops and flips: for a GPU", REPDISTILLER),
+}
+COLUMNS: Mapping[str, results.Column] = {
+    "parameters": results.count("parameters"),
+    "errors": results.score("errors"),
+    "accuracy %": results.score("accuracy", percent=True),
+    "agreement %": results.score("agreement", percent=True),
+    "ECE %": results.score("ece", percent=True),
     "t against scratch": lambda model: model.get("t"),
     "step cost": lambda model: f"{model['step_cost']:.2f}" if "step_cost" in model else None,
 }
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
-    """Refuses values that cannot be meant, before anything is trained or written."""
+    """Refuses options that do not fit the data, before anything is trained or written."""
     named = set(config.methods) <= set(METHODS) and len(set(config.methods)) == len(config.methods)
     config.need(
-        "methods", named and bool(config.methods),
-        f"name some of {', '.join(METHODS)}, each once, or all",
-    )  # fmt: skip
+        "methods", named and bool(config.methods), f"name some of {', '.join(METHODS)}, each once, or all"
+    )
     weights(config)
-    most = len(dataset.train.id)
-    config.need("examples", config.examples <= most, f"be at most {most}, or 0 for all")
-    config.fit(config.examples or most, "batch_size")
+    config.at_most(len(dataset.train.id), "examples")
+    config.at_most(config.examples or len(dataset.train.id), "batch_size")
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
 
 
 def weights(config: Config) -> dict[str, float]:
-    """Reads --weight, beside the preset's."""
-    result = dict(QUICK_WEIGHTS) if config.preset == "quick" else {}
+    """Reads the weights of the methods' losses."""
+    found = {name: method.weight for name, method in METHODS.items()}
     for entry in config.weight:
         name, _, value = entry.partition("=")
         try:
-            result[name] = float(value)
+            found[name] = float(value)
         except ValueError:
-            result[name] = -1.0
-        if name not in METHODS or not 0 <= result[name] < float("inf"):
+            found[name] = -1.0
+        if name not in METHODS or not 0 <= found[name] < float("inf"):
             raise ValueError(f"--weight must be such as at=300, of a method there is; got {entry!r}")
-    return result
+    return found
 
 
 def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
     """Builds the teacher or the student with the initial parameters of a seed."""
-    shape: Any = dataset.train.image.shape[1:]
     key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    return models.build(getattr(config, kind), shape, dataset.classes, key)
+    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key)
 
 
-def optimizer(
-    config: Config, learning_rate: float, epochs: int
-) -> Callable[[int], optax.GradientTransformation]:
-    """Makes the optimizer of the number of steps an epoch."""
-    if config.preset == "repdistiller":
-        return lambda steps: optax.chain(
-            optax.add_decayed_weights(5e-4), optax.sgd(in_steps(learning_rate, steps * epochs), momentum=0.9)
-        )
-    return training.adam(learning_rate, epochs)
+def optimizer(config: Config, learning_rate: float, epochs: int, steps: int) -> optax.GradientTransformation:
+    """Makes the optimizer for a number of epochs with a number of steps per epoch."""
+    if config.optimizer == "adam":
+        return adam(learning_rate, epochs, steps)
+    schedule = in_steps(learning_rate, epochs * steps)
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
 
 
 def in_steps(learning_rate: float, steps: int) -> optax.Schedule:
-    """RepDistiller's schedule: a tenth each time at 150, 180 and 210 of 240 epochs."""
+    """Makes RepDistiller's schedule: a tenth each time at 150, 180 and 210 of 240 epochs."""
     return optax.piecewise_constant_schedule(
         learning_rate, {steps * eighths // 8: 0.1 for eighths in (5, 6, 7)}
     )
 
 
 class Layers(NamedTuple):
-    """Which layers of the student learn from which of the teacher, and the models that give them."""
+    """The layers that are compared.
 
-    pairs: Mapping[str, list[tuple[str, str]]]  # for each of Method.layers
-    student: Callable[..., Any]
-    teacher: Callable[..., Any]
-    shapes: tuple[Mapping[str, Any], Mapping[str, Any]]  # student's and teacher's
+    Attributes:
+      pairs: for each kind of ``Method.layers``, the pairs (student's layer, teacher's layer).
+      shapes: name → shape of the layers of the student, and of the teacher.
+      teacher: the names of the teacher's layers that some method needs.
+    """
 
-
-def with_logits(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts the logits among the features of a captured ``apply_fn``."""
-
-    def apply(params, model_state, x, *, key=None):
-        (logits, features), model_state = apply_fn(params, model_state, x, key=key)
-        return (logits, {**features, "logits": logits}), model_state
-
-    return apply
+    pairs: Mapping[str, list[tuple[str, str]]]
+    shapes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    teacher: list[str]
 
 
 def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> Layers:
     """Pairs the layers of two models, and prints how."""
-    shapes = [features.layer_shapes(*model, image) for model in (student, teacher)]
+    shapes = [features.layer_shapes(model, image) for model in (student, teacher)]
     pairing = features.match_layers(*shapes)
-    print(f"\nLayers:\n{pairing}\n")
+    print(f"\nPairs of layers:\n{pairing}\n")
     maps = [pair for pair in pairing if len(shapes[0][pair[0]].shape) > 2] or list(pairing)
     vectors = [pair for pair in pairing if len(shapes[0][pair[0]].shape) == 2] or maps
-    pairs = {
-        "maps": maps, "map": maps[-1:], "vector": vectors[-1:], "logits": [("logits", "logits")],
-    }  # fmt: skip
-    names = [sorted({pair[side] for pair in maps + vectors}) for side in (0, 1)]
-    captured = [
-        with_logits(features.capture(model.apply_fn, names[side]))
-        for side, model in enumerate((student, teacher))
-    ]
-    shapes_of = [
-        jax.eval_shape(apply_fn, model.params, model.model_state, image)[0][1]
-        for apply_fn, model in zip(captured, (student, teacher), strict=True)
-    ]
-    return Layers(pairs, captured[0], captured[1], (shapes_of[0], shapes_of[1]))
+    pairs = {"maps": maps, "map": maps[-1:], "vector": vectors[-1:], "logits": [(OUTPUTS, OUTPUTS)]}
+    logits = [{OUTPUTS: jax.eval_shape(model, image)} for model in (student, teacher)]
+    names = sorted({name for _, name in maps + vectors})
+    return Layers(pairs, (shapes[0] | logits[0], shapes[1] | logits[1]), names)
 
 
-def label_all(layers: Layers, teacher: Trained, images: np.ndarray) -> dict[str, Any]:
-    """Computes the teacher's logits and features of all images, once."""
-    run = jax.jit(lambda variables, x: layers.teacher(*variables, training.prepare(x))[0][1])
-    parts = [run(teacher.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
-    features = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return {"logits": features["logits"], "features": features}
+def augmented(config: Config, *, online: bool) -> Callable[..., dict[str, Any]]:
+    """Makes the ``transform`` of an epoch: augments and prepares a batch, and labels it if ``online``.
 
+    The context is the teacher, None where it is not needed.
+    """
 
-def make_transform(config: Config, label: Callable[..., Any] | None = None) -> Callable[..., dict[str, Any]]:
-    """Augments and prepares a batch, and labels it online where there is a teacher."""
-
-    def transform(variables, batch, key):
+    def transform(teacher, batch, key):
         first, second = jax.random.split(key)
         image = data.random_shift(first, batch["image"], config.jitter)
         if config.flip:
             image = data.random_flip(second, image)
-        batch = {**batch, "image": training.prepare(image)}
-        return batch if label is None else label(variables, batch)
+        batch = {**batch, "image": prepare(image)}
+        return teachers.label(teacher, batch) if online else batch
 
     return transform
 
 
-def make_label(layers: Layers) -> Callable[..., Any]:
-    """Labels a batch with the teacher's logits and features."""
-
-    def label(variables, batch):
-        (logits, features), _ = layers.teacher(*variables, batch["image"])
-        return {**batch, "teacher": jax.lax.stop_gradient({"logits": logits, "features": features})}
-
-    return label
-
-
-class Job(NamedTuple):
-    """A student to train: its loss and what is trained beside it."""
-
-    loss_fn: train.LossFn
-    extra: Any
-
-
-def make_job(config: Config, name: str, model: models.Model, layers: Layers, seed: int) -> Job:
-    """Makes a method's loss."""
+def objective(
+    config: Config, name: str, student: models.Model, layers: Layers, seed: int
+) -> tuple[models.Model, train.LossFn]:
+    """Makes the loss of a method, and the student with the parameters that the loss trains beside it."""
+    if name == "scratch":
+        return student, train.supervised()
     method = METHODS[name]
-    part = method.part()
-    weight = weights(config).get(name, method.weight)
-    pairs = layers.pairs[method.layers]
-    loss_fn = train.distill_features(layers.student, [(weight, part)], pairs=pairs, hard_weight=method.hard)
-    params = train.init_learned(
-        jax.random.fold_in(jax.random.key(seed), 2),
-        model.params,
-        [(weight, part)],
-        pairs=pairs,
-        student_shapes=layers.shapes[0],
-        teacher_shapes=layers.shapes[1],
+    parts, pairs = [(weights(config)[name], method.part())], layers.pairs[method.layers]
+    attached = train.attach_learned(
+        jax.random.fold_in(jax.random.key(seed), 2), student, parts, pairs=pairs,
+        student_shapes=layers.shapes[0], teacher_shapes=layers.shapes[1],
+    )  # fmt: skip
+    return attached, train.distill_features(parts, pairs=pairs, hard_weight=method.hard)
+
+
+def train_model(
+    run: Run, name: str, seed: int, model: models.Model, loss_fn: train.LossFn, examples: Mapping[str, Any], *,
+    epochs: int, learning_rate: float, order: int, transform: Any, context: Any = None,
+) -> Trained:  # fmt: skip
+    """Trains one model, or takes it from the checkpoint of the run."""
+    config: Config = run.config
+    tx = optimizer(config, learning_rate, epochs, len(examples["label"]) // config.batch_size)
+    step = train.make_train_step(loss_fn, tx)  # (state, batch) -> (state, metrics)
+    epoch = train.make_epoch(step, transform=transform)  # many steps in one call
+    state = train.init_state(model, tx, run.key(seed, order))
+    done = run.fit(
+        name,
+        seed,
+        state,
+        epoch,
+        examples,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        order=order,
+        context=context,
     )
-    return Job(loss_fn, params["learned"])
+    learned = name in METHODS
+    return run.judge(train.detach_learned(done.model) if learned else done.model, done.history, done.seconds)
 
 
-def step_costs(jobs: Mapping[str, Job], model: models.Model, batch: Any) -> dict[str, float]:
-    """Times a step of each job, in turn, against that of "scratch": medians of ratios."""
+def step_costs(config: Config, layers: Layers, student: models.Model, batch: Any) -> dict[str, float]:
+    """Times a training step of each method, in turn, and divides by that of "scratch": medians of ratios."""
     calls = {}
-    for name, job in jobs.items():
-        params = {"student": model.params, "learned": job.extra}
-        params = model.params if job.extra is None else params
+    for name in ("scratch", *config.methods):
+        model, loss_fn = objective(config, name, student, layers, 0)
         tx = optax.sgd(1e-3)
-        state = train.init_state(params, tx, jax.random.key(0), model.model_state)
-        step = jax.jit(train.make_train_step(job.loss_fn, tx))
-        calls[name] = functools.partial(step, state, batch)
-    seconds = dict(zip(jobs, metrics.timings(list(calls.values()), repeats=45).T, strict=True))
-    return {name: float(np.median(seconds[name] / seconds["scratch"])) for name in jobs}
+        step = jax.jit(train.make_train_step(loss_fn, tx))
+        calls[name] = functools.partial(step, train.init_state(model, tx, jax.random.key(0)), batch)
+    seconds = dict(zip(calls, metrics.timings(list(calls.values()), repeats=45).T, strict=True))
+    return {name: float(np.median(seconds[name] / seconds["scratch"])) for name in calls}
 
 
 def main() -> None:
     """Runs the experiment."""
-    started = time.monotonic()
-    config, dataset = parse(Config, __doc__, DEFAULTS)
+    name, config = read(CONFIGS, __doc__, mnist_or_digits)
     if config.methods == ("all",):
-        config = dataclasses.replace(config, methods=tuple(METHODS))
-    check(config, dataset)
-    out = training.begin("kd_methods", config, dataset)
-    blank, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
-    examples = training.arrays(dataset.train)
-    few = {name: values[: config.examples or None] for name, values in examples.items()}
-    unit = training.work(blank, dataset) / training.work(student, dataset)
-    unit *= len(examples["label"]) / len(few["label"])
-    layers = choose_layers(student, blank, training.prepare(dataset.train.image[: config.batch_size]))
-    students = config.seeds * (1 + len(config.methods)) * config.epochs
-    progress = runs.Progress(config.teacher_epochs * unit + students)
-    place = training.Lab(dataset, out, progress, config.seeds, save_seconds=config.save_seconds)
-    teacher = place.train(
-        "teacher",
-        0,
-        blank,
-        train.supervised(blank.apply_fn),
-        examples,
-        epochs=config.teacher_epochs,
-        tx=optimizer(config, config.teacher_learning_rate, config.teacher_epochs),
-        batch_size=config.batch_size,
-        order_seed=10_000,
-        unit=unit,
-        transform=make_transform(config),
-    )
-    online = bool(config.jitter or config.flip)
-    labelled = few if online else few | {"teacher": label_all(layers, teacher, few["image"])}
-    label = make_label(layers)
+        config = replace(config, methods=tuple(METHODS))
+    run = Run.start("kd_methods", name, config, check)
+    examples = arrays(run.dataset.train)
+    few = {field: values[: config.examples] for field, values in examples.items()}
+
+    teacher = train_model(
+        run, "teacher", 0, build(config, run.dataset, "teacher", 0), train.supervised(), examples,
+        epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate, order=10_000,
+        transform=augmented(config, online=False),
+    )  # fmt: skip
+    student = build(config, run.dataset, "student", 0)
+    layers = choose_layers(student, teacher.model, prepare(examples["image"][: config.batch_size]))
+    captured = features.capture(
+        teacher.model, layers.teacher
+    )  # a teacher that also gives the values of its layers
+    online = bool(config.jitter or config.flip)  # else each image stays the same, and is labelled once
+    labelled = few
+    if not online:
+        logits, values = models.predict(captured, few["image"], prepare=prepare)
+        labelled = few | {"teacher": {"logits": logits, "features": values}}
 
     trained: list[dict[str, Trained]] = []
     for seed in range(config.seeds):
-        model = build(config, dataset, "student", seed)
-        jobs = {"scratch": Job(train.supervised(model.apply_fn), None)} | {
-            name: make_job(config, name, model, layers, seed) for name in config.methods
-        }
         trained.append({"teacher": teacher})
-        for name, job in jobs.items():
-            distilled = name != "scratch"
-            trained[-1][name] = place.train(
-                name,
-                seed,
-                model,
-                job.loss_fn,
-                labelled if distilled else few,
-                epochs=config.epochs,
-                tx=optimizer(config, config.learning_rate, config.epochs),
-                batch_size=config.batch_size,
-                order_seed=20_000 + seed,
-                unit=1.0,
-                transform=make_transform(config, label if distilled and online else None),
-                context=teacher.variables if distilled and online else None,
-                extra=job.extra,
-            )
-    progress.close()
+        student = build(config, run.dataset, "student", seed)
+        for method in ("scratch", *config.methods):
+            learns = method != "scratch"
+            model, loss_fn = objective(config, method, student, layers, seed)
+            trained[-1][method] = train_model(
+                run, method, seed, model, loss_fn, labelled if learns else few, epochs=config.epochs,
+                learning_rate=config.learning_rate, order=20_000 + seed,
+                transform=augmented(config, online=online and learns), context=captured if online and learns else None,
+            )  # fmt: skip
 
-    results = study.results(
-        "kd_methods",
-        dataset,
-        trained,
-        config=config,
-        seconds={"total": time.monotonic() - started},
-        prepare=training.prepare,
-    )
-    results["dataset"]["train"] = len(few["label"])
+    logits = run.test_logits(trained)
+    found = run.evaluate(trained, logits)
+    found["dataset"]["train"] = len(few["label"])
     batch = jax.tree.map(lambda x: jnp.asarray(x[: config.batch_size]), labelled)
-    batch = batch | {"image": training.prepare(batch["image"])}
-    costs = step_costs(jobs, model, label(teacher.variables, batch) if online else batch)
-    scratch = results["models"]["scratch"]["test"]["errors"]
-    for name in jobs:
-        entry = results["models"][name]
-        entry["step_cost"] = costs[name]
-        if name != "scratch" and config.seeds > 1:
-            t = report.paired(scratch, entry["test"]["errors"]).t
-            entry["t"] = f"{t:.1f}".replace("-", "−")
-    _files.write_json(out / "results.json", results)
-    errors = {name: results["models"][name]["test"]["errors"] for name in jobs}
-    pictures.comparison(out / "methods.png", errors, baseline="scratch")
-    drawn = {"Test errors of each method, a point a seed; bar: mean and its standard error": "methods.png"}
-    best = min(config.methods, key=lambda name: np.mean(results["models"][name]["validation"]["errors"]))
-    drawn |= study.draw(out, dataset, trained, ("teacher", "scratch", best))
-    notes = [
-        f"Of the methods {best} made the fewest errors on validation data. t: mean over seeds of the "
-        "difference to scratch over its standard error. Step cost: time of a training step over one "
-        "of plain training, with the teacher's outputs at hand."
-    ]
-    report.write_report(
-        out, results, drawn, notes, model=best,
-        method=best, columns=COLUMNS,
-    )  # fmt: skip
-    print(report.table(results, COLUMNS))
-    print()
-    print(report.summary(results, model=best, method=best))
-    print(f"Report with pictures: {out / 'report.md'}")
+    batch = batch | {"image": prepare(batch["image"])}
+    costs = step_costs(config, layers, student, teachers.label(captured, batch) if online else batch)
+    errors = {method: found["models"][method]["test"]["errors"] for method in costs}
+    for method, cost in costs.items():
+        found["models"][method]["step_cost"] = cost
+        if method != "scratch" and config.seeds > 2:
+            t = results.paired(errors["scratch"], errors[method]).t
+            found["models"][method]["t"] = f"{t:.1f}".replace("-", "−")
+    best = min(config.methods, key=lambda name: np.mean(found["models"][name]["validation"]["errors"]))
+    pictures.comparison(run.directory / "methods.png", errors, baseline="scratch")
+    drawn = {
+        "Test errors of each method. Dots: one per seed. Upright marks: means, with a line of one standard error to "
+        "each side. Grey: no clear difference from scratch, whose mean is the line across": "methods.png",
+        **results.draw(run.directory, run.dataset, trained, logits, ("teacher", "scratch", best)),
+    }
+    note = (
+        f"Of the methods, {best} made the fewest errors on validation data. t: the mean over seeds of the difference "
+        "from scratch, divided by its standard error. Step cost: the time of a training step divided by that of plain "
+        "training, where the teacher's outputs are at hand."
+    )
+    run.finish(
+        found, drawn, headline=results.summary(found, model=best, method=best), notes=[note], columns=COLUMNS
+    )
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    run_main(main)
