@@ -1,31 +1,42 @@
-"""The straight line between two networks trained from different starts, before and after alignment.
+"""Measures the loss on the straight line between two networks, before and after their units are aligned.
 
-Pairs of networks of one shape learn the same task, each from its own initial parameters and in its own
-order of examples. On the line between them the loss rises over a barrier; the units of the one are then
-put into the order in which its weights, or its activations, are nearest to the other's, and the line is
-walked again. BatchNorm's statistics are re-estimated at each point.
+For each seed the program trains two networks of one shape, from different initial parameters and in different orders of
+examples. On the straight line between their parameters the loss rises over a barrier. The program then reorders the
+units of the second network so that their weights, or their activations, are nearest to the first network's, and walks
+along the line again. BatchNorm's statistics are estimated anew at each point of the line.
 
-    python experiments/barrier_mnist.py            # minutes on a laptop
+    python experiments/barrier_mnist.py                    # mnist where it can be had, else digits
+    python experiments/barrier_mnist.py digits             # two minutes, no download
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from harness import pictures, report, runs, study  # fmt: skip
-from harness.options import Count, Options, Positive, parse
-from harness.study import Trained
-from harness.training import Lab, adam, arrays, begin, prepare, work
+from harness import (
+    Count,
+    Options,
+    Positive,
+    Run,
+    Trained,
+    adam,
+    arrays,
+    mnist_or_digits,
+    pictures,
+    plain,
+    prepare,
+    read,
+    results,
+    run_main,
+)
+from harness.runs import file_name
 
-from distill_jax import _files, data, models, train, weights
+from distill_jax import data, models, train, weights
 from distill_jax.compress import units
 
 WAYS = ("as trained", "aligned by weights", "aligned by activations")
@@ -33,193 +44,149 @@ WAYS = ("as trained", "aligned by weights", "aligned by activations")
 
 @dataclass(frozen=True)
 class Config(Options):
-    """Options. The defaults shown are those of MNIST."""
+    """The options of the experiment."""
 
-    seeds: Count = 3
-    """how many pairs of each network"""
-    models: tuple[str, ...] = ("mlp:512,512,512", "convnet:16,32")
-    """such as mlp:512 or convnet:16,32 (that with BatchNorm)"""
-    epochs: Count = 8
-    """of all networks"""
-    learning_rate: Positive = 1e-3
-    """at its highest: a rise over one epoch, then a cosine to 0 (Adam)"""
-    batch_size: Count = 128
-    """examples a step"""
-    points: int = 11
-    """on the line, its ends included"""
-    examples: Count = 500
-    """training images on which activations are compared and BatchNorm's statistics estimated"""
-    check: bool = False
-    """exit 1 unless alignment by weights takes at least 60 % off the first model's barrier"""
+    networks: tuple[str, ...] = ("mlp:512,512,512", "convnet:16,32")
+    """the networks, such as mlp:512 or convnet:16,32; a convnet has BatchNorm"""
+    epochs: Count = 8  # number of epochs to train each network
+    learning_rate: Positive = 1e-3  # highest learning rate (Adam, cosine schedule)
+    batch_size: Count = 128  # number of examples per step
+    points: Count = 11  # number of points on the line, with its two ends
+    examples: Count = (
+        500  # number of training images to compare activations and estimate BatchNorm's statistics on
+    )
+    check: bool = False  # exit with status 1 unless alignment by weights lowers the first barrier by 60 %
 
 
-DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {("", True): {"epochs": 60, "batch_size": 32}}
+MNIST = Config(dataset="mnist", seeds=3)
+DIGITS = Config(dataset="digits", seeds=3, epochs=60, batch_size=32)
+CONFIGS = {
+    "mnist": ("MNIST: minutes on two cores", MNIST),
+    "digits": ("scikit-learn's digits, which need no download: two minutes", DIGITS),
+}
+COLUMNS: Mapping[str, results.Column] = {
+    "barrier, nats": lambda model: results.mean_sd(model["barrier"]) if "barrier" in model else None,
+    "errors": results.score("errors"),
+    "NLL": results.score("nll"),
+}
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
-    """Refuses values that cannot be meant, before anything is trained or written."""
-    config.fit(len(dataset.train.id), "batch_size", "examples")
+    """Refuses options that do not fit the data, before anything is trained or written."""
+    config.at_most(len(dataset.train.id), "batch_size", "examples")
     config.need("points", config.points >= 3, "be at least 3")
-    config.need("points", config.points % 2 == 1, "be odd, to have one in the middle")
-    different = len(set(config.models)) == len(config.models) > 0
-    config.need("models", different, "be at least one, and different")
-    for description in config.models:
+    config.need("points", config.points % 2 == 1, "be odd, so that one point is in the middle")
+    different = len(set(config.networks)) == len(config.networks) > 0
+    config.need("networks", different, "name at least one network, each once")
+    for description in config.networks:
         build(description, dataset, 0)
 
 
 def build(description: str, dataset: data.Dataset, seed: int) -> models.Model:
-    """Builds a network."""
-    options = {"batch_norm": True} if description.startswith("convnet") else {}
-    shape: Any = dataset.train.image.shape[1:]
-    return models.build(description, shape, dataset.classes, jax.random.key(seed), **options)
+    """Builds a network; a convnet with BatchNorm."""
+    options = {"batch_norm": True} if description.partition(":")[0] == "convnet" else {}
+    return models.build(description, dataset.image_shape, dataset.classes, jax.random.key(seed), **options)
 
 
-def train_pair(config: Config, lab: Lab, description: str, seed: int, unit: float) -> list[Trained]:
-    """Two networks, from starts and in orders of their own."""
-    pair = []
-    for i in (0, 1):
-        model = build(description, lab.dataset, 2 * seed + i)
-        name = re.sub(r"\W+", "-", description)
-        pair.append(
-            lab.train(
-                f"{name}-{i}",
-                seed,
-                model,
-                train.supervised(model.apply_fn),
-                arrays(lab.dataset.train),
-                epochs=config.epochs,
-                tx=adam(config.learning_rate, config.epochs),
-                batch_size=config.batch_size,
-                order_seed=2 * seed + i,
-                unit=unit,
-            )
-        )
-    return pair
+def train_network(config: Config, run: Run, description: str, seed: int, number: int) -> Trained:
+    """Trains the first (number 0) or the second network (1) of a pair, or takes it from the checkpoint of the run."""
+    own = 2 * seed + number  # initial parameters and an order of examples of its own
+    model = build(description, run.dataset, own)
+    examples = arrays(run.dataset.train)
+    tx = adam(config.learning_rate, config.epochs, len(examples["label"]) // config.batch_size)
+    step = train.make_train_step(train.supervised(), tx)  # (state, batch) -> (state, metrics)
+    epoch = train.make_epoch(step, transform=plain)  # many steps in one call
+    state = train.init_state(model, tx, run.key(seed, own))
+    name = f"{description}, network {number + 1}"
+    done = run.fit(
+        name, seed, state, epoch, examples, epochs=config.epochs, batch_size=config.batch_size, order=own
+    )
+    return run.judge(done.model, done.history, done.seconds)
 
 
-def aligned(config: Config, lab: Lab, pair: list[Trained]) -> dict[str, tuple[Any, Any]]:
-    """The second network as it is, and in the orders of units that suit the first."""
-    first, second = ({"params": p, "state": s} for p, s in (each.variables for each in pair))
-    image = prepare(lab.dataset.train.image[: config.examples])
-
-    def traced(x):
-        return units.trace(lambda p, x: pair[0].apply_fn(p["params"], p["state"], x)[0], first, x)
-
-    graph = traced(image[:1])
-    by_weights = units.match_weights(graph, second["params"], first["params"])
-    by_activations = units.match_activations(traced(image), second, first, image)
-    found = {}
-    for name, orders in zip(WAYS, ({}, by_weights, by_activations), strict=True):
-        tree = units.permute(graph, second, orders)
-        found[name] = tree["params"], tree["state"]
-    return found
+def align(first: models.Model, second: models.Model, images: Any) -> dict[str, models.Model]:
+    """Returns the second network as it is, and with its units in the orders that suit the first network."""
+    graph = units.trace(first, images[:1])
+    whole = units.trace(first, images)  # the same units, for as many examples as are compared
+    orders: tuple[Any, ...] = (
+        {}, units.match_weights(graph, second, first), units.match_activations(whole, second, first, images)
+    )  # fmt: skip
+    return {way: units.permute(graph, second, order) for way, order in zip(WAYS, orders, strict=True)}
 
 
-def walk(config: Config, lab: Lab, pair: list[Trained]) -> tuple[dict[str, list[float]], Any]:
-    """The line, each way: validation losses in nats, and the network in its middle."""
-    apply_fn, start = pair[0].apply_fn, pair[0].variables
-    validate = train.make_validation(apply_fn, arrays(lab.dataset.validation), prepare=prepare)
-    batches = [{"image": prepare(lab.dataset.train.image[: config.examples])}]
-    refresh = functools.partial(weights.recalibrate, apply_fn, batches=batches)
-    if not jax.tree.leaves(start[1]):
-        refresh = None  # type: ignore[assignment]
+def walk(
+    config: Config, run: Run, first: models.Model, second: models.Model
+) -> tuple[dict[str, list[float]], dict[str, Trained]]:
+    """Walks from the first network to the second in each way.
+
+    Returns:
+      The validation losses in nats, one per point, and the network in the middle of the line.
+    """
+    images = prepare(run.dataset.train.image[: config.examples])
+    validate = train.make_validation(arrays(run.dataset.validation), prepare=prepare)
+    refresh = functools.partial(weights.recalibrate, batches=[{"image": images}])
     losses, middles = {}, {}
-    ts = np.linspace(0, 1, config.points)
-    for name, end in aligned(config, lab, pair).items():
-        figures = weights.along(validate, start, end, ts, refresh=refresh)
-        losses[name] = [figure["validation_nll"] for figure in figures]
-        params, state = weights.lerp(start, end, 0.5)
-        state = refresh(params, state) if refresh else state
-        middles[name] = lab.judge(apply_fn, (params, state), {}, 0.0)
+    for way, end in align(first, second, images).items():
+        points = weights.along(validate, first, end, np.linspace(0, 1, config.points), refresh=refresh)
+        losses[way] = [point["validation_nll"] for point in points]
+        middles[way] = run.judge(refresh(weights.lerp(first, end, 0.5)))
     return losses, middles
 
 
-def verdict(barriers: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
-    """A sentence for each network."""
-    texts = []
-    for description, ways in barriers.items():
-        before = np.mean(ways[WAYS[0]])
-        parts = [
-            f"{report.mean_sd(ways[name])} {name} ({100 * (np.mean(ways[name]) / before - 1):+.0f} %)"
-            for name in WAYS[1:]
-        ]
-        texts.append(
-            f"{description}: the barrier of the validation loss, nats, is "
-            f"{report.mean_sd(ways[WAYS[0]])} {WAYS[0]}, {', '.join(parts)}.".replace("-", "−")
-        )
-    return texts
+def verdict(description: str, barriers: Mapping[str, list[float]]) -> str:
+    """Says in one sentence how high the barrier of a network is in each way."""
+    before, *after = (np.mean(barriers[way]) for way in WAYS)
+    parts = [
+        f"{results.mean_sd(barriers[way])} {way} ({100 * (mean / before - 1):+.0f} %)"
+        for way, mean in zip(WAYS[1:], after, strict=True)
+    ]
+    return (
+        f"{description}: the barrier of the validation loss is {results.mean_sd(barriers[WAYS[0]])} nats "
+        f"{WAYS[0]}, {', '.join(parts)}."
+    ).replace("-", "−")
 
 
 def main() -> int:
     """Runs the experiment; returns the exit status."""
-    started = time.monotonic()
-    config, dataset = parse(Config, __doc__, DEFAULTS)
-    check(config, dataset)
-    out = begin("barrier_mnist", config, dataset)
-    # The unit of work is an epoch of the first network
-    works = [work(build(name, dataset, 0), dataset) for name in config.models]
-    total = 2 * config.seeds * config.epochs * sum(works) / works[0]
-    lab = Lab(dataset, out, runs.Progress(total), config.seeds, save_seconds=config.save_seconds)
+    name, config = read(CONFIGS, __doc__, mnist_or_digits)
+    run = Run.start("barrier_mnist", name, config, check)
     trained: list[dict[str, Trained]] = [{} for _ in range(config.seeds)]
-    lines: dict[str, dict[str, list[list[float]]]] = {}
     ts = np.linspace(0, 1, config.points)
-    for description, cost in zip(config.models, works, strict=True):
-        lines[description] = {name: [] for name in WAYS}
+    barriers: dict[str, dict[str, list[float]]] = {}
+    lines: dict[str, dict[str, list[list[float]]]] = {}
+    for description in config.networks:
+        lines[description] = {way: [] for way in WAYS}
         for seed in range(config.seeds):
-            pair = train_pair(config, lab, description, seed, cost / works[0])
-            losses, middles = walk(config, lab, pair)
+            pair = [train_network(config, run, description, seed, number) for number in (0, 1)]
+            losses, middles = walk(config, run, pair[0].model, pair[1].model)
             trained[seed][description] = pair[0]
-            for name in WAYS:
-                lines[description][name].append(losses[name])
-                trained[seed][f"{description}, midpoint, {name}"] = middles[name]
-    lab.progress.close()
+            for way in WAYS:
+                lines[description][way].append(losses[way])
+                trained[seed][f"{description}, midpoint, {way}"] = middles[way]
+        barriers[description] = {
+            way: [weights.barrier(ts, np.asarray(row)) for row in rows]
+            for way, rows in lines[description].items()
+        }
 
-    barriers = {
-        description: {name: [weights.barrier(ts, row) for row in rows] for name, rows in ways.items()}
-        for description, ways in lines.items()
-    }
-    results = study.results(
-        "barrier_mnist",
-        dataset,
-        trained,
-        config=config,
-        seconds={"total": time.monotonic() - started},
-        prepare=prepare,
-        reference=config.models[0],
-    )
-    results |= {"barriers": barriers, "line": {"t": ts.tolist(), **lines}}
-    for description in config.models:
-        for name, values in barriers[description].items():
-            results["models"][f"{description}, midpoint, {name}"]["barrier"] = values
-    _files.write_json(out / "results.json", _files.plain(results, "results"))
+    found = run.evaluate(trained, run.test_logits(trained), reference=config.networks[0])
+    found |= {"barriers": barriers, "line": {"t": ts.tolist(), **lines}}
     drawn = {}
-    for description, ways in lines.items():
-        picture = f"line-{re.sub(r'[^a-z0-9]+', '-', description)}.png"
-        series = {name: np.asarray(rows) for name, rows in ways.items()}
-        pictures.curves(out / picture, ts, series, xlabel="one → the other", ylabel="validation loss, nats")
-        drawn[f"Validation loss on the straight line between two networks {description}"] = picture
-    columns = {
-        "barrier, nats": lambda model: report.mean_sd(model["barrier"]) if "barrier" in model else None,
-        "errors": report.score("errors"),
-        "NLL": report.score("nll"),
-    }
-    sentences = verdict(barriers)
-    ends = [f"{config.models[0]}, midpoint, {name}" for name in WAYS]
-    report.write_report(
-        out, results, drawn, sentences, columns=columns,
-        baseline=ends[0], model=ends[1], method="Alignment of units before averaging",
-    )  # fmt: skip
-    print()
-    print(report.table(results, columns))
-    print()
-    print("\n".join(sentences))
-    print(f"Report with pictures: {out / 'report.md'}")
-    before, after = (np.mean(barriers[config.models[0]][name]) for name in WAYS[:2])
-    if config.check and after > 0.4 * before:
-        print("check failed: alignment takes less than 60 % off the barrier", file=sys.stderr)
-        return 1
-    return 0
+    spread = f"mean and standard deviation over {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    for description in config.networks:
+        for way, values in barriers[description].items():
+            found["models"][f"{description}, midpoint, {way}"]["barrier"] = values
+        file = f"line-{file_name(description)}.png"
+        series = {way: np.asarray(rows) for way, rows in lines[description].items()}
+        pictures.curves(
+            run.directory / file, ts, series, xlabel="first network → second network",
+            ylabel="validation loss, nats",
+        )  # fmt: skip
+        drawn[f"Validation loss on the straight line between two networks {description}: {spread}"] = file
+    sentences = [verdict(description, barriers[description]) for description in config.networks]
+    run.finish(found, drawn, headline=sentences[0], notes=sentences[1:], columns=COLUMNS)
+    before, after, _ = (np.mean(barriers[config.networks[0]][way]) for way in WAYS)
+    return run.check(bool(after <= 0.4 * before), "alignment by weights lowers the barrier by less than 60 %")
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    run_main(main)

@@ -257,11 +257,9 @@ def main() -> None:
     )  # fmt: skip
     student = build(config, run.dataset, "student", 0)
     layers = choose_layers(student, teacher.model, prepare(examples["image"][: config.batch_size]))
-    captured = features.capture(
-        teacher.model, layers.teacher
-    )  # a teacher that also gives the values of its layers
+    captured = features.capture(teacher.model, layers.teacher)  # also returns the values of its layers
     online = bool(config.jitter or config.flip)  # else each image stays the same, and is labelled once
-    labelled = few
+    labelled: dict[str, Any] = few
     if not online:
         logits, values = models.predict(captured, few["image"], prepare=prepare)
         labelled = few | {"teacher": {"logits": logits, "features": values}}

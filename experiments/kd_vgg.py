@@ -133,8 +133,8 @@ def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data or each other, before anything is trained or written."""
     config.at_most(len(dataset.train.id), "batch_size", "teacher_batch_size")
     config.need("sparsity", config.sparsity < 1, "lie in [0, 1)")
-    if config.pattern:
-        kept, group = pattern(config)
+    if numbers := pattern(config):
+        kept, group = numbers
         expected = f"be two numbers such as 2:4, the first one smaller, of sparsity {config.sparsity:g}"
         config.need("pattern", kept < group and abs(1 - kept / group - config.sparsity) < 1e-6, expected)
     begins_first = config.prune_begin < config.prune_end
