@@ -14,11 +14,11 @@ from harness.experiment import (
     prepare,
     progress,
 )
-from harness.options import Amount, Count, Dropout, Options, Positive, Share, Whole, read
+from harness.options import Amount, Count, Dropout, Options, Positive, RunOptions, Share, Whole, read
 from harness.runs import run_main
 
 __all__ = [
-    "Amount", "Count", "Dropout", "Options", "Positive", "Run", "Share", "Trained", "Whole", "adam", "arrays",
-    "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress", "read",
-    "run_main",
+    "Amount", "Count", "Dropout", "Options", "Positive", "Run", "RunOptions", "Share", "Trained", "Whole", "adam",
+    "arrays", "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress",
+    "read", "run_main",
 ]  # fmt: skip

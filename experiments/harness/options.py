@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_
 
 import tyro
 
-C = TypeVar("C", bound="Options")
+C = TypeVar("C", bound="RunOptions")
 
 
 class Allowed(NamedTuple):
@@ -34,8 +34,8 @@ Dropout = Annotated[float, Allowed("lie in [0, 1)", lambda v: 0 <= v < 1)]
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of every experiment: its data, the number of repetitions, the run's directory.
+class RunOptions:
+    """The options of every run: its directory and its checkpoints.
 
     An experiment's own options are fields of a subclass. Values of the types of this module (``Count``,
     ``Share`` and so on, also in a tuple or beside None) are checked when they are read.
@@ -44,15 +44,6 @@ class Options:
       PRACTICAL: options that change where and how a run works, but not its results.
     """
 
-    dataset: str = "mnist"
-    """data set: digits, mnist, fashion_mnist, kmnist, another image classification data set of TensorFlow Datasets,
-    or the path of an .npz file with x_train, y_train, x_test and y_test"""
-    data_dir: Path | None = None
-    """directory of the data, prepared by TensorFlow Datasets or as IDX files (default: TFDS_DATA_DIR)"""
-    validation: Count | None = None
-    """number of training examples held out for validation (default: chosen by the data set)"""
-    seeds: Count = 5
-    """number of repetitions, each with its own initial parameters and order of examples"""
     out: Path | None = None
     """directory of the run (default: a directory under runs/, named after the options)"""
     restart: bool = False
@@ -112,6 +103,21 @@ class Options:
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             for rule in _rules(hint):
                 self.need(name, all(map(rule.test, values)), rule.words)
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """The options of every experiment on a data set: also the data and the number of repetitions."""
+
+    dataset: str = "mnist"
+    """data set: digits, mnist, fashion_mnist, kmnist, another image classification data set of TensorFlow Datasets,
+    or the path of an .npz file with x_train, y_train, x_test and y_test"""
+    data_dir: Path | None = None
+    """directory of the data, prepared by TensorFlow Datasets or as IDX files (default: TFDS_DATA_DIR)"""
+    validation: Count | None = None
+    """number of training examples held out for validation (default: chosen by the data set)"""
+    seeds: Count = 5
+    """number of repetitions, each with its own initial parameters and order of examples"""
 
 
 def _rules(hint: Any) -> list[Allowed]:

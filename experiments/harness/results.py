@@ -151,7 +151,7 @@ def score(name: str, *, percent: bool = False) -> Column:
     """Makes the column of a test figure, formatted by :func:`mean_sd`."""
 
     def cell(model):
-        values = model["test"].get(name)
+        values = model.get("test", {}).get(name)
         return None if values is None or None in values else mean_sd(values, percent=percent)
 
     return cell
@@ -247,17 +247,22 @@ def write_report(
         raise ValueError(f"no picture {missing[0]!r} in {directory}: draw it first")
     about, seconds = results["dataset"], results["seconds"]
     sizes = [f"{about[part]:,} {part}" for part in ("train", "validation", "test") if part in about]
-    seeds = max(len(model["test"]["errors"]) for model in results["models"].values())
+    seeds = max(
+        len(model["test"]["errors"]) if "test" in model else 0 for model in results["models"].values()
+    )
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     times = [f"{k} {mean_sd(np.ravel(v).tolist())}" for k, v in seconds.items()]
-    sections = [
-        f"# {results['experiment']} on {about['name']}",
-        f"**{headline}**",
-        table(results, columns),
+    figures = [
         table(results, FURTHER_COLUMNS),
         f"Test set, {spread}. Precision, recall and F1: mean over classes. ECE: bins of equal mass. "
         "Agreement: how often the class is the teacher's. NLL and KL: nats. Time: median of a call "
         "at batch 1 and 256, ms. FLOPs: of one example.",
+    ]
+    sections = [
+        f"# {results['experiment']} on {about['name']}",
+        f"**{headline}**",
+        table(results, columns),
+        *(figures if seeds else []),
         *notes,
         f"Data: {about['name']}, {about['source']}; {', '.join(sizes)} examples.",
         *(f"![{title}]({quote(file)})\n\n*{title}.*" for title, file in drawn.items()),
