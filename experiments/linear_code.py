@@ -5,8 +5,8 @@ y. For every width of the code the least possible error is known (reduced-rank r
 three stages, first the encoder, then the decoder, then both, and the program reports by how much the trained pair
 exceeds the optimum.
 
-    python experiments/codes_linear.py                     # a map of 64 to 32 numbers: minutes
-    python experiments/codes_linear.py line                # y = wx + b: seconds
+    python experiments/linear_code.py                      # a map of 64 to 32 numbers: minutes
+    python experiments/linear_code.py line                 # y = wx + b: seconds
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def main() -> int:
     name, config = read(CONFIGS, __doc__, "matrix")
     check(config)
     params, dataset = draw_map(config)
-    run = Run.start("codes_linear", name, config, dataset=dataset)
+    run = Run.start("linear_code", name, config, dataset=dataset)
     frame = linear_codes.coordinates(dataset.train.image, dataset.train.label)
     roots = {s: linear_codes.root(getattr(dataset, s).image, centre=True) for s in ("train", "test")}
     best = {split: linear_codes.optimum(params["kernel"], root) for split, root in roots.items()}
@@ -161,7 +161,7 @@ def main() -> int:
         drawn[caption] = "widths.png"
     worst = max(row["excess"] for row in rows.values())
     headline = (
-        f"Trained in three stages, all codes are within {100 * worst:.2g} % of the optimum (in per cent of the variance "
+        f"Trained in three stages, all codes are within {100 * worst:.2g} % of the optimum (per cent of the variance "
         f"of the outputs); number of widths: {len(rows)}."
     )
     notes = [
