@@ -150,7 +150,8 @@ def train_original(config: Config, run: Run, seed: int) -> Trained:
     epoch = train.make_epoch(step, transform=jittered(config.jitter))  # many steps in one call
     state = train.init_state(model, tx, run.key(seed, order))
     done = run.fit(
-        "original", seed, state, epoch, examples, epochs=config.original_epochs, batch_size=config.batch_size, order=order
+        "original", seed, state, epoch, examples, epochs=config.original_epochs, batch_size=config.batch_size,
+        order=order,
     )  # fmt: skip
     return run.judge(done.model, done.history, done.seconds)
 

@@ -9,7 +9,7 @@ import pytest
 EXPERIMENT = barrier_mnist
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "1", "--models", "mlp:32", "convnet:4", "--epochs", "20"),
+    *("digits", "--seeds", "1", "--networks", "mlp:32", "convnet:4", "--epochs", "20"),
     *("--points", "3", "--save-seconds", "0", "--examples", "200", "--batch-size", "50"),
 ]
 
@@ -39,8 +39,8 @@ def test_a_whole_run(tmp_path, run):
         ("--examples 0", "--examples must be at least 1, got 0"),
         ("--batch-size 5000", "--batch-size must be at most the number of training examples"),
         ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
-        ("--models mlp:8 mlp:8", "--models must be at least one, and different"),
-        ("--models mlp:x", "a model is described by"),
+        ("--networks mlp:8 mlp:8", "--networks must name at least one network, each once, got mlp:8 mlp:8"),
+        ("--networks mlp:x", "a model is described by"),
     ],
 )
 def test_bad_options(arguments, message, tmp_path, run):

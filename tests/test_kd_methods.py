@@ -9,8 +9,8 @@ import pytest
 EXPERIMENT = kd_methods
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "2", "--teacher", "convnet:4,8", "--student", "convnet:2,4"),
-    *("--examples", "200", "--teacher-epochs", "2", "--epochs", "2", "--save-seconds", "0"),
+    *("digits", "--seeds", "3", "--teacher", "convnet:4,8", "--student"),
+    *("convnet:2,4", "--examples", "200", "--teacher-epochs", "2", "--epochs", "2", "--save-seconds", "0"),
 ]
 METHODS = ("dkd", "fitnet", "rkd")  # logits and labels, a learned part, relations
 
@@ -33,7 +33,7 @@ def test_a_whole_run_and_its_resume(tmp_path, monkeypatch, run):
     assert all(f"| {name} " in report for name in METHODS)
 
     shutil.rmtree(out / "seed1" / "fitnet")
-    monkeypatch.setattr(kd_methods.study, "draw", lambda *arguments: {})
+    monkeypatch.setattr(kd_methods.results, "draw", lambda *arguments: {})
     assert run(*arguments)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     assert all(again[name]["test"] == models[name]["test"] for name in models)
@@ -51,7 +51,10 @@ OPTIONS = {
     "malformed weight": ("--weight at:3", "--weight must be such as at=300"),
     "weight of no method": ("--weight nope=3", "of a method there is; got 'nope=3'"),
     "negative weight": ("--weight at=-1", "got 'at=-1'"),
-    "more examples than there are": ("--examples 9999", "--examples must be at most 1081, or 0 for all"),
+    "more examples than there are": (
+        "--examples 9999",
+        "number of training examples, 1081, got 9999",
+    ),
     "batch larger than the data": ("--batch-size 400", "number of training examples, 200, got 400"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative, got -1"),
     "rate of zero": ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),

@@ -1,4 +1,4 @@
-"""System S2 whole: a small run, its sparsity, a resume, and what it says to bad input."""
+"""Pruning during distillation: a small run, its sparsity, a resume, and what it says to bad input."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import pytest
 EXPERIMENT = kd_vgg
 
 SMALL = [
-    *("--dataset", "digits", "--seeds", "1", "--teacher", "mlp:16", "--student", "mlp:16"),
+    *("digits", "--seeds", "1", "--teacher", "mlp:16", "--student", "mlp:16"),
     *("--train-examples", "320", "--teacher-epochs", "2", "--epochs", "6", "--save-seconds", "0"),
     *("--fine-tune-epochs", "2", "--prune-every", "3"),
 ]
@@ -38,12 +38,13 @@ def test_a_whole_run_and_its_resume(tmp_path, monkeypatch, run):
         assert limit - 26 <= model["nonzero"] <= limit
         assert {"accuracy", "precision"} <= model["test"].keys()
     assert models["sparse"]["test"] != models["distilled"]["test"]
-    assert "Without 80 % of its weights" in printed
+    assert "Pruning during distillation: without 80 % of its weights" in printed
+    assert "Distillation with fine-tuning" in printed
     assert printed.strip().splitlines()[-2] in (out / "report.md").read_text()
 
     # As if killed before fine-tuning, which must find the masks in the checkpoint
     shutil.rmtree(out / "seed0" / "sparse-fine-tuned")
-    monkeypatch.setattr(kd_vgg.study, "draw", lambda *arguments: {})
+    monkeypatch.setattr(kd_vgg.results, "draw", lambda *arguments: {})
     assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     for name in models:
@@ -62,11 +63,14 @@ def test_the_verdict():
 
 
 OPTIONS = {
-    "sparsity of one": ("--sparsity 1", "final must be a fraction in [0, 1), got 1.0"),
+    "sparsity of one": ("--sparsity 1", "--sparsity must lie in [0, 1), got 1.0"),
     "unknown score": ("--score size", "score"),
-    "malformed pattern": ("--pattern 2-4", "--pattern must be two numbers such as 2:4, got '2-4'"),
-    "pattern and sparsity": ("--pattern 2:4", "pattern 2:4 is a sparsity of 0.5"),
-    "unknown leaf": ("--dense-leaves tail", "'tail' is found in no path"),
+    "malformed pattern": ("--pattern 2-4", "--pattern must be two numbers such as 2:4, got 2-4"),
+    "pattern and sparsity": ("--pattern 2:4", "the first one smaller, of sparsity 0.8, got 2:4"),
+    "pattern that removes nothing": ("--pattern 4:2 --sparsity 0.5", "the first one smaller"),
+    "pattern that does not divide": ("--pattern 2:5 --sparsity 0.6", "must be a multiple of pattern's M=5"),
+    "unknown leaf": ("--dense-leaves head tail", "--dense-leaves must each be found in some path of"),
+    "malformed leaf": ("--dense-leaves (", "--dense-leaves must be regular expressions, such as head, got ("),
     "pruning ends before it begins": (
         "--prune-begin 0.7",
         "--prune-begin must be less than --prune-end, 0.6, got 0.7",
@@ -90,6 +94,7 @@ def test_bad_options(name, tmp_path, run):
     status, _, error = run("--out", out, *arguments.split())
     assert status == 2
     assert message in error
+    assert name == "unknown score" or len(error.strip().splitlines()) == 1
     assert not out.exists()
 
 
@@ -97,7 +102,7 @@ def test_after_the_schedule_the_sparsity_is_reached_whatever_the_length():
     """Fractions of the run become steps that the run makes."""
     for epochs, examples, begin, end in [(1, 128, 0.0, 1.0), (3, 200, 0.1, 0.6), (2, 64, 0.5, 1.0)]:
         config = kd_vgg.Config(epochs=epochs, prune_begin=begin, prune_end=end, batch_size=64)
-        tx = kd_vgg.pruner(config, examples, optax.sgd(0.1))
+        tx = kd_vgg.pruning(config, optax.sgd(0.1), kd_vgg.schedule(config, examples))
         params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(10, 10)))}
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(epochs * (examples // 64)):
