@@ -297,9 +297,9 @@ def main() -> None:
         **results.draw(run.directory, run.dataset, trained, logits, ("teacher", "scratch", best)),
     }
     note = (
-        f"Of the methods, {best} made the fewest errors on validation data. t: the mean over seeds of the difference "
-        "from scratch, divided by its standard error. Step cost: the time of a training step divided by that of plain "
-        "training, where the teacher's outputs are at hand."
+        f"Of the methods, {best} made the fewest errors on validation data. t (from three seeds on): the mean over "
+        "seeds of the difference from scratch, divided by its standard error. Step cost: the time of a training step "
+        "divided by that of plain training, where the teacher's outputs are at hand."
     )
     run.finish(
         found, drawn, headline=results.summary(found, model=best, method=best), notes=[note], columns=COLUMNS

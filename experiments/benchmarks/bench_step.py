@@ -1,15 +1,16 @@
-"""The cost of a training step: plain, distilled from stored labels, distilled online.
+"""Measures the cost of a training step: plain, distilled from stored labels, distilled online.
 
-All variants of a pair are timed in turn, round after round, in one process: the machine's drift hits
-them alike, and the ratios, taken round by round, hold.
+All variants of a pair of networks are timed in turn, round after round, in one process. So what else the machine does
+falls on all of them, and ratios that are taken round by round hold.
 
-    python experiments/bench_step.py
-    python experiments/bench_step.py --peer torch --out bench.json    # where PyTorch is installed
+    python experiments/benchmarks/bench_step.py
+    python experiments/benchmarks/bench_step.py --peer torch --out bench.json    # where PyTorch is installed
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from harness import runs
 
 from distill_jax import _files, models, teachers, train
 
@@ -33,20 +33,15 @@ VARIANTS = ("plain", "stored", "online", "teacher forward")
 
 @dataclass(frozen=True)
 class Config:
-    """Options."""
+    """The options of the benchmark."""
 
     pair: Literal["mlp", "convnet", "both"] = "both"
-    """which networks: 1200-1200 and 800-800, or convnets of 32-64 and 8-16 channels"""
-    batch_size: int = 128
-    """examples a step"""
-    steps: int = 40
-    """steps in one timing"""
-    rounds: int = 9
-    """timings of each variant"""
-    peer: Literal["none", "torch"] = "none"
-    """also time the same steps in PyTorch, eager and compiled"""
-    out: Path | None = None
-    """a JSON file for the figures"""
+    """which teacher and student: MLPs of 1200-1200 and 800-800 units, convnets of 32-64 and 8-16 channels, or both"""
+    batch_size: int = 128  # number of examples per step
+    steps: int = 40  # number of steps in one timing
+    rounds: int = 9  # number of timings of each variant
+    peer: Literal["none", "torch"] = "none"  # also time the same steps in PyTorch, eager and compiled
+    out: Path | None = None  # JSON file for the figures
 
 
 def make_arrays() -> dict[str, np.ndarray]:
@@ -66,14 +61,10 @@ def jax_variants(pair: str, order: np.ndarray) -> dict[str, Callable[[], Any]]:
     )
     arrays = jax.tree.map(jnp.asarray, make_arrays())
     tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    label = teachers.make_label(teacher.apply_fn)
-    variables = (teacher.params, teacher.model_state)
-    soft = train.distill(student.apply_fn, temperature=4.0, alpha=0.0)
-    hard = train.supervised(student.apply_fn)
+    soft = train.distill(temperature=4.0, alpha=0.0)
 
-    def steps_of(loss_fn, transform=None, context=None):
-        epoch = train.make_epoch(train.make_train_step(loss_fn, tx), transform=transform)
-        state = train.init_state(student.params, tx, jax.random.key(0), student.model_state)
+    def steps_of(step, state, transform=None, context=None):
+        epoch = train.make_epoch(step, transform=transform)
 
         def run():
             nonlocal state
@@ -81,21 +72,21 @@ def jax_variants(pair: str, order: np.ndarray) -> dict[str, Callable[[], Any]]:
 
         return run
 
+    def steps_of_student(loss_fn, **options):
+        state = train.init_state(student, tx, jax.random.key(0))
+        return steps_of(train.make_train_step(loss_fn, tx), state, **options)
+
     def forward(state, batch):
-        labelled = label(state.params, batch)
-        return state, {"mean": jnp.mean(labelled["teacher"])}
+        return state, {"mean": jnp.mean(teachers.label(state.model, batch)["teacher"])}
 
-    teacher_epoch = train.make_epoch(forward)
-    teacher_state = [train.init_state(variables, optax.identity(), jax.random.key(0))]
-
-    def run_teacher():
-        teacher_state[0], _ = jax.block_until_ready(teacher_epoch(teacher_state[0], arrays, order))
+    def online(teacher, batch, key):
+        return teachers.label(teacher, batch)
 
     return {
-        "plain": steps_of(hard),
-        "stored": steps_of(soft),
-        "online": steps_of(soft, lambda teacher, batch, key: label(teacher, batch), variables),
-        "teacher forward": run_teacher,
+        "plain": steps_of_student(train.supervised()),
+        "stored": steps_of_student(soft),
+        "online": steps_of_student(soft, transform=online, context=teacher),
+        "teacher forward": steps_of(forward, train.init_state(teacher, optax.identity(), jax.random.key(0))),
     }
 
 
@@ -129,7 +120,7 @@ def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Ca
 
     def kl(logits, targets, temperature=4.0):
         student = F.log_softmax(logits / temperature, -1)
-        target = F.log_softmax(teachers / temperature, -1)
+        target = F.log_softmax(targets / temperature, -1)
         kl_div = F.kl_div(student, target, reduction="batchmean", log_target=True)
         return temperature**2 * kl_div
 
@@ -166,7 +157,7 @@ def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Ca
 
 
 def measure(variants: dict[str, Callable[[], Any]], config: Config) -> dict[str, np.ndarray]:
-    """Times every variant in turn: milliseconds a step, ``[rounds]`` each."""
+    """Times every variant in turn: milliseconds per step, ``[rounds]`` each."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for name in tqdm.tqdm(variants, desc="compiling", leave=False, disable=None):
         variants[name]()
@@ -191,24 +182,27 @@ def ratios(times: dict[str, np.ndarray], systems: list[str]) -> dict[str, np.nda
     return result
 
 
-def main() -> int:
+def main() -> None:
     """Runs the benchmark."""
     config = tyro.cli(Config, description=__doc__)
     if min(config.batch_size, config.steps, config.rounds) < 1 or config.batch_size > EXAMPLES:
-        raise ValueError(f"--batch-size must be 1 to {EXAMPLES}, --steps and --rounds at least 1")
+        sys.exit(f"error: --batch-size must be 1 to {EXAMPLES}, --steps and --rounds at least 1")
     if config.out is not None and not config.out.parent.is_dir():
-        raise ValueError(f"--out {config.out}: there is no directory {config.out.parent}")
+        sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
     systems: list[str] = []
     if config.peer == "torch":
         try:
             import torch
         except ImportError:
-            raise ValueError("--peer torch needs PyTorch: pip install torch") from None
+            sys.exit("error: --peer torch needs PyTorch: pip install torch")
         systems = ["torch eager", "torch compile"]
         print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     rng = np.random.default_rng(0)
     order = rng.integers(0, EXAMPLES, (config.steps, config.batch_size)).astype(np.int32)
-    report: dict[str, Any] = {"environment": runs.environment(), "pairs": {}}
+    report: dict[str, Any] = {
+        "environment": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
+        "pairs": {},
+    }
     for pair in PAIRS if config.pair == "both" else (config.pair,):
         timed = {f"jax {name}": run for name, run in jax_variants(pair, order).items()}
         for system in systems:
@@ -217,7 +211,7 @@ def main() -> int:
         times = measure(timed, config)
         compared = ratios(times, systems)
         teacher, student = PAIRS[pair]
-        print(f"\n{teacher} → {student}, batch {config.batch_size}: ms a step, median (min to max)")
+        print(f"\n{teacher} → {student}, batch {config.batch_size}: ms per step, median (min to max)")
         for name, values in times.items():
             print(f"  {name:30} {np.median(values):8.2f}  ({values.min():.2f} to {values.max():.2f})")
         print("ratios, median of rounds (min to max)")
@@ -229,8 +223,7 @@ def main() -> int:
         }
     if config.out is not None:
         _files.write_json(config.out, report)
-    return 0
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    main()
