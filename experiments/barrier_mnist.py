@@ -52,9 +52,7 @@ class Config(Options):
     learning_rate: Positive = 1e-3  # highest learning rate (Adam, cosine schedule)
     batch_size: Count = 128  # number of examples per step
     points: Count = 11  # number of points on the line, with its two ends
-    examples: Count = (
-        500  # number of training images to compare activations and estimate BatchNorm's statistics on
-    )
+    examples: Count = 500  # number of training images for activations and BatchNorm's statistics
     check: bool = False  # exit with status 1 unless alignment by weights lowers the first barrier by 60 %
 
 

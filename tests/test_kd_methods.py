@@ -51,10 +51,7 @@ OPTIONS = {
     "malformed weight": ("--weight at:3", "--weight must be such as at=300"),
     "weight of no method": ("--weight nope=3", "of a method there is; got 'nope=3'"),
     "negative weight": ("--weight at=-1", "got 'at=-1'"),
-    "more examples than there are": (
-        "--examples 9999",
-        "number of training examples, 1081, got 9999",
-    ),
+    "more examples than there are": ("--examples 9999", "number of training examples, 1081, got 9999"),
     "batch larger than the data": ("--batch-size 400", "number of training examples, 200, got 400"),
     "negative jitter": ("--jitter -1", "--jitter must not be negative, got -1"),
     "rate of zero": ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
