@@ -67,14 +67,9 @@ MNIST_CONVNET = replace(
     MNIST, original="convnet:16,32", budget=0.3, original_epochs=8, original_learning_rate=2e-3
 )
 DIGITS = Config(
-    dataset="digits",
-    original="mlp:128,128",
-    original_epochs=60,
-    budget=0.3,
-    epochs=40,
-    batch_size=64,
-    jitter=1,
-)
+    dataset="digits", original="mlp:128,128", original_epochs=100, original_learning_rate=5e-3, budget=0.3, epochs=40,
+    batch_size=64, jitter=1,
+)  # fmt: skip
 DIGITS_CONVNET = replace(DIGITS, original="convnet:16,32", original_learning_rate=2e-3)
 CONFIGS = {
     "mnist": ("an MLP on MNIST: ten minutes per seed on two cores", MNIST),

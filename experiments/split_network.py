@@ -76,8 +76,8 @@ MNIST_CONVNET = replace(
     MNIST, original="convnet:16,32", feature="hidden", original_epochs=8, original_learning_rate=2e-3
 )
 DIGITS = Config(
-    dataset="digits", original="mlp:128,128", original_epochs=60, encoder="mlp:16", stage_epochs=40, patience=10,
-    batch_size=64, jitter=1,
+    dataset="digits", original="mlp:128,128", original_epochs=100, original_learning_rate=5e-3, encoder="mlp:16",
+    stage_epochs=40, patience=10, batch_size=64, jitter=1,
 )  # fmt: skip
 DIGITS_CONVNET = replace(
     DIGITS, original="convnet:16,32", feature="hidden", original_learning_rate=2e-3, encoder="mlp:64"
