@@ -97,8 +97,8 @@ class Config(Options):
 
 MNIST = Config(dataset="mnist", train_examples=6000)
 DIGITS = Config(
-    dataset="digits", teacher="convnet:16,32", student="convnet:8,16", epochs=60, learning_rate=1e-2,
-    fine_tune_epochs=20, teacher_epochs=80, jitter=1,
+    dataset="digits", teacher="convnet:16,32", student="convnet:4,8", alpha=0.0, epochs=60, learning_rate=1e-2,
+    fine_tune_alpha=0.0, fine_tune_epochs=20, sparsity=0.5, teacher_epochs=80, jitter=1,
 )  # fmt: skip
 CIFAR10 = Config(
     dataset="cifar10", teacher="vgg13:1", student="convnet:32,64,128", epochs=120, fine_tune_epochs=40,

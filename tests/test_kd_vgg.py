@@ -15,7 +15,7 @@ EXPERIMENT = kd_vgg
 SMALL = [
     *("digits", "--seeds", "1", "--teacher", "mlp:16", "--student", "mlp:16"),
     *("--train-examples", "320", "--teacher-epochs", "2", "--epochs", "6", "--save-seconds", "0"),
-    *("--fine-tune-epochs", "2", "--prune-every", "3"),
+    *("--fine-tune-epochs", "2", "--prune-every", "3", "--sparsity", "0.8"),
 ]
 WEIGHTS = 64 * 16 + 16 * 10
 

@@ -41,6 +41,8 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]], *, key: jax.
     References:
       Izmailov et al., `Averaging Weights Leads to Wider Optima and Better Generalization`, 2018, §3.2.
     """
+    if not jax.tree.leaves(model.state):
+        return model
     key = jax.random.key(0) if key is None else key
     total, count = None, 0
     for number, batch in enumerate(batches):

@@ -17,7 +17,7 @@ def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, basel
     """Draws the errors of several models, best last: one point per seed, the mean and its standard error.
 
     A model whose mean differs from the baseline's by more than two standard errors of the paired
-    difference is drawn in colour, others in grey.
+    difference is drawn in colour, others in grey; with fewer than three seeds, all are grey.
 
     Args:
       path: the PNG file.
@@ -40,7 +40,7 @@ def comparison(path: str | Path, errors: Mapping[str, Sequence[float]], *, basel
     for row, name in enumerate(order):
         points = np.asarray(errors[name], np.float64)
         differences = points - base
-        error = differences.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else math.inf
+        error = differences.std(ddof=1) / math.sqrt(seeds) if seeds > 2 else math.inf
         clear = bool(abs(differences.mean()) > 2 * error)
         colour = LOOKS["distilled" if clear else "teacher"][0]
         colour = LOOKS["scratch"][0] if name == baseline else colour
