@@ -138,6 +138,11 @@ def test_what_is_no_running_mean_is_named():
         weights.recalibrate(Model(apply_fn, {}, state), [])
 
 
+def test_a_model_without_state_is_returned_unchanged():
+    model = Model(lambda params, state, x, *, key=None: (x @ params, state), jnp.eye(2))
+    assert weights.recalibrate(model, [{"image": jnp.ones((1, 2))}]) is model
+
+
 def test_the_barrier():
     ts = [0, 0.25, 0.5, 1]
     assert weights.barrier(ts, [1, 2, 1, 3]) == 0.5
