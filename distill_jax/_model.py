@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -97,7 +97,7 @@ def identity(x: Any) -> Any:
     return x
 
 
-def padded_batches(data: PyTree, batch_size: int) -> "list[tuple[PyTree, np.ndarray]]":
+def padded_batches(data: PyTree, batch_size: int) -> Iterator[tuple[PyTree, np.ndarray]]:
     """Splits arrays into batches of one size, so that a program on them is compiled once.
 
     Args:
@@ -105,8 +105,8 @@ def padded_batches(data: PyTree, batch_size: int) -> "list[tuple[PyTree, np.ndar
       batch_size: the number of examples per batch, at least 1; at most n are used.
 
     Returns:
-      A list of (batch, counted). The last batch is filled up with the first examples; ``counted`` is
-      bool ``[batch_size]``, False for these.
+      Pairs (batch, counted), one after another. The last batch is filled up with the first examples;
+      ``counted`` is bool ``[batch_size]``, False for these.
 
     Raises:
       ValueError: if there are no examples, the arrays are not equally long, or ``batch_size`` is not
@@ -121,11 +121,13 @@ def padded_batches(data: PyTree, batch_size: int) -> "list[tuple[PyTree, np.ndar
             f"expected at least one example and a batch size of at least 1, got {count} and {batch_size}"
         )
     size = min(batch_size, count)
-    batches = []
-    for start in range(0, count, size):
+
+    def batch(start: int) -> tuple[PyTree, np.ndarray]:
         rows = np.arange(start, start + size)
-        batches.append((jax.tree.map(lambda x, r=rows: x[r % count], data), rows < count))
-    return batches
+        chosen = slice(start, start + size) if start + size <= count else rows % count
+        return jax.tree.map(lambda x: x[chosen], data), rows < count
+
+    return map(batch, range(0, count, size))
 
 
 @functools.partial(jax.jit, static_argnames="prepare")
@@ -134,7 +136,7 @@ def _forward(model: Model, x: Any, prepare: Callable[[Any], Any]) -> Any:
 
 
 def predict(
-    model: Model, inputs: Any, *, prepare: Callable[[Any], Any] = identity, batch_size: int = 500
+    model: Model, inputs: PyTree, *, prepare: Callable[[Any], Any] = identity, batch_size: int = 500
 ) -> Any:
     """Runs a model over a data set in evaluation mode, batch by batch.
 

@@ -238,7 +238,7 @@ def main() -> int:
     run = Run.start("kd_mnist", name, config, check)
     notes: list[str] = []
     if name == "choose":
-        choice = choose.choose_once(run, CHOOSE)
+        choice = choose.choose_once(run)
         if not (choice.leads or config.force):
             return run.check(False, "no teacher leads the scratch student")
         config, notes = run.config, ["Chosen on validation data:", *(f"- {line}" for line in choice.lines)]

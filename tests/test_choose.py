@@ -8,6 +8,7 @@ import kd_mnist
 import numpy as np
 import pytest
 from harness import adam, arrays, choose, choosing, config_of_data, many, plain
+from harness.options import given_options
 
 from distill_jax import data, train
 from distill_jax.models import Model, build
@@ -202,7 +203,7 @@ def test_students_in_one_program_learn_what_they_learn_alone():
     ],
 )
 def test_data_without_a_config_of_their_own_are_chosen_for(words, config):
-    assert config_of_data(words) == config
+    assert config_of_data(given_options(words)) == config
 
 
 @pytest.fixture

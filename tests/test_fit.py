@@ -181,3 +181,20 @@ def test_probabilities_of_a_teacher_are_warned_of(form, monkeypatch):
         run(forms[form])
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+def test_the_best_epoch_is_by_a_figure_that_exists():
+    with pytest.raises(ValueError, match=r"best_by must be one of .*validation_nll, got 'accuracy'"):
+        run(best_by="accuracy")
+
+
+def test_a_figure_that_is_not_a_number_is_never_the_best():
+    values = iter([float("nan"), 3.0, 2.0, float("nan")])
+    models = []
+
+    def validate(model):
+        models.append(jax.tree.map(jnp.copy, model))
+        return {"validation_errors": next(values)}
+
+    result = run(validate=validate)
+    chex.assert_trees_all_equal(result.best.params, models[2].params)

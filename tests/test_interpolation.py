@@ -151,10 +151,11 @@ def test_the_interpolated_network_is_the_model():
     chex.assert_trees_all_equal(mixed.params, {"a": make_mlp(2).params["a"], "b": make_mlp(1).params["b"]})
 
 
-def test_a_joined_network_of_a_schedule_is_that_of_step_zero():
-    x, schedule = make_batch()["image"], optax.linear_schedule(0.75, 0.0, 10)
-    joined = interpolation.join(make_mlp(1), make_mlp(2), schedule)
-    np.testing.assert_array_equal(joined(x), interpolation.mix(joined, 0.75)(x))
+def test_a_schedule_belongs_to_the_objective():
+    schedule = optax.linear_schedule(0.75, 0.0, 10)
+    for rate in (schedule, {"": schedule}):
+        with pytest.raises(ValueError, match="give a schedule to through"):
+            interpolation.join(make_mlp(1), make_mlp(2), rate)
 
 
 def test_through_keeps_the_states_apart():

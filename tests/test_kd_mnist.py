@@ -163,6 +163,30 @@ def test_bad_output_directories(tmp_path, run):
     assert "is not empty" in refused(run, foreign, "--restart")
 
 
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', "not JSON", "[1]"])
+def test_restart_deletes_no_directory_that_is_no_run(config, tmp_path, run):
+    """Many directories have a config.json, that of a model for example."""
+    model = tmp_path / "model"
+    (model / "weights").mkdir(parents=True)
+    (model / "config.json").write_text(config)
+    (model / "weights" / "part").write_text("mine")
+    for options in ([], ["--restart"]):
+        assert "not of a run of distill_jax: name another directory" in refused(run, model, *options)
+
+
+def test_restart_deletes_nothing_that_the_run_did_not_write(tmp_path, run):
+    out, small = tmp_path / "run", [*SMALL, "--seeds", "1", "--epochs", "1", "--teacher-epochs", "1"]
+    assert run("--out", out, small=small)[0] == 0
+    for mine in (out / "thesis.tex", out / "notes" / "today.md"):
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        error = refused(run, out, "--restart")
+        assert f"did not write ({mine.relative_to(out).parts[0]})" in error
+        mine.unlink()
+    (out / "notes").rmdir()
+    assert run("--out", out, "--restart", small=small)[0] == 0
+
+
 def test_a_run_is_not_mixed_with_another(tmp_path, run):
     out, small = tmp_path / "run", [*SMALL, "--seeds", "1"]
     assert run("--out", out, small=small)[0] == 0

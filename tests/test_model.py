@@ -383,7 +383,7 @@ def test_predict_takes_and_gives_trees():
 
 def test_padded_batches():
     data = {"image": np.arange(7), "more": np.arange(14).reshape(7, 2)}
-    batches = padded_batches(data, 3)
+    batches = list(padded_batches(data, 3))
     assert len(batches) == 3
     np.testing.assert_array_equal(batches[2][0]["image"], [6, 0, 1])
     np.testing.assert_array_equal(batches[2][0]["more"][0], [12, 13])

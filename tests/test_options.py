@@ -116,18 +116,15 @@ def test_a_config_and_its_changes(arguments, name, changes):
 
 
 def test_the_default_may_be_chosen_late():
-    assert (
-        read("--few", "2", default=lambda options: "long" if options == ["--few", "2"] else "quick")[0]
-        == "long"
-    )
-    read("quick", default=lambda options: pytest.fail("chosen although a config was named"))
+    assert read("--few", "2", default=lambda given: "long" if given == {"few": "2"} else "quick")[0] == "long"
+    read("quick", default=lambda given: pytest.fail("chosen although a config was named"))
 
 
-@pytest.mark.parametrize("options", [["--data-dir", "here"], ["--seeds", "2", "--data-dir=here", "--check"]])
-def test_the_data_directory_is_the_one_given(options, monkeypatch):
+@pytest.mark.parametrize("words", [["--data-dir", "here"], ["--seeds", "2", "--data-dir=here", "--check"]])
+def test_the_data_directory_is_the_one_given(words, monkeypatch):
     seen = []
     monkeypatch.setattr(experiment.data, "load", lambda name, data_dir: seen.append((name, data_dir)))
-    assert experiment.mnist_or_digits(options) == "mnist"
+    assert experiment.mnist_or_digits(options.given_options(words)) == "mnist"
     assert seen == [("mnist", "here")]
 
 
@@ -136,10 +133,32 @@ def test_embedded_data_where_mnist_cannot_be_had(monkeypatch, capsys):
         raise experiment.data.DataError("no network")
 
     monkeypatch.setattr(experiment.data, "load", load)
-    assert experiment.mnist_or_digits([]) == "digits"
+    assert experiment.mnist_or_digits({}) == "digits"
     assert "MNIST cannot be had: no network" in capsys.readouterr().out
     with pytest.raises(experiment.data.DataError):
-        experiment.mnist_or_digits(["--data-dir", "here"])
+        experiment.mnist_or_digits({"data_dir": "here"})
+
+
+def test_the_options_on_a_command_line():
+    given = options.given_options(["long", "--few", "9", "--no-check", "--data-dir=a=b", "--rates", "1", "2"])
+    assert given == {"few": "9", "check": "--data-dir=a=b", "data_dir": "a=b", "rates": "1"}
+
+
+def test_the_main_job_reads_a_command_line_without_config(monkeypatch):
+    kd_mnist = importlib.import_module("kd_mnist")
+    monkeypatch.setattr(experiment.data, "load", lambda name, data_dir: None)
+    seen = []
+
+    def start(name, config_name, config, check):
+        seen.append((config_name, config.seeds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kd_mnist.Run, "start", start)
+    for words in (["--seeds", "3"], ["--seeds", "4", "--dataset", "digits"], ["--dataset=own.npz"]):
+        monkeypatch.setattr(sys, "argv", ["kd_mnist.py", *words])
+        with pytest.raises(KeyboardInterrupt):
+            kd_mnist.main()
+    assert seen == [("mnist", 3), ("digits", 4), ("choose", 5)]
 
 
 def test_an_unknown_config_is_named_with_those_there_are():

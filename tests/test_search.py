@@ -69,10 +69,40 @@ def test_what_cannot_be_searched_is_refused():
         {"operators": ()}, {"shares": ()}, {"shares": (0.3, 0.5)}, {"shares": (1.0,)}, {"shares": (0.5, 0.0)},
     ):  # fmt: skip
         given = {"operators": ("a",), "shares": SHARES} | options
-        with pytest.raises(ValueError, match="expected at least one operator and shares that fall"):
+        with pytest.raises(
+            ValueError, match="expected an operator that is no baseline, and shares that fall"
+        ):
             search.find_smallest(lambda edit: (1.0, 1), (1.0, 1), budget=0.1, **given)
+    for baselines, message in ((("b",), "not among the operators"), (("a",), "no baseline")):
+        with pytest.raises(ValueError, match=message):
+            search.find_smallest(
+                lambda edit: (1.0, 1),
+                (1.0, 1),
+                operators=("a",),
+                shares=SHARES,
+                budget=0.1,
+                baselines=baselines,
+            )
     with pytest.raises(ValueError, match="are baselines"):
         search.find_smallest(
-            lambda edit: (1.0, 1), (1.0, 1), operators=("a",), shares=SHARES, iterative=("a",), budget=0.1,
+            lambda edit: (1.0, 1), (1.0, 1), operators=("a", "b"), shares=SHARES, iterative=("a",), budget=0.1,
             baselines=("a",),
         )  # fmt: skip
+
+
+def test_a_baseline_that_stands_first_takes_no_refinement():
+    asked, attempt = toy({"fresh": lambda s: 9.0, "prune": lambda s: 9.0})
+    search.find_smallest(
+        attempt, (1.0, 1000), operators=("fresh", "prune"), shares=(0.5,), budget=0.1, refinements=1,
+        baselines=("fresh",),
+    )  # fmt: skip
+    assert [edit.name for edit in asked] == ["fresh 0.5", "prune 0.5", "prune 0.707"]
+
+
+def test_shares_that_three_digits_do_not_tell_apart_are_two_trials():
+    asked, attempt = toy({"prune": lambda s: s})
+    found = search.find_smallest(
+        attempt, (1.0, 1000), operators=("prune",), shares=(0.5002, 0.5001), budget=0.1
+    )
+    assert [edit.share for edit in asked] == [0.5002, 0.5001]
+    assert list(found.trials) == ["prune 0.5", "prune 0.5001"]

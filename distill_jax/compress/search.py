@@ -96,7 +96,8 @@ def find_smallest(
       The chosen network, and all trials. Of networks of equal size the one with the lower loss is chosen.
 
     Raises:
-      ValueError: if there is no operator, ``shares`` do not fall between 1 and 0, or an iterative operator
+      ValueError: if all operators are baselines, a baseline is not among the operators,
+        ``shares`` do not fall between 1 and 0, or an iterative operator
         is a baseline.
 
     >>> def attempt(edit):
@@ -106,22 +107,28 @@ def find_smallest(
     ... ).trials.keys()
     dict_keys(['prune 0.5', 'prune 0.25', 'prune 0.354'])
     """
+    real = [name for name in operators if name not in baselines]
     falling = [1.0, *shares, 0.0]
-    if not operators or not shares or any(a <= b for a, b in itertools.pairwise(falling)):
+    if not real or not shares or any(a <= b for a, b in itertools.pairwise(falling)):
         raise ValueError(
-            f"operators and shares: expected at least one operator and shares that fall between 1 and 0, got "
+            "operators and shares: expected an operator that is no baseline, and shares that fall between 1 and 0, got "
             f"{list(operators)} and {list(shares)}"
         )
+    if wrong := [name for name in baselines if name not in operators]:
+        raise ValueError(f"baselines: {wrong} are not among the operators, {list(operators)}")
     if wrong := [name for name in iterative if name in baselines]:
         raise ValueError(f"iterative: {wrong} are baselines, which use nothing of the network before")
     trials: dict[str, Trial] = {}
 
     def run(operator: str, share: float, start: str = ORIGINAL) -> str:
         kind = "" if start == ORIGINAL else ", iterative"
-        edit = Edit(f"{operator}{kind} {share:.3g}", operator, share, start)
-        if edit.name not in trials:
-            trials[edit.name] = Trial(edit, *attempt(edit))
-        return edit.name
+        name = f"{operator}{kind} {share:.3g}"
+        if name in trials and trials[name].edit.share != share:
+            name = f"{operator}{kind} {share!r}"  # three digits do not tell two shares apart
+        if name not in trials:
+            edit = Edit(name, operator, share, start)
+            trials[name] = Trial(edit, *attempt(edit))
+        return name
 
     def chosen() -> str:
         return smallest_within(trials, original, budget, baselines=baselines)
@@ -135,7 +142,7 @@ def find_smallest(
             start = run(operator, share, start)
     for _ in range(refinements):
         best = chosen()
-        edit = trials[best].edit if best in trials else Edit(ORIGINAL, operators[0], 1.0, ORIGINAL)
+        edit = trials[best].edit if best in trials else Edit(ORIGINAL, real[0], 1.0, ORIGINAL)
         series = [t.edit for t in trials.values() if t.edit.operator == edit.operator]
         smaller = [e.share for e in series if e.iterative == edit.iterative and e.share < edit.share]
         if not smaller:
@@ -143,8 +150,7 @@ def find_smallest(
         run(edit.operator, (edit.share * max(smaller)) ** 0.5, best if edit.iterative else ORIGINAL)
     best = chosen()
     for operator in baselines if best in trials else ():
-        if operator in operators:
-            run(operator, trials[best].edit.share)
+        run(operator, trials[best].edit.share)
     return Found(best, trials)
 
 

@@ -26,11 +26,11 @@ MODES = ("evaluation", "training")
 def save(path: str | Path, model: Model, x: PyTree) -> None:
     """Writes a model to a file, its arrays and its program: :func:`load` needs no code of the network.
 
-    The arrays are stored bit for bit, each with a SHA-256. The program is stored by ``jax.export`` for CPU,
-    CUDA and TPU, once for evaluation and once for training with a random key, each with its gradient. It
-    takes any batch size. Where a program cannot be exported for any batch size or for all platforms, a warning
-    says so, and it takes the batch size of ``x``, or runs on this platform only. Where the model has no
-    training mode, a warning says so, and the loaded model has none.
+    The arrays are stored bit for bit as JAX holds them, each with a SHA-256. The program is stored by
+    ``jax.export`` for CPU, CUDA and TPU, once for evaluation and once for training with a random key, each
+    with its gradient. It takes any batch size. Where a program cannot be exported for any batch size or
+    for all platforms, a warning says so, and it takes the batch size of ``x``, or runs on this platform
+    only. Where the model has no training mode, a warning says so, and the loaded model has none.
 
     Args:
       path: the file. An older saved model there is replaced; anything else is not overwritten.
@@ -50,6 +50,8 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
            [8.]], dtype=float32)
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"path: the directory {path.parent} does not exist: make it first")
     if path.exists() and not _is_saved(path):
         raise ValueError(f"path: {path} exists and is no saved model: choose another path, or remove it")
     x = jax.eval_shape(lambda x: x, x)

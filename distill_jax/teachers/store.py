@@ -21,6 +21,9 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 def fingerprint(tree: PyTree) -> str:
     """Computes a checksum of a pytree: the SHA-256 of its paths, shapes, dtypes and bytes.
 
+    The fingerprint of a model covers its parameters and its state, not its function: if the function may
+    change, add an entry that names it.
+
     Args:
       tree: a pytree of arrays, numbers and strings, such as a model or a data set.
 
@@ -170,9 +173,11 @@ def write_labels(
         _refuse_differences(path, {k: state.get(k) for k in described}, described)
         _verify(path, state)
     else:
-        # A process that was killed before the first manifest leaves the ids, or a part of them
+        # A process that was killed before the first manifest leaves the ids
         if any(file.name != "ids.npy" and file.suffix != ".tmp" for file in path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no label store: choose another directory")
+        if (path / "ids.npy").exists() and not _same_array(path / "ids.npy", ids[order]):
+            raise ValueError(f"{path} holds an ids.npy of something else: choose another directory")
         write_atomically(path / "ids.npy", lambda tmp: _save_array(tmp, ids[order]))
         state = {**described, "classes": None, "shards": []}
         write_json(manifest, state)
@@ -259,6 +264,13 @@ def open_labels(
     return LabelStore(path, state)
 
 
+def _same_array(path: Path, array: np.ndarray) -> bool:
+    try:
+        return np.array_equal(np.load(path), array)
+    except (OSError, ValueError):
+        return False
+
+
 def _save_array(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:  # by handle: np.save adds ".npy" to a name without it
         np.save(file, array)
@@ -285,7 +297,7 @@ def _refuse_differences(path: Path, found: Mapping[str, Any], expected: Mapping[
     ]
     if differing:
         raise ValueError(
-            f"the soft labels in {path} were made otherwise: {'; '.join(differing)}. "
+            f"the soft labels in {path} were made from something else: {'; '.join(differing)}. "
             "Use another directory, or delete this one"
         )
 

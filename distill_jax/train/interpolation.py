@@ -31,7 +31,7 @@ Rate = Schedule | Mapping[str, Schedule]
 
 
 class Pair(NamedTuple):
-    """Teacher and student of :func:`pull`, in the place of a ``TrainState`` in epochs and loops.
+    """Teacher and student in training: it takes the place of a ``TrainState`` in epochs and loops.
 
     Attributes:
       teacher: the teacher's state; it never changes where the teacher is frozen.
@@ -106,26 +106,30 @@ def pull(
     return step
 
 
-def join(student: Model, teacher: Model, rate: Rate) -> Model:
+def join(student: Model, teacher: Model, rate: float | Mapping[str, float]) -> Model:
     """Joins student and teacher into the interpolated network, for :func:`through`.
 
     Args:
       student: the student.
       teacher: a teacher with parameters of the same paths and shapes.
-      rate: λ in [0, 1], a schedule of it, or a dict of these by path pattern.
+      rate: the λ at which the model is evaluated, for example in validation: a number in [0, 1], or a dict
+        by path pattern. Training uses the λ of :func:`through`, which may be a schedule.
 
     Returns:
       A model with params and state ``{"student", "teacher"}``. In evaluation it computes the student's
-      function at λθₜ + (1 − λ)θ_g, with the λ of step 0 where λ is a schedule: use :func:`mix` to evaluate at
-      another λ.
+      function at λθₜ + (1 − λ)θ_g. Use :func:`mix` to evaluate at another λ.
 
     Raises:
-      ValueError: for a constant λ outside [0, 1], or if the parameters do not fit.
+      ValueError: for a λ outside [0, 1] or a schedule, or if the parameters do not fit.
     """
-    _check(rate)
-    _interpolate(student.params, teacher.params, _at(rate, jnp.int32(0)))
     named = rate if isinstance(rate, Mapping) else {None: rate}
-    constant = tuple((pattern, x if callable(x) else float(x)) for pattern, x in named.items())
+    if any(map(callable, named.values())):
+        raise ValueError(
+            "rate must be the number λ at which the model is evaluated: give a schedule to through"
+        )
+    _check(rate)
+    _interpolate(student.params, teacher.params, rate)
+    constant = tuple((pattern, float(x)) for pattern, x in named.items())
     return Model(
         _Interpolated(student.apply_fn, teacher.apply_fn, constant),
         {"student": student.params, "teacher": teacher.params},
@@ -139,12 +143,11 @@ class _Interpolated:
 
     student_fn: ApplyFn
     teacher_fn: ApplyFn
-    rates: tuple[tuple[str | None, Schedule], ...]
+    rates: tuple[tuple[str | None, float], ...]
 
     def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
-        rates: dict[Any, Schedule] = dict(self.rates)
-        share = _at(rates.get(None, rates), jnp.int32(0))
-        mixed = _interpolate(params["student"], params["teacher"], share)
+        rates: dict[Any, float] = dict(self.rates)
+        mixed = _interpolate(params["student"], params["teacher"], rates.get(None, rates))
         outputs, student = self.student_fn(mixed, state["student"], x, key=key)
         return outputs, {**state, "student": student}
 

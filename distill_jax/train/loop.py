@@ -103,7 +103,7 @@ def fit(
         returned). Any pytree with ``step``, ``key`` and ``model`` will do, such as the ``Pair`` of
         :mod:`distill_jax.train.interpolation`.
       epoch: a function from :func:`distill_jax.train.make_epoch`.
-      data: name → array ``[examples, ...]``, or a pytree of such arrays.
+      data: name → array ``[examples, ...]``, or name → pytree of such arrays.
       epochs: the number of epochs in all.
       batch_size: the number of examples per step.
       seed: the seed of the shuffling.
@@ -123,7 +123,8 @@ def fit(
       The final state, the best model, the history and the time.
 
     Raises:
-      ValueError: if the loss is no longer finite; or if the directory holds the checkpoint of another
+      ValueError: if the loss is no longer finite; if ``best_by`` is not among the figures; or if the
+        directory holds the checkpoint of another
         model, optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
         learning rate: use another directory for another run.)
     """
@@ -170,7 +171,10 @@ def fit(
                 )
             if validate:
                 figures |= validate(state.model)
-            rank = figures.get(best_by, -math.inf)
+                if best_by not in figures:
+                    raise ValueError(f"best_by must be one of {', '.join(figures)}, got {best_by!r}")
+            rank = figures[best_by] if validate else -math.inf
+            rank = math.inf if math.isnan(rank) else rank
             if rank <= info["best"]:
                 best = jax.tree.map(jnp.copy, state.model)
             history = {

@@ -1,7 +1,7 @@
 """The straight line between two trained networks: its barrier, and new BatchNorm statistics on it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def along(
     evaluate: Callable[[Any], Any],
     start: PyTree,
     end: PyTree,
-    ts: ArrayLike,
+    ts: ArrayLike | Sequence[float],
     *,
     refresh: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
@@ -135,7 +135,7 @@ def along(
     return [evaluate(model if refresh is None else refresh(model)) for model in between]
 
 
-def barrier(ts: ArrayLike, losses: ArrayLike) -> float:
+def barrier(ts: ArrayLike | Sequence[float], losses: ArrayLike | Sequence[float]) -> float:
     """Computes the loss barrier: the highest rise above the chord, max L(t) − ((1 − t)·L(0) + t·L(1)).
 
     Args:

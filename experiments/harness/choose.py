@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from distill_jax import _files, data
 from harness.choosing import FOLDS, Choosing, Effort, folds
+from harness.options import given_options
 
 __all__ = ["FOLDS", "Choice", "Effort", "choose", "choose_once", "folds"]
 
@@ -65,19 +66,18 @@ def choose(
     return Choice(chosen, leading, choosing.tried, choosing.lines)
 
 
-def choose_once(run: Any, base: Any) -> Choice:
+def choose_once(run: Any) -> Choice:
     """Makes the choice of a run, or reads it where the run is continued. The run gets the chosen options.
 
     Args:
       run: the run, a :class:`harness.experiment.Run`.
-      base: the config before the command line: options that differ from it are kept.
     """
     file = run.directory / "choice.json"
     if file.exists():
         choice = Choice(**json.loads(file.read_text(encoding="utf-8")))
     else:
-        fixed = [name for name, value in vars(run.config).items() if value != getattr(base, name)]
-        choice = choose(run.config, run.dataset, fixed=fixed)
+        fixed = given_options().keys() & vars(run.config).keys()
+        choice = choose(run.config, run.dataset, fixed=sorted(fixed))
         _files.write_json(file, choice._asdict())
     if not (choice.leads or run.config.force):
         text = "\n".join(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -303,35 +302,31 @@ def load(config: Options) -> data.Dataset:
     return data.load(config.dataset, data_dir=config.data_dir, validation=config.validation)
 
 
-def mnist_or_digits(options: Sequence[str]) -> str:
+def mnist_or_digits(given: Mapping[str, str]) -> str:
     """Chooses the config where none is named: ``mnist`` where the data can be had, else ``digits``.
 
     Args:
-      options: the options on the command line, of which ``--data-dir`` says where the data may be.
+      given: the options on the command line, of which ``data_dir`` says where the data may be.
     """
-    words = [word for option in options for word in option.split("=", 1)]
-    given = dict(itertools.pairwise(words)).get("--data-dir")
     try:
-        data.load("mnist", data_dir=given)
+        data.load("mnist", data_dir=given.get("data_dir"))
     except data.DataError as error:
-        if given is not None:
+        if "data_dir" in given:
             raise
         print(f"The config is digits, with embedded data, since MNIST cannot be had: {error}")
         return "digits"
     return "mnist"
 
 
-def config_of_data(options: Sequence[str]) -> str:
+def config_of_data(given: Mapping[str, str]) -> str:
     """Chooses the config where none is named: that of the data set, or "choose" where it has none of its own.
 
     Args:
-      options: the options on the command line, of which ``--dataset`` names the data set.
+      given: the options on the command line, of which ``dataset`` names the data set.
     """
-    words = [word for option in options for word in option.split("=", 1)]
-    given = dict(itertools.pairwise(words)).get("--dataset")
-    if given is None:
-        return mnist_or_digits(options)
-    return given if given in ("mnist", "digits") else "choose"
+    if "dataset" not in given:
+        return mnist_or_digits(given)
+    return given["dataset"] if given["dataset"] in ("mnist", "digits") else "choose"
 
 
 @contextmanager

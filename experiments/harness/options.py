@@ -115,7 +115,7 @@ class Options(RunOptions):
     data_dir: Path | None = None
     """directory of the data, prepared by TensorFlow Datasets or as IDX files (default: TFDS_DATA_DIR)"""
     validation: Count | None = None
-    """number of training examples held out for validation (default: chosen by the data set)"""
+    """number of training examples held out for validation (default: a sixth of them, at most 5,000)"""
     seeds: Count = 5
     """number of repetitions, each with its own initial parameters and order of examples"""
 
@@ -125,10 +125,28 @@ def _rules(hint: Any) -> list[Allowed]:
     return own + [rule for part in get_args(hint) for rule in _rules(part)]
 
 
+def given_options(arguments: Sequence[str] | None = None) -> dict[str, str]:
+    """Lists the options that stand on a command line, by the names of their fields.
+
+    Args:
+      arguments: the command line; that of this process by default.
+
+    Returns:
+      Name → the word after it, or the text after its ``=``.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return {
+        word[2:].partition("=")[0].removeprefix("no-").replace("-", "_"): word.partition("=")[2] or after
+        for word, after in pairs
+        if word.startswith("--")
+    }
+
+
 def read(
     configs: Mapping[str, tuple[str, C]],
     description: str,
-    default: Callable[[Sequence[str]], str] | str,
+    default: Callable[[Mapping[str, str]], str] | str,
     arguments: Sequence[str] | None = None,
 ) -> tuple[str, C]:
     """Reads the command line: the name of a config, then options that change its values.
@@ -149,7 +167,7 @@ def read(
       ValueError: if the value of an option is not allowed.
     """
     program, *given = [Path(sys.argv[0]).name, *(sys.argv[1:] if arguments is None else arguments)]
-    if given[:1] in (["-h"], ["--help"]):
+    if given and given[0].startswith("-") and {"-h", "--help"} & set(given):
         print(f"usage: {program} [CONFIG] [OPTIONS]\n\n{(description or '').strip()}\n\nConfigs:")
         print(*(f"  {name:<14}{line}" for name, (line, _) in configs.items()), sep="\n")
         print(f"\n{program} CONFIG --help lists all options, with the values that they have in that config.")
@@ -161,7 +179,7 @@ def read(
                 f"the config must be one of {', '.join(configs)}, got {name!r}: see {program} --help"
             )
     else:
-        name = default if isinstance(default, str) else default(given)
+        name = default if isinstance(default, str) else default(given_options(given))
     line, config = configs[name]
     config = tyro.cli(
         type(config), prog=f"{program} {name}", description=line, default=config, args=given,

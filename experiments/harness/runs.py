@@ -21,6 +21,7 @@ import jax
 from distill_jax._files import write_json
 
 LOCK = ".lock"
+MARK = "a run of distill_jax"  # the key of config.json by which a directory is known as ours
 _held: dict[Path, int] = {}
 
 
@@ -44,16 +45,21 @@ def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = Fals
     foreign = out.is_dir() and any(file.name not in ours and file.suffix != ".tmp" for file in out.iterdir())
     if foreign and not saved.exists():
         raise ValueError(f"--out {out} is not empty and holds no run: name another directory")
-    config = json.loads(json.dumps(config))
-    if saved.exists() and not restart:
-        _refuse_other_config(saved, config)
+    config = {MARK: 1, **json.loads(json.dumps(config))}
+    if saved.exists():
+        _check_config(saved, config, restart)
+    if restart and out.is_dir() and (others := [path.name for path in out.iterdir() if not _is_ours(path)]):
+        raise ValueError(
+            f"--out {out} holds what the run did not write ({', '.join(sorted(others)[:3])}): move it away first, "
+            "since --restart deletes the directory's contents"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
         if restart:
             for path in [path for path in out.iterdir() if path.name != LOCK]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not saved.exists():
+        if restart or not saved.exists():
             write_json(saved, config)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
@@ -75,17 +81,31 @@ def _lock(out: Path) -> None:
     _held[out.resolve()] = descriptor
 
 
-def _refuse_other_config(saved: Path, config: Mapping[str, Any]) -> None:
+def _is_ours(path: Path) -> bool:
+    """Says whether a run writes such a file or directory at the top of its directory."""
+    if path.is_dir():
+        signs = ("_CHECKPOINT_METADATA", "store.json", "*orbax*")
+        return not any(path.iterdir()) or any(any(path.rglob(sign)) for sign in signs)
+    known = ("config.json", "results.json", "report.md", "choice.json", LOCK)
+    return path.name in known or path.suffix in (".png", ".tmp")
+
+
+def _check_config(saved: Path, config: Mapping[str, Any], restart: bool) -> None:
+    """Refuses a directory that holds no run of ours, or a run with other options that is to be continued."""
     try:
         found = json.loads(saved.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{saved} is not JSON: pass --restart, or name another --out") from None
+        found = None
+    if not isinstance(found, dict) or MARK not in found:
+        raise ValueError(
+            f"--out {saved.parent} holds a {saved.name} that is not of a run of distill_jax: name another directory"
+        )
     differing = [
         f"{name} was {found.get(name)!r} and is {config.get(name)!r}"
         for name in sorted(found.keys() | config.keys())
         if found.get(name) != config.get(name)
     ]
-    if differing:
+    if differing and not restart:
         raise ValueError(
             f"--out {saved.parent} holds a run with other options: {'; '.join(differing)}. "
             "Name another directory, or pass --restart to delete that run"
