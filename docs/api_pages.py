@@ -242,28 +242,40 @@ def skip_member(app, what, name, value, skip, options):
 
 
 def resolve_private_path(app, env, node, contnode):
-    """Resolves a reference by the module that defines a name, which is not where the reference has it."""
+    """Resolves a reference that has a name in another module than its public one.
+
+    Such are the modules that define a name, a name whose room is left out, and the field of a public class. Types
+    that are not public stay text.
+    """
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target:
         return None
-    module = node.get("py:module") or ""
-    candidates = [target, f"{module}.{target}", _public_by_last_name().get(target, target)]
-    for candidate in candidates:
+    module, role = node.get("py:module") or "distill_jax", node["reftype"]
+    head = target.rpartition(".")[0]
+    candidates = [target, f"{module}.{target}", _unique_names().get(target), _unique_names().get(head)]
+    for candidate in filter(None, candidates):
         value = _import(candidate)
         if value is None:
             continue
         for public, other in public_objects().items():
             if other is value:
                 domain = env.get_domain("py")
-                return domain.resolve_xref(
-                    env, node["refdoc"], app.builder, node["reftype"], public, node, contnode
-                )
-        if inspect.ismodule(value) and candidate.startswith("distill_jax."):
-            return contnode  # a private module: its name is text
+                return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", public, node, contnode)
+        if inspect.ismodule(value) or (role in ("class", "data") and _is_type(value)):
+            return contnode
     homes = [home for home in list(sys.modules) if home.startswith("distill_jax")]
-    if node.get("reftype") == "class" and any(_is_alias(home, target) for home in homes):
-        return contnode  # an alias in a class body: text
+    if role == "class" and any(_is_alias(home, target) for home in homes):
+        return contnode  # an alias in a class body
     return None
+
+
+@functools.cache
+def _unique_names() -> dict[str, str]:
+    """Maps ``flops`` to its full public name, for all names that only one room has."""
+    found: dict[str, list[str]] = {}
+    for path in public_objects():
+        found.setdefault(path.rpartition(".")[2], []).append(path)
+    return {name: paths[0] for name, paths in found.items() if len(paths) == 1}
 
 
 def _is_alias(module: str, name: str) -> bool:

@@ -4,6 +4,7 @@ The build needs no network. Notebooks (Markdown files with a ``kernelspec``) are
 one of them ends the build; so does a link that leads nowhere.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ import distill_jax  # noqa: E402
 # Notebooks are compiled as fast as the test suite is: XLA's optimizations would take longer than they save.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Kernels that do not depend on the user's settings, and that report errors alone
+ipython = HERE / "_build" / "ipython"
+(ipython / "profile_default").mkdir(parents=True, exist_ok=True)
+config = "c = get_config()\nc.IPKernelApp.log_level = 40\n"
+(ipython / "profile_default" / "ipython_kernel_config.py").write_text(config)
+os.environ["IPYTHONDIR"] = str(ipython)
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 
 project = "distill_jax"
 author = "The distill_jax maintainers"
@@ -45,6 +53,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
+nb_execution_in_temp = True  # what a notebook writes does not stay
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True

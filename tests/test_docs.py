@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_units_trace import large_networks
 
-from distill_jax import features, losses
+from distill_jax import features, losses, models
 from distill_jax.compress import sparsity, units
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +84,26 @@ def test_the_tables_of_units_are_what_is_printed_and_the_program_runs():
     shown = [tuple(row.split()) for table in tables for row in table.splitlines()]
     assert len(shown) > 20
     assert not [row for row in shown if row not in printed]
+
+
+def test_the_programs_of_readme_run(tmp_path, monkeypatch):
+    """Both at a stretch, with a teacher, a student and arrays as a reader would have them."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    space = {
+        "my_teacher": models.MLP((6, 16, 3), rngs=nnx.Rngs(0)),
+        "my_student": models.MLP((6, 8, 3), rngs=nnx.Rngs(1)),
+        "images": generator.normal(size=(64, 6)).astype(np.float32),
+        "labels": generator.integers(0, 3, 64),
+    }
+    exec(compile("\n".join(programs(ROOT / "README.md")), "README.md", "exec"), space)
+    assert space["logits"].shape == (5, 3)
+    assert sum(x.size for x in jax.tree.leaves(space["small"].params)) == 6 * 4 + 4 + 4 * 3 + 3
+    assert (tmp_path / "small.model").exists()
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
