@@ -200,21 +200,13 @@ def test_accumulation_on_several_devices_is_the_whole_batch(check_vma):
     chex.assert_trees_all_close(arrays(jax.jit(mapped)(state, make_batch(True))), arrays(whole), atol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_evaluation_on_several_devices_is_the_whole_batch(check_vma):
-    model, batch = plain_model(), make_batch(True)
-    count = {"right": lambda logits, batch: (logits.argmax(-1) == batch["label"]) * 1.0}
-    whole = jax.jit(train.make_eval_step(count))
-    mapped = jax.shard_map(
-        train.make_eval_step(count, axis_name="batch"),
-        mesh=train.data_mesh(4),
-        in_specs=(P(), P("batch")),
-        out_specs=P(),
-        check_vma=check_vma,
-    )
-    expected = whole(model, batch)
-    assert 0 < expected["right"] < expected["weight"]
-    chex.assert_trees_all_close(jax.jit(mapped)(model, batch), expected, rtol=1e-6)
+def test_validation_with_the_model_on_several_devices():
+    model, batch = plain_model(), make_batch()
+    validate = train.make_validation({name: batch[name] for name in ("image", "label")}, batch_size=6)
+    expected = validate(model)
+    assert 0 < expected["validation_errors"] < len(batch["label"])
+    spread = validate(jax.device_put(model, train.replicated(train.data_mesh(4))))
+    chex.assert_trees_all_close(spread, expected, rtol=1e-6)
 
 
 def test_accumulation_gives_batch_norm_its_part_only():

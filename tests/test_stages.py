@@ -178,7 +178,7 @@ def test_errors():
     with pytest.raises(ValueError, match="frozen must be"):
         compose(ENCODER, DECODER, frozen="both")
     with pytest.raises(ValueError, match="frozen must be one of encoder, decoder, got 'coder'"):
-        train.only(optax.sgd(1.0), "coder").init(BOTH.params)
+        train.freeze(optax.sgd(1.0), "coder").init(BOTH.params)
     with pytest.raises(ValueError, match="decoder that returns"):
         run(train.encoder_decoder(soft=losses.kl, inputs_weight=1.0))
     with pytest.raises(ValueError, match="inputs_weight must not be negative"):

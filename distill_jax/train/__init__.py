@@ -4,7 +4,7 @@ from distill_jax.train import interpolation
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order, make_epoch, scan_is_fast
 from distill_jax.train.feature_objectives import attach_learned, detach_learned, distill_features
-from distill_jax.train.loop import Fit, History, fit, make_validation
+from distill_jax.train.loop import Fit, History, fit, make_measure, make_validation
 from distill_jax.train.objectives import Schedule, distill, distill_each, error_rate, supervised
 from distill_jax.train.parallel import data_mesh, replicated, sharded, use_cpu_devices
 from distill_jax.train.peers import (
@@ -19,9 +19,8 @@ from distill_jax.train.stages import (
     Staged,
     converged,
     encoder_decoder,
-    make_measure,
+    freeze,
     mean_squares,
-    only,
     train_stages,
 )
 from distill_jax.train.step import (
@@ -32,7 +31,6 @@ from distill_jax.train.step import (
     TrainState,
     batch_weight,
     init_state,
-    make_eval_step,
     make_train_step,
     max_norm,
     step_key,
@@ -43,8 +41,8 @@ __all__ = [
     "Batch", "Checkpoints", "Fit", "History", "LossFn", "Metrics", "Schedule", "Stage", "Staged", "Step",
     "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "converged", "data_mesh",
     "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features", "encoder_decoder",
-    "epoch_order", "error_rate", "fit", "init_state", "interpolation", "make_epoch", "make_eval_step",
+    "epoch_order", "error_rate", "fit", "freeze", "init_state", "interpolation", "make_epoch",
     "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher", "mutual",
-    "only", "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised",
+    "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised",
     "train_stages", "use_cpu_devices", "weighted_mean",
 ]  # fmt: skip

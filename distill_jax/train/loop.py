@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import losses, metrics
 from distill_jax._model import Model, PyTree, identity, padded_batches
 from distill_jax.losses._numerics import warn_if_probabilities
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order
-from distill_jax.train.objectives import teacher_of
-from distill_jax.train.step import make_eval_step
+from distill_jax.train.objectives import supervised, teacher_of
+from distill_jax.train.step import Batch, LossFn, batch_weight
 
 History = dict[str, list[float]]
 
@@ -44,6 +43,54 @@ class Fit(NamedTuple):
         return self.state.model
 
 
+def make_measure(
+    loss_fn: LossFn,
+    data: Mapping[str, Any],
+    *,
+    prepare: Callable[[Any], Any] = identity,
+    batch_size: int = 1000,
+) -> Callable[[Model], dict[str, float]]:
+    """Makes a function that evaluates an objective on validation data: ``model -> figures``.
+
+    Args:
+      loss_fn: the objective, run in evaluation mode at step 0 of its schedules.
+      data: name → array ``[n, ...]``, with ``"weight"`` where examples count unequally.
+      prepare: applied to the images of each batch inside the compiled program.
+      batch_size: the number of examples per batch.
+
+    Returns:
+      A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``:
+      means over the examples, except for the errors, which are counted.
+    """
+    data = {"weight": np.ones(count_examples(data), np.float32), **data}
+    batches = [
+        {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(batch["weight"] * counted, jnp.float32)}
+        for batch, counted in padded_batches(data, batch_size)
+    ]
+
+    @jax.jit
+    def sums(model: Model, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
+        batch = {**batch, "image": prepare(batch["image"])}
+        loss, (_, metrics) = loss_fn(model, batch, key=None, step=jnp.int32(0))
+        weight = batch_weight(batch)
+        return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
+
+    def measure(model: Model) -> dict[str, float]:
+        parts = [sums(model, batch) for batch in batches]
+        totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
+        return {
+            f"validation_{name}": total if name == "errors" else total / weight
+            for name, total in totals.items()
+        }
+
+    return measure
+
+
+def count_examples(data: Mapping[str, Any]) -> int:
+    """Counts the examples of a data set by its images."""
+    return len(jax.tree.leaves(data["image"])[0])
+
+
 def make_validation(
     data: Mapping[str, Any], *, prepare: Callable[[Any], Any] = identity, batch_size: int = 1000
 ) -> Callable[[Model], dict[str, float]]:
@@ -57,22 +104,15 @@ def make_validation(
     Returns:
       A function that gives the number of wrong examples and the mean negative log-likelihood in nats.
     """
-    batches = [
-        {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(counted, jnp.float32)}
-        for batch, counted in padded_batches({n: data[n] for n in ("image", "label")}, batch_size)
-    ]
-    step = make_eval_step(
-        {
-            "errors": lambda logits, batch: metrics.errors(logits, batch["label"]),
-            "nll": lambda logits, batch: losses.cross_entropy(logits, batch["label"]),
-        }
-    )
-    run = jax.jit(lambda model, batch: step(model, {**batch, "image": prepare(batch["image"])}))
+    data = {name: data[name] for name in ("image", "label")}
+    measure = make_measure(supervised(), data, prepare=prepare, batch_size=batch_size)
 
     def validate(model: Model) -> dict[str, float]:
-        parts = [run(model, batch) for batch in batches]
-        totals = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
-        return {"validation_errors": totals["errors"], "validation_nll": totals["nll"] / totals["weight"]}
+        figures = measure(model)
+        return {
+            "validation_errors": figures["validation_errors"],
+            "validation_nll": figures["validation_loss"],
+        }
 
     return validate
 

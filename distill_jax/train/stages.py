@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from distill_jax import losses
-from distill_jax._model import Model, PyTree, identity, padded_batches
+from distill_jax._model import Model, PyTree, identity
 from distill_jax.models import compose
 from distill_jax.train.epoch import make_epoch
-from distill_jax.train.loop import History, fit
+from distill_jax.train.loop import History, count_examples, fit, make_measure
 from distill_jax.train.objectives import (
     Schedule,
     add_hard,
@@ -25,7 +25,7 @@ from distill_jax.train.objectives import (
     soft_mean,
     teacher_of,
 )
-from distill_jax.train.step import Batch, LossFn, batch_weight, init_state, make_train_step, weighted_mean
+from distill_jax.train.step import LossFn, init_state, make_train_step, weighted_mean
 
 # stage → the part that does not change in it
 STAGES: Mapping[str, str | None] = {"encoder": "decoder", "decoder": "encoder", "joint": None}
@@ -140,7 +140,7 @@ class Staged(NamedTuple):
     seconds: float
 
 
-def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.GradientTransformation:
+def freeze(tx: optax.GradientTransformation, frozen: str | None) -> optax.GradientTransformation:
     """Restricts an optimizer to all entries of a dict of parameters except one, which does not change.
 
     Args:
@@ -150,7 +150,7 @@ def only(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradient
     Raises:
       ValueError: when the optimizer is initialised, if the parameters have no such key.
 
-    >>> tx = only(optax.sgd(1.0), "decoder")
+    >>> tx = freeze(optax.sgd(1.0), "decoder")
     >>> params = {"encoder": jnp.ones(()), "decoder": jnp.ones(())}
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> {name: float(x) for name, x in optax.apply_updates(params, updates).items()}
@@ -184,53 +184,6 @@ def converged(history: History, *, tolerance: float, patience: int) -> bool:
     values = history["validation_loss"]
     before, last = values[:-patience], values[-patience:]
     return bool(before) and min(last) >= (1 - tolerance) * min(before)
-
-
-def make_measure(
-    loss_fn: LossFn,
-    data: Mapping[str, Any],
-    *,
-    prepare: Callable[[Any], Any] = identity,
-    batch_size: int = 1000,
-) -> Callable[[Model], dict[str, float]]:
-    """Makes a function that evaluates an objective on validation data: ``model -> figures``.
-
-    Args:
-      loss_fn: the objective, run in evaluation mode at step 0 of its schedules.
-      data: name → array ``[n, ...]``, with ``"weight"`` where examples count unequally.
-      prepare: applied to the images of each batch inside the compiled program.
-      batch_size: the number of examples per batch.
-
-    Returns:
-      A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``:
-      means over the examples, except for the errors, which are counted.
-    """
-    data = {"weight": np.ones(_examples(data), np.float32), **data}
-    batches = [
-        {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(batch["weight"] * counted, jnp.float32)}
-        for batch, counted in padded_batches(data, batch_size)
-    ]
-
-    @jax.jit
-    def sums(model: Model, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
-        batch = {**batch, "image": prepare(batch["image"])}
-        loss, (_, metrics) = loss_fn(model, batch, key=None, step=jnp.int32(0))
-        weight = batch_weight(batch)
-        return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
-
-    def measure(model: Model) -> dict[str, float]:
-        parts = [sums(model, batch) for batch in batches]
-        totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
-        return {
-            f"validation_{name}": total if name == "errors" else total / weight
-            for name, total in totals.items()
-        }
-
-    return measure
-
-
-def _examples(data: Mapping[str, Any]) -> int:
-    return len(jax.tree.leaves(data["image"])[0])
 
 
 def train_stages(
@@ -303,7 +256,7 @@ def train_stages(
     history: dict[str, Any] = {}
     done, seconds = [], 0.0
     for number, (name, frozen) in enumerate(stages.items()):
-        optimizer = only(tx(max(1, _examples(data) // batch_size)), frozen)
+        optimizer = freeze(tx(max(1, count_examples(data) // batch_size)), frozen)
         in_stage = compose(encoder, decoder, code=code, frozen=frozen).replace(
             params=model.params, state=model.state
         )

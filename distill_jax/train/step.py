@@ -202,32 +202,6 @@ def _mean_over_devices(tree: PyTree, axis_name: str) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def make_eval_step(
-    metrics: Mapping[str, Callable[[jax.Array, Batch], jax.Array]], *, axis_name: str | None = None
-) -> Callable[[Model, Batch], Metrics]:
-    """Makes an evaluation step, ``(model, batch) -> sums``, for a model in evaluation mode.
-
-    Args:
-      metrics: name → ``(outputs, batch) -> values``, one value per example, ``[batch]``.
-      axis_name: the name of the mapped axis that splits the batch, as in :func:`make_train_step`.
-
-    Returns:
-      The step. Its result holds for each metric the weighted *sum* over the examples of the batch, and
-      in ``"weight"`` their total weight: sums of batches add up, whatever the sizes of the batches.
-    """
-
-    def eval_step(model: Model, batch: Batch) -> Metrics:
-        outputs = model(batch["image"])
-        weight = batch_weight(batch)
-        sums = {
-            name: weighted_mean(metric(outputs, batch), batch) * weight for name, metric in metrics.items()
-        }
-        sums["weight"] = weight
-        return jax.lax.psum(sums, axis_name) if axis_name else sums
-
-    return eval_step
-
-
 def max_norm(limit: float) -> optax.GradientTransformation:
     """Keeps each unit's incoming weights within a ball: after the update, ‖w‖₂ ≤ limit.
 
