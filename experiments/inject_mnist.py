@@ -266,21 +266,10 @@ def train_students(
     return found
 
 
-def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Chooses the best students of each setting and kind of start on validation data."""
-    best: dict[str, dict[str, Any]] = {}
-    for one in tried:
-        name = f"{one['start']}, {Setting(one['labels'], one['soft'])}"
-        best[name] = min(best.get(name, one), one, key=lambda each: sum(each["validation"]["errors"]))
-    return best
-
-
 COLUMNS = {
     "parameters": results.count("parameters"),
     "errors": results.score("errors"),
-    "change against random": lambda model: (
-        results.mean_sd(model["change"]) if model["start"] in STARTS[1:] else None
-    ),
+    "change against random": lambda m: results.mean_sd(m["change"]) if m["start"] in STARTS[1:] else None,
     "score": lambda model: model.get("score"),
     "p": lambda model: f"{model['scale']:g}" if model.get("start") in (*SELECTED, SHUFFLED) else None,
     "learning rate": lambda model: f"{model['learning_rate']:g}" if "learning_rate" in model else None,
@@ -300,61 +289,56 @@ def main() -> int:
     teacher = lanes.stack(teachers)
     settings = [Setting(n, soft) for soft in (False, True)[: 1 + config.soft] for n in config.labels]
     tried: list[dict[str, Any]] = []
+    best: dict[tuple[str, Setting], dict[str, Any]] = {}  # chosen on validation data
     for setting in settings:
         examples = lanes.examples(dataset.train, rows[:, : setting.labels])
         if setting.soft:
             examples["teacher"] = lanes.logits(teacher, examples["image"], own=True)
-        tried += train_students(config, run, setting, examples, starts)
+        for one in train_students(config, run, setting, examples, starts):
+            tried.append({key: value for key, value in one.items() if key not in ("model", "curve")})
+            known = best.setdefault((one["start"], setting), one)
+            if sum(one["validation"]["errors"]) < sum(known["validation"]["errors"]):
+                best[one["start"], setting] = one
+    main_setting = Setting(config.labels[-1], False)
+    method = min(SELECTED, key=lambda kind: sum(best[kind, main_setting]["validation"]["errors"]))
 
     taught = lanes.logits(teacher, dataset.test.image)
+    for (_, setting), one in best.items():
+        one |= lanes.evaluate(one.pop("model"), dataset.test, taught)
+        one["change"] = np.subtract(one["test"]["errors"], best[RANDOM, setting]["test"]["errors"])
     table = {"teacher": {"start": "teacher", **lanes.evaluate(teacher, dataset.test)}}
-    for name, one in choose(tried).items():
-        facts = {key: value for key, value in one.items() if key != "model"}
-        table[name] = facts | lanes.evaluate(one["model"], dataset.test, taught)
-        errors = table[f"{RANDOM}, {Setting(one['labels'], one['soft'])}"]["test"]["errors"]
-        table[name]["change"] = np.subtract(table[name]["test"]["errors"], errors)
-    found = run.record(table)
-    found["tried"] = [{k: v for k, v in one.items() if k not in ("model", "curve")} for one in tried]
-    # Which start from selected units is reported is chosen on validation data, too
-    main_setting = Setting(config.labels[-1], False)
-    of = {kind: table[f"{kind}, {main_setting}"] for kind in (RANDOM, *SELECTED)}
-    method = min(SELECTED, key=lambda kind: sum(of[kind]["validation"]["errors"]))
+    table |= {f"{start}, {setting}": one for (start, setting), one in best.items()}
+    pair = {kind: best[kind, main_setting] for kind in (RANDOM, method)}
     headline = results.summary(
-        {"models": of}, baseline=RANDOM, model=method,
+        {"models": pair}, baseline=RANDOM, model=method,
         method=f"Starting from units of the teacher ({method}; {main_setting})",
     )  # fmt: skip
-    run.finish(found, draw(run, table, settings), headline=headline, columns=COLUMNS)
-    difference = results.paired(of[RANDOM]["test"]["errors"], of[method]["test"]["errors"])
-    return run.check(difference.t < -2, headline)
+    found = run.record(table) | {"tried": tried}
+    run.finish(found, draw(run, best, settings), headline=headline, columns=COLUMNS)
+    t = results.paired(*[pair[kind]["test"]["errors"] for kind in (RANDOM, method)]).t
+    return run.check(t < -2, headline)
 
 
-def draw(run: Run, table: Mapping[str, Any], settings: Sequence[Setting]) -> dict[str, str]:
-    """Draws the errors against the number of labels, and against the epoch in each setting."""
-    drawn = {}
-    band = f"mean of {run.config.seeds} seeds; band: one standard deviation"
+def draw(run: Run, best: Mapping[tuple[str, Setting], Any], settings: Sequence[Setting]) -> dict[str, str]:
+    """Draws the errors against the number of labels, and against the epoch with the fewest labels."""
+    drawn, band = {}, f"mean over {run.config.seeds} seeds; band: one standard deviation"
     for word, soft in {"labels": False, "soft labels": True}.items():
         ours = [setting for setting in settings if setting.soft == soft]
+        share, file = 100 / len(run.dataset.test.label), f"{word.replace(' ', '-')}.png"
+        series = {k: share * np.array([best[k, each]["test"]["errors"] for each in ours]).T for k in STARTS}
         if len(ours) > 1:
-            share = 100 / len(run.dataset.test.label)
-            series = {
-                kind: share * np.array([table[f"{kind}, {each}"]["test"]["errors"] for each in ours]).T
-                for kind in STARTS
-            }
-            file = f"{word.replace(' ', '-')}.png"
             pictures.curves(
                 run.directory / file, [each.labels for each in ours], series,
                 xlabel=f"number of {word}", ylabel="test error, %", log_x=True,
             )  # fmt: skip
-            drawn[f"Test error against the number of {word}; {band}"] = file
+            drawn[f"Test error against the number of {word}, {band}"] = file
     share = 100 / min(WATCHED, len(run.dataset.validation.label))
-    for setting in settings:
-        file = f"epochs-{str(setting).replace(' ', '-').replace(',', '')}.png"
-        series = {kind: share * table[f"{kind}, {setting}"]["curve"] for kind in STARTS}
-        pictures.curves(
-            run.directory / file, np.arange(run.config.epochs + 1), series, xlabel="epoch",
-            ylabel="validation error, %",
-        )  # fmt: skip
-        drawn[f"Validation error against the epoch with {setting}; {band}"] = file
+    pictures.curves(
+        run.directory / "epochs.png", np.arange(run.config.epochs + 1),
+        {kind: share * best[kind, settings[0]]["curve"] for kind in STARTS},
+        xlabel="epoch", ylabel="validation error, %",
+    )  # fmt: skip
+    drawn[f"Validation error against the epoch with {settings[0]}, {band}"] = "epochs.png"
     return drawn
 
 
