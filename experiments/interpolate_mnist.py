@@ -89,14 +89,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks of all seeds that were trained in one way.
-
-    Attributes:
-      setting: the setting.
-      method: such as "pull".
-      aligned: whether the wider teacher's units were put into the order of the student's.
-      model: the networks, with a first axis of seeds.
-    """
+    """The networks of all seeds that were trained in one way, from a wider teacher's aligned units or not."""
 
     setting: Setting
     method: str
@@ -147,15 +140,15 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
     hard = train.make_train_step(train.supervised(), tx)
     soft = train.make_train_step(train.distill(temperature=config.temperature, alpha=config.alpha), tx)
     found: list[Trained] = []
+    epochs: dict[train.Step, Any] = {}  # so that networks of the same shapes are compiled once
 
     def learn(method, step, states, *, aligned=False, examples=examples):
-        epoch = train.make_epoch(lanes.each_seed(step))
+        epoch = epochs.setdefault(step, train.make_epoch(lanes.each_seed(step)))
         name = str(Trained(setting, method, aligned, student))
-        done = run.fit(
+        model = run.fit(
             name, None, states, epoch, examples, epochs=setting.epochs, batch_size=config.batch_size,
             order=0, validate=None,
-        )  # fmt: skip
-        model = done.model
+        ).model  # fmt: skip
         if method == "through":
             model = interpolation.mix(model, config.rate)
         found.append(Trained(setting, method, aligned, model))
