@@ -318,7 +318,6 @@ def draw(config: Config, run: Run, found: Mapping[str, Any]) -> dict[str, str]:
     costs: dict[str, Callable[[Any], float]] = {
         "parameters": lambda entry: entry["parameters"],
         "FLOPs of one example": lambda entry: entry["flops"],
-        "ms per call of 256 examples": lambda entry: entry["latency_ms"]["256"],
     }
     pictures.tradeoffs(
         run.directory / "tradeoffs.png", {"test accuracy": accuracies},

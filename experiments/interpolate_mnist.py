@@ -84,7 +84,7 @@ class Setting:
     epochs: int
 
     def __str__(self) -> str:
-        return f"teacher of {self.teacher_hidden} units, {self.labels:,} labels"
+        return f"({self.teacher_hidden} units, {self.labels:,} labels)"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Trained:
     model: models.Model
 
     def __str__(self) -> str:
-        return f"{self.method}{', aligned' * self.aligned}, {self.setting}"
+        return f"{self.method}{', aligned' * self.aligned} {self.setting}"
 
 
 def build(config: Config, dataset: data.Dataset, hidden: int, teacher: bool) -> models.Model:
@@ -291,15 +291,16 @@ def headline(config: Config, found: Mapping[str, Any], labels: int) -> str:
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Describes the lines between teacher and student."""
+    """Explains the names of the models, and describes the lines between teacher and student."""
     texts = [
         f"{results.mean_sd(line['barrier'])} (teacher of {line['teacher_hidden']} units, "
         f"{'aligned' if line['aligned'] else 'as trained'}, cosine {results.mean_sd(line['cosine'])})"
         for line in found["lines"]
     ]
     return [
+        "In brackets: the number of hidden units of the teacher, and of labelled examples.",
         "Barrier of the validation loss on the straight line from the teacher to the student from scratch, in "
-        f"nats, and cosine between their parameters: {'; '.join(texts)}."
+        f"nats, and cosine between their parameters: {'; '.join(texts)}.",
     ]
 
 
