@@ -327,7 +327,7 @@ def draw(config: Config, run: Run, found: Mapping[str, Any]) -> dict[str, str]:
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "one seed"
     drawn = {
         f"Test accuracy against costs after fine-tuning, mean over {seeds}; bars: one standard deviation; "
-        "cross: the original; time: of seed 1": "tradeoffs.png"
+        "cross: the original": "tradeoffs.png"
     }
     if operators := [operator for operator in config.operators if operator != FRESH]:
         at_once = {name: [of[name, False, share] for share in config.shares] for name in operators}
