@@ -88,7 +88,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.among("operators", OPERATORS)
     config.among("iterative", OPERATORS[:-1])
     config.among("score", SCORES)
-    config.need("operators", bool(config.operators), "name at least one")
+    config.need("operators", bool(set(config.operators) - {FRESH}), "name at least one besides fresh")
     falling = all(a > b for a, b in itertools.pairwise((0.999, *config.shares, 0.0)))
     config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
     kind = config.original.partition(":")[0]
@@ -218,7 +218,8 @@ def main() -> int:
 
     done = search.find_smallest(
         attempt, loss_and_size("original"), operators=config.operators, shares=config.shares,
-        iterative=config.iterative, budget=config.budget, refinements=config.refinements, baselines=(FRESH,),
+        iterative=config.iterative, budget=config.budget, refinements=config.refinements,
+        baselines=[operator for operator in config.operators if operator == FRESH],
     )  # fmt: skip
 
     found = run.evaluate(trained, run.test_logits(trained), reference="original") | {"chosen": done.chosen}
