@@ -330,17 +330,20 @@ def draw(config: Config, run: Run, found: Mapping[str, Any]) -> dict[str, str]:
         f"Test accuracy against costs after fine-tuning, mean over {seeds}; bars: one standard deviation; "
         "cross: the original": "tradeoffs.png"
     }
-    if operators := [operator for operator in config.operators if operator != FRESH]:
-        at_once = {name: [of[name, False, share] for share in config.shares] for name in operators}
-        pictures.curves(
-            run.directory / "untuned.png", config.shares,
-            {n: 100 * np.array([e["untuned"]["accuracy"] for e in es]).T for n, es in at_once.items()},
-            xlabel="share of the units left", ylabel="accuracy before fine-tuning, %",
-        )  # fmt: skip
-        drawn[
-            f"Test accuracy before any fine-tuning against the share of the units left, mean over {seeds}; "
-            "band: one standard deviation"
-        ] = "untuned.png"
+    at_once = {
+        operator: [of[operator, False, share] for share in config.shares]
+        for operator in config.operators
+        if operator != FRESH
+    }
+    pictures.curves(
+        run.directory / "untuned.png", config.shares,
+        {n: 100 * np.array([e["untuned"]["accuracy"] for e in es]).T for n, es in at_once.items()},
+        xlabel="share of the units left", ylabel="accuracy before fine-tuning, %",
+    )  # fmt: skip
+    drawn[
+        f"Test accuracy before any fine-tuning against the share of the units left, mean over {seeds}; "
+        "band: one standard deviation"
+    ] = "untuned.png"
     return drawn
 
 
