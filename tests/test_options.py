@@ -139,6 +139,10 @@ def test_embedded_data_where_mnist_cannot_be_had(monkeypatch, capsys):
         experiment.mnist_or_digits({"data_dir": "here"})
 
 
+def test_a_command_line_without_words_gives_no_options():
+    assert options.given_options([]) == {}
+
+
 def test_the_options_on_a_command_line():
     given = options.given_options(["long", "--few", "9", "--no-check", "--data-dir=a=b", "--rates", "1", "2"])
     assert given == {"few": "9", "check": "--data-dir=a=b", "data_dir": "a=b", "rates": "1"}

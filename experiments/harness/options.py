@@ -135,7 +135,7 @@ def given_options(arguments: Sequence[str] | None = None) -> dict[str, str]:
       Name → the word after it, or the text after its ``=``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words[1:], ""], strict=False)  # without words, there is no pair
     return {
         word[2:].partition("=")[0].removeprefix("no-").replace("-", "_"): word.partition("=")[2] or after
         for word, after in pairs
