@@ -68,7 +68,7 @@ class Config(Options):
 
 CONFIGS = {
     "mnist": ("MNIST, 784-128-10: twenty minutes on two cores", Config()),
-    "digits": ("scikit-learn's digits, which need no download: five minutes", Config(
+    "digits": ("scikit-learn's digits, which need no download: three minutes", Config(
         dataset="digits", epochs=60, tuning_epochs=40, batch_size=32,
     )),
     "wide": ("MNIST, 784-1200-1200-10, trained on shifted images: hours", Config(

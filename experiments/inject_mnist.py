@@ -68,7 +68,7 @@ class Config(Options):
 
 CONFIGS = {
     "mnist": ("MNIST, students 784-128-128-10: minutes on two cores", Config()),
-    "digits": ("scikit-learn's digits, which need no download: two minutes", Config(
+    "digits": ("scikit-learn's digits, which need no download: a minute", Config(
         dataset="digits", teacher="mlp:256,256", student="mlp:32,32", labels=(50, 100, 200), batch_size=10,
         teacher_epochs=60, teacher_batch_size=32,
     )),
