@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from distill_jax._model import PyTree
 from distill_jax.weights.structure import by_path, path_name
-
-PyTree = Any
 
 
 def f32(x: jax.Array) -> jax.Array:

@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._model import ApplyFn, Model, identity, predict
+from distill_jax._model import ApplyFn, Model, PyTree, identity, predict
 from distill_jax.compress import linear_codes
 from distill_jax.features.capturing import capture, resume
 from distill_jax.losses._numerics import to_float
 from distill_jax.weights.structure import by_path, path_name
-
-PyTree = Any
 
 
 def quantise(code: ArrayLike, *, bits: int) -> jax.Array:

@@ -24,11 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import _jaxpr
-from distill_jax._model import ApplyFn, Model
+from distill_jax._model import ApplyFn, Model, PyTree
 from distill_jax.compress import linear_codes
 from distill_jax.weights.structure import by_path, path_name
-
-PyTree = Any
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["encoder", "decoder"], meta_fields=["axis"])

@@ -7,13 +7,14 @@ never returns. The masks are part of the optimizer's state, and so of every chec
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from distill_jax._model import PyTree
 from distill_jax.compress._masks import (
     check_groups,
     check_masks,
@@ -26,8 +27,6 @@ from distill_jax.compress._masks import (
     zeroed,
 )
 from distill_jax.weights.structure import by_path
-
-PyTree = Any
 
 
 class Schedule(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.optimize
 
 from distill_jax import weights
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace.roles import positions
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import UnitGraph
@@ -24,7 +24,6 @@ from distill_jax.compress.units.removal import keep
 from distill_jax.compress.units.selection import Indices, mapped_path, select
 from distill_jax.compress.units.values import activations
 
-PyTree = Any
 Found = dict[str, np.ndarray]
 
 

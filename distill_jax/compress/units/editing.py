@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units.graph import UnitGraph
 
-PyTree = Any
 Kind = Literal["params", "state"]
 Edit = Callable[[Any, str], Any]
 

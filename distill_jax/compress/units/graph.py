@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.weights.structure import path_name
-
-PyTree = Any
 
 
 class Slice(NamedTuple):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.shrinking import ShrunkFn
 from distill_jax.compress.units.tracing import Traced
 
-PyTree = Any
 Permutations = Mapping[str, Sequence[int] | np.ndarray]
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph
 
-PyTree = Any
 Kept = Mapping[str, Sequence[int] | np.ndarray]
 
 

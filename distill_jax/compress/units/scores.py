@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.values import activations, free_groups, vectors
 
-PyTree = Any
 Scores = dict[str, np.ndarray]
 Normalize = Literal["mean", "max", "norm", "none"]
 

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.removal import Kept, keep, shapes_of, unit_masks
 from distill_jax.compress.units.tracing import Traced, groups_of
-
-PyTree = Any
 
 
 def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:

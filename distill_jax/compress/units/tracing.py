@@ -7,14 +7,13 @@ import jax
 import numpy as np
 
 from distill_jax import _jaxpr
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
 from distill_jax.compress.units._trace.sizes import groups_in_numbers
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
-PyTree = Any
 Key = tuple[Any, ...]
 
 

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._model import Model
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace.program import Step, bind, evaluate
 from distill_jax.compress.units._trace.roles import positions, roles
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, UnitGraph
-
-PyTree = Any
 
 
 def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarray]:
