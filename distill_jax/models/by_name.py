@@ -29,9 +29,10 @@ def _convnet(widths: list[int], shape: tuple[int, int, int], classes: int, **opt
     return ConvNet(shape, classes, channels=widths, kernel=3 if min(shape[:2]) < 16 else 5, **options)
 
 
-# Described by their hidden sizes
+# Networks that are described by their hidden sizes
 FAMILIES = {"mlp": _mlp, "convnet": _convnet}
-# Described by a name, the numbers in which are the groups of the pattern, and a width multiplier
+# Networks that are described by a name and a factor for the width. A pattern's groups are the numbers in
+# the name.
 NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
     r"vgg(?P<depth>\d+)": ("vgg8", VGG),
     r"resnet(?P<depth>\d+)(?:x(?P<widening>\d+))?": ("resnet8x4", ResNet),
@@ -49,7 +50,7 @@ def nnx_module(
 
     Args:
       description: a family and its hidden sizes, ``mlp:1200,1200`` or ``convnet:16,32`` (the channels of
-        the convolutions); or the name of a network, with or without a multiplier of its channels:
+        the convolutions); or the name of a network, with or without a factor for its channels:
         ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5``
         (``mobilenetv2-t3:0.5`` expands 3 times instead of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
       shape: ``(height, width, channels)`` of an image.
@@ -138,7 +139,7 @@ def feature_names(
     Args:
       description: a network with a name, see :func:`nnx_module`.
       shape: ``(height, width, channels)`` of an image.
-      preactivation: whether to take the values of the stages before their last ReLU, as OFD needs them,
+      preactivation: whether to take the values of the stages before their last ReLU, which OFD needs,
         and not after it.
 
     Returns:
@@ -146,7 +147,7 @@ def feature_names(
       embedding that the last layer receives.
 
     Raises:
-      ValueError: if the description has a family and sizes, and not the name of a network.
+      ValueError: if the description is a family and sizes, and not the name of a network.
 
     >>> feature_names("resnet20", (32, 32, 3))
     ('stem', 'stages.0', 'stages.1', 'stages.2', 'pool')

@@ -8,10 +8,16 @@ from flax import nnx
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """2×2 max-pooling with stride 2 of ``[batch, height, width, channels]``; odd edges are dropped.
+    """Halves the resolution: the maximum of each 2×2 block of pixels. Odd edges are dropped.
 
-    As the maximum of four strided slices: its gradient costs a seventh of ``reduce_window``'s on a
-    CPU, and ties share the gradient.
+    It is computed as the maximum of four strided slices. On a CPU its gradient then takes a seventh of
+    the time of ``reduce_window``'s, and equal values share the gradient.
+
+    Args:
+      x: images ``[batch, height, width, channels]``.
+
+    Returns:
+      An array ``[batch, height // 2, width // 2, channels]``.
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     x = x[:, :height, :width]
@@ -23,20 +29,19 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
 class ConvNet(nnx.Module):
     """A LeNet-like network: (convolution, [BatchNorm,] ReLU, 2×2 max-pool) × n, dense, dense.
 
-    After LeCun et al., `Gradient-Based Learning Applied to Document Recognition`, 1998, with ReLU
-    and max-pooling in the place of their ancestors.
+    It follows LeCun et al., `Gradient-Based Learning Applied to Document Recognition`, 1998, with ReLU in
+    the place of tanh, and max-pooling in the place of trained averages.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      channels: channels of each convolution.
-      hidden: width of the dense layer.
-      classes: outputs.
-      kernel: side of the convolutions' kernels; padding keeps the size.
-      dropout: dropped fraction of the dense layer's input and output, in training mode.
-      batch_norm: normalise after each convolution.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      rngs: ``params`` initialises (He normal); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      channels: the number of channels of each convolution.
+      hidden: the number of units of the hidden dense layer.
+      kernel: the height and width of the convolutions' kernels. Images are padded and keep their size.
+      dropout: the fraction of the hidden dense layer's inputs and units that is dropped in training.
+      batch_norm: whether to normalise after each convolution.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      rngs: the random streams ``params`` (initial values: He normal) and ``dropout`` (masks).
     """
 
     def __init__(

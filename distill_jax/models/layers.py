@@ -1,8 +1,9 @@
-"""What the convolutional reference networks are made of.
+"""The parts of the convolutional reference networks.
 
-Every network of this package but the two small ones is a :class:`Network`: ``stem``, ``stages``,
-``neck`` (some), ``pool``, ``head``. A layer's name is its path, as :mod:`distill_jax.features.capturing` has it:
-``stages.1`` is a stage's output, ``stages.1.blocks.0`` a block's, ``pool`` the penultimate embedding.
+Every reference network except ``MLP`` and ``ConvNet`` is a :class:`Network`: ``stem``, ``stages``, in some
+networks ``neck``, ``pool`` and ``head``. :func:`distill_jax.features.capture` finds a layer's output by the
+layer's path: ``stages.1`` is the output of a stage, ``stages.1.blocks.0`` that of a block, and ``pool`` the
+embedding that the last layer receives.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 # Normal with variance 2 / (outputs · kernel area), He et al. 2015, Eq. 14
 HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -20,19 +22,19 @@ UNIFORM_FAN_IN = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalisation in float32 (or float64) whatever the input; the result has its dtype.
+    """Batch normalisation that computes in float32 (or float64) and returns the dtype of its input.
 
-    The running variance is the mean of biased variances, as in JAX throughout; PyTorch multiplies
-    each by n / (n − 1). The running averages keep 0.9 of the past, as PyTorch's default does.
+    The running variance averages biased variances, like all of Flax; PyTorch multiplies each by
+    n / (n − 1). The running averages keep 0.9 of the past, which is PyTorch's default.
     """
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """Normalises ``[batch, ..., channels]`` over all axes but the last."""
+        """Normalises ``[batch, ..., channels]`` over all axes except the last."""
         return super().__call__(x, *args, **kwargs).astype(x.dtype)
 
 
 class Mark(nnx.Module):
-    """The identity: gives a value a module's name, so that it can be captured."""
+    """The identity as a module: its path is a name by which its input can be captured."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns its argument."""
@@ -41,13 +43,23 @@ class Mark(nnx.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes convolutions and normalisations with the options that all of a network's share."""
+    """Makes the convolutions and normalisations of one network, which share these options.
+
+    Args:
+      rngs: the random streams ``params`` (initial values) and ``dropout`` (masks).
+      axis_name: the axis of ``pmap`` or ``shard_map`` over which BatchNorm averages its statistics. None
+        on one device, and under ``jit``, where the statistics of a sharded batch are those of the whole.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+        Statistics, embedding and logits are float32.
+      param_dtype: the dtype of the parameters.
+      kernel_init: the function that makes the initial kernels.
+    """
 
     rngs: nnx.Rngs
     axis_name: str | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Any = HE_FAN_OUT
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: nnx.Initializer = HE_FAN_OUT
 
     def conv(
         self,
@@ -59,9 +71,9 @@ class Layers:
         groups: int = 1,
         bias: bool = False,
     ) -> nnx.Conv:
-        """A convolution that pads by half its kernel on each side, also when it strides.
+        """Makes a convolution that pads by half of its kernel on each side, with any stride.
 
-        (``"SAME"`` would pad an even size on one side only, which is another network.)
+        (With a stride, ``"SAME"`` would pad an even size on one side only, which is another network.)
         """
         return nnx.Conv(
             inputs, outputs, (kernel, kernel), stride, padding=kernel // 2,
@@ -70,8 +82,8 @@ class Layers:
         )  # fmt: skip
 
     def norm(self, channels: int) -> BatchNorm:
-        """A batch normalisation."""
-        # Without a dtype it computes in the widest of its input's, its parameters' and float32
+        """Makes a batch normalisation."""
+        # Without a dtype it computes in the widest dtype of its input, its parameters and float32
         return BatchNorm(
             channels, momentum=0.9, axis_name=self.axis_name, param_dtype=self.param_dtype,
             rngs=self.rngs,
@@ -79,7 +91,7 @@ class Layers:
 
 
 class Unit(nnx.Module):
-    """Convolution, BatchNorm (unless told otherwise), ReLU."""
+    """A convolution, BatchNorm unless ``batch_norm`` is False, and ReLU."""
 
     def __init__(
         self,
@@ -102,7 +114,7 @@ class Unit(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks one after another, the first of which may change the resolution."""
+    """Blocks in a chain, of which the first may change the resolution."""
 
     def __init__(self, blocks: Sequence[nnx.Module]):
         self.blocks = nnx.List(blocks)
@@ -115,7 +127,7 @@ class Stage(nnx.Module):
 
 
 class GlobalPool(nnx.Module):
-    """The mean over space, in float32 (or float64): any size of map becomes ``[batch, channels]``."""
+    """The mean over height and width, in float32 (or float64)."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[batch, height, width, channels]`` to ``[batch, channels]``."""
@@ -123,16 +135,16 @@ class GlobalPool(nnx.Module):
 
 
 class Network(nnx.Module):
-    """``stem`` → ``stages`` → ``neck`` (or none) → ``pool`` → dropout → ``head``.
+    """The form of the reference networks: stem → stages → neck → pool → dropout → head.
 
     Args:
-      layers: makes the head's options agree with the rest.
-      stem: from images to the first features.
-      stages: each a :class:`Stage`.
-      neck: what stands between the last stage and the pooling.
-      channels: what the pooling receives.
-      classes: outputs.
-      dropout: dropped fraction of the head's inputs, in training mode.
+      layers: the network's shared options, which the last layer takes too.
+      stem: the module that maps images to the first features.
+      stages: the stages, in their order.
+      neck: the module between the last stage and the pooling, or None.
+      channels: the number of channels that the pooling receives.
+      classes: the number of classes, which is the number of outputs.
+      dropout: the fraction of the last layer's inputs that is dropped in training.
     """
 
     def __init__(
@@ -151,7 +163,7 @@ class Network(nnx.Module):
         self.neck = neck
         self.pool = GlobalPool()
         self.dropout = nnx.Dropout(dropout, rngs=layers.rngs)
-        # Logits are float32 however the convolutions compute
+        # Logits are float32 in whatever dtype the convolutions compute
         self.head = nnx.Linear(
             channels, classes, param_dtype=layers.param_dtype, kernel_init=UNIFORM_FAN_IN,
             rngs=layers.rngs,
@@ -167,13 +179,15 @@ class Network(nnx.Module):
         return self.head(self.dropout(self.pool(x)))
 
     def feature_names(self, *, preactivation: bool = False) -> tuple[str, ...]:
-        """Names the layers that the literature distils, shallow to deep.
+        """Lists the layers that the literature distils, from shallow to deep.
 
         Args:
-          preactivation: the stages' values before their last ReLU instead of after it, as OFD wants.
+          preactivation: whether to take the values of the stages before their last ReLU, which OFD needs,
+            and not after it.
 
         Returns:
-          The stem, the stages, the pooled embedding: the list that RepDistiller's models return.
+          The names of the stem, of the stages and of the pooled embedding. RepDistiller's models return
+          the values of these layers.
         """
         stages = self._preactivations() if preactivation else self._features()
         return ("stem", *stages, "pool")
@@ -182,30 +196,39 @@ class Network(nnx.Module):
         return [f"stages.{i}" for i in range(len(self.stages))]
 
     def _preactivations(self) -> list[str]:
-        """Where the last block's ``preactivation`` is marked."""
+        """Returns the names of the values before each stage's last ReLU."""
         return [f"{name}.preactivation" for name in last_blocks(self)]
 
 
 def last_blocks(network: Network) -> list[str]:
-    """The paths of the last block of each stage."""
+    """Returns the path of the last block of each stage."""
     return [f"stages.{i}.blocks.{len(stage.blocks) - 1}" for i, stage in enumerate(network.stages)]
 
 
 def scale(channels: int, width: float, multiple: int = 1) -> int:
-    """``channels · width``, rounded to a multiple of ``multiple``, and at least that."""
+    """Multiplies a number of channels by a width.
+
+    Args:
+      channels: the number of channels.
+      width: the factor.
+      multiple: the number of which the result is a multiple.
+
+    Returns:
+      channels · width, rounded to a multiple of ``multiple``, at least ``multiple``.
+    """
     return max(multiple, round(channels * width / multiple) * multiple)
 
 
 def check(shape: Sequence[int], classes: int, width: float) -> None:
-    """Checks what all networks are given.
+    """Checks the arguments that all networks have.
 
     Args:
-      shape: must be ``(height, width, channels)``.
-      classes: outputs, at least 1.
-      width: multiplier of the channels, above 0.
+      shape: ``(height, width, channels)`` of an image.
+      classes: the number of outputs, at least 1.
+      width: the factor for the numbers of channels, above 0.
 
     Raises:
-      ValueError: otherwise.
+      ValueError: if an argument is not of that form.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be (height, width, channels), all ≥ 1, got {tuple(shape)}")

@@ -8,16 +8,16 @@ from flax import nnx
 
 
 class MLP(nnx.Module):
-    """Dense layers with ReLU, and dropout before each of them.
+    """A multilayer perceptron: dense layers with ReLU between them, and dropout before each of them.
 
     Hinton, Vinyals and Dean 2015, §3, use ``(784, 1200, 1200, 10)`` for the teacher and
     ``(784, 800, 800, 10)`` for the student.
 
     Args:
-      widths: input, hidden and output widths.
-      dropout: dropped fraction of each hidden layer, in training mode.
-      input_dropout: dropped fraction of the inputs.
-      rngs: ``params`` initialises (He normal, for ReLU); ``dropout`` is the stream of the masks.
+      widths: the numbers of inputs, of units of each hidden layer, and of outputs.
+      dropout: the fraction of each hidden layer's units that is dropped in training.
+      input_dropout: the fraction of the inputs that is dropped in training.
+      rngs: the random streams ``params`` (initial values: He normal) and ``dropout`` (masks).
     """
 
     def __init__(

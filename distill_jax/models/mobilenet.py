@@ -1,19 +1,18 @@
 """MobileNetV2 for small images."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from distill_jax.models.layers import Layers, Network, Stage, Unit, check
 
-# Channels, blocks and stride of each stage (the paper's Table 2, strides for small images)
+# Channels, number of blocks and stride of each stage (the paper's Table 2, with strides for small images)
 STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 
 
 class InvertedResidual(nnx.Module):
-    """1×1 convolution to more channels, a depthwise 3×3, and 1×1 to few without activation."""
+    """A 1×1 convolution to more channels, a depthwise 3×3, and a 1×1 to few channels without a ReLU."""
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int, expansion: int):
         hidden = inputs * expansion
@@ -36,27 +35,26 @@ class InvertedResidual(nnx.Module):
 class MobileNetV2(Network):
     """A strided convolution, seven stages of inverted residuals, a 1×1 convolution.
 
-    The resolution is halved four times, by the stem and by ``stages.2``, ``.3`` and ``.5``; maps of
-    one pixel stay so. The stages' outputs have no ReLU: they are their own pre-activations.
+    The stem, ``stages.2``, ``stages.3`` and ``stages.5`` each halve the resolution, down to one pixel.
+    No ReLU follows the output of a stage, so the output is also the pre-activation.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      width: multiplies the channels (rounded down), but the last convolution's 1280 only if it is
-        above 1. RepDistiller's ``MobileNetV2`` has ``width=0.5``.
-      expansion: how many times as many channels a block has inside: T.
-      dropout: dropped fraction of the head's inputs, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (normal, He's fan-out); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      width: a factor for the numbers of channels, which are rounded down. The last convolution has at
+        least 1280 channels. RepDistiller's ``MobileNetV2`` has ``width=0.5``.
+      expansion: the ratio of the number of channels inside a block to that of its input (the paper's t).
+      dropout: the fraction of the last layer's inputs that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: normal, He's fan-out) and ``dropout`` (masks).
 
     References:
-      Sandler et al., `MobileNetV2`, CVPR 2018, Table 2; as in HobbitLong/RepDistiller
-      ``models/mobilenetv2.py``, which departs from the paper: ReLU for ReLU6, a 1×1 convolution also in
-      the first block, no stride in the second stage, channels not rounded to multiples of 8.
+      Sandler et al., `MobileNetV2`, CVPR 2018, Table 2, with the changes that HobbitLong/RepDistiller
+      ``models/mobilenetv2.py`` makes: it has ReLU where the paper has ReLU6, the first block also begins
+      with a 1×1 convolution, the second stage has no stride, and channels are not rounded to multiples
+      of 8.
     """
 
     def __init__(
@@ -68,8 +66,8 @@ class MobileNetV2(Network):
         expansion: int = 6,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)
@@ -92,7 +90,7 @@ class MobileNetV2(Network):
         super().__init__(layers, stem, stages, neck, last, classes, dropout=dropout)
 
     def _features(self):
-        # The last stage of each resolution, and the fourth for the third
+        # The last stage of each resolution, but stages.4 in the place of stages.3
         return [f"stages.{i}" for i in (1, 2, 4, 6)]
 
     _preactivations = _features

@@ -1,16 +1,15 @@
 """Residual networks for small images."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from distill_jax.models.layers import Layers, Mark, Network, Stage, Unit, check, scale
 
 
 class Shortcut(nnx.Module):
-    """A strided 1×1 convolution and BatchNorm."""
+    """The shortcut where a block changes the shape: a strided 1×1 convolution and BatchNorm."""
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int):
         self.conv = layers.conv(inputs, outputs, 1, stride=stride)
@@ -22,7 +21,7 @@ class Shortcut(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))), the sum being ``preactivation``."""
+    """A residual block: relu(x + norm(conv(relu(norm(conv(x)))))). ``preactivation`` is the sum."""
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int):
         self.conv1 = layers.conv(inputs, outputs, stride=stride)
@@ -43,27 +42,26 @@ class BasicBlock(nnx.Module):
 class ResNet(Network):
     """A convolution and three stages of residual blocks, of which the last two halve the resolution.
 
-    Works on images of any size. Before the last ReLU of a stage: its last block's ``preactivation``.
+    It takes images of any size. The input of a stage's last ReLU is the ``preactivation`` of its last
+    block.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      depth: 6n + 2, with n blocks a stage: 8, 14, 20, 32, 44, 56, 110.
-      widening: the stages have 16, 32 and 64 times so many channels (the ``x4`` of ``resnet8x4``), and
-        the stem 16, or 8 times so many where that is more.
-      width: multiplies all channels.
-      dropout: dropped fraction of the head's inputs, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (normal, He's fan-out); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      depth: 6n + 2 for n blocks per stage, such as 8, 14, 20, 32, 44, 56 or 110.
+      widening: the k of ``resnet8x4``, here 4: the stages have 16k, 32k and 64k channels, and the stem
+        has 16, or 8k where that is more.
+      width: a factor for all numbers of channels.
+      dropout: the fraction of the last layer's inputs that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: normal, He's fan-out) and ``dropout`` (masks).
 
     References:
-      He et al., `Deep Residual Learning for Image Recognition`, CVPR 2016, §4.2, with a convolution
-      where a shortcut changes shape (the paper pads with zeros), as in HobbitLong/RepDistiller
-      ``models/resnet.py``; ``resnet110x2`` as in DefangChen/SimKD ``models/resnet.py``.
+      He et al., `Deep Residual Learning for Image Recognition`, CVPR 2016, §4.2. Where a shortcut changes
+      the shape it is a convolution, after HobbitLong/RepDistiller ``models/resnet.py``; the paper pads
+      with zeros. ``resnet110x2`` follows DefangChen/SimKD ``models/resnet.py``.
     """
 
     def __init__(
@@ -76,8 +74,8 @@ class ResNet(Network):
         width: float = 1.0,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)

@@ -1,10 +1,9 @@
 """ShuffleNet V1 and V2 for small images."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from distill_jax.models.layers import (  # fmt: skip
     UNIFORM_FAN_IN,
@@ -28,17 +27,25 @@ CHANNELS_V2 = {
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:
-    """Interleaves the channels of the groups: a transposition of ``[groups, channels / groups]``."""
+    """Interleaves the channels of several groups, by transposing ``[groups, channels / groups]``.
+
+    Args:
+      x: an array ``[..., channels]``.
+      groups: the number of groups, which divides the number of channels.
+
+    Returns:
+      An array of the same shape.
+    """
     channels = x.shape[-1]
     x = x.reshape(*x.shape[:-1], groups, channels // groups)
     return x.swapaxes(-1, -2).reshape(*x.shape[:-2], channels)
 
 
 class GroupedBlock(nnx.Module):
-    """V1's unit: grouped 1×1, shuffle, depthwise 3×3, grouped 1×1; summed with its input.
+    """The block of V1: a grouped 1×1, a depthwise 3×3 and a grouped 1×1 convolution, plus the input.
 
-    With stride 2 the 3×3 mean of the input is appended instead. ``preactivation`` is what the last
-    ReLU receives.
+    The channels are shuffled after the first convolution. With stride 2 the 3×3 mean of the input is
+    appended to the result, and not added. ``preactivation`` is the input of the last ReLU.
     """
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int, groups: int, first: bool):
@@ -70,26 +77,26 @@ class GroupedBlock(nnx.Module):
 class ShuffleNetV1(Network):
     """A 1×1 convolution and three stages, each of which halves the resolution.
 
-    Works on images of any size. Before the last ReLU of a stage: its last block's ``preactivation``.
+    It takes images of any size. The input of a stage's last ReLU is the ``preactivation`` of its last
+    block.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      width: multiplies the stages' channels, 240, 480 and 960, rounded to multiples of 4 × ``groups``;
-        the stem has 24.
-      groups: of the 1×1 convolutions. (The paper has other numbers of channels for other than 3.)
-      dropout: dropped fraction of the head's inputs, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (uniform on ±1/√inputs); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      width: a factor for the stages' 240, 480 and 960 channels, which are rounded to multiples of
+        4 × ``groups``. The stem has 24 channels.
+      groups: the number of groups of the 1×1 convolutions. (The paper changes the numbers of channels
+        with it; here they stay those of 3 groups.)
+      dropout: the fraction of the last layer's inputs that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: uniform on ±1/√inputs) and ``dropout`` (masks).
 
     References:
-      Zhang et al., `ShuffleNet`, CVPR 2018, Table 1 (1×, g = 3) and Figure 2; as in
-      HobbitLong/RepDistiller ``models/ShuffleNetv1.py``: the stem is a 1×1 convolution without stride
-      or pooling, and the depthwise convolution has a ReLU, where the paper has none.
+      Zhang et al., `ShuffleNet`, CVPR 2018, Table 1 (1×, g = 3) and Figure 2, with two changes that
+      HobbitLong/RepDistiller ``models/ShuffleNetv1.py`` makes: the stem is a 1×1 convolution without
+      stride or pooling, and a ReLU follows the depthwise convolution.
     """
 
     def __init__(
@@ -101,8 +108,8 @@ class ShuffleNetV1(Network):
         groups: int = 3,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)
@@ -124,9 +131,10 @@ class ShuffleNetV1(Network):
 
 
 class SplitBlock(nnx.Module):
-    """V2's unit: one half of the channels passes, the other goes through three convolutions.
+    """The block of V2 with stride 1: three convolutions of one half of the channels.
 
-    ``preactivation`` is both, before the last ReLU and the shuffle.
+    The other half passes unchanged. ``preactivation`` is both halves, before the last ReLU and the
+    shuffle.
     """
 
     def __init__(self, layers: Layers, channels: int):
@@ -140,7 +148,7 @@ class SplitBlock(nnx.Module):
         self.preactivation = Mark()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Keeps the shape."""
+        """Returns an array of the same shape."""
         passed, y = jnp.split(x, 2, -1)
         y = nnx.relu(self.norm1(self.conv1(y)))
         y = self.norm3(self.conv3(self.norm2(self.conv2(y))))
@@ -149,7 +157,7 @@ class SplitBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """V2's unit with stride 2: two branches from the whole input, appended and shuffled."""
+    """The block of V2 with stride 2: two branches of the whole input, concatenated and shuffled."""
 
     def __init__(self, layers: Layers, inputs: int, outputs: int):
         half = outputs // 2
@@ -177,26 +185,24 @@ class DownBlock(nnx.Module):
 class ShuffleNetV2(Network):
     """A 1×1 convolution, three stages that each halve the resolution, a 1×1 convolution.
 
-    Works on images of any size. Before the last ReLU of a stage: its last block's ``preactivation``,
-    whose channels are not shuffled yet.
+    It takes images of any size. The input of a stage's last ReLU is the ``preactivation`` of its last
+    block, whose channels are not shuffled yet.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      width: 0.5, 1, 1.5 or 2 give the paper's channels; any other multiplies those of 1, rounded to
-        even numbers. The stem has 24.
-      dropout: dropped fraction of the head's inputs, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (uniform on ±1/√inputs); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      width: a factor for the numbers of channels. 0.5, 1, 1.5 and 2 give the paper's numbers; any other
+        value multiplies those of 1 and rounds them to even numbers. The stem has 24 channels.
+      dropout: the fraction of the last layer's inputs that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: uniform on ±1/√inputs) and ``dropout`` (masks).
 
     References:
-      Ma et al., `ShuffleNet V2`, ECCV 2018, Table 5 and Figure 3; as in HobbitLong/RepDistiller
-      ``models/ShuffleNetv2.py`` (the stem is a 1×1 convolution without stride or pooling), but for
-      width 2, where the reference's first stage has 224 channels for the paper's 244.
+      Ma et al., `ShuffleNet V2`, ECCV 2018, Table 5 and Figure 3. The stem is a 1×1 convolution without
+      stride or pooling, after HobbitLong/RepDistiller ``models/ShuffleNetv2.py``. With width 2 the first
+      stage has the paper's 244 channels, where that code has 224.
     """
 
     def __init__(
@@ -207,8 +213,8 @@ class ShuffleNetV2(Network):
         width: float = 1.0,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)

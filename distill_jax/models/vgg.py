@@ -1,16 +1,15 @@
 """VGG for small images."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from distill_jax.models.convnet import max_pool_2x2
 from distill_jax.models.layers import Layers, Network, Stage, Unit, check, last_blocks, scale
 
 CHANNELS = (64, 128, 256, 512, 512)
-# Depth → convolutions in each stage. (The depth counts three dense layers, as the paper's nets have.)
+# Depth → number of convolutions in each stage. (The depth counts the paper's three dense layers.)
 CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
@@ -21,7 +20,7 @@ CONVOLUTIONS = {
 
 
 class PooledStage(Stage):
-    """2×2 max-pooling, then a stage."""
+    """A stage with 2×2 max-pooling before its blocks."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Halves the resolution, then runs the blocks."""
@@ -31,30 +30,28 @@ class PooledStage(Stage):
 class VGG(Network):
     """Five stages of 3×3 convolutions with max-pooling between them, and one dense layer.
 
-    The stem is the first stage; pooling stands before ``stages.0`` to ``stages.2``, and before
-    ``stages.3`` for images of 64×64 and more. A pooling that would leave nothing (8×8 images shrink
-    to 1×1 in three) is left out. Before the last ReLU of a stage: its last block's ``norm``, or its
-    ``conv`` without BatchNorm.
+    The first stage is called ``stem``. The image is pooled before ``stages.0``, ``stages.1`` and
+    ``stages.2``, and before ``stages.3`` if it has 64×64 pixels or more. A pooling that would leave
+    nothing is left out: three poolings shrink an 8×8 image to one pixel. The input of a stage's last
+    ReLU is the ``norm`` of its last block, or the ``conv`` of that block without BatchNorm.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      depth: 8, 11, 13, 16 or 19.
-      width: multiplies the channels, 64 to 512.
-      batch_norm: normalise after each convolution (the convolutions keep their bias, which then does
-        nothing, as in the reference).
-      dropout: dropped fraction of the head's inputs, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (normal, He's fan-out); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      depth: the number of layers with weights in the paper's network: 8, 11, 13, 16 or 19.
+      width: a factor for the numbers of channels, which are 64 to 512.
+      batch_norm: whether to normalise after each convolution. (The convolutions have a bias in either
+        case, like the reference, although BatchNorm removes it.)
+      dropout: the fraction of the last layer's inputs that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: normal, He's fan-out) and ``dropout`` (masks).
 
     References:
-      Simonyan and Zisserman, `Very Deep Convolutional Networks`, ICLR 2015, Table 1 (A, B, D, E), with
-      one dense layer on the mean over space in the place of three, as in HobbitLong/RepDistiller
-      ``models/vgg.py``, whose depth 8 has one convolution a stage.
+      Simonyan and Zisserman, `Very Deep Convolutional Networks`, ICLR 2015, Table 1 (A, B, D, E). One
+      dense layer on the mean over space replaces the paper's three, and depth 8 has one convolution per
+      stage, both after HobbitLong/RepDistiller ``models/vgg.py``.
     """
 
     def __init__(
@@ -67,8 +64,8 @@ class VGG(Network):
         batch_norm: bool = True,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)

@@ -1,29 +1,28 @@
 """Wide residual networks."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from distill_jax.models.layers import Layers, Network, Stage, check, scale
 
 
 class NormRelu(nnx.Module):
-    """BatchNorm and ReLU."""
+    """BatchNorm followed by ReLU."""
 
     def __init__(self, layers: Layers, channels: int):
         self.norm = layers.norm(channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Keeps the shape."""
+        """Returns an array of the same shape."""
         return nnx.relu(self.norm(x))
 
 
 class WideBlock(nnx.Module):
-    """x + conv(dropout(relu(norm(conv(relu(norm(x))))))), activated before, not after the sum.
+    """A pre-activated residual block: x + conv(dropout(relu(norm(conv(relu(norm(x))))))).
 
-    Where the shape changes, the shortcut is a 1×1 convolution of the activated input.
+    No ReLU follows the sum. Where the shape changes, a 1×1 convolution of relu(norm(x)) replaces x.
     """
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, stride: int, dropout: float):
@@ -47,26 +46,24 @@ class WideBlock(nnx.Module):
 class WideResNet(Network):
     """WRN-d-k: a convolution, three stages of pre-activated residual blocks, BatchNorm, ReLU.
 
-    Works on images of any size. A stage's output is a sum that no ReLU follows within the stage;
-    what stands before the next ReLU is its normalisation at the entry of what follows:
-    ``stages.1.blocks.0.norm1``, ``stages.2.blocks.0.norm1`` and ``neck.norm``.
+    It takes images of any size. A stage's output is a sum without a ReLU. The next ReLU's input is the
+    normalisation at the start of the next stage (``stages.1.blocks.0.norm1``,
+    ``stages.2.blocks.0.norm1``), or ``neck.norm`` after the last stage.
 
     Args:
       shape: ``(height, width, channels)`` of an image.
-      classes: outputs.
-      depth: 6n + 4, with n blocks a stage: 10, 16, 22, 28, 40.
-      widening: the stages have 16, 32 and 64 times so many channels; the stem has 16.
-      width: multiplies all channels.
-      dropout: dropped fraction between a block's two convolutions, in training mode.
-      axis_name: the axis over which BatchNorm's statistics are shared, under ``pmap`` or
-        ``shard_map``; none for one device, and none under ``jit`` with a sharded batch.
-      dtype: the convolutions compute in this; by default in that of images and parameters. Statistics,
-        embedding and logits are float32.
-      param_dtype: the parameters'.
-      rngs: ``params`` initialises (normal, He's fan-out); ``dropout`` is the stream of the masks.
+      classes: the number of classes, which is the number of outputs.
+      depth: 6n + 4 for n blocks per stage, such as 10, 16, 22, 28 or 40.
+      widening: the k of WRN-d-k: the stages have 16k, 32k and 64k channels, the stem 16.
+      width: a factor for all numbers of channels.
+      dropout: the fraction of the values between a block's two convolutions that is dropped in training.
+      axis_name: the mapped axis over which BatchNorm averages; None on one device, and under ``jit``.
+      dtype: the dtype in which the convolutions compute; None means that of the images and parameters.
+      param_dtype: the dtype of the parameters.
+      rngs: the random streams ``params`` (initial values: normal, He's fan-out) and ``dropout`` (masks).
 
     References:
-      Zagoruyko and Komodakis, `Wide Residual Networks`, BMVC 2016, Table 1; as in
+      Zagoruyko and Komodakis, `Wide Residual Networks`, BMVC 2016, Table 1, after
       HobbitLong/RepDistiller ``models/wrn.py``.
     """
 
@@ -80,8 +77,8 @@ class WideResNet(Network):
         width: float = 1.0,
         dropout: float = 0.0,
         axis_name: str | None = None,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(shape, classes, width)
