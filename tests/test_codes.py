@@ -67,6 +67,15 @@ def test_the_first_components_are_the_best_code():
         codes.make_decoder(model, "hid*", X, 3)
 
 
+def test_decoders_cut_alike_have_equal_functions():
+    model = build("mlp:12,7", SHAPE, 10, jax.random.key(0))
+    first, second = (codes.make_decoder(model, "dense.1", x, 4) for x in (X, X[20:]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    assert stacked.params["lift"]["kernel"].shape == (2, 4, 7)
+    assert hash(first.apply_fn) == hash(second.apply_fn)
+    assert first.apply_fn != codes.make_decoder(model, "dense.0", X, 4).apply_fn
+
+
 def test_a_split_network_and_an_autoencoder_are_models():
     model = build("mlp:12,7", SHAPE, 10, jax.random.key(0))
     encoder = build("mlp:5", SHAPE, 4, jax.random.key(1))

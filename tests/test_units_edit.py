@@ -64,7 +64,7 @@ def test_no_group_is_emptied_and_sizes_are_multiples():
     assert least == {"a": [0], "b": [0]}
     assert [len(i) for i in units.prune(graph, given, 0.55, multiple=8).values()] == [8, 8]
     assert [len(i) for i in units.prune(graph, given, 0.9, multiple=8).values()] == [8, 20]
-    with pytest.raises(ValueError, match="with 16 of the units of each group"):
+    with pytest.raises(ValueError, match="with 16 units per group"):
         units.prune(graph, {"a": given["a"]}, 0.5, multiple=16)
 
 
@@ -425,7 +425,7 @@ def test_what_cannot_be_meant_is_refused():
         (lambda: prune({"d": np.ones(2)}, 0.5), "'d' is not free: a result"),
         (lambda: prune({"a": np.ones(3)}, 0.5), r"must be \[4\] and finite, got shape \(3,\)"),
         (lambda: prune({"a": np.full(4, np.nan)}, 0.5), "finite, got .* that are not"),
-        (lambda: prune(two, 0.1), "budget is 0.1, but .* 0.25 are left"),
+        (lambda: prune(two, 0.1), "with 1 unit per group, still costs 0.25, more than 0.1"),
         (lambda: prune(two, float("nan")), "budget"),
         (lambda: prune(two, 0.5, multiple=0), "multiple must be at least 1"),
         (lambda: prune(two, 0.5, across="all"), "across must be"),

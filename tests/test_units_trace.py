@@ -354,6 +354,15 @@ def test_a_step_after_pruning_is_the_silenced_networks_on_what_is_left(tx):
         assert {np.shape(leaf) for leaf in smaller} <= {(), (3, 3), (3,), (3, 2)}
 
 
+def test_models_shrunk_alike_have_equal_functions():
+    model, graph = traced(mlp, x=(1, 3), a=(3, 4), b=(4, 2))
+    first, second = (units.shrink(graph, model, {"a": kept}) for kept in ([1, 3], np.array([1, 3])))
+    assert jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second).params["a"].shape == (2, 3, 2)
+    assert hash(first.apply_fn) == hash(second.apply_fn)
+    assert first.apply_fn != units.shrink(graph, model, {"a": [0, 3]}).apply_fn
+    assert first.apply_fn != units.shrink(units.trace(model, jnp.ones((1, 3))), model, {"a": [1, 3]}).apply_fn
+
+
 def test_the_shrunk_program_is_differentiable_and_keeps_the_derivative_of_relu():
     model, graph = traced(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], a=(3, 4), b=(4, 2))
     model.params["a"][:, 0] = 0  # relu receives 0, where a maximum's derivative would be a half

@@ -18,7 +18,7 @@ from distill_jax._model import ApplyFn, Model, PyTree, identity, predict
 from distill_jax.compress import linear_codes
 from distill_jax.features.capturing import capture, resume
 from distill_jax.losses._numerics import to_float
-from distill_jax.weights.structure import by_path, path_name
+from distill_jax.weights.structure import by_path
 
 
 def quantise(code: ArrayLike, *, bits: int) -> jax.Array:
@@ -114,11 +114,11 @@ def _levels(bits: int) -> int:
 def make_decoder(
     original: Model,
     name: str,
-    inputs: PyTree,
+    inputs: np.ndarray | jax.Array,
     width: int,
     *,
     spread: float = 2.0,
-    prepare: Callable[[Any], Any] = identity,
+    prepare: Callable[[Any], ArrayLike] = identity,
 ) -> Model:
     """Makes a decoder of a code from a network's own layers: code → value of a layer → outputs.
 
@@ -127,12 +127,12 @@ def make_decoder(
     of standard deviation 1/spread describe the variation that matters most.
 
     Args:
-      original: the network.
+      original: the network, whose input must be one array.
       name: the name of one of its values, as :func:`distill_jax.features.layer_shapes` lists them.
-      inputs: examples ``[n, ...]``, from which the components are found.
+      inputs: one array of examples ``[n, ...]``, from which the components are found.
       width: the width of the code, 1 to min(n − 1, size of the value).
-      spread: 2 suits codes in [−1, 1].
-      prepare: a function that turns ``inputs`` into the network's input.
+      spread: the inverse of the codes' standard deviation; 2 suits codes in [−1, 1].
+      prepare: a function that turns a batch of ``inputs`` into the network's input, which is one array.
 
     Returns:
       The decoder. Its parameters are ``{"lift": {"kernel", "bias"}, "rest": {path: array}}``, where ``rest``
@@ -164,22 +164,36 @@ def make_decoder(
         "kernel": jnp.asarray(spread * components.decoder, dtype),
         "bias": jnp.asarray(flat.mean(0, dtype=np.float64), dtype),
     }
-    example = jax.eval_shape(
-        lambda x: jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], prepare(x)), inputs[:1]
-    )
+    example = jax.eval_shape(lambda x: jnp.asarray(prepare(x))[0], inputs[:1])
     rest = resume(original, name, example)
     used = _used(lambda p: rest.replace(params=p)(jnp.zeros((1, *shape), dtype)), original.params)
-    like = jax.eval_shape(lambda p: p, original.params)
-
-    def decode(params, state, code, *, key=None):
-        lifted = code.reshape(len(code), -1) @ params["lift"]["kernel"] + params["lift"]["bias"]
-        whole = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: params["rest"].get(path_name(path), jnp.zeros(leaf.shape, leaf.dtype)), like
-        )
-        return rest.apply_fn(whole, state, lifted.reshape(len(code), *shape), key=key)
-
-    needed = {path: leaf for path, leaf in by_path(original.params).items() if path in used}
+    likes, structure = jax.tree.flatten(jax.eval_shape(lambda p: p, original.params))
+    paths = by_path(original.params)
+    decode = _Decode(rest.apply_fn, shape, structure, tuple(zip(paths, likes, strict=True)))
+    needed = {path: leaf for path, leaf in paths.items() if path in used}
     return Model(decode, {"lift": lift, "rest": needed}, original.state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """The ``apply_fn`` of :func:`make_decoder`; equal for equal networks, cut at values of one shape."""
+
+    rest_fn: ApplyFn
+    shape: tuple[int, ...]
+    structure: jax.tree_util.PyTreeDef
+    likes: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+
+    def __call__(
+        self, params: PyTree, state: PyTree, code: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[PyTree, PyTree]:
+        lifted = code.reshape(len(code), -1) @ params["lift"]["kernel"] + params["lift"]["bias"]
+        # Parameters that only the first part of the network needs are absent, and zeros stand for them
+        leaves = [
+            params["rest"][path] if path in params["rest"] else jnp.zeros(like.shape, like.dtype)
+            for path, like in self.likes
+        ]
+        whole = jax.tree.unflatten(self.structure, leaves)
+        return self.rest_fn(whole, state, lifted.reshape(len(code), *self.shape), key=key)
 
 
 def _used(function: Callable[[PyTree], Any], params: PyTree) -> set[str]:
@@ -229,6 +243,9 @@ def outputs_only(model: Model) -> Model:
 
     Args:
       model: a model whose outputs are a pair.
+
+    Returns:
+      A model with the same parameters and state.
     """
     return model.replace(apply_fn=_First(model.apply_fn))
 

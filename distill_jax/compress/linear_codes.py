@@ -1,4 +1,4 @@
-"""Narrow codes of linear maps: what a code of a given width can keep at best, and a pair to train it.
+"""Narrow codes of linear maps: the best code of a given width, and an encoder and decoder to train.
 
 A linear original y = xW + b seen through a code of width r, x → xE → xED + c, is a matrix product of rank r.
 For inputs of covariance Σ the best one is known exactly, and its error is the sum of the squared singular
@@ -120,7 +120,7 @@ def optimum(kernel: ArrayLike, root: ArrayLike) -> np.ndarray:
 
 
 def error(kernel: ArrayLike, root: ArrayLike, factors: Linear) -> float:
-    """Computes what two factors lose of a kernel on the data: E‖xW − xED‖², summed over outputs.
+    """Computes the error of two factors in place of a kernel: E‖xW − xED‖², summed over outputs.
 
     With a centred root this is the error for the best bias, c = b + E[x](W − ED).
 
@@ -128,6 +128,9 @@ def error(kernel: ArrayLike, root: ArrayLike, factors: Linear) -> float:
       kernel: W, ``[inputs, outputs]``.
       root: A, ``[any, inputs]``, from :func:`root`.
       factors: E and D.
+
+    Returns:
+      The mean squared error, in squared units of the outputs; 0 if the factors lose nothing.
 
     Raises:
       ValueError: if shapes do not fit, or a value is not finite.
@@ -181,7 +184,7 @@ class Coordinates(NamedTuple):
 
 
 def coordinates(x: ArrayLike, y: ArrayLike) -> Coordinates:
-    """Finds whitened coordinates, in which gradient descent sees every direction of the inputs alike.
+    """Finds whitened coordinates, in which gradient descent learns all directions at the same rate.
 
     In these coordinates the gradient of the loss with respect to the encoder has the condition number of
     decoder·decoderᵀ alone, which is 1 at an orthonormal start.
@@ -189,6 +192,9 @@ def coordinates(x: ArrayLike, y: ArrayLike) -> Coordinates:
     Args:
       x: inputs ``[n, inputs]``.
       y: the original's outputs ``[n, outputs]``.
+
+    Returns:
+      The coordinates, in float64.
 
     Raises:
       ValueError: if shapes do not fit, a value is not finite, or y does not vary.
@@ -211,6 +217,9 @@ def transform(coordinates: Coordinates, x: ArrayLike, y: ArrayLike) -> tuple[np.
       coordinates: from :func:`coordinates`.
       x: inputs ``[n, inputs]``.
       y: outputs ``[n, outputs]``.
+
+    Returns:
+      z ``[n, rank of the covariance]`` and t ``[n, outputs]``, float64.
 
     Raises:
       ValueError: if the widths are not those of the coordinates, or a value is not finite.

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from distill_jax import _jaxpr
 from distill_jax._model import ApplyFn, Model, PyTree
@@ -69,7 +70,7 @@ class Kernel(NamedTuple):
         """Number of rows of the matrix."""
         return math.prod(self.shape) // self.outputs
 
-    def matrix(self, array: Any) -> np.ndarray:
+    def matrix(self, array: ArrayLike) -> np.ndarray:
         """Returns the parameter as a float64 matrix ``[inputs, outputs]``."""
         array = np.transpose(np.asarray(array, np.float64), self.order)
         return array.reshape(-1, self.outputs)
@@ -84,6 +85,9 @@ def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
     Args:
       model: the model; its arrays may be ``jax.ShapeDtypeStruct``.
       x: a batch of inputs, or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      path → the kernel's shape, axes and number of uses per example.
     """
     found, _ = _probe(model, x)
     return found
@@ -134,10 +138,10 @@ def allocate(
     of: Literal["parameters", "flops"] = "parameters",
     roots: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
-    """Chooses a rank for each kernel, so that the model costs at most ``budget`` of what it did.
+    """Chooses a rank for each kernel, so that the model costs at most a given share of its cost now.
 
-    Makes the product over kernels of the share of energy that is kept large, Π (Σ_{i≤r} s_i²)/(Σ s_i²)
-    with s the singular values of root·W. The choice is greedy: each kernel has rank 1 at first, and the next
+    The ranks make Π (Σ_{i≤r} s_i²)/(Σ s_i²) large, the product over kernels of the share of energy that is
+    kept, where s are the singular values of root·W. The choice is greedy: each kernel has rank 1 at first, and the next
     direction is the one with the highest log gain per unit of cost. A kernel whose factors would cost as much
     as it does stays whole.
 
@@ -286,7 +290,10 @@ def ranks_of(model: Model) -> dict[str, int]:
     """Returns the ranks of the factors in a model's parameters, by path.
 
     Args:
-      model: from :func:`factorise`.
+      model: a model from :func:`factorise`.
+
+    Returns:
+      path → rank, for the parameters that are :class:`Factors`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=_is_factors)
     return {path_name(path): leaf.decoder.shape[0] for path, leaf in leaves if _is_factors(leaf)}

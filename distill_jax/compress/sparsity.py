@@ -57,6 +57,9 @@ def polynomial(
         recover in between.
       power: 3 in the paper, 1 for a straight line; greater than 0.
 
+    Returns:
+      The schedule, for :func:`sparsify` and :func:`sparsity_at`.
+
     Raises:
       ValueError: for values outside these bounds.
 
@@ -90,6 +93,9 @@ def sparsity_at(schedule: Schedule, step: ArrayLike) -> jax.Array:
     Args:
       schedule: from :func:`polynomial`.
       step: the number of the step, an integer or an array of integers.
+
+    Returns:
+      The fraction of weights that are zero, in the shape of ``step``.
     """
     step = jnp.asarray(step)
     way = (step - schedule.begin).astype(jnp.float32) / (schedule.end - schedule.begin)
@@ -300,6 +306,9 @@ def mask_of(opt_state: PyTree) -> PyTree:
     Args:
       opt_state: the state of an optimizer that contains :func:`sparsify` or :func:`frozen`.
 
+    Returns:
+      The masks, a tree of the structure of the parameters.
+
     Raises:
       ValueError: unless there is exactly one :class:`SparsityState`.
     """
@@ -317,6 +326,9 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       params: the parameters.
       masks: from :func:`mask_of`.
 
+    Returns:
+      The parameters with zeros, of the same structure and shapes.
+
     Raises:
       ValueError: if the masks do not fit the parameters.
     """
@@ -330,6 +342,9 @@ def sparsity(tree: PyTree) -> dict[str, jax.Array]:
     Args:
       tree: parameters, whose zeros are counted in all leaves (also in biases, which may be zero by
         chance); or masks, which exist for pruned leaves only.
+
+    Returns:
+      path → fraction, a scalar.
 
     >>> {name: float(value) for name, value in sparsity({"w": jnp.array([0, 0, 1, 2])}).items()}
     {'w': 0.5, 'overall': 0.5}
@@ -347,6 +362,9 @@ def report(tree: PyTree) -> str:
 
     Args:
       tree: parameters; masks; or an optimizer's state, whose masks are shown.
+
+    Returns:
+      A text with one line per leaf, for ``print``.
     """
     states = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SparsityState))
     if any(isinstance(leaf, SparsityState) for leaf in states):

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax._jaxpr import CALLS, trace
 from distill_jax._model import ApplyFn, Model, PyTree
@@ -36,17 +37,20 @@ _naming = jax.make_user_context(False)
 
 
 def naming() -> bool:
-    """Says whether a capture is tracing, so that modules shall name what they return."""
+    """Says whether a capture is tracing the model, so that modules name what they return."""
     return bool(_naming.value)
 
 
-def name_values(name: str, values: Any) -> Any:
-    """Names a module's result for :func:`capture`: the same values, with a name each.
+def name_values(name: str, values: PyTree) -> PyTree:
+    """Gives a module's result a name, by which :func:`capture` finds it.
 
     Args:
       name: the module's path.
-      values: a pytree. An array alone gets the name itself, the leaves of a container
-        ``name.<path>``; what is not an array of numbers is left as it is.
+      values: a pytree. A single array gets the name itself, and the leaves of a container get
+        ``name.<path>``. Leaves that are not arrays of numbers get no name.
+
+    Returns:
+      The same values.
     """
 
     def one(path, leaf):
@@ -124,16 +128,16 @@ class _Captured:
         return (outputs, dict(zip(names_found, values[count:], strict=True))), state
 
 
-def resume(model: Model, name: str, example: Any) -> Model:
+def resume(model: Model, name: str, example: ArrayLike | jax.ShapeDtypeStruct) -> Model:
     """Makes the second part of a model: from a named intermediate value to the outputs.
 
     Together with ``capture(model, name)`` this cuts a model in two.
 
     Args:
-      model: the whole model.
+      model: the whole model, whose input must be one array.
       name: the name of one value, as :func:`layer_shapes` lists them.
-      example: one input of the whole model without the batch axis, or its ``jax.ShapeDtypeStruct``.
-        Only its shape and dtype are used.
+      example: one input of the whole model, an array without the batch axis, or its
+        ``jax.ShapeDtypeStruct``. Only its shape and dtype are used.
 
     Returns:
       A model with the same parameters and state whose input is the value, ``[batch, ...]`` as captured.
@@ -159,7 +163,7 @@ class _Resumed:
     apply_fn: ApplyFn
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
 
     def __call__(self, params: PyTree, state: PyTree, value: Any, *, key: Any = None) -> tuple[Any, PyTree]:
         x = jax.ShapeDtypeStruct((value.shape[0], *self.shape), self.dtype)
@@ -222,7 +226,7 @@ def _needed(eqns: Sequence[Any], outputs: Sequence[Any], given: Any) -> list[Any
     return kept[::-1]
 
 
-def layer_shapes(model: Model, x: Any, *, key: jax.Array | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def layer_shapes(model: Model, x: PyTree, *, key: jax.Array | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Lists the values that :func:`capture` can return: names and shapes, in the order of computation.
 
     Nothing is computed, so the arrays of the model and of ``x`` may be ``jax.ShapeDtypeStruct``. Values

@@ -65,7 +65,7 @@ def curriculum_temperature(
     Args:
       lowest: lower bound of the temperature, > 0 (1 in the paper).
       width: the temperature lies in (lowest, lowest + width); > 0 (20 in the paper).
-      start: value of ``raw`` at the start; 1, as in the authors' code, means T = 15.6.
+      start: value of ``raw`` at the start. The authors' code has 1, which means T = 15.6.
 
     Returns:
       A :class:`LearnedTemperature` whose parameters are ``{"raw": float32 scalar}``.

@@ -6,7 +6,7 @@ the function that computes the loss with them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -26,8 +26,8 @@ class Learned(NamedTuple):
       init: ``(key, student_shapes, teacher_shapes) -> params``. Each list has one shape per matched
         layer, ``(batch, *spatial, channels)``; the batch size is ignored. ``params`` may be empty.
       apply: ``(params, student_features, teacher_features, *, labels=None, where=None, key=None) ->
-        values``. Takes one list of arrays per network, in the shapes given to ``init``, and returns one
-        value per example, float32 ``[batch]``. Methods with a random part draw it from ``key``; all
+        values``. It takes one list of arrays per network, in the shapes given to ``init``, and returns
+        one value per example, float32 ``[batch]``. Methods with a random part draw it from ``key``; all
         others ignore ``key``, and most ignore ``labels``.
     """
 
@@ -39,7 +39,7 @@ class LearnedWithState(NamedTuple):
     """A distillation loss with trainable parameters and with a state that is updated without gradients.
 
     Attributes:
-      init: ``(key, student_shapes, teacher_shapes) -> params``, as in :class:`Learned`.
+      init: ``(key, student_shapes, teacher_shapes) -> params``, see :class:`Learned`.
       init_state: ``(key, *, examples) -> state``, a pytree of arrays; ``examples`` is the number of
         training examples.
       apply: ``(params, state, student_features, teacher_features, ids, *, key, labels=None,
@@ -48,4 +48,4 @@ class LearnedWithState(NamedTuple):
 
     init: Callable[[jax.Array, Sequence[Shape], Sequence[Shape]], PyTree]
     init_state: Callable[..., PyTree]
-    apply: Callable[..., tuple[jax.Array, Any]]
+    apply: Callable[..., tuple[jax.Array, PyTree]]

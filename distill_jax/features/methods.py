@@ -50,6 +50,9 @@ def ofd(*, margins: Sequence[ArrayLike] | None = None, mean: bool = False) -> Le
         from each batch.
       mean: whether to average over positions and channels instead of adding up.
 
+    Returns:
+      The method.
+
     Raises:
       ValueError: from ``apply``, if there is not one margin per layer, or the shapes do not fit.
 
@@ -86,6 +89,9 @@ def vid(*, mean: bool = False, initial_variance: float = 5.0, least_variance: fl
       mean: whether to average over positions and channels instead of adding up.
       initial_variance: σ² at the start; RepDistiller's value is the default.
       least_variance: lower bound of σ², so that a constant channel cannot drive it to 0.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: unless initial_variance > least_variance > 0.
@@ -133,6 +139,9 @@ def factor_transfer(
       rate: number of factors per teacher channel, the paper's k.
       reconstruction: weight of the paraphraser's mean squared error in the value.
 
+    Returns:
+      The method.
+
     Raises:
       ValueError: if ``rate`` is not positive.
 
@@ -174,6 +183,9 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
       pool: how two layers of different resolution are brought together, ``"max"`` or ``"mean"``.
       mean: whether to average over the matrix's entries instead of adding up.
 
+    Returns:
+      The method.
+
     Raises:
       ValueError: for fewer than two layers.
 
@@ -213,6 +225,9 @@ def cat_kd(
         constant of the compiled program. None uses the teacher's channels as classes.
       resolution: number of positions along each axis to which the maps are pooled; None keeps them.
       normalize: whether each class's map is divided by its norm.
+
+    Returns:
+      The method.
 
     References:
       Guo et al., `Class Attention Transfer Based Knowledge Distillation`, 2023, §3.2.

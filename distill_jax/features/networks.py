@@ -1,6 +1,6 @@
 """Feature methods that train a small network of their own: ReviewKD, SimKD, MGD, SemCKD.
 
-Features may be of any shapes, as in :mod:`distill_jax.features.methods`. The small networks have biases
+Features may be of any shapes, see :mod:`distill_jax.features.methods`. The small networks have biases
 where the authors' have BatchNorm: so a method has no state, and the value of one example does not depend
 on the other examples in the batch.
 """
@@ -60,6 +60,9 @@ def review_kd(*, width: int = 512, levels: tuple[int, ...] = (4, 2, 1)) -> Learn
         channels is used if it is smaller.
       levels: resolutions to which features are pooled for comparison, after the full one.
 
+    Returns:
+      The method.
+
     Raises:
       ValueError: if ``width`` is not positive.
 
@@ -114,8 +117,11 @@ def simkd(*, factor: int = 2, rectify: bool = False) -> Learned:
 
     Args:
       factor: how many times narrower the bottleneck is than the teacher's features.
-      rectify: whether a ReLU ends the projector, as in the authors' program, for teachers whose features
-        are never negative.
+      rectify: whether a ReLU ends the projector. The authors' program has one; it suits teachers whose
+        features are never negative.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: if ``factor`` is not positive.
@@ -186,9 +192,12 @@ def mgd(*, masked: float = 0.15, mask: str | None = None, mean: bool = False) ->
 
     Args:
       masked: λ in [0, 1], the probability that a position or channel is dropped.
-      mask: what is dropped: ``"positions"``, as in the paper, or ``"channels"``, as in the authors'
-        program for classification. None drops positions, or channels where a layer has no space.
+      mask: ``"positions"`` drops positions, like the paper, and ``"channels"`` drops channels, like the
+        authors' program for classification. None drops positions, or channels where a layer has no space.
       mean: whether to average over positions and channels instead of adding up.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: if ``masked`` is outside [0, 1] or ``mask`` is unknown; from ``apply``, without a
@@ -255,6 +264,9 @@ def semckd(*, width: int = 64, temperature: float = 1.0) -> Learned:
     Args:
       width: number of entries of queries and keys.
       temperature: τ > 0.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: if an argument is not positive.

@@ -45,6 +45,9 @@ def rkd(
         model usually are; otherwise they are flattened.
       include_self: whether pairs of an example with itself count in the means.
 
+    Returns:
+      The method.
+
     References:
       Park et al., `Relational Knowledge Distillation`, 2019, §3.2 and §4.
     """
@@ -64,7 +67,7 @@ def correlation_congruence(
     """Correlation congruence (CC): ``losses.correlation_congruence`` of linear embeddings.
 
     Each network's features are averaged over positions and mapped to an embedding by a linear map of
-    its own. The teacher's map is trained too, as in the reference implementations. Alone, the loss has a
+    its own. The teacher's map is trained too, like in the reference implementations. Alone, the loss has a
     trivial minimum, where all embeddings are alike: use it together with a loss on the logits.
 
     Args:
@@ -72,6 +75,9 @@ def correlation_congruence(
       kernel: ``"gaussian"`` or ``"bilinear"``.
       gamma: γ > 0 of the Gaussian kernel.
       order: highest power of the Gaussian's Taylor series, at least 1.
+
+    Returns:
+      The method.
 
     References:
       Peng et al., `Correlation Congruence for Knowledge Distillation`, 2019, §3.
@@ -91,9 +97,12 @@ def ickd(*, normalize: bool = True) -> Learned:
     Args:
       normalize: whether the rows of the correlation matrices are divided by their length.
 
+    Returns:
+      The method.
+
     Note:
-      The authors' code always maps the student's channels, and adds BatchNorm; dividing the rows by
-      their length does most of what BatchNorm does there.
+      The authors' code always maps the student's channels, and adds BatchNorm. Dividing the rows by
+      their length has most of the effect of that BatchNorm.
 
     References:
       Liu et al., `Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation`,
@@ -121,10 +130,13 @@ def info_nce(
 
     Args:
       features: width of the embeddings.
-      temperature: τ > 0, divides the cosines.
+      temperature: τ > 0, by which the cosines are divided.
       symmetric: whether to average the loss with the one in which the teacher's embeddings choose among
         the student's.
       other_classes: whether negatives come from other classes only; then ``apply`` needs ``labels``.
+
+    Returns:
+      The method.
 
     Raises:
       ValueError: from ``apply``, if ``other_classes`` is set and no labels are given.
@@ -165,7 +177,7 @@ def crd(
     Args:
       features: width of the embeddings.
       negatives: number of negatives per example.
-      temperature: τ > 0, divides the cosines.
+      temperature: τ > 0, by which the cosines are divided.
       momentum: share of the old value when an entry of the memory is updated, in [0, 1].
       axis_name: name of the mapped axis over which a batch is spread (``pmap``, ``shard_map``); all
         devices then keep the same memory.

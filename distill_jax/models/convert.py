@@ -151,7 +151,7 @@ def _naming_class(cls):
     return types.new_class(cls.__name__, (cls,), options, lambda space: space.update(body))
 
 
-def from_linen(module: linen.Module, key: jax.Array, x: Any) -> Model:
+def from_linen(module: linen.Module, key: jax.Array, x: PyTree) -> Model:
     """Initialises a Flax Linen module and makes a :class:`Model` of it.
 
     Args:

@@ -29,7 +29,7 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]], *, key: jax.
     Args:
       model: the model with averaged parameters; the values of its state do not matter.
       batches: training batches with ``"image"``, the model's input. A few hundred examples are enough.
-      key: a random key for dropout and the like in training mode.
+      key: a random key for training mode, for example for dropout. None uses a fixed key.
 
     Returns:
       The model with a new state. Leaves that training mode does not change, or that are no

@@ -21,6 +21,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     Args:
       path: a path as JAX gives it, for instance in ``jax.tree_util.tree_leaves_with_path``.
 
+    Returns:
+      The names of the keys, joined by dots.
+
     >>> path_name(jax.tree_util.tree_leaves_with_path({"dense": [{"kernel": 1}]})[0][0])
     'dense.0.kernel'
     """

@@ -2,8 +2,8 @@
 
 Networks trained from different starts find similar units in different orders. On the straight line between
 two such networks the loss has a barrier. It becomes lower, or vanishes, when the units of one network are put
-into the order of the other. All that has to be known of an architecture is the groups of its
-:class:`~distill_jax.compress.units.UnitGraph`.
+into the order of the other. Of an architecture, only the groups of its
+:class:`~distill_jax.compress.units.UnitGraph` must be known.
 """
 
 from collections import Counter
@@ -41,9 +41,9 @@ def match_weights(
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``. The state does not count.
-      reference: another one, of the same structure and shapes.
+      reference: another model of the same structure and shapes.
       groups: the groups to reorder; None for all whose units can be reordered.
-      seed: of the order in which groups are visited.
+      seed: the seed of the random order in which groups are visited.
 
     Returns:
       group → π, for ``units.permute(graph, model, π)``.
@@ -151,7 +151,7 @@ def match_activations(
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      reference: another one, of the same structure and shapes.
+      reference: another model of the same structure and shapes.
       x: inputs of the traced shapes: trace with as many examples as are to be compared.
       groups: the groups to reorder; None for all whose units can be reordered.
 
@@ -276,14 +276,14 @@ def bring(
       student: the student.
       teacher_graph: the teacher's units.
       teacher: the teacher, a network of the same kind and at least as wide.
-      how: which units are selected, as in :func:`distill_jax.compress.units.select`.
-      block: which block, as in :func:`distill_jax.compress.units.select`.
-      layers: the student's layers → the teacher's, as in :func:`distill_jax.compress.units.select`.
+      how: how the units are selected, see :func:`distill_jax.compress.units.select`.
+      block: which block of units is selected, see there.
+      layers: the student's layers → the teacher's, by the beginnings of their arrays' names.
       x: inputs of the shapes traced in ``student_graph``, to align by activations; None to align by
         weights.
       groups: the student's groups to align; None for all whose units can be reordered, ``()`` for a
         selection alone.
-      seed: of the order in which groups are visited.
+      seed: the seed of the random order in which groups are visited.
 
     Returns:
       The student with the teacher's numbers, and a report.

@@ -24,7 +24,10 @@ def share(graph: UnitGraph, kept: Kept) -> float:
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      A fraction between 0 and 1.
     """
     total = sum(graph.groups[name].size for name in kept)
     return sum(len(indices) for indices in kept.values()) / max(total, 1)
@@ -35,7 +38,10 @@ def parameters(graph: UnitGraph, kept: Kept) -> int:
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      The number of single weights.
 
     >>> from distill_jax import models
     >>> from distill_jax.compress import units
@@ -53,11 +59,14 @@ def flops(graph: UnitGraph, kept: Kept) -> float:
     """Counts the operations of a call with the traced inputs, as XLA counts them.
 
     For the operations per example, trace with one example. The body of a ``scan`` counts as often as it
-    runs; of a ``cond``, the dearest branch counts.
+    runs. Of the branches of a ``cond``, the one with the most operations counts.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      The number of operations.
 
     Raises:
       ValueError: if XLA has no count, or if there is a ``while`` loop, whose number of rounds is unknown.
@@ -94,12 +103,15 @@ def _uncounted(program: Program) -> float:
 
 
 def latency(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> float:
-    """Measures a compiled call with the traced inputs, here and now: the median in milliseconds.
+    """Measures the median time of a compiled call with the traced inputs, on this machine.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
       repeats: number of timed calls, after three that are not counted.
+
+    Returns:
+      The time of one call in milliseconds.
     """
     return _latencies(graph, [kept], repeats)[0]
 
@@ -109,7 +121,7 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
       repeats: number of timed calls of each network, in turn.
 
     Returns:
@@ -139,14 +151,14 @@ def report(graph: UnitGraph, kept: Kept, *, repeats: int = 30) -> dict[str, tupl
 
 
 def architecture(graph: UnitGraph, kept: Kept) -> dict[str, Any]:
-    """Describes the smaller network in JSON values, for who has the network's code.
+    """Describes the smaller network in JSON values, for building it anew from the network's code.
 
-    A network whose widths are arguments is built anew from ``record["widths"]``. (To write a model to a
+    If the widths are arguments of the network's code, take them from ``record["widths"]``. (To write a model to a
     file and read it without its code, use :func:`distill_jax.models.save`.)
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
 
     Returns:
       ``kept``: group → indices, for the groups that lost units; ``widths``: free group → number of units

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from distill_jax._model import Model, PyTree
 from distill_jax.compress.units.graph import UnitGraph
@@ -86,7 +87,7 @@ def _kinds(graph: UnitGraph, node: Any) -> list[Kind]:
     return [kind for kind in kinds if matching_leaves(graph, node, kind) is not None]
 
 
-def matching_leaves(graph: UnitGraph, node: Any, kind: Kind) -> dict[str, Any] | None:
+def matching_leaves(graph: UnitGraph, node: PyTree, kind: Kind) -> dict[str, Any] | None:
     """Returns the leaves of a node by name, if it has the structure of the parameters or the state.
 
     Args:
@@ -159,7 +160,7 @@ def _is_array_of(leaf: Any, traced: tuple[int, ...]) -> bool:
     return _is_leaf(leaf) and not np.size(leaf) <= 1 < np.prod(traced)
 
 
-def numpy_of(leaf: Any) -> Any:
+def numpy_of(leaf: ArrayLike) -> Any:
     """Returns the module for an array's operations, so that NumPy arrays stay NumPy arrays."""
     return np if isinstance(leaf, np.ndarray) else jnp
 
@@ -172,8 +173,11 @@ def float_leaves(
     Args:
       graph: the network's units.
       tree: a Model, or a pytree with the structure of its ``params``, such as gradients.
-      state: whether the arrays of a Model's state are wanted, too.
+      state: whether to return the arrays of a Model's state also.
       argument: what error messages call the tree.
+
+    Returns:
+      name → float64 array.
 
     Raises:
       ValueError: if the tree has another structure or other shapes than were traced.

@@ -67,6 +67,9 @@ def names_of(model: Model) -> Names:
     Args:
       model: the model.
 
+    Returns:
+      Two trees of names, of the structures of ``params`` and ``state``.
+
     >>> names_of(Model(print, {"norm": {"scale": 1.0}}, {"norm": {"scale": 2.0, "mean": 0.0}})).state
     {'norm': {'mean': 'norm.mean', 'scale': 'state.norm.scale'}}
     """

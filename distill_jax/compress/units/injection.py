@@ -42,10 +42,10 @@ def inject(student: Model, teacher: Model, *, layers: Mapping[str, str] | None =
     Args:
       student: the model that is written into.
       teacher: the model whose values are taken.
-      layers: the student's layers → the teacher's, as in :func:`distill_jax.compress.units.select`.
+      layers: the student's layers → the teacher's, by the beginnings of their arrays' names.
 
     Returns:
-      The student with the teacher's values, and a report of what was taken and kept.
+      The student with the teacher's values, and a report of the arrays that were taken and kept.
 
     Raises:
       ValueError: if nothing can be taken.

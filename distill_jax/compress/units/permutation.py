@@ -25,7 +25,7 @@ def permute(graph: UnitGraph, tree: PyTree, permutations: Permutations) -> PyTre
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      tree: the model, or any pytree as in :func:`distill_jax.compress.units.keep`.
+      tree: the model, or any pytree that :func:`distill_jax.compress.units.keep` takes.
       permutations: group → π, each of 0 … size − 1 once. All units of groups that are not named stay.
 
     Returns:
@@ -64,6 +64,9 @@ def permutable(graph: UnitGraph) -> tuple[str, ...]:
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+
+    Returns:
+      The names of the groups.
     """
     return tuple(name for name, reason in _reasons(graph).items() if not reason)
 
@@ -74,6 +77,9 @@ def permutable_groups(graph: UnitGraph, groups: Iterable[str] | None) -> list[st
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       groups: names, or None for all.
+
+    Returns:
+      The names, in the order given.
 
     Raises:
       ValueError: if a group does not exist, or its units cannot be reordered.
@@ -96,7 +102,10 @@ def checked_orders(graph: UnitGraph, permutations: Permutations) -> dict[str, np
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      permutations: group → π, as in :func:`permute`.
+      permutations: group → π, the old index of each new unit.
+
+    Returns:
+      group → π, int ``[size]``.
 
     Raises:
       ValueError: if a π is no permutation, or its group does not exist.
@@ -123,6 +132,9 @@ def position_orders(
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       orders: group → π.
       paths: the names of the arrays that are wanted; None for all.
+
+    Returns:
+      name of an array → axis → int ``[positions]``.
     """
     wanted = None if paths is None else set(paths)
     parts: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}

@@ -58,7 +58,7 @@ def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       tree: the model, or a pytree as :func:`keep` takes it.
-      kept: the units that are *not* set to zero, as in :func:`keep`.
+      kept: group → the indices of the units that are *not* set to zero.
 
     Returns:
       A pytree of the same structure and shapes.
@@ -92,7 +92,7 @@ def position_masks(graph: UnitGraph, kept: Kept) -> dict[str, dict[int, np.ndarr
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`keep`.
+      kept: group → the indices of the units that stay.
 
     Returns:
       name of an array → axis → bool ``[positions]``, only for axes of which some positions go.
@@ -112,7 +112,10 @@ def shapes_of(graph: UnitGraph, kept: Kept) -> dict[str, jax.ShapeDtypeStruct]:
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`keep`.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      name of an array → shape and dtype.
     """
     masks = position_masks(graph, kept)
     found = {}
@@ -128,7 +131,7 @@ def unit_masks(graph: UnitGraph, kept: Kept) -> dict[str, np.ndarray]:
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: the units that stay, as in :func:`keep`.
+      kept: group → the indices of the units that stay.
 
     Returns:
       group → bool ``[size]``, true for the units that stay.

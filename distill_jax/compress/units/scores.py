@@ -54,6 +54,9 @@ def l2(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Sco
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
       normalize: how the scores of a group are made comparable, see the module's first lines.
+
+    Returns:
+      For each free group, float64 ``[size]``.
     """
     squares = _sums(graph, float_leaves(graph, model), np.square)
     return normalized({name: np.sqrt(x) for name, x in squares.items()}, normalize)
@@ -69,6 +72,9 @@ def lamp(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "none") -> S
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
       normalize: how the scores of a group are made comparable, see the module's first lines.
+
+    Returns:
+      For each free group, float64 ``[size]``.
 
     References:
       Lee et al., `Layer-Adaptive Sparsity for the Magnitude-based Pruning`, 2021 (of single weights
@@ -95,6 +101,9 @@ def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalize: Nor
       gradients: the gradients of the loss: a tree of the structure of ``params``, or a Model of them.
       normalize: how the scores of a group are made comparable, see the module's first lines.
 
+    Returns:
+      For each free group, float64 ``[size]``.
+
     References:
       Molchanov et al., `Importance Estimation for Neural Network Pruning`, 2019 (squared there).
     """
@@ -113,6 +122,9 @@ def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Norm
         tree of the structure of ``params``.
       normalize: how the scores of a group are made comparable, see the module's first lines.
 
+    Returns:
+      For each free group, float64 ``[size]``.
+
     References:
       LeCun, Denker, Solla, `Optimal Brain Damage`, 1990; Theis et al., 2018 (the Fisher).
     """
@@ -122,7 +134,7 @@ def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Norm
 
 
 def squared_gradients(
-    loss_fn: Callable[[Model, Any], jax.Array], model: Model, examples: PyTree, *, chunk: int = 64
+    loss_fn: Callable[[Model, PyTree], jax.Array], model: Model, examples: PyTree, *, chunk: int = 64
 ) -> PyTree:
     """Averages the squared gradients of single examples: the diagonal of the empirical Fisher matrix.
 
@@ -170,6 +182,9 @@ def batch_norm_scale(
       normalize: how the scores of a group are made comparable. The factors are of one kind in all layers,
         so "none" compares them as they are.
 
+    Returns:
+      For each free group with such a factor, float64 ``[size]``.
+
     Raises:
       ValueError: if no parameter of the model has such a name.
 
@@ -189,12 +204,12 @@ def batch_norm_scale(
 
 
 def mean_activation(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "mean") -> Scores:
-    """Takes the mean absolute value of what each unit hands on.
+    """Takes the mean absolute activation of each unit.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      x: inputs of the traced shapes: trace with the batch that is to be looked at.
+      x: inputs of the traced shapes, so trace with a batch of the same size.
       normalize: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
@@ -212,7 +227,7 @@ def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "n
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      x: inputs of the traced shapes: trace with the batch that is to be looked at.
+      x: inputs of the traced shapes, so trace with a batch of the same size.
       normalize: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
@@ -235,6 +250,9 @@ def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> S
       model: the model, or a tree of the structure of its ``params``.
       normalize: how the scores of a group are made comparable, see the module's first lines.
 
+    Returns:
+      For each free group, float64 ``[size]``.
+
     References:
       He et al., `Filter Pruning via Geometric Median`, 2019 (of incoming weights there).
     """
@@ -248,11 +266,14 @@ def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> S
 
 
 def random(key: jax.Array, graph: UnitGraph) -> Scores:
-    """Draws scores uniformly from [0, 1): what any other score must beat.
+    """Draws random scores, uniform on [0, 1), as a baseline for the other scores.
 
     Args:
       key: the random key.
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+
+    Returns:
+      For each free group, float64 ``[size]``.
     """
     free = free_groups(graph)
     ends = np.cumsum([group.size for group in free])
@@ -267,6 +288,9 @@ def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores
     Args:
       scores: group → ``[size]``.
       normalize: how the scores of a group are made comparable, see the module's first lines.
+
+    Returns:
+      The scores, divided group by group.
 
     Raises:
       ValueError: if ``normalize`` is unknown, or a score is not finite.

@@ -100,8 +100,8 @@ def prune(
     found = left(most)
     if not (least := of(graph, found)) <= budget:
         raise ValueError(
-            f"budget is {budget}, but with {multiple} of the units of each group {least:g} are left: "
-            "give more, or score more groups"
+            f"budget: the smallest network, with {multiple} unit{'' if multiple == 1 else 's'} per group, "
+            f"still costs {least:g}, more than {budget}: raise the budget, or score more groups"
         )
     while high - low > 1:  # above the budget at low, within it at high
         middle = (low + high) // 2
@@ -130,7 +130,7 @@ def merge(
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model. BatchNorm's statistics, in its state, are averaged as weights are.
-      sizes: group → number of units that it shall have.
+      sizes: group → the number of units that the merged group has.
       likeness: group → vectors ``[size, any]`` that are near for units that are alike, in place of the
         incoming weights; for example transposed activations.
       scores: group → ``[size]``, not negative: the weights of the mean, and which unit is the best of a
@@ -310,8 +310,11 @@ def mapped_path(path: str, layers: Mapping[str, str] | None) -> str:
 
     Args:
       path: the name of the student's array.
-      layers: the student's layers → the teacher's, as in :func:`select`. The longest beginning that fits
+      layers: the student's layers → the teacher's. Of the layers with which ``path`` begins, the longest
         counts.
+
+    Returns:
+      The name of the teacher's array.
 
     >>> mapped_path("blocks.1.kernel", {"blocks.1": "blocks.3"})
     'blocks.3.kernel'

@@ -18,7 +18,7 @@ from distill_jax.compress.units.tracing import Traced, groups_of
 def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
     """Makes the network of the kept units: a model that runs, with every size in its program adapted.
 
-    Needed where the network's code has widths written into it (the features of a Linen module or of a
+    It is needed where the network's code has widths written into it (the features of a Linen module or of a
     BatchNorm, the number of heads). Elsewhere :func:`~distill_jax.compress.units.keep` alone gives a model
     that runs. The result is differentiable and can be compiled. Numbers that the network computed from
     sizes, such as 1/√head_size, stay as they were, except those of a mean. Of custom derivatives only
@@ -32,7 +32,7 @@ def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      kept: the indices that stay in each group, as in :func:`distill_jax.compress.units.keep`.
+      kept: group → the indices of the units that stay.
 
     Returns:
       The smaller model; its arrays are ``keep(graph, model, kept)``.
@@ -54,7 +54,7 @@ def shrink(graph: UnitGraph, model: Model, kept: Kept) -> Model:
 
 
 class ShrunkFn:
-    """The ``apply_fn`` of a shrunk model.
+    """The ``apply_fn`` of a shrunk model; equal where the graph and the kept units are the same.
 
     Args:
       graph: the network's units.
@@ -67,6 +67,15 @@ class ShrunkFn:
         self.shapes = [like.shape for like in shapes_of(graph, kept).values()]
         self.first = graph
         self.programs = {_shapes((graph.traced.x, None)): _Smaller.of(graph, self.kept)}
+        units = sorted((name, indices.tobytes()) for name, indices in self.kept.items())
+        self.identity = (id(graph), tuple(units))
+
+    def __eq__(self, other: object) -> bool:
+        """Compares the graph and the kept units, so that models shrunk alike share compiled programs."""
+        return isinstance(other, ShrunkFn) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
     def __call__(
         self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
@@ -95,7 +104,7 @@ class ShrunkFn:
             return jax.vmap(example)(x), state
         return self.program_for(x, None)(arrays, x), state
 
-    def program_for(self, x: PyTree, key: Any) -> "_Smaller":
+    def program_for(self, x: PyTree, key: jax.Array | None) -> "_Smaller":
         """Returns the program for inputs of these shapes, in training mode if there is a key."""
         shapes = _shapes((x, key))
         if shapes not in self.programs:
@@ -103,7 +112,7 @@ class ShrunkFn:
             self.programs[shapes] = _Smaller.of(self.again(x, key), self.kept)
         return self.programs[shapes]
 
-    def again(self, x: PyTree, key: Any) -> UnitGraph:
+    def again(self, x: PyTree, key: jax.Array | None) -> UnitGraph:
         """Traces the whole network on other inputs or in training mode, and finds the groups there."""
         graph = groups_of(self.first.traced.model, x, key)
         places = {_places(group.slices): name for name, group in graph.groups.items()}

@@ -40,7 +40,7 @@ class Traced(NamedTuple):
 
     @property
     def arguments(self) -> Any:
-        """The structure of what the evaluation program takes: ``(params, state, x)``."""
+        """The structure of the evaluation program's arguments, ``(params, state, x)``."""
         return jax.tree.structure((self.model.params, self.model.state, self.x))
 
 
@@ -55,8 +55,8 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
 
     A group is *exact* if the network without some of its units (:func:`~distill_jax.compress.units.keep`)
     computes what the network with these units set to zero (:func:`~distill_jax.compress.units.silence`)
-    computes, wherever that is finite. A group is not exact if a unit that is zero still counts, as in a
-    mean, a softmax or a normalisation over the units. It is also not exact if the network computes a
+    computes, wherever that is finite. A group is not exact if a unit that is zero still counts, for
+    example in a mean, a softmax or a normalisation over the units. It is also not exact if the network computes a
     number from how many units there are, such as 1/√head_size: then only
     :func:`~distill_jax.compress.units.shrink`, which leaves that number as it is, gives the same outputs.
 
@@ -86,7 +86,7 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
 
-def groups_of(model: Model, x: PyTree, key: Any = None) -> UnitGraph:
+def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | None = None) -> UnitGraph:
     """Finds the units as :func:`trace` does, but does not look for numbers computed from sizes.
 
     Args:
@@ -94,6 +94,9 @@ def groups_of(model: Model, x: PyTree, key: Any = None) -> UnitGraph:
       x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
       key: the shape of a random key, to read the program of training mode, whose results are the outputs
         and the new state; None for evaluation, whose results are the outputs.
+
+    Returns:
+      The groups of units.
     """
 
     def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:

@@ -1,4 +1,4 @@
-"""Looks at units: the values that they hand on, and their weights."""
+"""The activations of units, and their weights as vectors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from distill_jax.compress.units.graph import Group, UnitGraph
 
 
 def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarray]:
-    """Computes what the units of each group hand on: the values that their outgoing slices multiply.
+    """Computes the activations of each group's units: the values that their outgoing slices multiply.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      x: inputs of the traced shapes: trace with as many examples as are wanted here.
+      x: inputs of the traced shapes, so trace with as many examples.
 
     Returns:
       Group → float64 ``[samples, size]``, with one sample for each example, place and use. Groups are
@@ -76,7 +76,7 @@ def vectors(
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       tree: the model, or a pytree of the structure of its ``params``.
       incoming: group → the slices that count; None for all slices of all free groups.
-      state: whether the model's state counts, too.
+      state: whether the vectors also hold the model's state.
 
     Returns:
       Group → ``[size, weights]``. A slice in which units have different numbers of places is left out.
