@@ -47,7 +47,7 @@ def add(tree: PyTree, vector: PyTree, scale: Scalars = 1.0) -> PyTree:
       A tree with the structure, shapes and dtypes of ``tree``.
 
     Raises:
-      ValueError: if the trees do not fit, hold values that are not finite, or a pattern is in no path.
+      ValueError: if the trees do not fit, hold values that are not finite, or a pattern matches no path.
 
     References:
       Ilharco et al., `Editing Models with Task Arithmetic`, 2023, §2.
@@ -65,7 +65,7 @@ def add(tree: PyTree, vector: PyTree, scale: Scalars = 1.0) -> PyTree:
 
 
 def ties(vectors: Sequence[PyTree], *, density: float = 0.2) -> PyTree:
-    """Merges task vectors (TIES): trims each, elects a sign per parameter, and averages what agrees.
+    """Merges task vectors (TIES): trims each, elects a sign per parameter, and averages the entries of that sign.
 
     Trim: each vector keeps the fraction ``density`` of its entries with the largest absolute values,
     counted over all leaves together. Elect: γ = sgn Σ τᵢ. Merge: the mean of the entries ≠ 0 whose sign

@@ -225,9 +225,9 @@ def select(
     Args:
       graph: the teacher's units, from :func:`distill_jax.compress.units.trace`.
       student: the student's units.
-      how: ``"uniform"``: evenly spaced units; ``"block"``: consecutive units; or scores by group: those
-        of the highest scores.
-      block: which block, counted from 0. It starts at ``block`` times the student's size.
+      how: ``"uniform"`` takes evenly spaced units, ``"block"`` consecutive ones, and a mapping from group to
+        scores those with the highest scores.
+      block: the number of the block, counted from 0. It starts at ``block`` times the student's size.
       layers: the student's layers → the teacher's, as beginnings of names, such as
         ``{"blocks.1": "blocks.3"}``. Layers that are not named have the same name in both.
 
@@ -235,8 +235,8 @@ def select(
       The indices of the teacher's units that stay.
 
     Raises:
-      ValueError: if the teacher does not have a layer, if widths do not correspond (as with a student of
-        fewer layers and no ``layers``), if the student is the larger one, or if the block ends beyond the
+      ValueError: if the teacher does not have a layer, if widths do not correspond (for example those of a
+        student of fewer layers, without ``layers``), if the student is the larger one, or if the block ends beyond the
         teacher's units.
 
     References:
