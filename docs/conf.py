@@ -36,6 +36,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 templates_path: list[str] = []
 nitpicky = True
+highlight_language = "text"  # of blocks that name none: what a program prints
 # Names of other projects, and the parameters of generic types: this site has no page for them.
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|jaxlib|flax|nnx|linen|optax|numpy|np|collections|typing|types|pathlib|os)(\..*)?"),
