@@ -184,16 +184,16 @@ class _Decode:
     likes: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
 
     def __call__(
-        self, params: PyTree, state: PyTree, code: jax.Array, *, key: jax.Array | None = None
+        self, params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[PyTree, PyTree]:
-        lifted = code.reshape(len(code), -1) @ params["lift"]["kernel"] + params["lift"]["bias"]
+        lifted = x.reshape(len(x), -1) @ params["lift"]["kernel"] + params["lift"]["bias"]
         # Parameters that only the first part of the network needs are absent, and zeros stand for them
         leaves = [
             params["rest"][path] if path in params["rest"] else jnp.zeros(like.shape, like.dtype)
             for path, like in self.likes
         ]
         whole = jax.tree.unflatten(self.structure, leaves)
-        return self.rest_fn(whole, state, lifted.reshape(len(code), *self.shape), key=key)
+        return self.rest_fn(whole, state, lifted.reshape(len(x), *self.shape), key=key)
 
 
 def _used(function: Callable[[PyTree], Any], params: PyTree) -> set[str]:
