@@ -89,6 +89,46 @@ def test_signatures_and_docstrings(name, function):
         assert not missing, f"{name} does not document {missing}"
 
 
+# Parameters of which nothing is known. (What may be any pytree is typed PyTree.)
+UNKNOWN = {
+    "options": "keyword arguments of another function",
+    "args": "positional arguments of another function",
+    "kwargs": "keyword arguments of another function",
+    "leaf": "any leaf of a pytree, an array or not",
+}
+
+
+def public_parameters(body, place):
+    """Each parameter of the public functions, and of the public classes' methods, as it is written."""
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        if node.name.startswith("_") and node.name not in ("__init__", "__call__"):
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from public_parameters(node.body, f"{place}.{node.name}")
+        else:
+            given = node.args
+            every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+            for parameter in every:
+                if parameter and parameter.arg not in ("self", "cls"):
+                    yield f"{place}.{node.name}", parameter
+
+
+def test_every_parameter_has_a_type_unless_nothing_is_known():
+    untyped = [
+        f"{place}: {parameter.arg}"
+        for module in MODULES
+        if "._" not in module
+        for place, parameter in public_parameters(
+            ast.parse(inspect.getsource(importlib.import_module(module))).body, module
+        )
+        if parameter.annotation is None
+        or (ast.unparse(parameter.annotation) == "Any" and parameter.arg not in UNKNOWN)
+    ]
+    assert not untyped, f"write their types (PyTree for any pytree): {untyped}"
+
+
 # What is no loss by itself: transforms, measures, and what carries a state
 PARTS = {
     "CRDState", "crd", "crd_init", "crd_negatives", "standardize", "class_activation_maps",

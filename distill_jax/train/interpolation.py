@@ -269,7 +269,7 @@ def sweep(make: Callable[[Any], Step], rates: ArrayLike) -> Step:
     return step
 
 
-def repeat(state: Any, count: int) -> Any:
+def repeat(state: PyTree, count: int) -> PyTree:
     """Makes the states of :func:`sweep` from one: ``count`` students, and one teacher that all share.
 
     Args:
@@ -279,7 +279,7 @@ def repeat(state: Any, count: int) -> Any:
     return _map_students(lambda x: jnp.stack([x] * count), state)
 
 
-def lane(states: Any, index: int) -> Any:
+def lane(states: PyTree, index: int) -> PyTree:
     """Takes one of the states of :func:`sweep` out, with the teacher that all share.
 
     Args:
@@ -289,7 +289,7 @@ def lane(states: Any, index: int) -> Any:
     return _map_students(lambda x: x[index], states)
 
 
-def student_axes(states: Any) -> Any:
+def student_axes(states: PyTree) -> PyTree:
     """Says which leaves of the states of a sweep belong to the students: a tree of 0 and None.
 
     A leaf of a student has an axis of λ, 0; a leaf that all share has None. Of a :class:`Pair` the

@@ -118,7 +118,7 @@ def make_validation(
 
 
 def fit(
-    state: Any,
+    state: PyTree,
     epoch: Callable[..., tuple[Any, dict[str, jax.Array]]],
     data: Mapping[str, Any],
     *,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, metrics
+from distill_jax._model import PyTree
 from distill_jax.losses._numerics import check_fraction, check_positive, takes
 from distill_jax.train.step import Batch, LossFn, weighted_mean
 
@@ -37,7 +38,7 @@ def check_options(alpha: Schedule, temperature: Schedule | None) -> None:
         check_positive("temperature", temperature)
 
 
-def teacher_of(batch: Any) -> Any:
+def teacher_of(batch: Batch) -> Mapping[str, Any]:
     """Returns the teacher's outputs in a batch as a dict with ``"logits"`` and perhaps ``"features"``.
 
     Raises:
@@ -53,7 +54,7 @@ def teacher_of(batch: Any) -> Any:
 
 
 def soft_mean(
-    soft: Callable[..., jax.Array], student: jax.Array, teacher: Any, batch: Batch, **options: Any
+    soft: Callable[..., jax.Array], student: jax.Array, teacher: PyTree, batch: Batch, **options: Any
 ) -> jax.Array:
     """Computes the weighted mean over the batch of a loss between the outputs of student and teacher.
 
@@ -141,7 +142,7 @@ def add_hard(
     hard: Callable[..., jax.Array],
     outputs: jax.Array,
     batch: Batch,
-    alpha: Any,
+    alpha: float | jax.Array,
     unused: bool,
 ) -> jax.Array:
     """Computes α·hard + (1 − α)·soft from ``metrics["soft"]``, and notes ``metrics["hard"]``.

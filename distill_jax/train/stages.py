@@ -289,7 +289,7 @@ def train_stages(
     return Staged(model, tuple(done), history, seconds)
 
 
-def check_original(outputs: Any, where: str) -> None:
+def check_original(outputs: PyTree, where: str) -> None:
     """Raises ``ValueError`` if an original's outputs ``[n, ...]`` are not all finite numbers.
 
     Args:

@@ -65,7 +65,7 @@ def init_state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -
     return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model.params), key)
 
 
-def step_key(state: Any, stream: int) -> jax.Array:
+def step_key(state: PyTree, stream: int) -> jax.Array:
     """Derives the random key of the current step.
 
     Args:
