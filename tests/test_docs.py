@@ -1,7 +1,9 @@
 """The site names everything there is, and the programs of its short pages run (notebooks run at the build)."""
 
+import importlib
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from harness import options
 from test_units_trace import large_networks
 
 from distill_jax import features, losses, models
@@ -107,3 +110,19 @@ def test_readme_is_short_and_its_links_lead_somewhere():
     assert len(text.splitlines()) <= 150
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def commands(page):
+    """The command lines of a page that call an experiment of today: (experiment, arguments)."""
+    shown = re.sub(r"# as it was run\n.*?```", "", page, flags=re.DOTALL).replace("\\\n", " ")
+    for name, arguments in re.findall(r"python experiments/(\w+)\.py([^\n`#]*)", shown):
+        yield name, shlex.split(arguments.replace("DIR", "."))
+
+
+def test_every_command_of_the_documentation_can_be_typed():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = [command for page in pages for command in commands(page.read_text())]
+    assert len(found) > 15
+    for name, arguments in found:
+        module = importlib.import_module(name)
+        options.read(module.CONFIGS, module.__doc__, next(iter(module.CONFIGS)), arguments)
