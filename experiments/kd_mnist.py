@@ -65,9 +65,11 @@ class Config(Options):
     dropout: Dropout = 0.2  # fraction of the teacher's hidden units that is dropped in training
     max_norm: Amount = 0.0  # largest norm of the incoming weights of a teacher's unit; 0 sets no limit
     jitter: Whole = 2  # largest random shift of the teacher's training images, in pixels
-    labels: Literal["stored", "held-out", "online"] = "stored"  # how the teacher labels, see train_students
-    student_jitter: Whole = 2  # largest random shift of images that the teacher labels online, in pixels
-    force: bool = False  # config choose: distil even if no teacher leads the scratch student
+    labels: Literal["stored", "held-out", "online"] = "stored"
+    """how images get soft labels; stored: once, by the teacher; held-out: once, by teachers that were trained without
+    the image; online: shifted images in each step"""
+    student_jitter: Whole = 2  # largest random shift of images that are labelled online, in pixels
+    force: bool = False  # with the config choose, distil even if no teacher leads
     patient: bool = False  # also train a student on shifted images that the teacher labels online
     omit_classes: tuple[int, ...] = ()  # also distil without these classes, then shift their bias
     devices: Count = 1  # number of devices that share each batch (on a CPU: one per core)
