@@ -268,7 +268,9 @@ def main() -> int:
     found = run.evaluate(trained, logits)
     drawn = results.draw(run.directory, run.dataset, trained, logits, ("teacher", "scratch", "distilled"))
     baseline = "scratch, augmented" if config.labels == "online" else "scratch"
-    run.finish(found, drawn, headline=results.summary(found, baseline=baseline), notes=notes)
+    method = "Distillation" if baseline == "scratch" else f"Against {baseline!r}, distillation"
+    headline = results.summary(found, baseline=baseline, method=method)
+    run.finish(found, drawn, headline=headline, notes=notes)
     errors = {name: np.mean(model["test"]["errors"]) for name, model in found["models"].items()}
     return run.check(
         errors["distilled"] < errors[baseline], f"the distilled student is not better than {baseline}"

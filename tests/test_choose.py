@@ -226,9 +226,11 @@ def test_the_main_job_uses_the_choice(labels, npz, tmp_path, run, monkeypatch):
     assert run(*command, small=SMALL[1:])[0] == 0
     results = json.loads((out / "results.json").read_text())
     assert (results["config"]["labels"], results["config"]["temperature"]) == (labels, 2.0)
+    report = (out / "report.md").read_text()
     augmented = ["scratch, augmented"] if labels == "online" else []
     assert list(results["models"]) == ["teacher", "scratch", *augmented, "distilled"]
-    assert "- It was so." in (out / "report.md").read_text()
+    assert "- It was so." in report
+    assert ("Against 'scratch, augmented', distillation" in report) == (labels == "online")
     assert json.loads((out / "choice.json").read_text())["tried"] == [{"x": 1}]
 
     monkeypatch.setattr(choose, "choose", None)  # a run that is continued does not choose again
