@@ -112,8 +112,9 @@ class Choosing:
     def against(self, wrong: np.ndarray, bar: np.ndarray) -> str:
         """Describes how far a model is below the bar, with the standard error of the paired difference."""
         mean, error, _ = results.paired(wrong.tolist(), bar.tolist())
-        below = f"{mean * len(bar):.0f} ± {error * len(bar):.0f} below the bar"
-        return f"{wrong.sum()} validation errors, {below}"
+        side = "below" if mean >= 0 else "above"
+        difference = f"{abs(mean) * len(bar):.0f} ± {error * len(bar):.0f}"
+        return f"{wrong.sum()} validation errors, {difference} {side} the bar"
 
     def sizes(self) -> None:
         """Sets what depends on nothing but the sizes of the images and of the data set."""
