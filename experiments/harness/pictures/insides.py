@@ -1,4 +1,4 @@
-"""Pictures of what is inside a model, or goes through it."""
+"""Pictures of images beside their reconstructions."""
 
 from collections.abc import Mapping
 from pathlib import Path
