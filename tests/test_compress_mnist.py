@@ -212,7 +212,7 @@ def test_every_score(score, digits):
         ({"shares": (1.5,)}, "--shares must fall"),
         ({"shares": (0.9995,)}, "--shares must fall"),
         ({"shares": ()}, "--shares must fall"),
-        ({"shares": (0.001,)}, "--shares 0.001 is too little: .* with 1 of the units"),
+        ({"shares": (0.001,)}, "--shares 0.001 is too little: .* with 1 unit per group"),
         ({"score": "beauty"}, "--score must be one of l1"),
         ({"original": "resnet8"}, "--original must be an MLP"),
         ({"original": "mlp:0"}, "sizes ≥ 1"),

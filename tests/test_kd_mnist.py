@@ -78,9 +78,7 @@ def test_shifting_the_bias_finds_the_omitted_class_again():
     dataset = kd_mnist.data.Dataset("x", "x", split, split, split, 3, ("a", "b", "c"))
     config = kd_mnist.Config(omit_classes=(1,))
     run = kd_mnist.Run("x", config, dataset, None, 0.0)
-    model = kd_mnist.models.from_function(
-        lambda params, x: x[:, :3, 0, 0] + params, np.zeros(3, np.float32)
-    )
+    model = kd_mnist.models.from_function(lambda params, x: x[:, :3, 0, 0] + params, np.zeros(3, np.float32))
     image = np.zeros((300, 8, 8, 1), np.float32)
     image[:, :3, 0, 0] = low
     split = split._replace(image=image)

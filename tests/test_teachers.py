@@ -130,8 +130,9 @@ def test_a_changed_manifest_is_found(tmp_path):
 
 
 def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
+    write(tmp_path / "first")
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "ids.npy").write_bytes(b"half")
+    (tmp_path / "s" / "ids.npy").write_bytes((tmp_path / "first" / "ids.npy").read_bytes())
     (tmp_path / "s" / ".store.json.tmp").write_text("{")
     write(tmp_path / "s")
     np.testing.assert_array_equal(teachers.open_labels(tmp_path / "s")[IDS], LOGITS)
@@ -144,6 +145,11 @@ def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
     (tmp_path / "s" / "store.json").write_text("{")
     with pytest.raises(ValueError, match=r"store\.json cannot be read"):
         teachers.open_labels(tmp_path / "s")
+    (tmp_path / "ids").mkdir()
+    np.save(tmp_path / "ids" / "ids.npy", np.arange(3))
+    with pytest.raises(ValueError, match=r"holds an ids\.npy of something else"):
+        write(tmp_path / "ids")
+    np.testing.assert_array_equal(np.load(tmp_path / "ids" / "ids.npy"), np.arange(3))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no label store"):
