@@ -181,14 +181,17 @@ def test_a_logit_loss_gives_one_float32_an_example(name):
 def requirements(*extras):
     """The import names that the library's dependencies, or those of extras, provide."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = set() if extras else set(project["dependencies"])
+    names, found = set() if extras else set(project["dependencies"]), set()
     for extra in extras:
         for line in project["optional-dependencies"][extra]:
             inner = re.fullmatch(r"distill_jax\[(.*)\]", line)
-            names |= requirements(*inner[1].split(",")) if inner else {line}
+            if inner:
+                found |= requirements(*inner[1].split(","))
+            else:
+                names.add(line)
     renamed = {"scikit_learn": "sklearn", "orbax_checkpoint": "orbax", "pillow": "PIL"}
     names = {re.split(r"[>=\[]", name)[0].lower().replace("-", "_") for name in names}
-    return {renamed.get(name, name) for name in names}
+    return found | {renamed.get(name, name) for name in names}
 
 
 def imports(path):
