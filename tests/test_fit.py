@@ -198,3 +198,13 @@ def test_a_figure_that_is_not_a_number_is_never_the_best():
 
     result = run(validate=validate)
     chex.assert_trees_all_equal(result.best.params, models[2].params)
+
+
+@pytest.mark.parametrize("name", ["label", "teacher", "image"])
+def test_arrays_of_unequal_length_are_refused(name):
+    model, tx = build("mlp:8", (4, 4, 1), 3, jax.random.key(0)), optax.sgd(0.1)
+    epoch = train.make_epoch(train.make_train_step(train.supervised(), tx))
+    data = {**DATA, "teacher": np.zeros((50, 3), np.float32)}
+    data[name] = data[name][:40]
+    with pytest.raises(ValueError, match=f"as many examples in each array, got .*'{name}': 40"):
+        train.fit(train.init_state(model, tx, jax.random.key(1)), epoch, data, epochs=1, batch_size=8, seed=0)

@@ -408,3 +408,22 @@ def test_equal_modules_share_one_function():
     )
     assert first.apply_fn is second.apply_fn
     assert first.apply_fn is not other.apply_fn
+
+
+@pytest.mark.parametrize("name", ["deterministic", "training"])
+def test_a_linen_module_must_be_told_by_train(name):
+    """Its dropout would else never be on, without a word."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, deterministic=True):
+            return linen.Dropout(0.5, deterministic=deterministic)(x)
+
+    class Other(linen.Module):
+        @linen.compact
+        def __call__(self, x, training=False):
+            return linen.Dropout(0.5, deterministic=not training)(x)
+
+    module = {"deterministic": Net, "training": Other}[name]()
+    with pytest.raises(ValueError, match=f"has an argument '{name}'.* argument named train instead"):
+        from_linen(module, jax.random.key(0), X)

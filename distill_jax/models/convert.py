@@ -164,7 +164,14 @@ def from_linen(module: linen.Module, key: jax.Array, x: PyTree) -> Model:
       A model whose ``params`` are the collection of that name and whose ``state`` holds all other
       collections, such as ``batch_stats``. Dropout draws from the stream ``"dropout"``.
     """
-    takes_train = "train" in inspect.signature(module.__call__).parameters
+    parameters = inspect.signature(module.__call__).parameters
+    takes_train = "train" in parameters
+    for name in ("deterministic", "training", "is_training"):
+        if name in parameters and not takes_train:
+            raise ValueError(
+                f"{type(module).__name__}.__call__ has an argument {name!r}, which would never change: give it an "
+                "argument named train instead, True in training and False in evaluation"
+            )
     apply_fn = _known(_LinenFunction(module, takes_train))
     variables = dict(module.init(key, x, **apply_fn.mode(training=False)))
     params = variables.pop("params", {})

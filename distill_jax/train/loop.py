@@ -163,16 +163,19 @@ def fit(
       The final state, the best model, the history and the time.
 
     Raises:
-      ValueError: if the loss is no longer finite; if ``best_by`` is not among the figures; or if the
-        directory holds the checkpoint of another
-        model, optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
+      ValueError: if the arrays of ``data`` are not equally long; if the loss is no longer finite; if
+        ``best_by`` is not among the figures; or if the directory holds the checkpoint of another model,
+        optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
         learning rate: use another directory for another run.)
     """
     data = jax.tree.map(jnp.asarray, dict(data))
     if "teacher" in data:
         for logits in jax.tree.leaves(teacher_of(data)["logits"]):
             warn_if_probabilities("the teacher's logits in data['teacher']", logits)
-    examples = len(jax.tree.leaves(data)[0])
+    lengths = {name: len(leaf) for name, part in data.items() for leaf in jax.tree.leaves(part)}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"data must have as many examples in each array, got {lengths}")
+    examples = lengths.popitem()[1]
     best = jax.tree.map(jnp.copy, state.model)
     run = {"seed": seed, "batch_size": batch_size, "examples": examples}
     info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run
