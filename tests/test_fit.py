@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import train
-from distill_jax.losses import _numerics
+from distill_jax import _checks, train
 from distill_jax.models import Model, build
 
 RNG = np.random.default_rng(0)
@@ -161,7 +160,7 @@ def test_a_model_is_saved_and_restored_bit_by_bit(tmp_path):
 
 @pytest.mark.parametrize("form", ["array", "dict", "several"])
 def test_probabilities_of_a_teacher_are_warned_of(form, monkeypatch):
-    monkeypatch.setattr(_numerics, "_warned", set())
+    monkeypatch.setattr(_checks, "_warned", set())
     teacher = jax.nn.softmax(RNG.normal(size=(50, 3)).astype(np.float32))
     forms = {
         "array": teacher,

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import losses
-from distill_jax.losses import _numerics
+from distill_jax import _checks, losses
 
 # --- the formulas, in NumPy float64 ----------------------------------------------------------
 
@@ -390,7 +389,7 @@ NAMES = dict.fromkeys(list(CALLS)[8:], "logits") | dict.fromkeys(["student", "bu
 
 @pytest.mark.parametrize("name", CALLS)
 def test_probabilities_given_as_logits_warn_once(name, monkeypatch):
-    monkeypatch.setattr(_numerics, "_warned", set())
+    monkeypatch.setattr(_checks, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         CALLS[name](PROBABILITIES)
@@ -412,7 +411,7 @@ def test_probabilities_on_another_axis_and_in_a_large_array(monkeypatch):
         (large.astype(jnp.bfloat16), 2),
     ]:
         for call in (losses.kl, jax.jit(losses.kl, static_argnames="axis")):
-            monkeypatch.setattr(_numerics, "_warned", set())
+            monkeypatch.setattr(_checks, "_warned", set())
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 call(jnp.zeros_like(probabilities), probabilities, axis=axis)
@@ -435,7 +434,7 @@ def test_where_nothing_warns():
         "NaN": np.where(PROBABILITIES > 0.5, np.nan, PROBABILITIES),
     }
     for name, x in others.items():
-        assert not _numerics._looks_like_probabilities(x, -1), name
+        assert not _checks._looks_like_probabilities(x, -1), name
         losses.kl(x, x)
     losses.teacher_free(logits, LABELS, soften="softmax", temperature=1.0)  # its own probabilities
     jax.jit(losses.kl)(PROBABILITIES, PROBABILITIES)

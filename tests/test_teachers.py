@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import models, teachers
-from distill_jax.losses import _numerics
+from distill_jax import _checks, models, teachers
 from distill_jax.models import Model
 
 IDS = np.array([70, 3, 55, 12, 9, 1, 400, 8, 31, 2])
@@ -197,7 +196,7 @@ def test_labels_from_another_framework(tmp_path):
 
 
 def test_probabilities_in_the_place_of_logits_warn_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(_numerics, "_warned", set())
+    monkeypatch.setattr(_checks, "_warned", set())
     probabilities = np.asarray(jax.nn.softmax(LOGITS))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_positive
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import check_positive
 
 
 class LearnedTemperature(NamedTuple):

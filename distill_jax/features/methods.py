@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
+from distill_jax._checks import check_positive
 from distill_jax.features._layers import (
     align,
     check_layers,
@@ -35,7 +36,6 @@ from distill_jax.features._layers import (
     sum_layers,
 )
 from distill_jax.features.learned import Learned
-from distill_jax.losses._numerics import check_positive
 from distill_jax.losses._space import common_space, count, features_of
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
+from distill_jax._checks import check_fraction, check_positive
 from distill_jax._model import PyTree
 from distill_jax.features._layers import (
     align,
@@ -31,7 +32,6 @@ from distill_jax.features._layers import (
     sum_layers,
 )
 from distill_jax.features.learned import Learned
-from distill_jax.losses._numerics import check_fraction, check_positive
 from distill_jax.losses._space import common_space, direction, features_of, pool_mean, total
 
 Array = jax.Array

@@ -1,4 +1,4 @@
-"""Shared numerics of the losses: argument checks, masked log-softmax, accurate divergences.
+"""Shared numerics of the losses: masked log-softmax, accurate divergences.
 
 A class exists where ``where`` is true and its logit is not −inf. Write p for the teacher's and q for the
 student's probabilities, and d = log p − log q. A divergence is summed as Σ p·(e^(−d) − 1 + d), which
@@ -8,18 +8,15 @@ keep values and gradients accurate to float32 even where student and teacher alm
 temperature is high.
 """
 
-import inspect
-import sys
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+
+from distill_jax._checks import check_positive, warn_if_probabilities
 
 Loss = Callable[..., Array]
 
@@ -27,98 +24,11 @@ Loss = Callable[..., Array]
 # would itself cancel.
 _NEAR = 2.0
 
-# A warning about an argument points to the first line of the stack that is outside these packages.
-_INSIDE = (str(Path(__file__).parents[1]), str(Path(jax.__file__).parent))
-_warned: set[str] = set()  # names of arguments about which a warning was given
-
 
 def to_float(x: ArrayLike) -> Array:
     """Converts to float32, or keeps float64."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def check_positive(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value is not positive and finite. Traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not (np.isfinite(array).all() and (array > 0).all()):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def check_fraction(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value lies outside [0, 1]. Traced values pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not ((array >= 0).all() and (array <= 1).all()):
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
-
-
-def check_fractions(values: Mapping[str, ArrayLike]) -> None:
-    """Checks several names and values by :func:`check_fraction`; one error names all that are wrong."""
-    wrong = []
-    for name, value in values.items():
-        try:
-            check_fraction(name, value)
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("; ".join(wrong))
-
-
-def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:
-    """Warns, once per name, if an array of logits looks as if it held probabilities.
-
-    It does if the first rows, about 64, are non-negative and each sums to 1. There must be at least two rows
-    and two classes, and not all rows may be one-hot, which logits may well be. Traced arrays are not looked
-    at, so a compiled call costs nothing, nor are arrays that are spread over several processes.
-
-    Args:
-      name: what the warning calls the array, such as ``"teacher_logits"``.
-      array: ``[..., classes]``, any dtype.
-      axis: the axis of the classes.
-    """
-    if name in _warned or isinstance(array, jax.core.Tracer) or not _looks_like_probabilities(array, axis):
-        return
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"{name} look like probabilities: every row is non-negative and sums to 1. "
-        "Give logits, or take the logarithm: jnp.log(p).",
-        stacklevel=level,
-    )
-    _warned.add(name)  # not reached where a filter makes warnings errors: there, every call raises
-
-
-def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
-    if not isinstance(array, jax.Array):
-        array = np.asarray(array)
-    elif not array.is_fully_addressable:
-        return False
-    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < 2:
-        return False
-    classes = array.shape[axis]
-    if array.size > 2**16:  # take a corner to the host: 64 rows, or somewhat more
-        axis, wanted, corner = axis % array.ndim, 64, [slice(None)] * array.ndim
-        for i in reversed(range(array.ndim)):
-            if i != axis:
-                corner[i] = slice(wanted)
-                wanted = -(-wanted // array.shape[i])
-        with jax.ensure_compile_time_eval():  # or, while a function is traced, the corner is traced too
-            array = array[tuple(corner)]
-    rows = np.moveaxis(np.asarray(array, np.float64), axis, -1).reshape(-1, classes)[:64]
-    tolerance = max(1e-3, float(jnp.finfo(array.dtype).eps))
-    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > tolerance).any():
-        return False
-    return not (rows.max(-1) == 1).all()
-
-
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Tells whether a function has a parameter of this name, such as an option of a loss."""
-    return name in inspect.signature(function).parameters
 
 
 def valid_classes(logits: Array, where: ArrayLike | None) -> Array:

@@ -7,16 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import (
-    Loss,
-    check_positive,
-    log_softmax,
-    scale,
-    takes,
-    to_float,
-    valid_classes,
-    warn_if_probabilities,
-)
+from distill_jax._checks import check_positive, takes, warn_if_probabilities
+from distill_jax.losses._numerics import Loss, log_softmax, scale, to_float, valid_classes
 
 
 class TopK(NamedTuple):

@@ -11,18 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import (
-    Pair,
-    check_fraction,
-    check_positive,
-    compare,
-    kl_of,
-    pair,
-    scale,
-    to_float,
-    valid_classes,
-    warn_if_probabilities,
-)
+from distill_jax._checks import check_fraction, check_positive, warn_if_probabilities
+from distill_jax.losses._numerics import Pair, compare, kl_of, pair, scale, to_float, valid_classes
 from distill_jax.losses.logits import soft_cross_entropy
 
 

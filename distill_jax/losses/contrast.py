@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax.losses._numerics import check_fraction, check_positive, to_float
+from distill_jax._checks import check_fraction, check_positive
+from distill_jax.losses._numerics import to_float
 from distill_jax.losses._space import direction, flatten, product
 
 

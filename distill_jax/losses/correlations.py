@@ -13,16 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_positive, warn_if_probabilities
 from distill_jax.losses._numerics import (
     Pair,
-    check_positive,
     kl_of,
     log_softmax,
     pair,
     probability_difference,
     to_float,
     valid_classes,
-    warn_if_probabilities,
 )
 from distill_jax.losses._space import matmul
 

@@ -14,7 +14,8 @@ from jax import Array
 from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import check_fraction, check_positive, to_float
+from distill_jax._checks import check_fraction, check_positive
+from distill_jax.losses._numerics import to_float
 from distill_jax.losses._space import (
     common_space,
     direction,

@@ -9,7 +9,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import check_fraction, check_positive, to_float, warn_if_probabilities
+from distill_jax._checks import check_fraction, check_positive, warn_if_probabilities
+from distill_jax.losses._numerics import to_float
 from distill_jax.losses.logits import cross_entropy
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_fraction, warn_if_probabilities
 from distill_jax.losses._numerics import (
-    check_fraction,
     divergence_terms,
     kl_of,
     log_softmax,
@@ -21,7 +21,6 @@ from distill_jax.losses._numerics import (
     scale,
     to_float,
     valid_classes,
-    warn_if_probabilities,
 )
 
 

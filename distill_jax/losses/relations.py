@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax.losses._numerics import check_positive, kl_of, to_float
+from distill_jax._checks import check_positive
+from distill_jax.losses._numerics import kl_of, to_float
 from distill_jax.losses._space import direction, flatten, norm, product
 
 

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
+from distill_jax._checks import warn_if_probabilities
 from distill_jax._files import write_atomically, write_json
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import warn_if_probabilities
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

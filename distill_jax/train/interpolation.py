@@ -22,8 +22,8 @@ import optax
 from jax.typing import ArrayLike
 
 from distill_jax import weights
+from distill_jax._checks import check_fractions
 from distill_jax._model import ApplyFn, Model, PyTree
-from distill_jax.losses._numerics import check_fractions
 from distill_jax.train.objectives import Schedule, at
 from distill_jax.train.step import LossFn, Metrics, Step, TrainState
 

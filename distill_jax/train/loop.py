@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._checks import warn_if_probabilities
 from distill_jax._model import Model, PyTree, identity, padded_batches
-from distill_jax.losses._numerics import warn_if_probabilities
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order
 from distill_jax.train.objectives import supervised, teacher_of

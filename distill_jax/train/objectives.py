@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, metrics
+from distill_jax._checks import check_fraction, check_positive, takes
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import check_fraction, check_positive, takes
 from distill_jax.train.step import Batch, LossFn, weighted_mean
 
 Schedule = float | Callable[[jax.Array], jax.Array]

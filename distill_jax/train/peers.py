@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, weights
+from distill_jax._checks import check_fraction
 from distill_jax._model import ApplyFn, Model, PyTree
-from distill_jax.losses._numerics import check_fraction, to_float
+from distill_jax.losses._numerics import to_float
 from distill_jax.train.objectives import Schedule, at, check_options, error_rate, soft_mean
 from distill_jax.train.step import LossFn, weighted_mean
 

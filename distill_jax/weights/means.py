@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_fraction
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import check_fraction, to_float
+from distill_jax.losses._numerics import to_float
 from distill_jax.weights.structure import Scalar, Scalars, check, is_float, map_floats, scalars
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._checks import check_fractions
 from distill_jax._model import Model, PyTree
-from distill_jax.losses._numerics import check_fractions
 
 Scalar = float | jax.Array
 Scalars = Scalar | Mapping[str, Scalar]

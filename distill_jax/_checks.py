@@ -1,0 +1,143 @@
+"""Checks of arguments, with one message for all rooms: what was given, and what was expected.
+
+Values that JAX traces pass each check of a value, since they are not known; their shapes and dtypes are.
+"""
+
+import inspect
+import numbers
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+# A warning about an argument points to the first line of the stack that is outside these packages.
+_INSIDE = (str(Path(__file__).parent), str(Path(jax.__file__).parent))
+_warned: set[str] = set()  # names of arguments about which a warning was given
+
+
+def check_real(name: str, array: ArrayLike) -> None:
+    """Raises ``ValueError`` unless an array holds real numbers: floats of any width, or integers.
+
+    Masked, structured, complex and boolean arrays are refused, and so is what is no array of numbers. Nothing
+    is converted.
+    """
+    _check_dtype(name, array, (jnp.floating, jnp.integer), "real numbers")
+
+
+def check_integers(name: str, array: ArrayLike) -> None:
+    """Raises ``ValueError`` unless an array holds integers that int64 can hold."""
+    _check_dtype(name, array, (jnp.integer,), "integers")
+    if isinstance(array, jax.core.Tracer):
+        return
+    array = np.asarray(array)
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be integers of at most 63 bits, got {array.max()}")
+
+
+def _check_dtype(name: str, array: ArrayLike, kinds: tuple[Any, ...], expected: str) -> None:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{name} must be {expected}, got a masked array: fill or select it first")
+    if not isinstance(array, jax.Array):
+        try:
+            array = np.asarray(array)
+        except ValueError:
+            raise ValueError(f"{name} must be an array of {expected}, got rows of unequal length") from None
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise ValueError(f"{name} must be {expected}, got dtype {array.dtype}")
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Raises ``ValueError`` unless a value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value is not positive and finite. Traced values pass."""
+    check_real(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value, np.float64)
+    if not (np.isfinite(array).all() and (array > 0).all()):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_fraction(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value lies outside [0, 1]. Traced values pass."""
+    check_real(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value, np.float64)
+    if not ((array >= 0).all() and (array <= 1).all()):
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_fractions(values: Mapping[str, ArrayLike]) -> None:
+    """Checks several names and values by :func:`check_fraction`; one error names all that are wrong."""
+    wrong = []
+    for name, value in values.items():
+        try:
+            check_fraction(name, value)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:
+    """Warns, once per name, if an array of logits looks as if it held probabilities.
+
+    It does if the first rows, about 64, are non-negative and each sums to 1. There must be at least two rows
+    and two classes, and not all rows may be one-hot, which logits may well be. Traced arrays are not looked
+    at, so a compiled call costs nothing, nor are arrays that are spread over several processes.
+
+    Args:
+      name: what the warning calls the array, such as ``"teacher_logits"``.
+      array: ``[..., classes]``, any dtype.
+      axis: the axis of the classes.
+    """
+    if name in _warned or isinstance(array, jax.core.Tracer) or not _looks_like_probabilities(array, axis):
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{name} look like probabilities: every row is non-negative and sums to 1. "
+        "Give logits, or take the logarithm: jnp.log(p).",
+        stacklevel=level,
+    )
+    _warned.add(name)  # not reached where a filter makes warnings errors: there, every call raises
+
+
+def _looks_like_probabilities(array: ArrayLike, axis: int) -> bool:
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array)
+    elif not array.is_fully_addressable:
+        return False
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim < 2:
+        return False
+    classes = array.shape[axis]
+    if array.size > 2**16:  # take a corner to the host: 64 rows, or somewhat more
+        axis, wanted, corner = axis % array.ndim, 64, [slice(None)] * array.ndim
+        for i in reversed(range(array.ndim)):
+            if i != axis:
+                corner[i] = slice(wanted)
+                wanted = -(-wanted // array.shape[i])
+        with jax.ensure_compile_time_eval():  # or, while a function is traced, the corner is traced too
+            array = array[tuple(corner)]
+    rows = np.moveaxis(np.asarray(array, np.float64), axis, -1).reshape(-1, classes)[:64]
+    tolerance = max(1e-3, float(jnp.finfo(array.dtype).eps))
+    if min(rows.shape) < 2 or not (rows >= 0).all() or (np.abs(rows.sum(-1) - 1) > tolerance).any():
+        return False
+    return not (rows.max(-1) == 1).all()
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Tells whether a function has a parameter of this name, such as an option of a loss."""
+    return name in inspect.signature(function).parameters
