@@ -22,9 +22,9 @@ def on_logits(loss: Callable[..., jax.Array], *, labelled: bool = False) -> Call
     return lambda: Learned(lambda key, student_shapes, teacher_shapes: {}, apply)
 
 
-def standardized_kl(student: jax.Array, teacher: jax.Array, where: Any) -> jax.Array:
+def standardised_kl(student: jax.Array, teacher: jax.Array, where: Any) -> jax.Array:
     """Computes the KL divergence between standardised logits."""
-    student, teacher = (losses.standardize(x, where=where) for x in (student, teacher))
+    student, teacher = (losses.standardise(x, where=where) for x in (student, teacher))
     return losses.kl(student, teacher, temperature=2.0, where=where)
 
 
@@ -54,7 +54,7 @@ class Method(NamedTuple):
 # KD's. They are not tuned.
 METHODS: dict[str, Method] = {
     "kd": Method(0.1, 0.9, on_logits(kl), "logits"),
-    "lskd": Method(0.1, 9.0, on_logits(standardized_kl), "logits"),
+    "lskd": Method(0.1, 9.0, on_logits(standardised_kl), "logits"),
     "dkd": Method(1.0, 1.0, on_logits(losses.dkd, labelled=True), "logits"),
     "nkd": Method(1.0, 1.0, on_logits(losses.nkd, labelled=True), "logits"),
     "wsld": Method(1.0, 2.5, on_logits(losses.wsld, labelled=True), "logits"),

@@ -130,11 +130,8 @@ def test_every_parameter_has_a_type_unless_nothing_is_known():
     assert not untyped, f"write their types (PyTree for any pytree): {untyped}"
 
 
-# What is no loss by itself: transforms, measures, and what carries a state
-PARTS = {
-    "CRDState", "crd", "crd_init", "crd_negatives", "standardize", "class_activation_maps",
-    "margin_from_batchnorm", "margin_from_features", "fsp_matrix", "linear_cka",
-}  # fmt: skip
+# What is no loss by itself: a transform of logits, and what carries a state
+PARTS = {"CRDState", "crd", "crd_init", "crd_negatives", "standardise"}
 
 
 def losses_of(*modules):

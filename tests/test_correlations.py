@@ -34,19 +34,19 @@ def ref_mlkd(student, teacher, temperatures=(2.0, 3.0, 4.0, 5.0, 6.0), weights=(
     return total
 
 
-def ref_standardize(logits, temperature=1.0, ddof=0):
+def ref_standardise(logits, temperature=1.0, ddof=0):
     centred = logits - logits.mean(-1, keepdims=True)
     return centred / (temperature * logits.std(-1, ddof=ddof, keepdims=True))
 
 
 def ref_lskd(student, teacher, temperature=3.0, ddof=0):
     return ref_kl(
-        ref_standardize(student, ddof=ddof), ref_standardize(teacher, ddof=ddof), temperature
+        ref_standardise(student, ddof=ddof), ref_standardise(teacher, ddof=ddof), temperature
     ).mean()
 
 
 def lskd(student, teacher, temperature=3.0, ddof=0, **options):
-    standard = [losses.standardize(x, ddof=ddof, **options) for x in (student, teacher)]
+    standard = [losses.standardise(x, ddof=ddof, **options) for x in (student, teacher)]
     return losses.kl(*standard, temperature=temperature, **options)
 
 
@@ -72,10 +72,10 @@ RELATIONS = {
 }
 ALL = {
     **RELATIONS,
-    "kl of standardize": (lskd, ref_lskd),
-    "kl of standardize, ddof = 1": (functools.partial(lskd, ddof=1), functools.partial(ref_lskd, ddof=1)),
+    "kl of standardise": (lskd, ref_lskd),
+    "kl of standardise, ddof = 1": (functools.partial(lskd, ddof=1), functools.partial(ref_lskd, ddof=1)),
 }
-EACH = ["dist", "mlkd", "kl of standardize"]  # one of each method
+EACH = ["dist", "mlkd", "kl of standardise"]  # one of each method
 parametrize = functools.partial(pytest.mark.parametrize, "name")
 
 
@@ -145,7 +145,7 @@ def test_axis_and_where(name):
     student, teacher = draw(3, 2)
     value, *_ = compiled(name)(student, teacher)
     assert value.shape == (8,)
-    if "standardize" not in name:
+    if "standardise" not in name:
         turned = jax.jit(functools.partial(loss, axis=0))(student.T, teacher.T)
         np.testing.assert_allclose(turned, value, rtol=1e-5)
     blocks, *_ = compiled(name)(*(x.reshape(2, 4, 10) for x in (student, teacher)))
@@ -248,39 +248,39 @@ def test_nan_is_never_hidden():
         assert np.isnan(value[0]), name
 
 
-# --- standardize -----------------------------------------------------------------------------
+# --- standardise -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
-def test_standardize(ddof):
+def test_standardise(ddof):
     logits, _ = draw(3, 2)
-    value = losses.standardize(logits, temperature=2.0, ddof=ddof)
-    expected = ref_standardize(logits.astype(float), 2.0, ddof)
+    value = losses.standardise(logits, temperature=2.0, ddof=ddof)
+    expected = ref_standardise(logits.astype(float), 2.0, ddof)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        losses.standardize(logits.T, temperature=2.0, ddof=ddof, axis=0), value.T, rtol=1e-5
+        losses.standardise(logits.T, temperature=2.0, ddof=ddof, axis=0), value.T, rtol=1e-5
     )
-    scaled = losses.standardize(logits * 1e30, temperature=2.0, ddof=ddof)  # no square overflows
+    scaled = losses.standardise(logits * 1e30, temperature=2.0, ddof=ddof)  # no square overflows
     np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        losses.standardize(logits * 1e-30, temperature=2.0, ddof=ddof), expected, rtol=1e-5, atol=1e-6
+        losses.standardise(logits * 1e-30, temperature=2.0, ddof=ddof), expected, rtol=1e-5, atol=1e-6
     )
     where = np.arange(10) < 7
-    masked = losses.standardize(logits, ddof=ddof, where=where)
-    expected = ref_standardize(logits[:, :7].astype(float), ddof=ddof)
+    masked = losses.standardise(logits, ddof=ddof, where=where)
+    expected = ref_standardise(logits[:, :7].astype(float), ddof=ddof)
     np.testing.assert_allclose(masked[:, :7], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(masked[:, 7:], -np.inf)
 
 
-def test_standardize_makes_of_equal_logits_exactly_zero():
+def test_standardise_makes_of_equal_logits_exactly_zero():
     rows = np.array([[0.1] * 7, [1e4] * 7, [-3.3] * 7], np.float32)
     for ddof in (0, 1):
         value, gradient = jax.value_and_grad(
-            lambda z, ddof=ddof: (losses.standardize(z, ddof=ddof) ** 2).sum()
+            lambda z, ddof=ddof: (losses.standardise(z, ddof=ddof) ** 2).sum()
         )(rows)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
-    np.testing.assert_array_equal(losses.standardize(rows[:, :1], ddof=1), 0)  # one class
+    np.testing.assert_array_equal(losses.standardise(rows[:, :1], ddof=1), 0)  # one class
 
 
 def test_float64_is_kept():
@@ -308,4 +308,4 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="temperatures must hold at least one temperature"):
         losses.mlkd(logits, logits, temperatures=())
     with pytest.raises(ValueError, match="ddof must be 0 or a positive integer, got -1"):
-        losses.standardize(logits, ddof=-1)
+        losses.standardise(logits, ddof=-1)

@@ -307,7 +307,7 @@ def test_cat_kd_reads_features_by_the_teachers_classifier():
     part = features.cat_kd(teacher_kernel=kernel)
     params = part.init(KEY, [student.shape], [teacher.shape])
     assert params == {}  # the student's ten channels are its classes
-    maps = losses.class_activation_maps(teacher, kernel)
+    maps = features.class_activation_maps(teacher, kernel)
     value = part.apply(params, [student], [teacher])
     np.testing.assert_allclose(value, losses.cat_kd(student, maps), rtol=1e-6)
     params = part.init(KEY, [(2, 4, 4, 3)], [teacher.shape])
@@ -346,8 +346,8 @@ def test_errors_say_what_is_wrong():
         features.vid(initial_variance=0.0)
     with pytest.raises(ValueError, match="mask must be"):
         features.mgd(mask="pixels")
-    with pytest.raises(ValueError, match="margins must have one entry per layer, 1 in all, got 2"):
-        features.ofd(margins=[0.0, 0.0]).apply(
+    with pytest.raises(ValueError, match="margin must have one entry per layer, 1 in all, got 2"):
+        features.ofd(margin=[0.0, 0.0]).apply(
             features.ofd().init(KEY, [(2, 3)], [(2, 3)]), draw([(2, 3)]), draw([(2, 3)])
         )
 

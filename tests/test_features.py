@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import losses
+from distill_jax import features, losses
 from distill_jax.losses._space import pool_max, pool_mean
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -228,7 +228,7 @@ def test_cka(name):
     expected = reference(student.astype(float), wide)
     np.testing.assert_allclose(values.mean(), expected, rtol=1e-6)
     assert (np.asarray(values) >= 0).all()
-    measured = losses.linear_cka(student, teacher, debiased=CKA[name])
+    measured = features.linear_cka(student, teacher, debiased=CKA[name])
     np.testing.assert_allclose(measured, 1 - expected, rtol=2e-6, atol=1e-7)
     expected = 7 * numeric_gradient(lambda s: reference(s, wide), student.astype(float))
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
@@ -261,7 +261,7 @@ def test_cka_where_nothing_varies(debiased):
         values, gradient = value_and_gradient(loss, student, teacher)
         np.testing.assert_array_equal(values, 1)
         np.testing.assert_array_equal(gradient, 0)
-        assert losses.linear_cka(student, teacher, debiased=debiased) == 0
+        assert features.linear_cka(student, teacher, debiased=debiased) == 0
     with pytest.raises(ValueError, match="at least 4 examples, got 3"):
         losses.cka(teacher[:3], teacher[:3], debiased=True)
     assert losses.cka(teacher[:1], teacher[:1]) == 1
@@ -404,12 +404,12 @@ def test_margins():
     gamma, beta = np.array([1.0, -0.7, 2.0, 0.5]), np.array([0.3, -0.6, 9.0, -3.0])
     rng = np.random.default_rng(0)
     x = np.abs(gamma) * rng.normal(size=(200_000, 4)) + beta
-    margin = losses.margin_from_batchnorm(gamma, beta)
-    drawn = losses.margin_from_features(x.reshape(100, 2000, 4).astype(np.float32))
+    margin = features.margin_from_batchnorm(gamma, beta)
+    drawn = features.margin_from_features(x.reshape(100, 2000, 4).astype(np.float32))
     np.testing.assert_allclose(margin[jnp.array([0, 1, 3])], drawn[jnp.array([0, 1, 3])], rtol=1e-2)
     assert margin[2] < 0
     # hardly ever, or never, or always negative, or constant: E[x | x < 0] for β/σ = 9 is −0.1074·σ…
-    edges = losses.margin_from_batchnorm(
+    edges = features.margin_from_batchnorm(
         np.array([1.0, 1e-6, 0.0, 0.0, 1e-3]), np.array([9.0, 1.0, 2.0, -2.0, -5.0])
     )
     np.testing.assert_allclose(edges[jnp.array([2, 3, 4])], [0, -2, -5], atol=1e-6)
@@ -418,20 +418,20 @@ def test_margins():
     np.testing.assert_allclose(edges[0], -0.10856, rtol=1e-2)
     far = np.array([1.9, 2.1, 5.0, 13.0, 30.0, 1e4])  # by quadrature of E[x | x < 0]
     expected = [-0.3849469, -0.3620780, -0.1865040, -0.07603856, -0.03325967, -1e-4]
-    np.testing.assert_allclose(losses.margin_from_batchnorm(np.ones(6), far), expected, rtol=1e-6)
-    rare = losses.margin_from_batchnorm(np.array([2.0]), np.array([9.0]), rare=0.001)
+    np.testing.assert_allclose(features.margin_from_batchnorm(np.ones(6), far), expected, rtol=1e-6)
+    rare = features.margin_from_batchnorm(np.array([2.0]), np.array([9.0]), rare=0.001)
     np.testing.assert_allclose(rare, -6)
     teacher = draw(MAP)[0]
     np.testing.assert_array_equal(
         losses.ofd(0 * teacher, teacher),
-        losses.ofd(0 * teacher, teacher, margin=losses.margin_from_features(teacher)),
+        losses.ofd(0 * teacher, teacher, margin=features.margin_from_features(teacher)),
     )
 
 
 def test_class_activation_maps_average_to_the_logits():
-    features, kernel = draw((2, 3, 4, 5), (5, 7))
-    maps = losses.class_activation_maps(features, kernel)
-    np.testing.assert_allclose(maps.mean((1, 2)), features.mean((1, 2)) @ kernel, atol=1e-6)
+    x, kernel = draw((2, 3, 4, 5), (5, 7))
+    maps = features.class_activation_maps(x, kernel)
+    np.testing.assert_allclose(maps.mean((1, 2)), x.mean((1, 2)) @ kernel, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "bins"), [(7, 3), (8, 4), (5, 5), (6, 4), (9, 1)])
@@ -498,7 +498,7 @@ REFERENCE_PROGRAMS = {
     "review mdistiller": lambda s: losses.hierarchical_context(s, I["teacher"]).mean(),
     "review torchdistill": lambda s: losses.hierarchical_context(s, I["teacher"]).mean(),
     "cat CAT-KD normalise=True": lambda s: losses.cat_kd(s, I["small"]).mean(),
-    "cat CAT-KD normalise=False": lambda s: losses.cat_kd(s, I["small"], normalize=False).mean(),
+    "cat CAT-KD normalise=False": lambda s: losses.cat_kd(s, I["small"], normalise=False).mean(),
     "semckd SimKD": semckd_of_simkd,
 }
 
@@ -525,7 +525,7 @@ def test_reference_programs(name):
 
 
 def test_margins_of_mdistiller():
-    margin = losses.margin_from_batchnorm(I["gamma"], I["beta"], rare=0.001)
+    margin = features.margin_from_batchnorm(I["gamma"], I["beta"], rare=0.001)
     np.testing.assert_allclose(margin, CONSTANTS["ofd mdistiller margin"], rtol=2e-6)
 
 
@@ -567,6 +567,6 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"where must have one entry per example, shape \(2,\)"):
         losses.cat_kd(student, student, where=np.ones((2, 5, 5), bool))
     with pytest.raises(ValueError, match="kernel must have shape"):
-        losses.class_activation_maps(student, np.zeros((4, 10)))
+        features.class_activation_maps(student, np.zeros((4, 10)))
     with pytest.raises(ValueError, match="the same batch size"):
         losses.cka(student, student[:1])

@@ -377,7 +377,7 @@ CALLS = {
     "top_k": lambda p: losses.tokens.top_k(p, 2),
     "student": lambda p: losses.kl(p, np.log(p)),
     "cross_entropy": lambda p: losses.cross_entropy(p, LABELS),
-    "standardize": lambda p: losses.standardize(p),
+    "standardise": lambda p: losses.standardise(p),
     "logit_adjusted": lambda p: losses.logit_adjusted(p, LABELS, prior=[1, 2, 3]),
     "class_balanced": lambda p: losses.class_balanced(p, LABELS, counts=[1, 2, 3]),
     "teacher_free": lambda p: losses.teacher_free(p, LABELS),

@@ -65,9 +65,9 @@ def ref_pkt(student, teacher, include_self=False):
     return np.where(keep, p * np.log(np.where(keep, p, 1) / np.where(keep, q, 1)), 0).sum(1)
 
 
-def ref_correlation_congruence(student, teacher, kernel="gaussian", gamma=0.4, order=2, normalize=True):
+def ref_correlation_congruence(student, teacher, kernel="gaussian", gamma=0.4, order=2, normalise=True):
     def matrix(x):
-        x = unit(x) if normalize else x
+        x = unit(x) if normalise else x
         if kernel == "bilinear":
             return x @ x.T
         powers = [(2 * gamma) ** p / math.factorial(p) * (x @ x.T) ** p for p in range(order + 1)]
@@ -77,15 +77,15 @@ def ref_correlation_congruence(student, teacher, kernel="gaussian", gamma=0.4, o
     return ((t - s) ** 2).sum(1) / len(s)
 
 
-def ref_ickd(student, teacher, normalize=True):
+def ref_ickd(student, teacher, normalise=True):
     values = []
     for s, t in zip(student, teacher, strict=True):
         channels = s.shape[-1]
         gram = [x.reshape(-1, channels).T @ x.reshape(-1, channels) for x in (s, t)]
-        if normalize:
+        if normalise:
             gram = [unit(g) for g in gram]
         square = ((gram[0] - gram[1]) ** 2).sum()
-        values.append(square / (channels if normalize else channels**2))
+        values.append(square / (channels if normalise else channels**2))
     return np.array(values)
 
 
@@ -121,9 +121,9 @@ CASES = {
     "pkt, self": {"include_self": True},
     "correlation_congruence": {},
     "correlation_congruence, bilinear": {"kernel": "bilinear"},
-    "correlation_congruence, as given": {"normalize": False, "order": 3, "gamma": 0.2},
+    "correlation_congruence, as given": {"normalise": False, "order": 3, "gamma": 0.2},
     "ickd": {},
-    "ickd, as given": {"normalize": False},
+    "ickd, as given": {"normalise": False},
     "info_nce": {"temperature": 0.5},
     "info_nce, both": {"symmetric": True, "labels": LABELS},
 }
@@ -208,7 +208,7 @@ def test_reference_implementations(wide):
         "ickd": (losses.ickd, maps, 1 / n),  # divided by the batch twice
     }
     for kernel in ("gaussian", "bilinear"):  # a norm, not squared
-        loss = of(losses.correlation_congruence, kernel=kernel, order=3, normalize=False)
+        loss = of(losses.correlation_congruence, kernel=kernel, order=3, normalise=False)
         theirs[f"cc_{kernel}"] = (loss, pooled, None)
     found = set()
     for name, (loss, arrays, scale) in theirs.items():

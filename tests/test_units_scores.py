@@ -75,13 +75,13 @@ def test_weights_and_gradients(case):
     gradients = jax.jit(jax.grad(lambda p: (fn(p, x) ** 2).sum()))(params)
     products = jax.tree.map(lambda g, w: np.asarray(g) * w, gradients, params)
     squares = reference(graph, params, np.square)
-    agree(scores.l1(graph, model, normalize="none"), reference(graph, params, np.abs))
-    agree(scores.l2(graph, model, normalize="none"), {n: np.sqrt(s) for n, s in squares.items()})
+    agree(scores.l1(graph, model, normalise="none"), reference(graph, params, np.abs))
+    agree(scores.l2(graph, model, normalise="none"), {n: np.sqrt(s) for n, s in squares.items()})
     linear = reference(graph, products, lambda x: x)
-    agree(scores.taylor(graph, model, gradients, normalize="none"), {n: np.abs(s) for n, s in linear.items()})
+    agree(scores.taylor(graph, model, gradients, normalise="none"), {n: np.abs(s) for n, s in linear.items()})
     curvature = jax.tree.map(lambda g: np.asarray(g) ** 2, gradients)
     agree(
-        scores.fisher(graph, model, curvature, normalize="none"),
+        scores.fisher(graph, model, curvature, normalise="none"),
         {n: s / 2 for n, s in reference(graph, products, np.square).items()},
     )
     for name, given in scores.lamp(graph, model).items():
@@ -104,7 +104,7 @@ def test_the_first_order_score_is_the_derivative_of_silencing():
         silent = units.silence(graph, params, {"a.w": [i for i in range(5) if i != unit]})
         less = jax.tree.map(lambda w, s: w + h * (s - w), params, silent)
         change = abs(loss(less) - loss(params)) / h
-        score = scores.taylor(graph, params, gradients, normalize="none")["a.w"][unit]
+        score = scores.taylor(graph, params, gradients, normalise="none")["a.w"][unit]
         np.testing.assert_allclose(score, change, rtol=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_activations_are_what_is_handed_on(case):
 def test_fpgm_and_vectors(case):
     _, model, _, graph = case
     params, x = model.params, values.vectors(graph, model)
-    for name, given in scores.fpgm(graph, model, normalize="none").items():
+    for name, given in scores.fpgm(graph, model, normalise="none").items():
         expected = np.linalg.norm(x[name][:, None] - x[name], axis=-1).sum(1)
         np.testing.assert_allclose(given, expected, rtol=1e-6)
         group = graph.groups[name]
@@ -161,19 +161,19 @@ def test_the_scale_of_batch_norm_counts_only_where_there_is_one():
         scores.batch_norm_scale(graph, model, names=["weight"])
 
 
-def test_normalization():
+def test_normalisation():
     x = {"a": np.array([1.0, 3.0]), "b": np.array([0.0, 0.0])}
-    for normalize, expected in [
+    for normalise, expected in [
         ("mean", [0.5, 1.5]), ("max", [1 / 3, 1]), ("norm", [1 / 10**0.5, 3 / 10**0.5]),
         ("none", [1, 3]),
     ]:  # fmt: skip
-        found = scores.normalized(x, normalize)
+        found = scores.normalised(x, normalise)
         np.testing.assert_allclose(found["a"], expected)
         np.testing.assert_array_equal(found["b"], 0)
-    with pytest.raises(ValueError, match="normalize must be one of mean, max, norm, none, got 'l2'"):
-        scores.normalized(x, "l2")
+    with pytest.raises(ValueError, match="normalise must be one of mean, max, norm, none, got 'l2'"):
+        scores.normalised(x, "l2")
     with pytest.raises(ValueError, match="not finite"):
-        scores.normalized({"a": np.array([np.nan, 1])}, "mean")
+        scores.normalised({"a": np.array([np.nan, 1])}, "mean")
 
 
 def test_random_scores_depend_on_the_key_alone(case):
@@ -191,8 +191,8 @@ def test_the_state_does_not_count():
 
     model = Model(apply_fn, shapes(a=(3, 4), b=(4, 2)), {"var": np.ones(4)})
     graph = units.trace(model, np.zeros((1, 3)))
-    given = scores.l1(graph, model, normalize="none")
-    agree(given, scores.l1(graph, model.params, normalize="none"))
+    given = scores.l1(graph, model, normalise="none")
+    agree(given, scores.l1(graph, model.params, normalise="none"))
     expected = np.abs(model.params["a"]).sum(0) + np.abs(model.params["b"]).sum(1)
     agree(given, {"a": expected})
 

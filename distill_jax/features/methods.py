@@ -36,18 +36,18 @@ from distill_jax.features._layers import (
     sum_layers,
 )
 from distill_jax.features.learned import Learned
+from distill_jax.losses._measures import class_activation_maps
 from distill_jax.losses._space import common_space, count, features_of
 
 
-def ofd(*, margins: Sequence[ArrayLike] | None = None, mean: bool = False) -> Learned:
+def ofd(*, margin: Sequence[ArrayLike] | None = None, mean: bool = False) -> Learned:
     """Overhaul of feature distillation (OFD): ``losses.ofd`` after a linear map of the student's channels.
 
     Give layers *before* their activation. Every layer has a linear map (in the paper followed by
     BatchNorm), also where the numbers of channels agree.
 
     Args:
-      margins: one margin per layer, a scalar or ``[channels]``, at most 0; None estimates the margins
-        from each batch.
+      margin: one per layer, a scalar or ``[channels]``, at most 0; None estimates them from each batch.
       mean: whether to average over positions and channels instead of adding up.
 
     Returns:
@@ -65,11 +65,9 @@ def ofd(*, margins: Sequence[ArrayLike] | None = None, mean: bool = False) -> Le
 
     def apply(params, student_features, teacher_features, *, labels=None, where=None, key=None):
         layers = align(student_features, teacher_features, where)
-        if margins is not None and len(margins) != len(layers):
-            raise ValueError(
-                f"margins must have one entry per layer, {len(layers)} in all, got {len(margins)}"
-            )
-        each = [None] * len(layers) if margins is None else margins
+        if margin is not None and len(margin) != len(layers):
+            raise ValueError(f"margin must have one entry per layer, {len(layers)} in all, got {len(margin)}")
+        each = [None] * len(layers) if margin is None else margin
         return sum_layers(
             losses.ofd(map_channels(params, layer), layer.teacher, margin=m, mean=mean, where=layer.where)
             for m, layer in zip(each, layers, strict=True)
@@ -209,12 +207,12 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
 
 
 def cat_kd(
-    *, teacher_kernel: ArrayLike | None = None, resolution: int | None = 2, normalize: bool = True
+    *, teacher_kernel: ArrayLike | None = None, resolution: int | None = 2, normalise: bool = True
 ) -> Learned:
     """Class attention transfer (CAT-KD): ``losses.cat_kd`` between class activation maps.
 
     Features with one channel per class are taken as class activation maps and compared as they are;
-    this is the paper's method, and ``losses.class_activation_maps`` makes such maps from a network's
+    this is the paper's method, and ``features.class_activation_maps`` makes such maps from a network's
     last features and its classifier. Otherwise a linear map of the student's channels takes the place
     of the classifier's kernel. Where there is only one position, as with flat layers, the scores are
     normalised over the classes. ``where`` must be ``[batch]``.
@@ -224,7 +222,7 @@ def cat_kd(
         features into class activation maps (in every layer given, so give only the last). It is a
         constant of the compiled program. None uses the teacher's channels as classes.
       resolution: number of positions along each axis to which the maps are pooled; None keeps them.
-      normalize: whether each class's map is divided by its norm.
+      normalise: whether each class's map is divided by its norm.
 
     Returns:
       The method.
@@ -242,13 +240,13 @@ def cat_kd(
     def value(params, student, teacher, where):
         s, t = clear(student, where), features_of("teacher", teacher)
         if teacher_kernel is not None:
-            t = losses.class_activation_maps(t, teacher_kernel)
+            t = class_activation_maps(t, teacher_kernel)
         if params is not None:
             s = dense(params, s)
         size = resolution
         if count(common_space(s.shape, t.shape)) == 1:
             s, t = (x.mean(tuple(range(1, x.ndim - 1)))[..., None] for x in (s, t))
             size = None
-        return losses.cat_kd(s, t, resolution=size, normalize=normalize, where=where)
+        return losses.cat_kd(s, t, resolution=size, normalise=normalise, where=where)
 
     return over_pairs(init, value)

@@ -91,11 +91,11 @@ def correlation_congruence(
     return _embedded(features, loss)
 
 
-def ickd(*, normalize: bool = True) -> Learned:
+def ickd(*, normalise: bool = True) -> Learned:
     """Inter-channel correlation (ICKD): ``losses.ickd`` after a linear map where channels differ.
 
     Args:
-      normalize: whether the rows of the correlation matrices are divided by their length.
+      normalise: whether the rows of the correlation matrices are divided by their length.
 
     Returns:
       The method.
@@ -115,7 +115,7 @@ def ickd(*, normalize: bool = True) -> Learned:
     def value(params, student, teacher, where):
         if params is not None:
             student = dense(params, clear(student, where))
-        return losses.ickd(student, teacher, normalize=normalize, where=where)
+        return losses.ickd(student, teacher, normalise=normalise, where=where)
 
     return over_pairs(init, value)
 

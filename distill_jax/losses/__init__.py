@@ -7,18 +7,8 @@ its values, and add weighted losses, where you use them; :mod:`distill_jax.train
 from distill_jax.losses import tokens
 from distill_jax.losses.classes import dkd, nkd, teacher_free, wsld
 from distill_jax.losses.contrast import CRDState, crd, crd_init, crd_negatives, info_nce
-from distill_jax.losses.correlations import dist, mlkd, standardize
-from distill_jax.losses.features import (
-    activation_boundary,
-    cat_kd,
-    class_activation_maps,
-    hierarchical_context,
-    hint,
-    margin_from_batchnorm,
-    margin_from_features,
-    ofd,
-    vid,
-)
+from distill_jax.losses.correlations import dist, mlkd, standardise
+from distill_jax.losses.features import activation_boundary, cat_kd, hierarchical_context, hint, ofd, vid
 from distill_jax.losses.imbalance import class_balanced, logit_adjusted
 from distill_jax.losses.logits import (
     cross_entropy,
@@ -40,15 +30,7 @@ from distill_jax.losses.relations import (
     rkd_distance,
     similarity_preserving,
 )
-from distill_jax.losses.summaries import (
-    attention_transfer,
-    cka,
-    factor_transfer,
-    fsp,
-    fsp_matrix,
-    linear_cka,
-    nst,
-)
+from distill_jax.losses.summaries import attention_transfer, cka, factor_transfer, fsp, nst
 
 __all__ = [
     "CRDState",
@@ -56,7 +38,6 @@ __all__ = [
     "attention_transfer",
     "cat_kd",
     "cka",
-    "class_activation_maps",
     "class_balanced",
     "correlation_congruence",
     "crd",
@@ -67,17 +48,13 @@ __all__ = [
     "dkd",
     "factor_transfer",
     "fsp",
-    "fsp_matrix",
     "hierarchical_context",
     "hint",
     "ickd",
     "info_nce",
     "jensen_shannon",
     "kl",
-    "linear_cka",
     "logit_adjusted",
-    "margin_from_batchnorm",
-    "margin_from_features",
     "mean_squared_logits",
     "mlkd",
     "nkd",
@@ -93,7 +70,7 @@ __all__ = [
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
-    "standardize",
+    "standardise",
     "teacher_free",
     "tokens",
     "total_variation",

@@ -168,7 +168,7 @@ def bucketed(loss: Loss) -> Loss:
 
     Both distributions keep the probability of the tokens that were dropped, as the class OTHER. Summing up
     classes can only lower a Kullback–Leibler or Jensen–Shannon divergence, so the value is a lower bound of
-    the full one, and equals it where k is the vocabulary's size. Some libraries renormalize both over the k
+    the full one, and equals it where k is the vocabulary's size. Some libraries renormalise both over the k
     tokens instead; then a student that gives these tokens hardly any probability may have loss 0.
 
     Args:

@@ -84,7 +84,7 @@ def nkd(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Normalized knowledge distillation (NKD): −p_y·log q_y − γ·T²·Σ_k p̂_k·log q̂_k over the classes k ≠ y.
+    """Normalised knowledge distillation (NKD): −p_y·log q_y − γ·T²·Σ_k p̂_k·log q̂_k over the classes k ≠ y.
 
     The first term has no temperature; p̂ and q̂ are softened by T. Both terms are cross-entropies, so the
     value does not fall to zero at student = teacher, and only the second term's gradient does. The paper adds

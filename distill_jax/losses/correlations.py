@@ -26,7 +26,7 @@ from distill_jax.losses._numerics import (
 from distill_jax.losses._space import matmul
 
 
-def standardize(
+def standardise(
     logits: ArrayLike,
     *,
     temperature: float | ArrayLike = 1.0,
@@ -34,10 +34,10 @@ def standardize(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Logit standardization (LSKD): (z − mean z)/(T·σ(z)), applied to logits before any logit loss.
+    """Logit standardisation (LSKD): (z − mean z)/(T·σ(z)), applied to logits before any logit loss.
 
     With it the student need not match the scale of the teacher's logits. The paper's loss, factor T²
-    included, is ``kl(standardize(student), standardize(teacher), temperature=T)``. A row whose logits are all
+    included, is ``kl(standardise(student), standardise(teacher), temperature=T)``. A row whose logits are all
     equal (σ = 0) becomes exactly 0, with gradient 0.
 
     Args:
@@ -61,7 +61,7 @@ def standardize(
       code uses ``ddof=1`` (with 10 classes its logits are 5 % smaller than the paper's, and the loss
       is about 11 % smaller) and adds 1e-7 to σ; torchdistill does the same, and drops T² where its α is 0.
 
-    >>> print(standardize(jnp.array([[1.0, 3.0], [2.0, 2.0]])))
+    >>> print(standardise(jnp.array([[1.0, 3.0], [2.0, 2.0]])))
     [[-1.  1.]
      [ 0.  0.]]
     """

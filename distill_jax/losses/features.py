@@ -6,27 +6,15 @@ over units while their programs average. Then the paper's sum is the default, an
 by the number of units that count: positions × channels.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction, check_positive
+from distill_jax._checks import check_positive
+from distill_jax.losses._measures import margin_from_features
 from distill_jax.losses._numerics import to_float
-from distill_jax.losses._space import (
-    common_space,
-    direction,
-    examples_only,
-    feature_pair,
-    features_of,
-    matmul,
-    pool_mean,
-    positions,
-    total,
-)
+from distill_jax.losses._space import common_space, direction, examples_only, feature_pair, pool_mean, total
 
 
 def hint(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
@@ -118,8 +106,9 @@ def ofd(
     Args:
       student: ``[batch, *spatial, channels]``, any float dtype.
       teacher: an array of the shape of ``student``.
-      margin: m ≤ 0, a scalar or ``[channels]``, from :func:`margin_from_batchnorm`, or from
-        :func:`margin_from_features` over many examples. None estimates it from this batch.
+      margin: m ≤ 0, a scalar or ``[channels]``, from :func:`distill_jax.features.margin_from_batchnorm`, or
+        from :func:`distill_jax.features.margin_from_features` over many examples. None estimates it from
+        this batch.
       mean: takes the mean over positions and channels instead of the sum. mdistiller's loss is the mean
         over examples of the sum, divided by 2^(layers − i − 1) for layer i. The authors' code also
         divides by 1000.
@@ -147,69 +136,6 @@ def ofd(
     target = jnp.maximum(x.teacher, margin)
     kept = ((target > 0) | (x.student > target)) & x.valid[..., None]
     return total(jnp.where(kept, jnp.square(target - x.student), 0.0), x.valid, mean)
-
-
-def margin_from_batchnorm(scale: ArrayLike, bias: ArrayLike, *, rare: float = 0.0) -> Array:
-    """OFD margin of each channel from BatchNorm's parameters: E[x | x < 0] for normally distributed x.
-
-    The margin is β − σ·φ(β/σ)/Φ(−β/σ) with σ = |γ|, where φ is the normal density and Φ its distribution
-    function. It tends to 0 where hardly any response is negative. For σ = 0 it is min(β, 0).
-
-    Args:
-      scale: BatchNorm's γ, ``[channels]``.
-      bias: BatchNorm's β, ``[channels]``.
-      rare: where Φ(−β/σ) is at most ``rare``, the margin is −3σ. The authors' program and mdistiller do
-        this with 0.001.
-
-    Returns:
-      ``[channels]``, float32 (float64 for float64 input), for the argument ``margin`` of :func:`ofd`.
-
-    Raises:
-      ValueError: if ``rare`` is outside [0, 1].
-
-    References:
-      Heo et al., `A Comprehensive Overhaul of Feature Distillation`, 2019, §3.2 and its appendix.
-
-    >>> print(margin_from_batchnorm(jnp.array([1.0]), jnp.array([0.0])))  # −√(2/π)
-    [-0.7978846]
-    """
-    check_fraction("rare", rare)
-    sigma, bias = jnp.abs(to_float(scale)), to_float(bias)
-    flat = sigma == 0
-    safe = jnp.where(flat, 1.0, sigma)
-    z = bias / safe
-    far = z > 2  # β − σ·φ/Φ cancels there: use Laplace's continued fraction
-    near = jnp.where(far, 0.0, z)
-    hazard = jnp.exp(-0.5 * jnp.square(near) - 0.5 * jnp.log(2 * jnp.pi) - log_ndtr(-near))
-    fraction = z = jnp.where(far, z, 2.0)
-    for n in range(30, 1, -1):
-        fraction = z + n / fraction
-    margin = safe * jnp.minimum(jnp.where(far, -1 / fraction, near - hazard), 0.0)
-    if rare > 0:
-        margin = jnp.where(log_ndtr(-bias / safe) <= math.log(rare), -3 * safe, margin)
-    return jnp.where(flat, jnp.minimum(bias, 0.0), margin)
-
-
-def margin_from_features(features: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """OFD margin of each channel estimated from data: the mean over its negative responses.
-
-    Args:
-      features: the teacher's responses before the activation, ``[batch, *spatial, channels]``.
-      where: as in :func:`hint`.
-
-    Returns:
-      ``[channels]``, float32 (float64 for float64 input); 0 for a channel that has no negative response.
-
-    References:
-      Heo et al., `A Comprehensive Overhaul of Feature Distillation`, 2019, §3.2.
-
-    >>> print(margin_from_features(jnp.array([[3.0, -1.0], [1.0, -3.0]])))
-    [ 0. -2.]
-    """
-    x = features_of("teacher", features)
-    negative = (x < 0) & positions(where, x.shape)[..., None]
-    axes = tuple(range(x.ndim - 1))
-    return jnp.sum(jnp.where(negative, x, 0.0), axes) / jnp.maximum(jnp.sum(negative, axes), 1)
 
 
 def vid(
@@ -312,55 +238,26 @@ def hierarchical_context(
     return loss / weights
 
 
-def class_activation_maps(features: ArrayLike, kernel: ArrayLike) -> Array:
-    """Class activation maps (CAM): the classifier's kernel applied to the features at each position.
-
-    Without the bias, the mean of the maps over the positions is the logits.
-
-    Args:
-      features: the last features before global average pooling, ``[batch, *spatial, channels]``.
-      kernel: the kernel of the classifier that follows, ``[channels, classes]``.
-
-    Returns:
-      ``[batch, *spatial, classes]``, float32 (float64 for float64 input).
-
-    Raises:
-      ValueError: if the shapes do not fit.
-
-    References:
-      Zhou et al., `Learning Deep Features for Discriminative Localization`, 2016, Eq. 2.
-
-    >>> class_activation_maps(jnp.zeros((2, 7, 7, 64)), jnp.zeros((64, 10))).shape
-    (2, 7, 7, 10)
-    """
-    x, kernel = features_of("the", features), to_float(kernel)
-    if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"kernel must have shape [{x.shape[-1]}, classes] for features of shape {x.shape}, got {kernel.shape}"
-        )
-    return matmul(x, kernel)
-
-
 def cat_kd(
     student: ArrayLike,
     teacher: ArrayLike,
     *,
     resolution: int | None = 2,
-    normalize: bool = True,
+    normalise: bool = True,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Class attention transfer (CAT-KD): mean squared error between normalized class activation maps.
+    """Class attention transfer (CAT-KD): mean squared error between normalised class activation maps.
 
     The value is the mean over classes and positions of (u(s) − u(t))². u pools a map to a few positions and
     divides it, class by class, by its norm over them.
 
     Args:
-      student: class activation maps ``[batch, *spatial, classes]``, from :func:`class_activation_maps` or
-        from a network whose last layer is convolutional.
+      student: class activation maps ``[batch, *spatial, classes]``, from
+        :func:`distill_jax.features.class_activation_maps` or a network whose last layer is convolutional.
       teacher: ``[batch, *spatial, classes]``; its spatial shape may be different.
       resolution: the number of positions along each axis to which the maps are pooled (fewer where a map
         is smaller). None uses the smaller of the two shapes.
-      normalize: whether to divide by the norm. A map that is zero everywhere stays zero.
+      normalise: whether to divide by the norm. A map that is zero everywhere stays zero.
       where: ``bool [batch]``: which examples count.
 
     Returns:
@@ -383,7 +280,7 @@ def cat_kd(
     if resolution is not None:
         space = tuple(min(resolution, n) for n in space)
     maps = [pool_mean(f, space) for f in (x.student, x.teacher)]
-    if normalize:
+    if normalise:
         axes = tuple(range(1, 1 + len(space)))
         maps = [direction(m if axes else m[:, None], axes or 1) for m in maps]
     return jnp.mean(jnp.square(maps[0] - maps[1]), tuple(range(1, maps[0].ndim)))

@@ -44,7 +44,7 @@ def _count(valid: Array, dtype: DTypeLike) -> Array:
 
 
 def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
-    """Similarity-preserving distillation (SP): squared difference of the batch's normalized Gram matrices.
+    """Similarity-preserving distillation (SP): squared difference of the batch's normalised Gram matrices.
 
     Example i's value is ‖g_i(teacher) − g_i(student)‖²/b with g_i = G_i/‖G_i‖₂. G = F·Fᵀ is the Gram matrix
     of the features F, ``[batch, features]``, and b is the number of examples that count. The mean over
@@ -261,7 +261,7 @@ def correlation_congruence(
     kernel: str = "gaussian",
     gamma: float | ArrayLike = 0.4,
     order: int = 2,
-    normalize: bool = True,
+    normalise: bool = True,
     where: ArrayLike | None = None,
 ) -> Array:
     """Correlation congruence (CC, CCKD): squared difference of the batch's kernel matrices.
@@ -277,7 +277,7 @@ def correlation_congruence(
       kernel: ``"gaussian"`` or ``"bilinear"``.
       gamma: γ > 0 of the Gaussian.
       order: the highest power of the series, at least 1. The paper finds that 2 is enough.
-      normalize: whether to divide features by their length first; the Gaussian's series assumes it.
+      normalise: whether to divide features by their length first; the Gaussian's series assumes it.
       where: ``bool [batch]``: which examples count.
 
     Returns:
@@ -288,7 +288,7 @@ def correlation_congruence(
         positive, or the order is less than 1.
 
     Note:
-      torchdistill 1.1.5 does not normalize, and returns ‖·‖/n² without the square. RepDistiller's
+      torchdistill 1.1.5 does not normalise, and returns ‖·‖/n² without the square. RepDistiller's
       ``Correlation`` is another loss: the mean over k of Σ|Δ_k|·|Δ_(k+1)| between *neighbours in the
       batch*, Δ = student − teacher. It changes when the batch is shuffled, and is not offered here.
 
@@ -307,7 +307,7 @@ def correlation_congruence(
         raise ValueError(f"order must be at least 1, got {order}")
     student, teacher, valid = flatten(student, teacher, where)
     gamma = to_float(gamma)
-    if normalize:
+    if normalise:
         student, teacher = direction(student, -1), direction(teacher, -1)
     s, t = product(student, student), product(teacher, teacher)
     difference = t - s
@@ -323,7 +323,7 @@ def correlation_congruence(
 
 
 def ickd(
-    student: ArrayLike, teacher: ArrayLike, *, normalize: bool = True, where: ArrayLike | None = None
+    student: ArrayLike, teacher: ArrayLike, *, normalise: bool = True, where: ArrayLike | None = None
 ) -> Array:
     """Inter-channel correlation (ICKD-C): squared difference of the correlations between an example's channels.
 
@@ -334,7 +334,7 @@ def ickd(
     Args:
       student: ``[batch, *spatial, channels]``, any float dtype.
       teacher: features with the same batch and number of channels, and any spatial shape.
-      normalize: whether to divide rows by their length, as in the authors' code. Without it the value is
+      normalise: whether to divide rows by their length, as in the authors' code. Without it the value is
         ‖G(teacher) − G(student)‖²/channels², which grows with the fourth power of the features and is
         meaningful only for equal spatial shapes.
       where: ``bool [batch]``: which examples count.
@@ -346,7 +346,7 @@ def ickd(
       ValueError: if the batches or the numbers of channels differ, or ``where`` is not ``[batch]``.
 
     Note:
-      The mean over examples is the value of the authors' CIFAR code, which normalizes rows. It is the
+      The mean over examples is the value of the authors' CIFAR code, which normalises rows. It is the
       default because the value without it depends on the features' scale and resolution. torchdistill
       1.1.5, refactored from their ImageNet code, divides by the batch twice.
 
@@ -370,12 +370,12 @@ def ickd(
 
     def correlations(x):
         channel_rows = jnp.swapaxes(x.reshape(batch, -1, channels), 1, 2)
-        if not normalize:
+        if not normalise:
             return product(channel_rows, channel_rows)
         left = _divide(channel_rows, jnp.max(jnp.abs(channel_rows), -1, keepdims=True, initial=0.0))
         biggest = jnp.max(jnp.abs(channel_rows), (-1, -2), keepdims=True, initial=0.0)
         return direction(product(left, _divide(channel_rows, biggest)), -1)
 
     squares = jnp.square(correlations(flat_teacher) - correlations(flat_student))
-    values = jnp.sum(squares, (-1, -2)) / (channels if normalize else channels**2)
+    values = jnp.sum(squares, (-1, -2)) / (channels if normalise else channels**2)
     return jnp.where(valid, values, 0.0)

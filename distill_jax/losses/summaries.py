@@ -14,21 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_positive
+from distill_jax.losses._measures import centred_kernels, fsp_matrix
 from distill_jax.losses._numerics import to_float
-from distill_jax.losses._space import (
-    common_space,
-    direction,
-    examples_only,
-    feature_pair,
-    features_of,
-    gram,
-    matmul,
-    norm,
-    per_example,
-    pool_max,
-    pool_mean,
-    positions,
-)
+from distill_jax.losses._space import direction, feature_pair, gram, norm, per_example
 
 
 def attention_transfer(
@@ -195,40 +183,6 @@ def nst(
     return jnp.where(counts, means[0] + means[1] - 2 * means[2], 0.0)
 
 
-def fsp_matrix(
-    first: ArrayLike, second: ArrayLike, *, pool: str = "max", where: ArrayLike | None = None
-) -> Array:
-    """FSP matrix, the flow between two layers: G_ij = mean over positions of first_i · second_j.
-
-    Args:
-      first: ``[batch, *spatial, channels]``, any float dtype.
-      second: ``[batch, *spatial, channels]``. If the numbers of spatial axes differ, both are pooled
-        globally.
-      pool: ``"max"`` or ``"mean"``, how the larger map is pooled to the smaller spatial shape.
-      where: as in :func:`attention_transfer`, but only ``[batch]`` where the spatial shapes differ.
-
-    Returns:
-      ``[batch, first's channels, second's channels]``, float32 (float64 for float64 input).
-
-    Raises:
-      ValueError: if the shapes do not fit, or ``pool`` is unknown.
-
-    References:
-      Yim et al., `A Gift from Knowledge Distillation`, 2017, Eq. 1.
-
-    >>> fsp_matrix(jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4, 4, 5))).shape
-    (2, 3, 5)
-    """
-    if pool not in ("max", "mean"):
-        raise ValueError(f"pool must be 'max' or 'mean', got {pool!r}")
-    x = feature_pair(first, second, where, channels=False, space=False)
-    space = common_space(x.student.shape, x.teacher.shape)
-    pooled = [(pool_max if pool == "max" else pool_mean)(f, space) for f in (x.student, x.teacher)]
-    counted = per_example(x.valid) if x.student.shape[1:-1] == space else math.prod(space)
-    counted = jnp.maximum(jnp.broadcast_to(counted, pooled[0].shape[:1]), 1)
-    return gram(*pooled) / counted[:, None, None]
-
-
 def fsp(
     student: Sequence[ArrayLike],
     teacher: Sequence[ArrayLike],
@@ -237,17 +191,19 @@ def fsp(
     mean: bool = False,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Flow of solution procedure (FSP): ‖G_t − G_s‖² of the flows between two layers (:func:`fsp_matrix`).
+    """Flow of solution procedure (FSP): ‖G_t − G_s‖² of the flows G between two layers.
+
+    G is :func:`distill_jax.features.fsp_matrix` of the two layers.
 
     Args:
       student: a pair of layers, each ``[batch, *spatial, channels]``, any float dtype.
       teacher: a pair of layers with the student's numbers of channels; the spatial shapes may be
         different.
-      pool: as in :func:`fsp_matrix`.
+      pool: as in :func:`distill_jax.features.fsp_matrix`.
       mean: takes the mean over the matrix instead of the sum, as does RepDistiller (which pools by the
         mean). torchdistill computes the same matrix, but its loss is the sum of the norms of the columns
         of G_t − G_s, not squared.
-      where: as in :func:`fsp_matrix`, for all four layers.
+      where: as in :func:`distill_jax.features.fsp_matrix`, for all four layers.
 
     Returns:
       ``[batch]``, float32 (float64 for float64 input). The paper's loss is the mean over examples, summed
@@ -279,44 +235,10 @@ def fsp(
     return jnp.mean(squares, (1, 2)) if mean else jnp.sum(squares, (1, 2))
 
 
-def linear_cka(
-    first: ArrayLike, second: ArrayLike, *, debiased: bool = False, where: ArrayLike | None = None
-) -> Array:
-    """Linear centred kernel alignment (CKA), a similarity of two representations of the same batch.
-
-    The value is ⟨K, L⟩/(‖K‖·‖L‖) for the centred Gram matrices K and L of the examples. It is 1 for
-    representations that are equal up to rotation, scale and shift.
-
-    Args:
-      first: ``[batch, ..., channels]``, any float dtype; each example is flattened to a vector.
-      second: any other representation of the same examples.
-      debiased: uses the U-centring of Szekely and Rizzo, with which CKA does not grow with the width. The
-        value may then be negative, and at least four examples are needed.
-      where: ``bool [batch]``: which examples count.
-
-    Returns:
-      A scalar, float32 (float64 for float64 input). 0 where a representation is the same for all examples,
-      or where too few examples count.
-
-    Raises:
-      ValueError: if the batches differ, or are too small for the debiased form.
-
-    References:
-      Kornblith et al., `Similarity of Neural Network Representations Revisited`, 2019, §3; Nguyen
-      et al., `Do Wide and Deep Networks Learn the Same Things?`, 2021 (debiased).
-
-    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> print(linear_cka(x, 5 * x[:, ::-1] + 2).round(4))
-    1.0
-    """
-    one, other, _ = _kernels(first, second, debiased, where)
-    return jnp.sum(one * other)
-
-
 def cka(
     student: ArrayLike, teacher: ArrayLike, *, debiased: bool = False, where: ArrayLike | None = None
 ) -> Array:
-    """Centred kernel alignment (CKA) loss: 1 − :func:`linear_cka`, divided among the examples.
+    """Centred kernel alignment (CKA) loss: 1 − CKA, divided among the examples.
 
     The value of example i is n/2 · Σ_j (K_ij/‖K‖ − L_ij/‖L‖)² ≥ 0. The mean over the n examples that count is
     exactly 1 − CKA, without cancellation near 0.
@@ -324,9 +246,9 @@ def cka(
     Args:
       student: ``[batch, ..., channels]``, any float dtype; each example is flattened to a vector.
       teacher: features of the same batch; the other axes may be different.
-      debiased: as in :func:`linear_cka`.
-      where: as in :func:`linear_cka`. An example that does not count has value 0 and does not influence
-        the others.
+      debiased: as in :func:`distill_jax.features.linear_cka`.
+      where: ``bool [batch]``: which examples count. An example that does not count has value 0 and does
+        not influence the others.
 
     Returns:
       ``[batch]``, float32 (float64 for float64 input). 1, with zero gradient, where CKA is undefined.
@@ -341,45 +263,7 @@ def cka(
     >>> print(cka(x, x))
     [0. 0. 0.]
     """
-    one, other, valid = _kernels(student, teacher, debiased, where)
+    one, other, valid = centred_kernels(student, teacher, debiased, where)
     shares = jnp.sum(valid) / 2 * jnp.sum(jnp.square(one - other), 1)
     undefined = jnp.all(one == 0) | jnp.all(other == 0)
     return jnp.where(undefined, valid.astype(shares.dtype), shares)
-
-
-def _kernels(
-    first: ArrayLike, second: ArrayLike, debiased: bool, where: ArrayLike | None
-) -> tuple[Array, Array, Array]:
-    """Computes the centred Gram matrices of norm 1, zero in the rows and columns of excluded examples."""
-    first, second = features_of("student", first), features_of("teacher", second)
-    batch = first.shape[0]
-    if second.shape[0] != batch:
-        raise ValueError(
-            f"student and teacher must have the same batch size, got {first.shape} and {second.shape}"
-        )
-    if debiased and batch < 4:
-        raise ValueError(f"debiased CKA needs at least 4 examples, got {batch}")
-    valid = positions(examples_only(where, first), (batch, 1))
-    return _kernel(first, valid, debiased), _kernel(second, valid, debiased), valid
-
-
-def _kernel(x: Array, valid: Array, debiased: bool) -> Array:
-    rows = valid[:, None]
-    n = jnp.sum(valid)
-    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    # CKA ignores shift and scale, so both may be taken out as constants: one example stands at the
-    # origin (representations that do not vary become exactly 0), and no square over- or underflows
-    x = jnp.where(rows, x - jax.lax.stop_gradient(x[jnp.argmax(valid)]), 0.0)
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
-    x = x / jnp.where(peak == 0, 1.0, peak)
-    x = jnp.where(rows, x - jnp.sum(x, 0) / jnp.maximum(n, 1), 0.0)
-    k = matmul(x, x.T)
-    varies = peak > 0
-    if debiased:
-        pairs = rows & valid & ~jnp.eye(x.shape[0], dtype=bool)
-        k = jnp.where(pairs, k, 0.0)
-        means = jnp.sum(k, 0) / jnp.maximum(n - 2, 1)
-        means -= jnp.sum(means) / (2 * jnp.maximum(n - 1, 1))
-        k = jnp.where(pairs, k - means[:, None] - means, 0.0)
-        varies &= n >= 4
-    return direction(jnp.where(varies, k, 0.0), (0, 1))

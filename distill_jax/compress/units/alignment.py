@@ -198,7 +198,7 @@ def match_activations(
             f"groups: no product outside of loops reads the units of {missing}: use match_weights, "
             "or name the other groups"
         )
-    return {name: _assign(_standardized(ours[name]).T @ _standardized(theirs[name])) for name in names}
+    return {name: _assign(_standardised(ours[name]).T @ _standardised(theirs[name])) for name in names}
 
 
 def _by_unit(array: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
@@ -209,7 +209,7 @@ def _by_unit(array: np.ndarray, axis: int, index: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, axis, 0)[places].reshape(size, -1)
 
 
-def _standardized(x: np.ndarray) -> np.ndarray:
+def _standardised(x: np.ndarray) -> np.ndarray:
     """Scales units to mean 0 and variance 1 over samples; a unit that does not vary becomes 0."""
     spread = x.std(0)
     return (x - x.mean(0)) / np.where(spread > 0, spread, 1.0)

@@ -1,7 +1,7 @@
 """Scores how much each unit matters: one number per unit, of which the lowest are pruned first.
 
 Every score sums over *all* slices of a unit, incoming and outgoing, each element once. Only parameters
-count, not the model's state (BatchNorm's statistics). ``normalize`` makes layers comparable: the scores of a
+count, not the model's state (BatchNorm's statistics). ``normalise`` makes layers comparable: the scores of a
 group are divided by their ``"mean"`` (the default), their ``"max"`` or their ``"norm"`` √Σs²; ``"none"``
 leaves them as they are.
 """
@@ -19,16 +19,16 @@ from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.values import activations, free_groups, vectors
 
 Scores = dict[str, np.ndarray]
-Normalize = Literal["mean", "max", "norm", "none"]
+Normalise = Literal["mean", "max", "norm", "none"]
 
 
-def l1(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def l1(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Sums the absolute weights of each unit: Σ|w|.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
@@ -41,28 +41,28 @@ def l1(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Sco
     >>> params = {"a": jnp.ones((3, 2)) * jnp.array([1.0, -2.0]), "b": jnp.ones((2, 1))}
     >>> model = models.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
     >>> graph = units.trace(model, jnp.ones((1, 3)))
-    >>> units.scores.l1(graph, model, normalize="none")
+    >>> units.scores.l1(graph, model, normalise="none")
     {'a': array([4., 7.])}
     """
-    return normalized(_sums(graph, float_leaves(graph, model), np.abs), normalize)
+    return normalised(_sums(graph, float_leaves(graph, model), np.abs), normalise)
 
 
-def l2(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def l2(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Takes the Euclidean norm of the weights of each unit: √Σw².
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
     """
     squares = _sums(graph, float_leaves(graph, model), np.square)
-    return normalized({name: np.sqrt(x) for name, x in squares.items()}, normalize)
+    return normalised({name: np.sqrt(x) for name, x in squares.items()}, normalise)
 
 
-def lamp(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "none") -> Scores:
+def lamp(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "none") -> Scores:
     """Scores a unit by its share of the energy of all larger units: w_u² / Σ_{v ≥ u} w_v².
 
     The sum is over the units of the group that are not smaller. The scores are comparable between layers
@@ -71,7 +71,7 @@ def lamp(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "none") -> S
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
@@ -89,17 +89,17 @@ def lamp(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "none") -> S
         return found
 
     squares = _sums(graph, float_leaves(graph, model), np.square)
-    return normalized({name: share(x) for name, x in squares.items()}, normalize)
+    return normalised({name: share(x) for name, x in squares.items()}, normalise)
 
 
-def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Estimates how the loss changes without the unit, to first order: |Σ g·w|.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
       gradients: the gradients of the loss: a tree of the structure of ``params``, or a Model of them.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
@@ -109,10 +109,10 @@ def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalize: Nor
     """
     weights, slopes = float_leaves(graph, model), float_leaves(graph, gradients, argument="gradients")
     products = {path: w * slopes[path] for path, w in weights.items()}
-    return normalized({n: np.abs(x) for n, x in _sums(graph, products).items()}, normalize)
+    return normalised({n: np.abs(x) for n, x in _sums(graph, products).items()}, normalise)
 
 
-def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Estimates how the loss changes without the unit, to second order: ½ Σ h·w².
 
     Args:
@@ -120,7 +120,7 @@ def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Norm
       model: the model, or a tree of the structure of its ``params``.
       diagonal: the diagonal h of the Hessian or of the Fisher matrix (:func:`squared_gradients`), as a
         tree of the structure of ``params``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
@@ -130,7 +130,7 @@ def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalize: Norm
     """
     weights, curvature = float_leaves(graph, model), float_leaves(graph, diagonal, argument="diagonal")
     products = {path: w * w * curvature[path] for path, w in weights.items()}
-    return normalized({n: x / 2 for n, x in _sums(graph, products).items()}, normalize)
+    return normalised({n: x / 2 for n, x in _sums(graph, products).items()}, normalise)
 
 
 def squared_gradients(
@@ -171,7 +171,7 @@ def batch_norm_scale(
     model: PyTree,
     *,
     names: Sequence[str] = ("scale", "gamma"),
-    normalize: Normalize = "none",
+    normalise: Normalise = "none",
 ) -> Scores:
     """Scores units by |γ|, the factor after a normalisation, in groups that have one.
 
@@ -179,7 +179,7 @@ def batch_norm_scale(
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
       names: the last part of the name of such a parameter.
-      normalize: how the scores of a group are made comparable. The factors are of one kind in all layers,
+      normalise: how the scores of a group are made comparable. The factors are of one kind in all layers,
         so "none" compares them as they are.
 
     Returns:
@@ -200,26 +200,26 @@ def batch_norm_scale(
     }
     if not found:
         raise ValueError(f"names: no vector among the parameters that has units is called {tuple(names)}")
-    return normalized(found, normalize)
+    return normalised(found, normalise)
 
 
-def mean_activation(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def mean_activation(graph: UnitGraph, model: Model, x: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Takes the mean absolute activation of each unit.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
       x: inputs of the traced shapes, so trace with a batch of the same size.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group that has :func:`~distill_jax.compress.units.activations`, float64 ``[size]``.
     """
     values = activations(graph, model, x)
-    return normalized({name: np.abs(a).mean(0) for name, a in values.items()}, normalize)
+    return normalised({name: np.abs(a).mean(0) for name, a in values.items()}, normalise)
 
 
-def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "none") -> Scores:
+def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalise: Normalise = "none") -> Scores:
     """Takes the share of activations that are not zero, 1 − APoZ.
 
     Units that are nearly always zero have the lowest score.
@@ -228,7 +228,7 @@ def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "n
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
       x: inputs of the traced shapes, so trace with a batch of the same size.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group that has :func:`~distill_jax.compress.units.activations`, float64 ``[size]``.
@@ -237,10 +237,10 @@ def apoz(graph: UnitGraph, model: Model, x: PyTree, *, normalize: Normalize = "n
       Hu et al., `Network Trimming`, 2016, Eq. 1 (APoZ: the average percentage of zeros).
     """
     values = activations(graph, model, x)
-    return normalized({name: (a != 0).mean(0) for name, a in values.items()}, normalize)
+    return normalised({name: (a != 0).mean(0) for name, a in values.items()}, normalise)
 
 
-def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> Scores:
+def fpgm(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Scores:
     """Sums the distances of a unit's weights to those of the other units: Σ_v ‖w_u − w_v‖.
 
     A unit near the geometric median of its group has the lowest score, for others can replace it.
@@ -248,7 +248,7 @@ def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> S
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, or a tree of the structure of its ``params``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       For each free group, float64 ``[size]``.
@@ -262,7 +262,7 @@ def fpgm(graph: UnitGraph, model: PyTree, *, normalize: Normalize = "mean") -> S
         distances = squares[:, None] + squares - 2 * x @ x.T
         np.fill_diagonal(distances, 0)
         found[name] = np.sqrt(np.maximum(distances, 0)).sum(1)
-    return normalized(found, normalize)
+    return normalised(found, normalise)
 
 
 def random(key: jax.Array, graph: UnitGraph) -> Scores:
@@ -282,28 +282,28 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
     return {group.name: part for group, part in zip(free, parts, strict=True)}
 
 
-def normalized(scores: Mapping[str, np.ndarray], normalize: Normalize) -> Scores:
+def normalised(scores: Mapping[str, np.ndarray], normalise: Normalise) -> Scores:
     """Makes the scores of several groups comparable.
 
     Args:
       scores: group → ``[size]``.
-      normalize: how the scores of a group are made comparable, see the module's first lines.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
       The scores, divided group by group.
 
     Raises:
-      ValueError: if ``normalize`` is unknown, or a score is not finite.
+      ValueError: if ``normalise`` is unknown, or a score is not finite.
     """
     measures: dict[str, Callable[[np.ndarray], Any]] = {
         "mean": np.mean, "max": np.max, "norm": np.linalg.norm, "none": lambda x: 1.0,
     }  # fmt: skip
-    if normalize not in measures:
-        raise ValueError(f"normalize must be one of {', '.join(measures)}, got {normalize!r}")
+    if normalise not in measures:
+        raise ValueError(f"normalise must be one of {', '.join(measures)}, got {normalise!r}")
     for name, x in scores.items():
         if not np.isfinite(x).all():
             raise ValueError(f"the scores of {name!r} are not finite: has the training diverged?")
-    return {name: x / (measures[normalize](x) or 1.0) for name, x in scores.items()}
+    return {name: x / (measures[normalise](x) or 1.0) for name, x in scores.items()}
 
 
 def _sums(
