@@ -48,7 +48,7 @@ def _check_dtype(name: str, array: ArrayLike, kinds: tuple[Any, ...], expected: 
             array = np.asarray(array)
         except ValueError:
             raise ValueError(f"{name} must be an array of {expected}, got rows of unequal length") from None
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds) or array.dtype.kind == "m":
         raise ValueError(f"{name} must be {expected}, got dtype {array.dtype}")
 
 

@@ -1,23 +1,97 @@
 """Writes files and JSON in one piece: a reader finds the whole file, the old one, or none."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a temporary path and then moves the file to ``path``, so it is never half there."""
+    """Calls ``write`` with a temporary path and then moves the file to ``path``, so it is never half there.
+
+    The temporary name is drawn, so two processes or threads that write one file do not mix their contents.
+    After the return the file survives a power cut.
+
+    Raises:
+      OSError: if the file cannot be written; the error names ``path``.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
+        _sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system can open a directory
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other writers out of a directory. The system opens the lock when the process ends, however it ends.
+
+    Raises:
+      ValueError: if another writer is at work there.
+    """
+    path = directory / LOCK
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        if not _lock(descriptor) or not _same_file(descriptor, path):
+            raise ValueError(
+                f"another process is writing in {directory}: wait for it, or choose another directory"
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have no locks
+        pass
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    """Says whether a lock file is still there: the writer before removes it when it has done."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def plain(value: Any, where: str = "") -> Any:

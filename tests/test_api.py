@@ -20,8 +20,8 @@ from distill_jax import losses
 ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
-    {"_checks"},
-    {"losses", "data", "_files", "_jaxpr", "_model"},
+    {"_checks", "_files"},
+    {"losses", "data", "_jaxpr", "_model"},
     {"features", "weights", "metrics"},
     {"models"},
     {"teachers"},

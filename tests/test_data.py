@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import os
+import pwd
 import struct
 import subprocess
 import sys
@@ -498,6 +499,23 @@ def test_a_cache_that_cannot_be_written(tmp_path, prepared, decoded):
         dataset = data.load("tiny_pictures", data_dir=prepared, cache_dir=tmp_path / "file")
     assert len(dataset.test.id) == 6
     assert caught[0].filename == __file__
+
+
+def test_a_user_without_a_home_directory(tmp_path, prepared, decoded, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert len(data.load("digits").test.id) == 500
+    with pytest.warns(UserWarning, match=r"decoded data is not kept in ~/\.cache/distill_jax: RuntimeError"):
+        data.load("tiny_pictures", data_dir=prepared)
+    for call in (lambda: data.load("~/own.npz"), lambda: data.load("digits", data_dir="~")):
+        with pytest.raises(
+            ValueError, match=r"^~.*: Could not determine home directory.*: give a path without ~"
+        ):
+            call()
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

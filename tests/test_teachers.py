@@ -1,6 +1,8 @@
 """Teachers, ensembles, and the soft-label store under every kind of damage."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -29,7 +31,6 @@ def test_labels_are_found_by_id_in_any_order(tmp_path):
     np.testing.assert_array_equal(store[IDS[shuffle]], LOGITS[shuffle])
     np.testing.assert_array_equal(store[[400, 400, 3]], LOGITS[[6, 6, 1]])
     assert (store.count, store.classes) == (10, 4)
-    assert isinstance(store._shards[0], np.memmap)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bfloat16", 1 / 256), ("float16", 1e-3)])
@@ -38,7 +39,7 @@ def test_dtypes(tmp_path, dtype, tolerance):
     assert store[IDS].dtype == np.float32
     np.testing.assert_allclose(store[IDS], LOGITS, rtol=tolerance)
     size = sum(file.stat().st_size for file in (tmp_path / "s").glob("*.bin"))
-    assert size == 10 * 4 * (4 if dtype == "float32" else 2)
+    assert size == 10 * 4 * (4 if dtype == "float32" else 2) + 10 * 8 + 4 * 32  # labels, ids, checksums
 
 
 def test_unknown_ids_are_an_error(tmp_path):
@@ -99,61 +100,108 @@ def test_other_ids_are_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize("victim", ["00001.bin", "ids.npy"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damage_is_found_and_named(tmp_path, victim, damage):
+@pytest.mark.parametrize("victim", ["00001.bin", "ids.bin"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "swap"])
+def test_damage_is_found_and_named_and_the_rest_is_kept(tmp_path, victim, damage):
     write(tmp_path / "s")
     file = tmp_path / "s" / victim
-    content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[-5] ^= 1
-        file.write_bytes(content)
-    elif damage == "truncate":
-        file.write_bytes(content[:-4])
-    else:
-        file.unlink()
+    content = file.read_bytes()
+    flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+    other = (tmp_path / "s" / "00000.bin").read_bytes()
+    file.write_bytes({"flip": flipped, "truncate": content[:-4], "swap": other}[damage])
     for reading in (teachers.open_labels, write):
-        with pytest.raises(ValueError, match=f"damaged or missing in .*: {victim}"):
+        with pytest.raises(ValueError, match=f"damaged in .*: {victim}. Delete these files"):
             reading(tmp_path / "s")
+    file.unlink()
+    with pytest.raises(
+        ValueError, match=rf"its writing was interrupted, or files were deleted \(no {victim}\)"
+    ):
+        teachers.open_labels(tmp_path / "s")
+    assert write(tmp_path / "s").count == 10
+    assert file.read_bytes() == content
+
+
+def test_a_file_of_another_store_is_damage(tmp_path):
+    write(tmp_path / "a")
+    same = lambda rows: LOGITS[rows] + 1  # noqa: E731
+    teachers.write_labels(tmp_path / "b", IDS, same, fingerprint=MADE_OF, shard_rows=3)
+    for name in ("00001.bin", "store.json"):
+        write(tmp_path / "a")
+        kept = (tmp_path / "a" / name).read_bytes()
+        (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+        with pytest.raises(ValueError, match=r"damaged in .*: 0000[01]\.bin"):
+            teachers.open_labels(tmp_path / "a")
+        (tmp_path / "a" / name).write_bytes(kept)
 
 
 def test_a_changed_manifest_is_found(tmp_path):
     write(tmp_path / "s")
     manifest = tmp_path / "s" / "store.json"
     original = manifest.read_text()
-    for change in (('"classes": 4', '"classes": 2'), ('"shard_rows": 3', '"shard_rows": 4')):
+    for change in (
+        ('"classes": 4', '"classes": 2'),
+        ("float32", "float16"),
+        ("{", "{ "),
+        (original, "[" * 99999),
+    ):
         assert change[0] in original
         manifest.write_text(original.replace(*change))
-        with pytest.raises(ValueError, match="damaged or missing"):
-            teachers.open_labels(tmp_path / "s")
+        for reading in (teachers.open_labels, write):
+            with pytest.raises(ValueError, match=r"store\.json is damaged, or belongs to another program"):
+                reading(tmp_path / "s")
+    manifest.write_text(original.replace('"format": 2', '"format": 1'))
+    with pytest.raises(
+        ValueError, match=r"by an earlier version .* write the labels again into another directory"
+    ):
+        teachers.open_labels(tmp_path / "s")
 
 
 def test_a_kill_before_the_first_manifest_is_no_obstacle(tmp_path):
-    write(tmp_path / "first")
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "ids.npy").write_bytes((tmp_path / "first" / "ids.npy").read_bytes())
-    (tmp_path / "s" / ".store.json.tmp").write_text("{")
+    for left in (".store.json.01234567.tmp", ".lock"):
+        (tmp_path / "s" / left).write_text("{")
     write(tmp_path / "s")
     np.testing.assert_array_equal(teachers.open_labels(tmp_path / "s")[IDS], LOGITS)
+    names = {file.name for file in (tmp_path / "s").iterdir()}
+    assert names == {"store.json", "ids.bin", *(f"{i:05d}.bin" for i in range(4))}
 
 
-def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
+def test_a_directory_without_a_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no soft-label store"):
         teachers.open_labels(tmp_path / "nothing")
-    write(tmp_path / "s")
-    (tmp_path / "s" / "store.json").write_text("{")
-    with pytest.raises(ValueError, match=r"store\.json cannot be read"):
-        teachers.open_labels(tmp_path / "s")
-    (tmp_path / "ids").mkdir()
-    np.save(tmp_path / "ids" / "ids.npy", np.arange(3))
-    with pytest.raises(ValueError, match=r"holds an ids\.npy of something else"):
-        write(tmp_path / "ids")
-    np.testing.assert_array_equal(np.load(tmp_path / "ids" / "ids.npy"), np.arange(3))
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "full" / ".thesis.tmp").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no label store"):
         write(tmp_path / "full")
-    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+    for file in (tmp_path / "full" / ".thesis.tmp", tmp_path / "full" / ".thesis.tmp" / "below"):
+        with pytest.raises(ValueError, match=r"path must name a directory, got .* is a file"):
+            write(file)
+    assert (tmp_path / "full" / ".thesis.tmp").read_text() == "mine"
+
+
+def test_the_second_writer_is_refused(tmp_path):
+    """In another process, and within this one; a killed writer leaves no lock."""
+    script = f"""
+from distill_jax import teachers
+import numpy as np, sys, time
+def wait(rows):
+    print("at work", flush=True)
+    time.sleep(60)
+teachers.write_labels({str(tmp_path / "s")!r}, range(10), wait, fingerprint={{}})
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "at work\n"
+        with pytest.raises(ValueError, match=r"another process is writing in .*: wait for it"):
+            write(tmp_path / "s")
+        other.kill()
+
+    def logits(rows):
+        with pytest.raises(ValueError, match="another process is writing"):
+            write(tmp_path / "s")
+        return LOGITS[rows]
+
+    teachers.write_labels(tmp_path / "s", IDS, logits, fingerprint=MADE_OF, shard_rows=3)
+    np.testing.assert_array_equal(write(tmp_path / "s")[IDS], LOGITS)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +209,16 @@ def test_a_broken_manifest_and_a_foreign_directory_are_refused(tmp_path):
     [
         (np.full((10, 4), np.nan), "float32", "NaN, infinite, or too large for float32"),
         (np.full((10, 4), 1e5), "float16", "too large for float16"),
-        (np.zeros(10), "float32", "expected logits"),
+        (np.full((10, 4), -1e39), "float32", "too large for float32"),
+        (np.full((10, 4), np.inf), "float32", "NaN, infinite"),
+        (np.full((10, 4), -np.inf), "float32", "10 of 10 examples have no class"),
+        (np.zeros(10), "float32", r"expected logits of shape \[10, classes\], got \(10,\)"),
+        (np.zeros((10, 0)), "float32", r"expected logits of shape \[10, classes\], got \(10, 0\)"),
+        (np.zeros((10, 4), complex), "float32", "must be real numbers, got dtype complex"),
+        (np.zeros((10, 4), bool), "float32", "must be real numbers, got dtype bool"),
+        (np.zeros((10, 4), [("a", float)]), "float32", "must be real numbers"),
+        (np.zeros((10, 4), "m8[s]"), "float32", "must be real numbers"),
+        (np.ma.masked_equal(np.eye(10, 4), 1), "float32", "got a masked array"),
     ],
 )
 def test_unusable_logits_are_refused(tmp_path, logits, dtype, message):
@@ -169,6 +226,76 @@ def test_unusable_logits_are_refused(tmp_path, logits, dtype, message):
         teachers.write_labels(
             tmp_path / "s", IDS, lambda rows: logits[rows], fingerprint=MADE_OF, dtype=dtype
         )
+    assert list(tmp_path.glob("s/*")) == []
+
+
+def test_integers_and_narrow_floats_are_logits(tmp_path):
+    for i, given in enumerate((np.arange(40, dtype=np.int64), jnp.arange(40, dtype=jnp.bfloat16))):
+        logits = given.reshape(10, 4)
+        store = teachers.write_labels(tmp_path / str(i), IDS, lambda rows, x=logits: x[rows], fingerprint={})
+        np.testing.assert_array_equal(store[IDS], np.arange(40).reshape(10, 4))
+
+
+NO_IDS = {
+    "floats": [1.7], "NaN": [np.nan], "complex": [1j], "bool": [True], "strings": ["1"], "None": None,
+    "wide": np.array([2**63], np.uint64), "wider": [2**64], "time": np.array([1], "m8[s]"), "ragged": [[1], [1, 2]],
+    "masked": np.ma.array([1, 2], mask=[0, 1]), "a set": {1, 2}, "objects": [object()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", NO_IDS.values(), ids=NO_IDS)
+def test_what_is_no_id_is_refused(tmp_path, ids):
+    store = write(tmp_path / "s")
+    calls = [
+        lambda: store[ids],
+        lambda: teachers.write_labels(tmp_path / "t", ids, lambda rows: LOGITS[rows], fingerprint={}),
+        lambda: teachers.import_labels(tmp_path / "t", ids, LOGITS[:1], source="s", data="d"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^ids must be .*integers.*, got") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "t").exists()
+
+
+def test_ids_of_any_shape(tmp_path):
+    store = write(tmp_path / "s")
+    assert store[[]].shape == (0, 4)
+    np.testing.assert_array_equal(store[3], LOGITS[1])
+    np.testing.assert_array_equal(store[np.reshape(IDS, (2, 5))], LOGITS.reshape(2, 5, 4))
+    np.testing.assert_array_equal(store[jnp.asarray([3, 400])], LOGITS[[1, 6]])
+    with pytest.raises(ValueError, match="ids must be known, got a traced array"):
+        jax.jit(lambda ids: store[ids])(IDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": {"teacher": 5}}, "fingerprint must map names to strings"),
+        ({"fingerprint": {1: "t"}}, "fingerprint must map names to strings"),
+        ({"fingerprint": "t1"}, "fingerprint must map names to strings, got str"),
+        ({"fingerprint": {"teacher": {"name": "t"}}}, "fingerprint must map names to strings"),
+        ({"dtype": ["float32"]}, "dtype must be one of"),
+        ({"dtype": np.float32}, "dtype must be one of"),
+        ({"shard_rows": 2.5}, "shard_rows must be an integer of at least 1"),
+        ({"shard_rows": 0}, "shard_rows must be an integer of at least 1"),
+        ({"progress": None}, "progress must be a function, got NoneType"),
+        ({"logits": LOGITS}, "logits must be a function, got ndarray"),
+        ({"path": None}, "path must name a directory, got None"),
+        ({"path": ""}, "path must name a directory, got ''"),
+    ],
+)
+def test_malformed_arguments_are_refused(tmp_path, changes, message):
+    arguments = {
+        "path": tmp_path / "s", "ids": IDS, "logits": lambda rows: LOGITS[rows], "fingerprint": MADE_OF,
+    } | changes  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        teachers.write_labels(**arguments)
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="expect must map names to strings"):
+        teachers.open_labels(write(tmp_path / "t").path, expect={"data": 1})
+    with pytest.raises(ValueError, match="source and data must map names to strings"):
+        teachers.import_labels(tmp_path / "u", IDS, LOGITS, source=None, data="d")
 
 
 def test_masked_classes_are_stored(tmp_path):
@@ -179,8 +306,9 @@ def test_masked_classes_are_stored(tmp_path):
 
 
 def test_repeated_ids_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="ids must be a non-empty list without repetition"):
-        teachers.write_labels(tmp_path / "s", [1, 2, 1], lambda rows: LOGITS[rows], fingerprint={})
+    for ids in ([1, 2, 1], [], [[1, 2]], 1):
+        with pytest.raises(ValueError, match="ids must be a non-empty list without repetition"):
+            teachers.write_labels(tmp_path / "s", ids, lambda rows: LOGITS[rows], fingerprint={})
 
 
 def test_labels_from_another_framework(tmp_path):
@@ -269,6 +397,30 @@ def test_fingerprint_sees_values_shapes_dtypes_and_names():
         {**tree, "a": np.zeros((3, 2))},
         {**tree, "b": np.ones(2, np.int64)},
         {"a": tree["a"], "c": tree["b"]},
+        {**tree, "d": None},
+        {**tree, "d": ""},
     ):
         assert teachers.fingerprint(other) != base
     assert json.dumps(base)
+    alike = [1, np.ones(1, int), "\x01", None, "", np.zeros(0, np.uint8), jax.random.key(1), np.uint8([1])]
+    assert len({teachers.fingerprint(x) for x in alike}) == len(alike)
+    assert teachers.fingerprint(np.eye(3)[:, ::2]) == teachers.fingerprint(np.eye(3)[:, ::2].copy())
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        object(),
+        np.array([None]),
+        {1, 2},
+        np.ma.masked_equal([1, 2], 1),
+        np.zeros(2, [("a", float)]),
+        2**70,
+        LOGITS.sum,
+    ],
+    ids=str,
+)
+def test_fingerprint_refuses_what_has_no_bytes(leaf):
+    with pytest.raises(ValueError, match=r"^tree\['a'\]\[0\] is .*, whose bytes are no fingerprint") as error:
+        teachers.fingerprint({"a": [leaf]})
+    assert "\n" not in str(error.value)

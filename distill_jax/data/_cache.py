@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from distill_jax._files import write_atomically
 from distill_jax.data._errors import one_line
 
 # train_image, train_label, test_image, test_label
@@ -19,30 +19,33 @@ def cached(folder: Path, what: str, version: str, build: Callable[[], Arrays]) -
     """Returns the arrays that ``build`` makes, from a file of an earlier call where there is one.
 
     Args:
-      folder: where the file is kept.
+      folder: where the file is kept; it may start with ``~``.
       what: names the data; each has its own file.
       version: changes when the source does; a file of another version is built anew.
       build: makes the arrays.
     """
-    stem = f"{what.split('/')[0]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-    path, partial = folder / f"{stem}.npz", folder / f"{stem}.{os.getpid()}.tmp"
+    name = f"{what.split('/')[0]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
+    version = f"{what} {version}"
     # NumPy and zipfile raise errors of a dozen types for a damaged file; each means: build anew
-    with contextlib.suppress(Exception), path.open("rb") as opened, np.load(opened) as saved:
-        arrays = {name: saved[name] for name in saved.files if name != "digest"}
+    with (
+        contextlib.suppress(Exception),
+        (folder.expanduser() / name).open("rb") as file,
+        np.load(file) as saved,
+    ):
+        arrays = {key: saved[key] for key in saved.files if key != "digest"}
         if str(saved["digest"]) == _digest(version, arrays):
             return arrays
     arrays = build()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, digest=_digest(version, arrays), **arrays)
+
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, digest=_digest(version, arrays), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
+        write_atomically(folder / name, write)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         warnings.warn(f"decoded data is not kept in {folder}: {one_line(error)}", stacklevel=5)
     return arrays
 

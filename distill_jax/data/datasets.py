@@ -116,12 +116,12 @@ def load(
     ((1081, 8, 8, 1), (216, 8, 8, 1), (500, 8, 8, 1))
     """
     if data_dir is not None:
-        data_dir = Path(data_dir).expanduser()
+        data_dir = _expand(data_dir)
         if not data_dir.is_dir():
             raise ValueError(f"data_dir must be an existing folder, got {str(data_dir)!r}")
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill_jax"
-    cache = Path(cache_dir).expanduser()
+    cache = Path(cache_dir)
 
     own = str(name).endswith(".npz")
     if data_dir is not None and (own or name == "digits"):
@@ -130,7 +130,7 @@ def load(
             f"data_dir must not be given for {str(name)!r}, which {where}; got {str(data_dir)!r}"
         )
     if own:
-        return _load_npz(Path(name).expanduser(), validation=validation, seed=seed)
+        return _load_npz(_expand(name), validation=validation, seed=seed)
 
     name = str(name)
     tried: list[str] = []
@@ -189,6 +189,13 @@ def from_arrays(
                  (images, labels, test_images, test_labels), strict=True)),
         class_names, validation, seed, name, "given as arrays",
     )  # fmt: skip
+
+
+def _expand(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # a user without a home directory, as in some containers
+        raise ValueError(f"{path}: {error}: give a path without ~") from None
 
 
 def _load_npz(path: Path, *, validation: int | None, seed: int) -> Dataset:

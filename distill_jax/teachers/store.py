@@ -1,8 +1,11 @@
 """The store of soft labels: a teacher's outputs for a data set on disk, found by example id."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +14,25 @@ import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._checks import warn_if_probabilities
-from distill_jax._files import write_atomically, write_json
-from distill_jax._model import PyTree
+from distill_jax._checks import check_count, check_integers, check_real, warn_if_probabilities
+from distill_jax._files import LOCK, locked, write_atomically
+from distill_jax.teachers._fingerprint import fingerprint
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-def fingerprint(tree: PyTree) -> str:
-    """Computes a checksum of a pytree: the SHA-256 of its paths, shapes, dtypes and bytes.
-
-    The fingerprint of a model covers its parameters and its state, not its function: if the function may
-    change, add an entry that names it.
-
-    Args:
-      tree: a pytree of arrays, numbers and strings, such as a model or a data set.
-
-    Returns:
-      64 hexadecimal digits.
-
-    >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.ones(2)})
-    False
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, str):
-            leaf = np.frombuffer(leaf.encode(), np.uint8)
-        array = np.ascontiguousarray(leaf)
-        head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};"
-        digest.update(head.encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+FORMAT = 2
+MANIFEST, IDS = "store.json", "ids.bin"
+_LEFT = re.compile(r"\.(store\.json|\w+\.bin)\.[0-9a-f]{8}\.tmp")  # what a process that is killed leaves
+CHUNK = 2**20  # bytes that are read at once to compute a checksum
+NEAR = 2**16  # bytes: labels that are nearer to each other in a file are read at once
 
 
 class LabelStore:
-    """Soft labels on disk, read by memory map and found by example id.
+    """Soft labels on disk, found by example id. Only what is asked for is read.
 
     Open a store with :func:`open_labels`, and write one with :func:`write_labels`. Its directory holds
-    ``store.json`` (a description, with a checksum of each file), ``ids.npy`` (the ids, sorted) and the
-    files ``00000.bin``, ``00001.bin`` and so on (the logits in the order of the ids, with the same number of
-    rows per file).
+    ``store.json`` (a description, with a checksum of itself and of the ids), ``ids.bin`` (the ids, int64,
+    sorted) and the files ``00000.bin``, ``00001.bin`` and so on: the logits in the order of the ids, with the
+    same number of rows per file, and after them the file's SHA-256 of 32 bytes.
 
     Attributes:
       path: the directory.
@@ -65,46 +47,53 @@ class LabelStore:
         self.classes: int = manifest["classes"]
         self.fingerprint: dict[str, str] = manifest["fingerprint"]
         self._rows: int = manifest["shard_rows"]
-        self._ids = np.load(path / "ids.npy", mmap_mode="r")
-        self._shards = [
-            np.memmap(path / _shard_name(i), DTYPES[manifest["dtype"]], mode="r").reshape(-1, self.classes)
-            for i in range(len(manifest["shards"]))
-        ]
+        self._dtype = np.dtype(DTYPES[manifest["dtype"]])
+        self._ids = np.memmap(path / IDS, np.int64, mode="r")
 
     def __getitem__(self, ids: ArrayLike) -> np.ndarray:
         """Reads the logits of examples.
 
         Args:
-          ids: integers ``[n]``, in any order; an id may occur several times.
+          ids: integers ``[n]``, in any order; an id may occur several times. Any other shape is allowed, too,
+            such as a single integer.
 
         Returns:
           The logits in the order of ``ids``, float32 ``[n, classes]``.
 
         Raises:
           KeyError: if an id has no label.
+          ValueError: if the ids are no integers, or a file cannot be read.
         """
-        ids = np.asarray(ids, np.int64)
-        rows = np.minimum(np.searchsorted(self._ids, ids), self.count - 1)
-        missing = ids[self._ids[rows] != ids]
+        wanted = _as_ids(ids)
+        order = np.argsort(wanted, axis=None)
+        in_order = wanted.ravel()[order]
+        rows = np.minimum(np.searchsorted(self._ids, in_order), self.count - 1)
+        missing = in_order[self._ids[rows] != in_order]
         if missing.size:
             raise KeyError(
-                f"{missing.size} of {ids.size} examples have no soft label in {self.path}, for "
+                f"{missing.size} of {wanted.size} examples have no soft label in {self.path}, for "
                 f"instance ids {missing[:5].tolist()}: label them with the teacher first"
             )
-        result = np.empty((*ids.shape, self.classes), np.float32)
-        for i in np.unique(rows // self._rows):
-            here = rows // self._rows == i
-            result[here] = self._shards[i][rows[here] - i * self._rows]
-        return result
+        result = np.empty((wanted.size, self.classes), np.float32)
+        gap = NEAR // (self.classes * self._dtype.itemsize)
+        far = (np.diff(rows) > gap) | (np.diff(rows // self._rows) > 0)
+        starts = [0, *(np.flatnonzero(far) + 1), wanted.size] if wanted.size else []
+        for start, end in itertools.pairwise(starts):
+            here = rows[start:end] - rows[start]
+            result[order[start:end]] = self._read(int(rows[start]), int(here[-1]) + 1)[here]
+        return result.reshape(*wanted.shape, self.classes)
 
-
-def _shard_name(index: int) -> str:
-    return f"{index:05d}.bin"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _read(self, row: int, count: int) -> np.ndarray:
+        """Reads neighbouring rows of one file."""
+        shard, row = divmod(row, self._rows)
+        file, width = self.path / _shard_name(shard), self.classes * self._dtype.itemsize
+        try:
+            values = np.fromfile(file, self._dtype, count * self.classes, offset=row * width)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+        if values.size < count * self.classes:
+            raise ValueError(f"{file} is damaged: it has become shorter since the store was opened")
+        return values.reshape(count, self.classes)
 
 
 def write_labels(
@@ -123,7 +112,7 @@ def write_labels(
       path: the directory, which is created if it does not exist.
       ids: the ids of the examples, integers ``[n]``, without repetition.
       logits: a function ``positions -> logits [len(positions), classes]``, where position i means the
-        example ``ids[i]``.
+        example ``ids[i]``. A class that is masked has the logit −∞.
       fingerprint: names → strings that say what the labels depend on, for example
         ``{"teacher": fingerprint(model), "preprocessing": "x / 255", "data": fingerprint(images)}``.
       dtype: the dtype on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -134,8 +123,10 @@ def write_labels(
       The opened store. A complete store that fits is returned as it is.
 
     Raises:
-      ValueError: if the directory holds other labels (the message names the difference), if the checksum of
-        a file is wrong, if ids repeat, or if logits have the wrong shape, are NaN, or overflow ``dtype``.
+      ValueError: if the directory holds other labels (the message names the difference) or another process
+        writes in it, if the checksum of a file is wrong, if ids repeat or are no integers, or if logits have
+        the wrong shape, are no real numbers, are NaN, overflow ``dtype``, or are −∞ for all classes.
+      OSError: if the disk is full or cannot be written. What was written stays, and the same call goes on.
 
     Warns:
       UserWarning: if the labels seem to be probabilities and not logits.
@@ -147,62 +138,75 @@ def write_labels(
     ...     print(store[[3]])
     [[0. 2.]]
     """
-    path, ids = Path(path), np.asarray(ids, np.int64)
-    order = np.argsort(ids, kind="stable")
-    if ids.ndim != 1 or not len(ids) or (np.diff(ids[order]) == 0).any():
+    path, ids = _as_directory(path), _as_ids(ids)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    check_count("shard_rows", shard_rows)
+    _check_entries("fingerprint", fingerprint)
+    for name, function in {"logits": logits, "progress": progress}.items():
+        if not callable(function):
+            raise ValueError(f"{name} must be a function, got {type(function).__name__}")
+    if ids.ndim != 1 or not len(ids):
         raise ValueError(
             f"ids must be a non-empty list without repetition, got an array of shape {ids.shape}"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    if shard_rows < 1:
-        raise ValueError(f"shard_rows must be at least 1, got {shard_rows}")
-    total = -(-len(ids) // shard_rows)
+    order = np.argsort(ids)
+    ids = ids[order]
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if repeated.size:
+        raise ValueError(f"ids must be a non-empty list without repetition, got {repeated[0]} several times")
     described = {
-        "format": 1,
+        "format": FORMAT,
         "count": len(ids),
         "dtype": dtype,
-        "shard_rows": shard_rows,
-        "ids": hashlib.sha256(ids[order].tobytes()).hexdigest(),
+        "shard_rows": int(shard_rows),
+        "ids": hashlib.sha256(ids.data).hexdigest(),
         "fingerprint": dict(fingerprint),
     }
-    path.mkdir(parents=True, exist_ok=True)
-    manifest = path / "store.json"
-    if manifest.exists():
-        state = _read_manifest(path)
-        _refuse_differences(path, {k: state.get(k) for k in described}, described)
+    state = _find(path, described)
+    if state is not None and not _missing(path, state):
         _verify(path, state)
-    else:
-        # A process that was killed before the first manifest leaves the ids
-        if any(file.name != "ids.npy" and file.suffix != ".tmp" for file in path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no label store: choose another directory")
-        if (path / "ids.npy").exists() and not _same_array(path / "ids.npy", ids[order]):
-            raise ValueError(f"{path} holds an ids.npy of something else: choose another directory")
-        write_atomically(path / "ids.npy", lambda tmp: _save_array(tmp, ids[order]))
-        state = {**described, "classes": None, "shards": []}
-        write_json(manifest, state)
-    for shard in range(len(state["shards"]), total):
-        rows = order[shard * shard_rows : (shard + 1) * shard_rows]
-        values = np.asarray(logits(rows), np.float32)
-        classes = state["classes"] or values.shape[-1]
-        if values.shape != (len(rows), classes):
-            raise ValueError(f"expected logits of shape {(len(rows), classes)}, got {values.shape}")
-        warn_if_probabilities("the labels to store", values)
-        with np.errstate(over="ignore"):
-            stored = values.astype(DTYPES[dtype])
-        lost = ~np.isfinite(stored.astype(np.float32)) & (values != -np.inf)
-        if lost.any():
-            raise ValueError(
-                f"{int(lost.any(-1).sum())} of {len(rows)} examples have logits that are NaN, "
-                f"infinite, or too large for {dtype}: check the teacher, or store float32"
-            )
-        target = path / _shard_name(shard)
-        write_atomically(target, stored.tofile)
-        checksum = hashlib.sha256(stored.tobytes()).hexdigest()
-        state = {**state, "classes": classes, "shards": [*state["shards"], checksum]}
-        write_json(manifest, state)
-        progress(min((shard + 1) * shard_rows, len(ids)), len(ids))
-    return LabelStore(path, state)
+        return LabelStore(path, state)
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        state = _find(path, described)  # again: another process may have written since
+        return LabelStore(path, _complete(path, state, described, order, ids, logits, progress))
+
+
+def _complete(
+    path: Path,
+    state: dict[str, Any] | None,
+    described: dict[str, Any],
+    order: np.ndarray,
+    ids: np.ndarray,
+    logits: Callable[[np.ndarray], ArrayLike],
+    progress: Callable[[int, int], Any],
+) -> dict[str, Any]:
+    """Writes the files that are missing, after verifying those that are there."""
+    for file in path.iterdir():
+        if _LEFT.fullmatch(file.name):
+            file.unlink()
+    if state is not None:
+        _verify(path, state, complete=False)
+    shards = [shard for shard in range(_shards(described)) if not (path / _shard_name(shard)).exists()]
+    done = len(ids) - sum(_rows_of(described, shard) for shard in shards)
+    for shard in shards:
+        rows = order[shard * described["shard_rows"] :][: described["shard_rows"]]
+        classes = None if state is None else state["classes"]
+        stored = _to_store(logits(rows), len(rows), classes, described["dtype"])
+        content = stored.view(np.uint8).data
+        if state is None:
+            # The first labels set this store apart from others of the same description
+            first = hashlib.sha256(content).hexdigest()
+            state = _sealed({**described, "classes": stored.shape[1], "first": first})
+            _write(path / MANIFEST, _render(state))
+        _write(path / _shard_name(shard), content, _checksum(state, shard, [content]))
+        done += len(rows)
+        progress(done, len(ids))
+    if not (path / IDS).exists():
+        _write(path / IDS, ids.data)
+    assert state is not None  # there is at least one file
+    return state
 
 
 def import_labels(
@@ -228,9 +232,12 @@ def import_labels(
     Warns:
       UserWarning: if the labels seem to be probabilities and not logits. Give their logarithms.
     """
+    ids = _as_ids(ids)
+    check_real("logits", logits)
     logits = np.asarray(logits)
-    if logits.ndim != 2 or len(logits) != len(np.asarray(ids)):
-        raise ValueError(f"expected logits [{len(np.asarray(ids))}, classes], got {logits.shape}")
+    if logits.ndim != 2 or len(logits) != ids.size:
+        raise ValueError(f"expected logits [{ids.size}, classes], got {logits.shape}")
+    _check_entries("source and data", {"source": source, "data": data})
     described = {"teacher": f"{source} ({fingerprint(logits)[:16]})", "data": data}
     return write_labels(path, ids, lambda rows: logits[rows], fingerprint=described, dtype=dtype)
 
@@ -243,48 +250,151 @@ def open_labels(
     Args:
       path: the directory.
       expect: entries that the store's fingerprint must have.
-      verify: whether every file is read once, to compare its checksum.
+      verify: whether every file is read once, to compare its checksum. Without it only ``store.json`` and the
+        sizes of the files are checked.
 
     Raises:
       ValueError: if there is no complete store, if the fingerprint differs (the message says where), or if a
         file is not as it was written.
     """
-    path = Path(path)
+    path = _as_directory(path)
     state = _read_manifest(path)
     if expect is not None:
-        _refuse_differences(path, {k: state["fingerprint"].get(k) for k in expect}, dict(expect))
-    if len(state["shards"]) * state["shard_rows"] < state["count"]:
-        done = len(state["shards"]) * state["shard_rows"]
-        raise ValueError(
-            f"{path} holds {done} of {state['count']} soft labels: its writing was interrupted; "
-            "run it again to finish it"
-        )
-    if verify:
-        _verify(path, state)
+        _check_entries("expect", expect)
+        _refuse_differences(path, state["fingerprint"], expect)
+    _verify(path, state, checksums=verify)
     return LabelStore(path, state)
 
 
-def _same_array(path: Path, array: np.ndarray) -> bool:
-    try:
-        return np.array_equal(np.load(path), array)
-    except (OSError, ValueError):
-        return False
+def _as_directory(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"path must name a directory, got {path!r}")
+    path = Path(path)
+    there = next((place for place in (path, *path.parents) if place.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"path must name a directory, got {path}, where {there} is a file")
+    return path
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # by handle: np.save adds ".npy" to a name without it
-        np.save(file, array)
+def _as_ids(ids: Any) -> np.ndarray:
+    if isinstance(ids, list | tuple) and not ids:
+        return np.empty(0, np.int64)  # NumPy would make floats of it
+    if isinstance(ids, jax.core.Tracer):
+        raise ValueError("ids must be known, got a traced array: read labels outside of jit")
+    check_integers("ids", ids)
+    return np.asarray(ids, np.int64)
+
+
+def _check_entries(name: str, entries: Any) -> None:
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{name} must map names to strings, got {type(entries).__name__}")
+    for entry in entries.items():
+        if not all(isinstance(part, str) for part in entry):
+            raise ValueError(f"{name} must map names to strings, got {_brief(entry)}")
+
+
+def _to_store(given: Any, rows: int, classes: int | None, dtype: str) -> np.ndarray:
+    """Converts the logits of one file to the dtype on disk, after checking them."""
+    check_real("logits", given)
+    given = np.asarray(given)
+    if given.ndim != 2 or given.shape != (rows, classes or max(1, given.shape[1])):
+        raise ValueError(f"expected logits of shape [{rows}, {classes or 'classes'}], got {given.shape}")
+    if given.dtype.isbuiltin == 2:  # bfloat16 and narrower types of ml_dtypes, all within float32
+        given = given.astype(np.float32)
+    warn_if_probabilities("the labels to store", given)
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = given.astype(DTYPES[dtype], order="C")
+    masked = given == -np.inf
+    lost = ~np.isfinite(stored) & ~masked
+    if lost.any():
+        raise ValueError(
+            f"{lost.any(-1).sum()} of {rows} examples have logits that are NaN, infinite, or too large for "
+            f"{dtype}: check the teacher, or store float32"
+        )
+    if masked.all(-1).any():
+        raise ValueError(
+            f"{masked.all(-1).sum()} of {rows} examples have no class: all their logits are -inf"
+        )
+    return stored
+
+
+def _write(file: Path, *parts: Any) -> None:
+    """Writes bytes to a file."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as opened:
+            for part in parts:
+                opened.write(part)
+
+    write_atomically(file, write)
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:05d}.bin"
+
+
+def _shards(state: Mapping[str, Any]) -> int:
+    """The number of files of labels."""
+    return -(-state["count"] // state["shard_rows"])
+
+
+def _rows_of(state: Mapping[str, Any], shard: int) -> int:
+    """The number of rows of a file: all have the same but the last."""
+    return min(state["shard_rows"], state["count"] - shard * state["shard_rows"])
+
+
+def _checksum(state: Mapping[str, Any], shard: int, content: Iterable[Any]) -> bytes:
+    """The SHA-256 of a file's labels, of its number, and of the store: no other file passes for it."""
+    digest = hashlib.sha256(f"{state['sha256']} {shard} ".encode())
+    for part in content:
+        digest.update(part)
+    return digest.digest()
+
+
+def _sealed(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds a checksum to a description."""
+    text = json.dumps(described, sort_keys=True)
+    return {**described, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _render(state: Mapping[str, Any]) -> bytes:
+    return json.dumps(state, indent=1).encode() + b"\n"
+
+
+def _find(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the manifest of the store that is to be written, or returns None where there is none yet."""
+    if (path / MANIFEST).exists():
+        state = _read_manifest(path)
+        _refuse_differences(path, state, described)
+        return state
+    if path.exists() and any(x.name != LOCK and not _LEFT.fullmatch(x.name) for x in path.iterdir()):
+        raise ValueError(f"{path} is not empty and holds no label store: choose another directory")
+    return None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
     try:
-        state = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{path} holds no soft-label store (no store.json)") from None
-    except ValueError as error:
-        raise ValueError(f"{path}/store.json cannot be read ({error}): delete the store") from None
-    if state.get("format") != 1:
-        raise ValueError(f"{path} has store format {state.get('format')}, expected 1")
+        raise ValueError(f"{path} holds no soft-label store (no {MANIFEST})") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError):
+        state = None
+    if isinstance(state, dict) and state.get("format") == 1:
+        raise ValueError(
+            f"{path} was written by an earlier version (store format 1, expected {FORMAT}): write the labels again "
+            "into another directory"
+        )
+    if not isinstance(state, dict) or content != _render(
+        _sealed({k: state[k] for k in state if k != "sha256"})
+    ):
+        raise ValueError(
+            f"{file} is damaged, or belongs to another program: write the labels into another directory"
+        )
     return state
 
 
@@ -310,26 +420,61 @@ def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _brief(value: Any) -> str:
-    text = str(value)
+    text = " ".join(str(value).split())
     return text if len(text) <= 40 else text[:12] + "…"
 
 
-def _verify(path: Path, state: Mapping[str, Any]) -> None:
-    wrong = []
-    ids = path / "ids.npy"
-    try:
-        if hashlib.sha256(np.load(ids).tobytes()).hexdigest() != state["ids"]:
-            wrong.append(ids.name)
-    except (OSError, ValueError):
-        wrong.append(ids.name)
-    for index, checksum in enumerate(state["shards"]):
-        shard, rows = path / _shard_name(index), state["shard_rows"]
-        rows = min(rows, state["count"] - index * rows)
-        size = rows * state["classes"] * np.dtype(DTYPES[state["dtype"]]).itemsize
-        if not shard.exists() or shard.stat().st_size != size or _sha256(shard) != checksum:
-            wrong.append(shard.name)
-    if wrong:
-        raise ValueError(
-            f"damaged or missing in {path}: {', '.join(wrong)}. Delete the directory and write the "
-            "labels again"
+def _missing(path: Path, state: Mapping[str, Any]) -> list[str]:
+    """The names of the files that are not there."""
+    there = set(os.listdir(path))
+    return [name for name in (*map(_shard_name, range(_shards(state))), IDS) if name not in there]
+
+
+def _verify(path: Path, state: Mapping[str, Any], *, checksums: bool = True, complete: bool = True) -> None:
+    """Raises ValueError if a file is damaged or, for a store that should be complete, missing."""
+    missing = _missing(path, state)
+    if missing and complete:
+        done = state["count"] - sum(
+            _rows_of(state, shard) for shard in range(_shards(state)) if _shard_name(shard) in missing
         )
+        raise ValueError(
+            f"{path} holds {done} of {state['count']} soft labels: its writing was interrupted, or files were "
+            f"deleted (no {_some(missing)}); call write_labels again to finish it"
+        )
+    damaged = [
+        _shard_name(shard)
+        for shard in range(_shards(state))
+        if _shard_name(shard) not in missing and not _is_whole(path, state, shard, checksums)
+    ]
+    if IDS not in missing and not _ids_are_whole(path / IDS, state, checksums):
+        damaged.append(IDS)
+    if damaged:
+        raise ValueError(
+            f"damaged in {path}: {_some(damaged)}. Delete these files and call write_labels again, which makes only "
+            "what is missing; or delete the directory"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _is_whole(path: Path, state: Mapping[str, Any], shard: int, checksums: bool) -> bool:
+    file = path / _shard_name(shard)
+    size = _rows_of(state, shard) * state["classes"] * np.dtype(DTYPES[state["dtype"]]).itemsize
+    if file.stat().st_size != size + hashlib.sha256().digest_size:
+        return False
+    if not checksums:
+        return True
+    with file.open("rb") as opened:
+        parts = (opened.read(min(CHUNK, size - start)) for start in range(0, size, CHUNK))
+        return _checksum(state, shard, parts) == opened.read()
+
+
+def _ids_are_whole(file: Path, state: Mapping[str, Any], checksums: bool) -> bool:
+    if file.stat().st_size != state["count"] * np.dtype(np.int64).itemsize:
+        return False
+    if not checksums:
+        return True
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest() == state["ids"]
