@@ -433,25 +433,21 @@ def _missing(path: Path, state: Mapping[str, Any]) -> list[str]:
 def _verify(path: Path, state: Mapping[str, Any], *, checksums: bool = True, complete: bool = True) -> None:
     """Raises ValueError if a file is damaged or, for a store that should be complete, missing."""
     missing = _missing(path, state)
+    absent = set(missing)
+    there = [shard for shard in range(_shards(state)) if _shard_name(shard) not in absent]
     if missing and complete:
-        done = state["count"] - sum(
-            _rows_of(state, shard) for shard in range(_shards(state)) if _shard_name(shard) in missing
-        )
+        done = sum(_rows_of(state, shard) for shard in there)
         raise ValueError(
             f"{path} holds {done} of {state['count']} soft labels: its writing was interrupted, or files were "
-            f"deleted (no {_some(missing)}); call write_labels again to finish it"
+            f"deleted (no {_some(missing)}); write the labels again to finish it"
         )
-    damaged = [
-        _shard_name(shard)
-        for shard in range(_shards(state))
-        if _shard_name(shard) not in missing and not _is_whole(path, state, shard, checksums)
-    ]
+    damaged = [_shard_name(shard) for shard in there if not _is_whole(path, state, shard, checksums)]
     if IDS not in missing and not _ids_are_whole(path / IDS, state, checksums):
         damaged.append(IDS)
     if damaged:
         raise ValueError(
-            f"damaged in {path}: {_some(damaged)}. Delete these files and call write_labels again, which makes only "
-            "what is missing; or delete the directory"
+            f"damaged in {path}: {_some(damaged)}. Delete these files and write the labels again: only what is "
+            "missing is made anew"
         )
 
 
