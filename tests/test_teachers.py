@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import flips_store
 
 from distill_jax import _checks, models, teachers
 from distill_jax.models import Model
@@ -119,6 +120,14 @@ def test_damage_is_found_and_named_and_the_rest_is_kept(tmp_path, victim, damage
         teachers.open_labels(tmp_path / "s")
     assert write(tmp_path / "s").count == 10
     assert file.read_bytes() == content
+
+
+def test_no_damage_of_stores_caches_and_saved_models_is_silent(tmp_path):
+    """``python tests/faults/flips_store.py`` tries thousands."""
+    tally = flips_store.run(tmp_path, flips=40)
+    assert not tally.bad, str(tally)
+    for (what, _), counts in tally.counts.items():
+        assert counts["found"] > counts.total() / 2, what
 
 
 def test_a_file_of_another_store_is_damage(tmp_path):

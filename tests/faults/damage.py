@@ -89,24 +89,24 @@ def outcome(
 
 
 class Tally:
-    """Counts outcomes per kind of file and kind of damage."""
+    """Counts outcomes per kind of file."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self.bad: Counter[str] = Counter()  # what was silent or raw
 
     def add(self, what: str, kind: str, result: tuple[str, str]) -> None:
-        self.counts[what, kind][result[0]] += 1
+        """Counts one result of :func:`outcome`, of a kind of file after a kind of damage."""
+        self.counts[what, "flips" if kind in ("bit", "byte") else "other damage"][result[0]] += 1
         if result[0] in ("silent", "raw"):
             self.bad[f"{what}, {kind}: {result[0]} {result[1]}"] += 1
 
     def __str__(self) -> str:
-        """A table with one row per kind of file and damage, and what was bad, if anything was."""
+        """A table with one row per kind of file and damage, and then what was bad, if anything was."""
+        rows = [(*names, counts) for names, counts in self.counts.items()]
+        rows.append(("all", "", sum(self.counts.values(), Counter())))
         lines = ["| file | damage | tried | " + " | ".join(OUTCOMES) + " |", "| --- | --- |" + " ---: |" * 5]
-        for (what, kind), counts in self.counts.items():
+        for what, kind, counts in rows:
             row = (what, kind, counts.total(), *(counts[name] for name in OUTCOMES))
             lines.append(f"| {' | '.join(map(str, row))} |")
-        total = sum(self.counts.values(), Counter())
-        row = ("all", "", total.total(), *(total[name] for name in OUTCOMES))
-        bad = [f"{count} × {line}" for line, count in self.bad.most_common(20)]
-        return "\n".join([*lines, f"| {' | '.join(map(str, row))} |", *bad])
+        return "\n".join([*lines, *(f"{count} × {line}" for line, count in self.bad.most_common(20))])
