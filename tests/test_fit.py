@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from distill_jax import _checks, train
 from distill_jax.models import Model, build
+from distill_jax.train.checkpoints import digest
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -119,11 +121,80 @@ def test_a_checkpoint_of_another_model_or_of_more_epochs_is_refused(tmp_path):
         run(directory=tmp_path, epochs=2)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(directory=tmp_path)
-    (tmp_path / "4" / "json" / "metadata").write_bytes(b"\xff{")
-    with pytest.raises(ValueError, match=r"the checkpoint .*4 is damaged .*delete it to go on"):
-        run(directory=tmp_path)
+def flip(file, position=-1):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+def largest(directory):
+    return max(
+        (file for file in directory.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+
+
+@pytest.mark.parametrize("where", ["arrays", "json", "json syntax", "missing"])
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(tmp_path, where):
+    expected = run()
+    run(directory=tmp_path, save_seconds=0.0)
+    newest = tmp_path / "4"
+    if where == "arrays":
+        flip(largest(newest), -400)
+    elif where == "json":
+        file = newest / "json" / "metadata"
+        file.write_text(file.read_text().replace('"seconds": 0', '"seconds": 1'))
+    elif where == "json syntax":
+        (newest / "json" / "metadata").write_bytes(b"\xff{")
+    else:
+        largest(newest).unlink()
+    damaged = {file.name: file.read_bytes() for file in newest.rglob("*") if file.is_file()}
+    seen = []
+    with pytest.warns(UserWarning, match=r"damaged checkpoints are passed over: 4 \(.*; 3 is taken"):
+        result = run(directory=tmp_path, seen=seen)
+    assert seen == [3, 4]
+    chex.assert_trees_all_equal((result.model, result.best), (expected.model, expected.best))
+    assert result.history == expected.history
+    # What was damaged is still there, under another name, and the new checkpoint is whole
+    kept, three, four = sorted(tmp_path.iterdir(), key=lambda path: -len(path.name))
+    assert (kept.name.startswith("4.damaged-"), {three.name, four.name}) == (True, {"3", "4"})
+    assert {file.name: file.read_bytes() for file in kept.rglob("*") if file.is_file()} == damaged
+    chex.assert_trees_all_equal(run(directory=tmp_path).model, expected.model)
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(tmp_path):
+    run(directory=tmp_path, epochs=2, save_seconds=0.0)
+    for step in "12":
+        flip(tmp_path / step / "json" / "metadata", 30)
+    with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged: 2 \(.*\), 1 \(.*\)\. To begin"):
+        run(directory=tmp_path, epochs=2)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), ValueError("RESOURCE_EXHAUSTED: x: Too many open")]
+)
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch, error):
+    run(directory=tmp_path, epochs=1)
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(OSError, match="a checkpoint could not be read"):
+        run(directory=tmp_path, epochs=1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.bool_, np.int8, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 5000])
+def test_a_digest_changes_with_every_byte(dtype, size):
+    array = RNG.normal(size=size).astype(dtype)
+    first = digest(array)
+    assert digest(array.copy()) == first
+    data = array.view(np.uint8)
+    for position in range(0, len(data), 1 + len(data) // 50):
+        for change in (1, 128):
+            data[position] ^= change
+            assert digest(array) != first
+            data[position] ^= change
 
 
 def test_the_last_checkpoints_stay(tmp_path):

@@ -184,16 +184,16 @@ def fit(
         if checkpoints and (found := checkpoints.restore({"state": state, "best": best})):
             tree, info = found
             state, best = tree["state"], tree["best"]
-            other = [f"{k} {info[k]}, not {v}" for k, v in run.items() if info[k] != v]
+            other = [f"{k} {info.get(k)}, not {v}" for k, v in run.items() if info.get(k) != v]
             if other:
                 raise ValueError(
                     f"the checkpoint in {directory} is of a run with {', '.join(other)}: "
-                    "use another directory, or delete this one"
+                    "use another directory, or move this one away"
                 )
             if info["epoch"] > epochs:
                 raise ValueError(
                     f"the checkpoint in {directory} has {info['epoch']} epochs, more than the "
-                    f"{epochs} asked for: use another directory, or delete this one"
+                    f"{epochs} asked for: use another directory, or move this one away"
                 )
             history = info["history"]
             on_epoch(info["epoch"], {name: values[-1] for name, values in history.items()})
