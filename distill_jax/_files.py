@@ -1,6 +1,7 @@
 """Writes files and JSON in one piece: a reader finds the whole file, the old one, or none."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -123,3 +124,30 @@ def write_json(path: str | Path, value: Any) -> None:
     """
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds ``"digest"`` to a JSON object, by which :func:`unseal` notices damage.
+
+    >>> unseal(seal({"epoch": 3}))
+    {'epoch': 3}
+    """
+    value = json.loads(json.dumps(value))  # as it will be read: string keys, lists
+    return {**value, "digest": _digest(value)}
+
+
+def unseal(value: Any) -> dict[str, Any]:
+    """Takes the digest from a JSON object that :func:`seal` made.
+
+    Raises:
+      ValueError: if the object is not as it was sealed.
+    """
+    sealed = isinstance(value, dict) and "digest" in value
+    rest = {key: x for key, x in value.items() if key != "digest"} if sealed else {}
+    if not sealed or value["digest"] != _digest(rest):
+        raise ValueError("its contents do not have the digest that was written with them")
+    return rest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,7 @@ import jax
 import kd_mnist
 import numpy as np
 import pytest
+from harness import runs
 from jax.experimental.compilation_cache import compilation_cache
 from kill_and_resume import torture
 
@@ -175,14 +176,46 @@ def test_restart_deletes_no_directory_that_is_no_run(config, tmp_path, run):
 def test_restart_deletes_nothing_that_the_run_did_not_write(tmp_path, run):
     out, small = tmp_path / "run", [*SMALL, "--seeds", "1", "--epochs", "1", "--teacher-epochs", "1"]
     assert run("--out", out, small=small)[0] == 0
-    for mine in (out / "thesis.tex", out / "notes" / "today.md"):
+    assert runs.files_of_run(out)[1] == []
+    checkpoint = "seed0/teacher/1"
+    names = ("thesis.tex", "holiday.png", "notes/today.md", "seed0/own.npy", "seed0/labels/own.npy")
+    for mine in map(out.joinpath, (*names, "seed0/own/1.bin", f"{checkpoint}/own", f"{checkpoint}/tree/own")):
+        new = not mine.parent.exists()
         mine.parent.mkdir(exist_ok=True)
         mine.write_text("mine")
         error = refused(run, out, "--restart")
-        assert f"did not write ({mine.relative_to(out).parts[0]})" in error
+        assert f"did not write ({mine.relative_to(out)})" in error
         mine.unlink()
-    (out / "notes").rmdir()
+        if new:
+            mine.parent.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "1").write_text("mine")
+    for name in ("link", "seed0/teacher/7"):
+        (out / name).symlink_to(elsewhere)
+        assert f"did not write ({name})" in refused(run, out, "--restart")
+        (out / name).unlink()
+    (out / "seed0/teacher/1/json/metadata").unlink()
     assert run("--out", out, "--restart", small=small)[0] == 0
+    assert (elsewhere / "1").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"temperature": 4.0', '"temperature": 6.0', "config.json is damaged"),
+        ("a run of", "a ruh of", "not of a run of distill_jax"),
+        ("{", "[", "not of a run of distill_jax"),
+    ],
+)
+def test_a_damaged_config_is_no_other_option(old, new, message, tmp_path):
+    options = {"temperature": 4.0}
+    runs.open_run(tmp_path, options)
+    file = tmp_path / "config.json"
+    runs.open_run(tmp_path, options)
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        runs.open_run(tmp_path, options)
 
 
 def test_a_run_is_not_mixed_with_another(tmp_path, run):

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import re
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from distill_jax._files import seal, unseal
 from distill_jax._model import PyTree
 from distill_jax.weights.structure import by_path
 
@@ -69,11 +69,6 @@ def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[st
         for path in sorted(found.keys() | expected.keys())
         if found.get(path) != expected.get(path)
     ]
-
-
-def _canonical(value: Any) -> str:
-    """Writes JSON of which reading and writing again gives the same text."""
-    return json.dumps(json.loads(json.dumps(value)), sort_keys=True)
 
 
 def _reason(error: Exception) -> str:
@@ -131,8 +126,7 @@ class Checkpoints:
         # Copied to the host now: the caller's next step overwrites donated buffers
         arrays = {path: np.array(x) for path, x in flat.items()}
         digests = {path: digest(x) for path, x in arrays.items()}
-        text = _canonical({"info": info, "leaves": _describe(flat), "digests": digests})
-        described = json.loads(text) | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+        described = seal({"info": info, "leaves": _describe(flat), "digests": digests})
         items = ocp.args.Composite(tree=ocp.args.StandardSave(arrays), json=ocp.args.JsonSave(described))
         with self._writing():
             self._set_aside()
@@ -188,11 +182,7 @@ class Checkpoints:
     def _read_json(self, step: int) -> dict[str, Any]:
         with self._reading():
             args = ocp.args.Composite(json=ocp.args.JsonRestore())
-            described = dict(self._manager.restore(step, args=args)["json"])
-            expected = described.pop("digest")
-            if hashlib.sha256(_canonical(described).encode()).hexdigest() != expected:
-                raise _DamagedError("its JSON has another digest than when it was saved")
-        return described
+            return unseal(self._manager.restore(step, args=args)["json"])
 
     def _check_leaves(self, found: dict[str, str], flat: dict[str, Any]) -> None:
         wrong = tree_differences(found, _describe(flat))

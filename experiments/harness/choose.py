@@ -74,11 +74,14 @@ def choose_once(run: Any) -> Choice:
     """
     file = run.directory / "choice.json"
     if file.exists():
-        choice = Choice(**json.loads(file.read_text(encoding="utf-8")))
+        try:
+            choice = Choice(**_files.unseal(json.loads(file.read_bytes())))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): move it away to choose again") from None
     else:
         fixed = given_options().keys() & vars(run.config).keys()
         choice = choose(run.config, run.dataset, fixed=sorted(fixed))
-        _files.write_json(file, choice._asdict())
+        _files.write_json(file, _files.seal(_files.plain(choice._asdict())))
     if not (choice.leads or run.config.force):
         text = "\n".join(
             [f"# {run.name} on {run.dataset.name}: no teacher leads", "", *map("- {}".format, choice.lines)]

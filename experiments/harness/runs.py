@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,10 +17,22 @@ from typing import Any
 
 import jax
 
-from distill_jax._files import write_json
+from distill_jax._files import seal, unseal, write_json
 
 LOCK = ".lock"
-MARK = "a run of distill_jax"  # the key of config.json by which a directory is known as ours
+MARK = "a run of distill_jax"  # a key of config.json, and in pictures: by which a run is known as ours
+# What a run writes, apart from pictures: paths in its directory
+WRITTEN = re.compile(
+    r"""
+    \.lock | (config|choice|results)\.json | report\.md | \.[^/]+\.tmp
+    | seed\d+/labels/(\.lock|store\.json|ids\.npy|\d+\.bin|\.[^/]+\.tmp)
+    | (seed\d+|all_seeds|width\d+)/[^/]+/\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
+      ((json|tree)(\.orbax-checkpoint-tmp[^/]*)?/|d/|ocdbt\.process_\d+/|array_metadatas/)*
+      (_CHECKPOINT_METADATA|_METADATA|_sharding|metadata|commit_success\.txt
+       |manifest\.ocdbt|[0-9a-f]{32}|process_\d+|[^/]+\.__lock)
+    """,
+    re.VERBOSE,
+)
 _held: dict[Path, int] = {}
 
 
@@ -46,21 +57,16 @@ def open_run(out: str | Path, config: Mapping[str, Any], *, restart: bool = Fals
     if foreign and not saved.exists():
         raise ValueError(f"--out {out} is not empty and holds no run: name another directory")
     config = {MARK: 1, **json.loads(json.dumps(config))}
-    if saved.exists():
+    again = saved.exists()
+    if again:
         _check_config(saved, config, restart)
-    if restart and out.is_dir() and (others := [path.name for path in out.iterdir() if not _is_ours(path)]):
-        raise ValueError(
-            f"--out {out} holds what the run did not write ({', '.join(sorted(others)[:3])}): move it away first, "
-            "since --restart deletes the directory's contents"
-        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
-        if restart:
-            for path in [path for path in out.iterdir() if path.name != LOCK]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if restart or not saved.exists():
-            write_json(saved, config)
+        if restart and again:
+            _clear(out)
+        if restart or not again:
+            write_json(saved, seal(config))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
@@ -81,31 +87,68 @@ def _lock(out: Path) -> None:
     _held[out.resolve()] = descriptor
 
 
-def _is_ours(path: Path) -> bool:
-    """Says whether a run writes such a file or directory at the top of its directory."""
-    if path.is_dir():
-        signs = ("_CHECKPOINT_METADATA", "store.json", "*orbax*")
-        return not any(path.iterdir()) or any(any(path.rglob(sign)) for sign in signs)
-    known = ("config.json", "results.json", "report.md", "choice.json", LOCK)
-    return path.name in known or path.suffix in (".png", ".tmp")
+def files_of_run(out: Path) -> tuple[list[Path], list[str]]:
+    """Lists the files that the run in a directory wrote, at any depth, and the names of all others there."""
+    ours, others = [], []
+    for folder, folders, files in os.walk(out):
+        for name in [*files, *(name for name in folders if Path(folder, name).is_symlink())]:
+            path = Path(folder, name)
+            if _is_ours(out, path):
+                ours.append(path)
+            else:
+                others.append(path.relative_to(out).as_posix())
+    return ours, sorted(others)
+
+
+def _is_ours(out: Path, path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.parent == out and path.suffix == ".png":
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(1000)
+    return WRITTEN.fullmatch(path.relative_to(out).as_posix()) is not None
+
+
+def _clear(out: Path) -> None:
+    """Deletes what the run wrote, file by file, and the directories that are empty then."""
+    ours, others = files_of_run(out)
+    if others:
+        raise ValueError(
+            f"--out {out} holds what the run did not write ({', '.join(others[:3])}): move it away first, "
+            "since --restart deletes the run"
+        )
+    for path in ours:
+        if path.name not in (LOCK, "config.json"):  # without the mark, a second try would be refused
+            path.unlink()
+    for folder, _, _ in os.walk(out, topdown=False):
+        with suppress(OSError):  # not empty
+            Path(folder).rmdir()
 
 
 def _check_config(saved: Path, config: Mapping[str, Any], restart: bool) -> None:
     """Refuses a directory that holds no run of ours, or a run with other options that is to be continued."""
     try:
-        found = json.loads(saved.read_text(encoding="utf-8"))
+        found = json.loads(saved.read_bytes())
     except ValueError:
         found = None
     if not isinstance(found, dict) or MARK not in found:
         raise ValueError(
             f"--out {saved.parent} holds a {saved.name} that is not of a run of distill_jax: name another directory"
         )
+    if restart:
+        return
+    try:
+        found = unseal(found)
+    except ValueError as error:
+        raise ValueError(
+            f"{saved} is damaged ({error}): name another directory, or pass --restart to delete that run"
+        ) from None
     differing = [
         f"{name} was {found.get(name)!r} and is {config.get(name)!r}"
         for name in sorted(found.keys() | config.keys())
         if found.get(name) != config.get(name)
     ]
-    if differing and not restart:
+    if differing:
         raise ValueError(
             f"--out {saved.parent} holds a run with other options: {'; '.join(differing)}. "
             "Name another directory, or pass --restart to delete that run"

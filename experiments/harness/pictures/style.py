@@ -11,6 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from distill_jax import _files
+from harness import runs
 
 # Holds while a picture is drawn, and leaves the caller's settings as they were.
 style = matplotlib.rc_context(
@@ -53,7 +54,8 @@ def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def save(path: str | Path, picture: Figure) -> None:
     """Writes a picture as PNG."""
-    _files.write_atomically(path, lambda tmp: picture.savefig(tmp, format="png", dpi=200))
+    metadata = {"Software": runs.MARK}  # by which --restart knows it
+    _files.write_atomically(path, lambda tmp: picture.savefig(tmp, format="png", dpi=200, metadata=metadata))
 
 
 def log_ticks(lowest: float, highest: float) -> list[float]:
