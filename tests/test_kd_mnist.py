@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from harness import runs
 from jax.experimental.compilation_cache import compilation_cache
-from kill_and_resume import torture
+from kills import torture
 
 EXPERIMENT = kd_mnist
 
@@ -95,7 +95,9 @@ def test_shifting_the_bias_finds_the_omitted_class_again():
 
 def test_killed_and_resumed(tmp_path):
     small = [*SMALL, "--teacher-epochs", "6", "--epochs", "20"]
-    assert "arrays and results.json are the same" in torture(tmp_path, 3, small)
+    assert "arrays and results.json are the same" in torture(
+        tmp_path, "kd_mnist", small, 3, triggers={0: "seed0/labels", 2: "seed1/distilled"}
+    )
 
 
 # --- bad input: one line that says what to do, exit status 2, nothing overwritten ---------------

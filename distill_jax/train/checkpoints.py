@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import re
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +75,22 @@ def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[st
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rpartition(": ")[2]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps tracebacks from the terminal that TensorStore's threads write when they end after a failed read."""
+    hook = sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 class _DamagedError(Exception):
@@ -149,7 +167,10 @@ class Checkpoints:
             named).
           OSError: if the system does not let it be read, for example for want of memory.
         """
-        flat = _flat(like)
+        with _quiet():
+            return self._newest(_flat(like), like)
+
+    def _newest(self, flat: dict[str, Any], like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         wrong: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -157,13 +178,14 @@ class Checkpoints:
                 self._check_leaves(described["leaves"], flat)
                 restored = self._read_arrays(step, flat, described["digests"])
             except _DamagedError as error:
+                time.sleep(0.1)  # for the threads that are still reading, see _quiet
                 wrong.append(f"{step} ({error})")
                 self._damaged.append(step)
                 continue
             if wrong:
                 warnings.warn(
                     f"in {self.directory}, damaged checkpoints are passed over: {', '.join(wrong)}; {step} is taken",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             leaves = [
                 jax.random.wrap_key_data(restored[path], impl=jax.random.key_impl(x))

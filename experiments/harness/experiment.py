@@ -354,6 +354,7 @@ def progress(name: str, epochs: int) -> Iterator[Callable[[int, Mapping[str, flo
         if bar.disable and time.monotonic() - shown > 30:
             shown = time.monotonic()
             print(line, flush=True)
+        runs.check_stopped()
 
     try:
         yield on_epoch

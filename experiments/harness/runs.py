@@ -2,18 +2,21 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import platform
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -26,7 +29,7 @@ WRITTEN = re.compile(
     r"""
     \.lock | (config|choice|results)\.json | report\.md | \.[^/]+\.tmp
     | seed\d+/labels/(\.lock|store\.json|ids\.npy|\d+\.bin|\.[^/]+\.tmp)
-    | (seed\d+|all_seeds|width\d+)/[^/]+/\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
+    | (seed\d+|all_seeds|width\d+)/([^/]+/){1,2}\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
       ((json|tree)(\.orbax-checkpoint-tmp[^/]*)?/|d/|ocdbt\.process_\d+/|array_metadatas/)*
       (_CHECKPOINT_METADATA|_METADATA|_sharding|metadata|commit_success\.txt
        |manifest\.ocdbt|[0-9a-f]{32}|process_\d+|[^/]+\.__lock)
@@ -182,15 +185,71 @@ def environment() -> dict[str, Any]:
     }
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or the request of the system to end (SIGTERM)."""
+
+
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_stopped: list[int] = []  # the signals that came
+
+
+def check_stopped() -> None:
+    """Raises ``Stopped`` if a signal came whose exception was lost, since it was raised where Python ignores it."""
+    if _stopped:
+        raise Stopped
+
+
+def _stop(number: int, frame: Any) -> None:
+    _stopped.append(number)
+    if len(_stopped) > 1:  # the second one does not wait for the checkpoint that is being saved
+        _end(number)
+    raise Stopped
+
+
+def _end(number: int) -> NoReturn:
+    """Ends the process at once, with the exit status of a signal.
+
+    Python's own way to end would crash where the signal came during a compilation: JAX goes on to compile in a thread
+    of its own, with a client that Python has already destroyed. There is no way to wait for that thread.
+    """
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    with suppress(Exception):
+        sys.stdout.flush()
+    message = f"{SIGNALS[signal.Signals(number)]}; the same command continues from the last checkpoint\n"
+    os.write(2, message.encode())
+    os._exit(128 + number)
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Signals, warnings and output as an experiment needs them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # else a terminal without "±" would stop the report
+    # A signal that is ignored, as that of Ctrl-C is in the background of a script, stays ignored
+    before = {each: signal.getsignal(each) for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
+    format_before = warnings.formatwarning
+    for each in before:
+        signal.signal(each, _stop)
+    warnings.formatwarning = lambda message, *args, **options: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        if _stopped:  # whatever other error came of it
+            _end(_stopped[0])
+        warnings.formatwarning = format_before
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     # Orbax logs what it raises as well, with tracebacks
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        status = main()
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        with _surroundings():
+            status = main()
     except (ValueError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         print(f"error: {message}", file=sys.stderr)
