@@ -7,9 +7,9 @@ import jax
 import kd_mnist
 import numpy as np
 import pytest
+from faults.kills import torture
 from harness import runs
 from jax.experimental.compilation_cache import compilation_cache
-from kills import torture
 
 EXPERIMENT = kd_mnist
 

@@ -28,7 +28,7 @@ MARK = "a run of distill_jax"  # a key of config.json, and in pictures: by which
 WRITTEN = re.compile(
     r"""
     \.lock | (config|choice|results)\.json | report\.md | \.[^/]+\.tmp
-    | seed\d+/labels/(\.lock|store\.json|ids\.npy|\d+\.bin|\.[^/]+\.tmp)
+    | seed\d+/labels/(\.lock|store\.json|(ids|\d+)\.bin|\.[^/]+\.tmp)
     | (seed\d+|all_seeds|width\d+)/([^/]+/){1,2}\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
       ((json|tree)(\.orbax-checkpoint-tmp[^/]*)?/|d/|ocdbt\.process_\d+/|array_metadatas/)*
       (_CHECKPOINT_METADATA|_METADATA|_sharding|metadata|commit_success\.txt

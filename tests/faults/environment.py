@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from whole_runs import FOLDER, compare
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults.whole_runs import FOLDER, compare
 
 SMALL = {
     "kd_mnist": (

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import sys
 import tempfile
 import types
 import warnings
@@ -19,7 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from damage import Tally, damages, outcome
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+from faults.damage import Tally, damages, outcome
 from harness import choose, runs
 
 from distill_jax import _files, train

@@ -12,13 +12,16 @@ import argparse
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from whole_runs import SETTINGS, arguments, compare, finish, log_file, start
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults.whole_runs import SETTINGS, arguments, compare, finish, log_file, start
 
 NAMES = ("kd_mnist", "kd_methods", "compress_mnist", "interpolate_mnist", "linear_code")
 LIMIT = 60  # seconds from the signal to the end

@@ -9,13 +9,17 @@ and --restart must know every file that the killed processes left.
 
 import argparse
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+from faults.whole_runs import SETTINGS, arguments, compare, finish, log_file, start
 from harness import runs
-from whole_runs import SETTINGS, arguments, compare, finish, log_file, start
 
 
 def stage(out: Path) -> str:
