@@ -1,6 +1,7 @@
 """Teachers, ensembles, and the soft-label store under every kind of damage."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import flips_store
+from faults import flips_store, many_labels
 
 from distill_jax import _checks, models, teachers
 from distill_jax.models import Model
@@ -120,6 +121,13 @@ def test_damage_is_found_and_named_and_the_rest_is_kept(tmp_path, victim, damage
         teachers.open_labels(tmp_path / "s")
     assert write(tmp_path / "s").count == 10
     assert file.read_bytes() == content
+
+
+def test_thousands_of_files_under_256_descriptors(tmp_path, monkeypatch):
+    """``python tests/faults/many_labels.py`` does it with ten million labels."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # 6,000 calls may be slow, and nothing is lost here
+    found = many_labels.measure(tmp_path / "s", count=8999, shard_rows=3, asked=20_000)
+    assert found["files"] == 3002
 
 
 def test_no_damage_of_stores_caches_and_saved_models_is_silent(tmp_path):
