@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import flips_store, many_labels
+from faults import environment_store, flips_store, many_labels
 
 from distill_jax import _checks, models, teachers
 from distill_jax.models import Model
@@ -121,6 +121,12 @@ def test_damage_is_found_and_named_and_the_rest_is_kept(tmp_path, victim, damage
         teachers.open_labels(tmp_path / "s")
     assert write(tmp_path / "s").count == 10
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("case", ["full_files", "two_processes", "killed"])
+def test_stores_and_caches_where_the_system_refuses(tmp_path, case):
+    """``python tests/faults/environment_store.py`` has more cases and kills."""
+    environment_store.run(getattr(environment_store, case), tmp_path, kills=3)
 
 
 def test_thousands_of_files_under_256_descriptors(tmp_path, monkeypatch):
