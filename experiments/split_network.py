@@ -38,7 +38,6 @@ from harness import (
     mnist_or_digits,
     pictures,
     prepare,
-    progress,
     read,
     results,
     run_main,
@@ -185,8 +184,8 @@ def train_pair(
 
         def on_stage(stage: str) -> Any:
             bars.close()  # the bar of the stage before
-            stage = f"seed {seed + 1}/{config.seeds}, {name}, {stage}"
-            return bars.enter_context(progress(stage, config.stage_epochs))
+            shown = f"seed {seed + 1}/{config.seeds}, {name}, {stage}"
+            return bars.enter_context(run.progress(shown, config.stage_epochs, f"seed{seed}", name, stage))
 
         return train.train_stages(
             jax.random.key(seed, impl="rbg"), encoder, decoder,

@@ -12,13 +12,12 @@ from harness.experiment import (
     mnist_or_digits,
     plain,
     prepare,
-    progress,
 )
 from harness.options import Amount, Count, Dropout, Options, Positive, RunOptions, Share, Whole, read
 from harness.runs import run_main
 
 __all__ = [
     "Amount", "Count", "Dropout", "Options", "Positive", "Run", "RunOptions", "Share", "Trained", "Whole", "adam",
-    "arrays", "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare", "progress",
+    "arrays", "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare",
     "read", "run_main",
 ]  # fmt: skip

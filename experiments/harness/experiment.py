@@ -16,7 +16,7 @@ import tqdm
 
 from distill_jax import _files, data, teachers, train
 from distill_jax.models import Model, predict
-from harness import results, runs
+from harness import logs, results, runs
 from harness.options import Options
 
 PROBE = np.arange(256, dtype=np.uint8)  # its preparation tells one preprocessing from another
@@ -183,7 +183,7 @@ class Run:
         options.setdefault("validate", self.validation)
         part = "all seeds" if seed is None else f"seed {seed + 1}/{self.config.seeds}"
         folder = "all_seeds" if seed is None else f"seed{seed}"
-        with progress(f"{part}, {name}", epochs) as on_epoch:
+        with self.progress(f"{part}, {name}", epochs, folder, name) as on_epoch:
             return train.fit(
                 state,
                 epoch,
@@ -197,6 +197,49 @@ class Run:
                 on_epoch=on_epoch,
                 **options,
             )
+
+    @contextmanager
+    def progress(self, shown: str, epochs: int, *names: str) -> Iterator[logs.OnEpoch]:
+        """Shows the progress of one training, writes its figures, and records a profile if one is wanted.
+
+        Args:
+          shown: the name that is shown.
+          epochs: the number of epochs.
+          *names: where the figures are kept: ``"seed0", "teacher"`` means ``seed0/teacher.jsonl``.
+
+        Yields:
+          The ``on_epoch`` of :func:`distill_jax.train.fit`.
+        """
+        sinks = logs.open_sinks(self.config.log, self.directory, "/".join(map(runs.file_name, names)))
+        if self.config.profile:
+            sinks.append(logs.Profile(self.directory / "profile"))
+        bar = tqdm.tqdm(
+            total=epochs, desc=shown, unit=" epochs", disable=None, leave=False, dynamic_ncols=True
+        )
+        start = time.monotonic()
+        line = f"{shown}: compiling, then epoch 1 of {epochs}"
+        logs.pulse.doing = line
+
+        def on_epoch(number: int, figures: logs.Figures) -> None:
+            nonlocal line
+            line = f"{shown}: epoch {number} of {epochs}, loss {figures['loss']:.4f}"
+            if "validation_errors" in figures:
+                line += f", {figures['validation_errors']:.0f} validation errors"
+            logs.pulse.doing = line
+            bar.set_postfix_str(line.partition(", ")[2], refresh=False)
+            bar.update(number - bar.n)
+            for sink in sinks:
+                sink.write(number, figures)
+            runs.check_stopped()
+
+        try:
+            yield on_epoch
+        finally:
+            bar.close()
+            for sink in sinks:
+                sink.close()
+        logs.pulse.say(f"{line}, {time.monotonic() - start:.1f} s")
+        logs.pulse.doing = f"after {shown}"
 
     def judge(
         self, model: Model, history: train.History | None = None, seconds: float = 0.0, opt_state: Any = None
@@ -287,6 +330,8 @@ class Run:
         _files.write_json(self.directory / "results.json", found)
         results.write_report(self.directory, found, pictures, notes, columns=columns, headline=headline)
         print("", results.table(found, columns), "", *notes, headline, sep="\n")
+        if self.config.profile:
+            print("", logs.profile_table(self.directory / "profile"), "", sep="\n")
         print(f"Report with pictures: {self.directory / 'report.md'}")
 
     def check(self, ok: bool, complaint: str) -> int:
@@ -327,37 +372,3 @@ def config_of_data(given: Mapping[str, str]) -> str:
     if "dataset" not in given:
         return mnist_or_digits(given)
     return given["dataset"] if given["dataset"] in ("mnist", "digits") else "choose"
-
-
-@contextmanager
-def progress(name: str, epochs: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Shows the progress of one training: a bar in a terminal, else a line every 30 seconds.
-
-    Args:
-      name: what is shown.
-      epochs: the number of epochs.
-
-    Yields:
-      The ``on_epoch`` of :func:`distill_jax.train.fit`.
-    """
-    bar = tqdm.tqdm(total=epochs, desc=name, unit=" epochs", disable=None, leave=False, dynamic_ncols=True)
-    shown = start = time.monotonic()
-    line = ""
-
-    def on_epoch(number: int, figures: Mapping[str, float]) -> None:
-        nonlocal shown, line
-        line = f"{name}: epoch {number} of {epochs}, loss {figures['loss']:.4f}"
-        if "validation_errors" in figures:
-            line += f", {figures['validation_errors']:.0f} validation errors"
-        bar.set_postfix_str(line.partition(", ")[2], refresh=False)
-        bar.update(number - bar.n)
-        if bar.disable and time.monotonic() - shown > 30:
-            shown = time.monotonic()
-            print(line, flush=True)
-        runs.check_stopped()
-
-    try:
-        yield on_epoch
-    finally:
-        bar.close()
-    print(f"{line}, {time.monotonic() - start:.1f} s", flush=True)

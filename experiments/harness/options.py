@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -51,7 +51,12 @@ class RunOptions:
     save_seconds: Amount = 20.0
     """shortest time between two checkpoints, in seconds"""
 
-    PRACTICAL: ClassVar = ("dataset", "data_dir", "out", "restart", "save_seconds", "check")
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """where the figures of each epoch go, besides .jsonl files in the run's directory"""
+    profile: bool = False
+    """record a profile of one epoch of the first training that has two, and print what took the most time"""
+
+    PRACTICAL: ClassVar = ("dataset", "data_dir", "out", "restart", "save_seconds", "log", "profile", "check")
 
     def recorded(self) -> dict[str, Any]:
         """Lists the options on which results depend."""

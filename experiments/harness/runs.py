@@ -15,12 +15,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 from distill_jax._files import seal, unseal, write_json
+from harness import logs
 
 LOCK = ".lock"
 MARK = "a run of distill_jax"  # a key of config.json, and in pictures: by which a run is known as ours
@@ -28,6 +30,9 @@ MARK = "a run of distill_jax"  # a key of config.json, and in pictures: by which
 WRITTEN = re.compile(
     r"""
     \.lock | (config|choice|results)\.json | report\.md | \.[^/]+\.tmp
+    | (seed\d+|all_seeds)/([^/]+/)?[^/]+\.jsonl
+    | tensorboard/([^/]+/)+events\.out\.tfevents\.[^/]+
+    | profile/plugins/profile/[^/]+/(perfetto_trace\.json\.gz|[^/]+\.(trace\.json\.gz|xplane\.pb))
     | seed\d+/labels/(\.lock|store\.json|(ids|\d+)\.bin|\.[^/]+\.tmp)
     | (seed\d+|all_seeds|width\d+)/([^/]+/){1,2}\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
       ((json|tree)(\.orbax-checkpoint-tmp[^/]*)?/|d/|ocdbt\.process_\d+/|array_metadatas/)*
@@ -221,6 +226,26 @@ def _end(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+def _keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache, so that a second start of an experiment compiles nothing.
+
+    JAX is left alone where it was told of a directory, and where it would compress with zstandard, which has no
+    checksum: then a damaged file could be run as it is.
+    """
+    unchecked = sys.version_info >= (3, 14) or find_spec("zstandard") is not None
+    if jax.config.values["jax_compilation_cache_dir"] or unchecked:
+        return
+    with suppress(OSError, RuntimeError):  # nowhere to write, or no home
+        directory = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_jax" / "compiled"
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_compilation_cache_max_size", 2**30)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @contextmanager
 def _surroundings() -> Iterator[None]:
     """Signals, warnings and output as an experiment needs them."""
@@ -247,8 +272,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     # Orbax logs what it raises as well, with tracebacks
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _keep_compiled()
     try:
-        with _surroundings():
+        with _surroundings(), logs.pulse.beating(needed=not sys.stderr.isatty()):
             status = main()
     except (ValueError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
