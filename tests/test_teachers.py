@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,8 +22,8 @@ MADE_OF = {"teacher": "t1", "preprocessing": "x/255", "data": "d1"}
 
 
 def write(path, **changes):
-    options = {"fingerprint": MADE_OF, "shard_rows": 3} | changes
-    return teachers.write_labels(path, IDS, lambda rows: LOGITS[rows], **options)
+    options = {"logits": lambda rows: LOGITS[rows], "fingerprint": MADE_OF, "shard_rows": 3} | changes
+    return teachers.write_labels(path, IDS, **options)
 
 
 def test_labels_are_found_by_id_in_any_order(tmp_path):
@@ -136,6 +137,25 @@ def test_thousands_of_files_under_256_descriptors(tmp_path, monkeypatch):
     assert found["files"] == 3002
 
 
+def test_a_store_that_changes_while_it_is_open(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = write("s")
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(store[IDS], LOGITS)
+    shard = tmp_path / "s" / "00001.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=r"00001\.bin is damaged: it has become shorter"):
+        store[IDS]
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"00001\.bin cannot be read: No such file"):
+        store[IDS]
+    shutil.rmtree(tmp_path / "s")
+    write(tmp_path / "s", logits=lambda rows: LOGITS[rows] + 1)
+    with pytest.raises(ValueError, match="s was deleted or written anew since it was opened: open it again"):
+        store[IDS]
+
+
 def test_no_damage_of_stores_caches_and_saved_models_is_silent(tmp_path):
     """``python tests/faults/flips_store.py`` tries thousands."""
     tally = flips_store.run(tmp_path, flips=40)
@@ -146,8 +166,7 @@ def test_no_damage_of_stores_caches_and_saved_models_is_silent(tmp_path):
 
 def test_a_file_of_another_store_is_damage(tmp_path):
     write(tmp_path / "a")
-    same = lambda rows: LOGITS[rows] + 1  # noqa: E731
-    teachers.write_labels(tmp_path / "b", IDS, same, fingerprint=MADE_OF, shard_rows=3)
+    write(tmp_path / "b", logits=lambda rows: LOGITS[rows] + 1)
     for name in ("00001.bin", "store.json"):
         write(tmp_path / "a")
         kept = (tmp_path / "a" / name).read_bytes()

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ FORMAT = 2
 MANIFEST, IDS = "store.json", "ids.bin"
 _LEFT = re.compile(r"\.(store\.json|\w+\.bin)\.[0-9a-f]{8}\.tmp")  # what a process that is killed leaves
 CHUNK = 2**20  # bytes that are read at once to compute a checksum
-NEAR = 2**16  # bytes: labels that are nearer to each other in a file are read at once
 
 
 class LabelStore:
@@ -48,7 +48,9 @@ class LabelStore:
         self.fingerprint: dict[str, str] = manifest["fingerprint"]
         self._rows: int = manifest["shard_rows"]
         self._dtype = np.dtype(DTYPES[manifest["dtype"]])
+        self._folder = path.absolute()  # files are opened when they are read, in whatever directory that is
         self._ids = np.memmap(path / IDS, np.int64, mode="r")
+        self._written = self._stamp()
 
     def __getitem__(self, ids: ArrayLike) -> np.ndarray:
         """Reads the logits of examples.
@@ -62,7 +64,8 @@ class LabelStore:
 
         Raises:
           KeyError: if an id has no label.
-          ValueError: if the ids are no integers, or a file cannot be read.
+          ValueError: if the ids are no integers, a file cannot be read, or another store was written in the
+            place of this one.
         """
         wanted = _as_ids(ids)
         order = np.argsort(wanted, axis=None)
@@ -75,25 +78,34 @@ class LabelStore:
                 f"instance ids {missing[:5].tolist()}: label them with the teacher first"
             )
         result = np.empty((wanted.size, self.classes), np.float32)
-        gap = NEAR // (self.classes * self._dtype.itemsize)
-        far = (np.diff(rows) > gap) | (np.diff(rows // self._rows) > 0)
-        starts = [0, *(np.flatnonzero(far) + 1), wanted.size] if wanted.size else []
+        shards = rows // self._rows
+        starts = [0, *(np.flatnonzero(np.diff(shards)) + 1), wanted.size] if wanted.size else []
         for start, end in itertools.pairwise(starts):
-            here = rows[start:end] - rows[start]
-            result[order[start:end]] = self._read(int(rows[start]), int(here[-1]) + 1)[here]
+            labels = self._map(int(shards[start]))
+            result[order[start:end]] = labels[rows[start:end] % self._rows]
+        if self._stamp() != self._written:  # a store that takes this one's place begins with its manifest
+            raise ValueError(f"{self.path} was deleted or written anew since it was opened: open it again")
         return result.reshape(*wanted.shape, self.classes)
 
-    def _read(self, row: int, count: int) -> np.ndarray:
-        """Reads neighbouring rows of one file."""
-        shard, row = divmod(row, self._rows)
-        file, width = self.path / _shard_name(shard), self.classes * self._dtype.itemsize
+    def _map(self, shard: int) -> np.ndarray:
+        """Maps one file of labels; only one is open at a time, since each takes a descriptor."""
+        file, rows = f"{self._folder}/{_shard_name(shard)}", min(self._rows, self.count - shard * self._rows)
         try:
-            values = np.fromfile(file, self._dtype, count * self.classes, offset=row * width)
+            with open(file, "rb") as opened:
+                content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(content, self._dtype, rows * self.classes).reshape(rows, self.classes)
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-        if values.size < count * self.classes:
-            raise ValueError(f"{file} is damaged: it has become shorter since the store was opened")
-        return values.reshape(count, self.classes)
+        except ValueError:
+            raise ValueError(f"{file} is damaged: it has become shorter since the store was opened") from None
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Tells this store from another one in its place."""
+        try:
+            found = os.stat(f"{self._folder}/{MANIFEST}")
+        except OSError:
+            return ()
+        return found.st_ino, found.st_mtime_ns
 
 
 def write_labels(
