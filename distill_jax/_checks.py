@@ -48,6 +48,8 @@ def _check_dtype(name: str, array: ArrayLike, kinds: tuple[Any, ...], expected: 
             array = np.asarray(array)
         except ValueError:
             raise ValueError(f"{name} must be an array of {expected}, got rows of unequal length") from None
+        except Exception:  # whatever an object raises that says it were an array
+            raise ValueError(f"{name} must be {expected}, got {type(array).__name__}") from None
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds) or array.dtype.kind == "m":
         raise ValueError(f"{name} must be {expected}, got dtype {array.dtype}")
 

@@ -278,10 +278,15 @@ def test_integers_and_narrow_floats_are_logits(tmp_path):
         np.testing.assert_array_equal(store[IDS], np.arange(40).reshape(10, 4))
 
 
+class NoArray:
+    def __array__(self, *args, **options):
+        raise RuntimeError("boom")
+
+
 NO_IDS = {
     "floats": [1.7], "NaN": [np.nan], "complex": [1j], "bool": [True], "strings": ["1"], "None": None,
     "wide": np.array([2**63], np.uint64), "wider": [2**64], "time": np.array([1], "m8[s]"), "ragged": [[1], [1, 2]],
-    "masked": np.ma.array([1, 2], mask=[0, 1]), "a set": {1, 2}, "objects": [object()],
+    "masked": np.ma.array([1, 2], mask=[0, 1]), "no array": NoArray(), "a set": {1, 2}, "objects": [object()],
 }  # fmt: skip
 
 
@@ -306,6 +311,8 @@ def test_ids_of_any_shape(tmp_path):
     np.testing.assert_array_equal(store[3], LOGITS[1])
     np.testing.assert_array_equal(store[np.reshape(IDS, (2, 5))], LOGITS.reshape(2, 5, 4))
     np.testing.assert_array_equal(store[jnp.asarray([3, 400])], LOGITS[[1, 6]])
+    huge = write(tmp_path / "huge", shard_rows=10**30)  # one file
+    np.testing.assert_array_equal(huge[IDS], LOGITS)
     with pytest.raises(ValueError, match="ids must be known, got a traced array"):
         jax.jit(lambda ids: store[ids])(IDS)
 
@@ -324,6 +331,9 @@ def test_ids_of_any_shape(tmp_path):
         ({"progress": None}, "progress must be a function, got NoneType"),
         ({"logits": LOGITS}, "logits must be a function, got ndarray"),
         ({"path": None}, "path must name a directory, got None"),
+        ({"path": "x" * 5000}, "path must name a directory, got PosixPath.*File name too long"),
+        ({"path": "\ud800"}, "path must name a directory, got PosixPath"),
+        ({"dtype": np.eye(3)}, "dtype must be one of"),
         ({"path": ""}, "path must name a directory, got ''"),
     ],
 )
@@ -331,8 +341,9 @@ def test_malformed_arguments_are_refused(tmp_path, changes, message):
     arguments = {
         "path": tmp_path / "s", "ids": IDS, "logits": lambda rows: LOGITS[rows], "fingerprint": MADE_OF,
     } | changes  # fmt: skip
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         teachers.write_labels(**arguments)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "s").exists()
     with pytest.raises(ValueError, match="expect must map names to strings"):
         teachers.open_labels(write(tmp_path / "t").path, expect={"data": 1})

@@ -152,7 +152,7 @@ def write_labels(
     """
     path, ids = _as_directory(path), _as_ids(ids)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {_brief(repr(dtype))}")
     check_count("shard_rows", shard_rows)
     _check_entries("fingerprint", fingerprint)
     for name, function in {"logits": logits, "progress": progress}.items():
@@ -171,7 +171,7 @@ def write_labels(
         "format": FORMAT,
         "count": len(ids),
         "dtype": dtype,
-        "shard_rows": int(shard_rows),
+        "shard_rows": min(int(shard_rows), len(ids)),
         "ids": hashlib.sha256(ids.data).hexdigest(),
         "fingerprint": dict(fingerprint),
     }
@@ -280,10 +280,14 @@ def open_labels(
 
 def _as_directory(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError(f"path must name a directory, got {path!r}")
+        raise ValueError(f"path must name a directory, got {_brief(repr(path))}")
     path = Path(path)
-    there = next((place for place in (path, *path.parents) if place.exists()), path)
-    if there.exists() and not there.is_dir():
+    try:
+        os.fsencode(path)
+        there = next((place for place in (path, *path.parents) if place.exists()), None)
+    except (OSError, ValueError) as error:  # names that the system does not allow
+        raise ValueError(f"path must name a directory, got {_brief(repr(path))}: {error}") from None
+    if there is not None and not there.is_dir():
         raise ValueError(f"path must name a directory, got {path}, where {there} is a file")
     return path
 
