@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import http.client
 import math
-import tempfile
 import urllib.parse
 import urllib.request
 import zlib
@@ -95,38 +94,43 @@ def find(name: str, root: Path) -> tuple[Path, Arrays] | None:
             missing = [file for key, file in FILES.items() if key not in files]
             if files:
                 need(not missing, place, f"all four of {name}'s IDX files", f"no {', '.join(missing)}")
-                return place, _read_all(files, len(FAMILY[name].class_names))
+                contents = {key: _read(path) for key, path in files.items()}
+                return place, _decode_all(files, contents, len(FAMILY[name].class_names))
     return None
 
 
 def download(name: str) -> Arrays:
-    """Downloads the four files into a temporary folder, checks their sums, and reads them.
+    """Downloads the four files, checks their sums, and decodes them; nothing is written.
 
     Raises:
       DataError: if a file cannot be had, or its SHA-256 sum is wrong.
     """
     family = FAMILY[name]
-    with tempfile.TemporaryDirectory() as folder:
-        files = {key: Path(folder) / f"{file}.gz" for key, file in FILES.items()}
-        for key, path in files.items():
-            url = family.url + path.name
-            try:
-                with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-                    content = answer.read()
-            except (OSError, http.client.HTTPException) as error:
-                host = urllib.parse.urlsplit(url).hostname
-                raise DataError(f"not downloaded from {host}: {one_line(error)}") from error
-            found = hashlib.sha256(content).hexdigest()
-            need(found == family.sha256[key], url, f"SHA-256 {family.sha256[key]}", found)
-            path.write_bytes(content)
-        return _read_all(files, len(family.class_names))
+    files, contents = {key: Path(f"{file}.gz") for key, file in FILES.items()}, {}
+    for key, path in files.items():
+        url = family.url + path.name
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                contents[key] = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            host = urllib.parse.urlsplit(url).hostname
+            raise DataError(f"not downloaded from {host}: {one_line(error)}") from error
+        found = hashlib.sha256(contents[key]).hexdigest()
+        need(found == family.sha256[key], url, f"SHA-256 {family.sha256[key]}", found)
+    return _decode_all(files, contents, len(family.class_names))
 
 
-def _read(path: Path, kind: str) -> np.ndarray:
-    """Reads one file of the IDX format: bytes 0, 0, 8 and the number of axes, then sizes, then data."""
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read, {one_line(error)}") from error
+
+
+def _decode(path: Path, data: bytes, kind: str) -> np.ndarray:
+    """Decodes the IDX format: bytes 0, 0, 8 and the number of axes, then sizes, then data; ``path`` names it."""
     axes = {"image": 3, "label": 1}[kind]
     try:
-        data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
@@ -142,8 +146,8 @@ def _read(path: Path, kind: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # writable
 
 
-def _read_all(files: dict[str, Path], classes: int) -> Arrays:
-    arrays = {key: _read(path, key.split("_")[1]) for key, path in files.items()}
+def _decode_all(files: dict[str, Path], contents: dict[str, bytes], classes: int) -> Arrays:
+    arrays = {key: _decode(path, contents[key], key.split("_")[1]) for key, path in files.items()}
     count = {key: len(array) for key, array in arrays.items()}
     for split in ("train", "test"):
         images, labels = count[f"{split}_image"], count[f"{split}_label"]
