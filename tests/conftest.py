@@ -16,7 +16,10 @@ import pytest  # noqa: E402
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
 
-collect_ignore = ["golden"]  # these scripts need PyTorch and the reference programs
+collect_ignore = [
+    "golden",
+    "conformance",
+]  # these scripts need PyTorch, other libraries and the reference programs
 
 
 def pytest_configure(config):

@@ -1,7 +1,7 @@
 """One adapter per library: how a user of that library calls the loss of a case, by the library's documentation.
 
 An adapter names its losses in ``routes``, a dict from the loss of a case to functions ``(student, **inputs)``. A case
-is right if *one* of them gives the right value and gradient. A function raises :class:`NotOffered` where the
+is right if *one* of them gives the right value and gradient. A function raises :class:`NotOfferedError` where the
 library documents no such option. Factors that are a matter of convention, such as T², are written here.
 """
 
@@ -12,32 +12,26 @@ import warnings
 
 import numpy as np
 
-# Losses of one example: cases hold one row of logits, and the adapter makes it a batch of one.
-ROWS = (
-    "kl reverse_kl jensen_shannon skew_kl skew_reverse_kl total_variation soft_cross_entropy cross_entropy "
-    "cross_entropy_smoothed_over_existing logit_adjusted mean_squared_logits dkd standardised_kl top_k_kl"
-).split()
 FLOATS = ("student", "teacher")  # arrays in the float type of the case
 STATIC = ("k", "ddof", "reduce", "ignored", "mean_of_squares")  # options that are no arrays
 
 
-class NotOffered(Exception):
+class NotOfferedError(Exception):
     """The library documents no such loss or option."""
 
 
 def refuse(**options):
-    """Raises :class:`NotOffered` if an option that the library does not have is asked for."""
+    """Raises :class:`NotOfferedError` if an option that the library does not have is asked for."""
     for name, value in options.items():
         if value is not None:
-            raise NotOffered(name)
+            raise NotOfferedError(name)
 
 
 class Library:
-    """What adapters share; a subclass says how to differentiate."""
+    """What adapters share. The docstring of each says, for the page of results, how the library is called."""
 
     packages: tuple[str, ...] = ()
     title = ""
-    how = ""
 
     def versions(self):
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
@@ -46,22 +40,24 @@ class Library:
         """Yields (value, gradient) of each route, or the error that it raised."""
         for route in self.routes.get(loss, ()):
             try:
-                yield self.evaluate(route, loss, dtype, case)
-            except NotOffered:
+                yield self.evaluate(route, dtype, case)
+            except NotOfferedError:
                 continue
             except (ValueError, TypeError, RuntimeError, IndexError) as error:
                 yield error
 
-    def prepare(self, loss, case):
-        """Gives a row of logits its batch axis; lists become arrays."""
+    def prepare(self, case):
+        """Lists become arrays; a single row of logits becomes a batch of one."""
         inputs = {}
         for name, value in case.items():
             if name in ("value", "gradient"):
                 continue
-            one = loss in ROWS and name in (*FLOATS, "labels", "where")
-            value = [value] if one else value
-            soft = name == "labels" and one and isinstance(value[0], list)
-            inputs[name] = np.array(value, float if name in FLOATS or soft else None) if isinstance(value, list) else value
+            if np.ndim(case["student"]) == 1 and name in (*FLOATS, "labels", "where"):
+                value = [value]
+            if isinstance(value, list):
+                soft = name == "labels" and isinstance(value[0], list) and np.ndim(case["student"]) == 1
+                value = np.array(value, float if name in FLOATS or soft else None)
+            inputs[name] = value
         return inputs
 
 
@@ -71,19 +67,22 @@ class Library:
 class JaxLibrary(Library):
     traced = True  # whether options such as a temperature are traced
 
-    def evaluate(self, route, loss, dtype, case):
+    def evaluate(self, route, dtype, case):
         import jax
         import jax.numpy as jnp
 
-        inputs = self.prepare(loss, case)
+        inputs = self.prepare(case)
         with jax.enable_x64(dtype == "float64"):
-            arrays = {n: jnp.asarray(v, dtype if n in FLOATS else None) for n, v in inputs.items() if np.ndim(v)}
+            arrays = {
+                n: jnp.asarray(v, dtype if n in FLOATS else None) for n, v in inputs.items() if np.ndim(v)
+            }
             static = {n: v for n, v in inputs.items() if not np.ndim(v)}
             if self.traced:
                 arrays |= {n: static.pop(n) for n in list(static) if n not in STATIC}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                value, gradient = compiled(route, tuple(sorted(static.items())))(arrays.pop("student"), arrays)
+                step = compiled(route, tuple(sorted(static.items())))
+                value, gradient = step(arrays.pop("student"), arrays)
             return float(value), np.asarray(gradient, float).reshape(np.shape(case["student"]))
 
 
@@ -99,9 +98,10 @@ def compiled(route, static):
 
 
 class Ours(JaxLibrary):
+    """`distill_jax.losses`, under `jax.jit`."""
+
     title = "distill_jax"
     packages = ("distill_jax", "jax")
-    how = "`distill_jax.losses`, under `jax.jit`"
 
     @functools.cached_property
     def routes(self):
@@ -112,12 +112,18 @@ class Ours(JaxLibrary):
 
         def kl_rows(student, teacher, temperature):
             temperature = jnp.asarray(temperature)
-            return jnp.mean(losses.kl(student, teacher, temperature=temperature[:, None] if temperature.ndim else temperature))
+            return jnp.mean(
+                losses.kl(
+                    student, teacher, temperature=temperature[:, None] if temperature.ndim else temperature
+                )
+            )
 
         def reduced(loss, student, other, reduce, **options):
             if reduce == "tokens":  # all tokens as one sequence
                 one = [x.reshape(1, -1, *x.shape[2:]) for x in (student, other)]
-                options = {n: x.reshape(1, -1) if n in ("tokens", "weights") else x for n, x in options.items()}
+                options = {
+                    n: x.reshape(1, -1) if n in ("tokens", "weights") else x for n, x in options.items()
+                }
                 return tokens.sequence(loss)(*one, **options)
             if reduce == "sum":
                 return tokens.sequence(loss, reduce="sum")(student, other, **options)
@@ -131,7 +137,7 @@ class Ours(JaxLibrary):
             return tokens.bucketed(losses.kl)(student, labels, temperature=temperature)
 
         def standardised_kl(student, teacher, ddof, temperature):
-            s, t = (losses.standardize(x, ddof=ddof) for x in (student, teacher))
+            s, t = (losses.standardise(x, ddof=ddof) for x in (student, teacher))
             return losses.kl(s, t, temperature=temperature)
 
         def kd_and_labels(student, teacher, labels, alpha, temperature):
@@ -157,7 +163,9 @@ class Ours(JaxLibrary):
             "cross_entropy_smoothed_over_existing": [losses.cross_entropy],
             "logit_adjusted": [losses.logit_adjusted],
             "kl_rows": [kl_rows],
-            "kl_of_tokens": [lambda student, teacher, **options: reduced(losses.kl, student, teacher, **options)],
+            "kl_of_tokens": [
+                lambda student, teacher, **options: reduced(losses.kl, student, teacher, **options)
+            ],
             "cross_entropy_of_tokens": [cross_entropy_of_tokens],
             "top_k_kl": [top_k_kl],
             "standardised_kl": [standardised_kl],
@@ -177,13 +185,15 @@ class Ours(JaxLibrary):
 
 
 class Optax(JaxLibrary):
+    """`kl_divergence`, `kl_divergence_with_log_targets`, `softmax_cross_entropy`,
+    `safe_softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels`, `smooth_labels` and
+    `squared_error`, under `jax.jit`. Their inputs come from `jax.nn.log_softmax` and `softmax` of
+    logits / T, with `where` if the case has one; results times T². (`kl_divergence` asks for targets
+    above 0, `kl_divergence_with_log_targets` does not.)
+    """
+
     title = "Optax"
     packages = ("optax", "jax")
-    how = (
-        "`kl_divergence`, `kl_divergence_with_log_targets`, `softmax_cross_entropy`, `safe_softmax_cross_entropy`, "
-        "`softmax_cross_entropy_with_integer_labels`, `smooth_labels`, `squared_error`; inputs by `jax.nn.log_softmax` and "
-        "`softmax` (with `where`, if the case has one) of logits / T, results times T²"
-    )
 
     @functools.cached_property
     def routes(self):
@@ -196,7 +206,9 @@ class Optax(JaxLibrary):
 
         def kl(student, teacher, temperature=1.0, where=None):
             p = jax.nn.softmax(teacher / temperature, where=where)
-            return temperature**2 * optax.losses.kl_divergence(logs(student, temperature, where), p, where=where)
+            return temperature**2 * optax.losses.kl_divergence(
+                logs(student, temperature, where), p, where=where
+            )
 
         def kl_log(student, teacher, temperature=1.0, where=None):
             q, p = logs(student, temperature, where), logs(teacher, temperature, where)
@@ -208,7 +220,9 @@ class Optax(JaxLibrary):
         def by_row(loss):
             def rows(student, teacher, temperature):
                 temperature = jnp.asarray(temperature)
-                values = jax.vmap(loss, (0, 0, 0 if temperature.ndim else None))(student, teacher, temperature)
+                values = jax.vmap(loss, (0, 0, 0 if temperature.ndim else None))(
+                    student, teacher, temperature
+                )
                 return jnp.mean(values)
 
             return rows
@@ -216,7 +230,9 @@ class Optax(JaxLibrary):
         def of_tokens(loss):
             def values(student, teacher, temperature, reduce, tokens=None, weights=None):
                 refuse(weights=weights)
-                return average(loss(student, teacher, temperature, where=tokens[..., None]), 1.0 * tokens, reduce)
+                return average(
+                    loss(student, teacher, temperature, where=tokens[..., None]), 1.0 * tokens, reduce
+                )
 
             return values
 
@@ -245,7 +261,9 @@ class Optax(JaxLibrary):
         def cross_entropy(student, labels, label_smoothing=None, where=None):
             if label_smoothing is not None:
                 refuse(where=where)  # smooth_labels has no `where`
-            return optax.softmax_cross_entropy(student, distribution(student, labels, label_smoothing), where=where)
+            return optax.softmax_cross_entropy(
+                student, distribution(student, labels, label_smoothing), where=where
+            )
 
         def safe_cross_entropy(student, labels, label_smoothing=None, where=None):
             refuse(where=where)
@@ -254,7 +272,7 @@ class Optax(JaxLibrary):
         def integer_cross_entropy(student, labels, label_smoothing=None, where=None):
             refuse(label_smoothing=label_smoothing)
             if not jnp.issubdtype(labels.dtype, jnp.integer):
-                raise NotOffered
+                raise NotOfferedError
             return optax.softmax_cross_entropy_with_integer_labels(student, labels, where=where)
 
         def cross_entropy_of_tokens(student, labels, ignored, reduce):
@@ -297,8 +315,14 @@ class Keras(JaxLibrary):
 
 
 class KerasDistillation(Keras):
+    """`LogitsDistillation(temperature=T).compute_loss` with its default loss, and
+    `FeatureDistillation().compute_loss`, on the JAX backend.
+
+    All its faults have one cause: the default loss, the string `"kl_divergence"`, compares clipped
+    logits as if they were probabilities (see below). So what the groups of cases mean says little here.
+    """
+
     title = "keras.distillation"
-    how = "`LogitsDistillation(temperature=T).compute_loss` with its default loss, `FeatureDistillation().compute_loss`"
 
     def logits(self, temperature):
         return self.keras.distillation.LogitsDistillation(temperature=temperature)
@@ -307,11 +331,13 @@ class KerasDistillation(Keras):
     def routes(self):
         def kl(student, teacher, temperature=1.0, where=None):
             refuse(where=where)
+            if student.dtype == "float64":  # computed in keras.config.floatx(), which is for a whole program
+                raise NotOfferedError
             return self.logits(temperature).compute_loss(teacher, student)
 
         def kl_rows(student, teacher, temperature):
             if np.ndim(temperature):
-                raise NotOffered
+                raise NotOfferedError
             return kl(student, teacher, temperature)
 
         def hint(student, teacher):
@@ -321,8 +347,9 @@ class KerasDistillation(Keras):
 
 
 class KerasDistillationOfInstance(KerasDistillation):
+    """`LogitsDistillation(temperature=T, loss=keras.losses.KLDivergence())` and `FeatureDistillation()`."""
+
     title = "keras.distillation, loss=KLDivergence()"
-    how = "`LogitsDistillation(temperature=T, loss=keras.losses.KLDivergence())`, `FeatureDistillation()`"
 
     def logits(self, temperature):
         loss = self.keras.losses.KLDivergence()
@@ -330,11 +357,12 @@ class KerasDistillationOfInstance(KerasDistillation):
 
 
 class KerasLosses(Keras):
+    """`KLDivergence`, `CategoricalCrossentropy` and `SparseCategoricalCrossentropy` with
+    `from_logits=True`, and `MeanSquaredError`, on the JAX backend. Probabilities come from
+    `keras.ops.softmax` of logits / T; results times T².
+    """
+
     title = "keras.losses"
-    how = (
-        "`KLDivergence`, `CategoricalCrossentropy` and `SparseCategoricalCrossentropy` with `from_logits=True`, `MeanSquaredError`; "
-        "probabilities by `keras.ops.softmax` of logits / T, results times T²"
-    )
 
     @functools.cached_property
     def routes(self):
@@ -357,7 +385,7 @@ class KerasLosses(Keras):
         def kl_of_tokens(student, teacher, temperature, reduce, tokens=None, weights=None):
             reductions = {"tokens": "mean_with_sample_weight", "sum": "sum"}
             if reduce not in reductions:
-                raise NotOffered
+                raise NotOfferedError
             loss = losses.KLDivergence(reduction=reductions[reduce])
             weights = 1.0 * tokens if weights is None else weights
             p, q = softmax(teacher / temperature), softmax(student / temperature)
@@ -380,17 +408,23 @@ class KerasLosses(Keras):
         def sparse_cross_entropy(student, labels, label_smoothing=None, where=None):
             refuse(where=where, label_smoothing=label_smoothing)
             if labels.ndim > 1:
-                raise NotOffered
-            return losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype_of(student))(labels, student)
+                raise NotOfferedError
+            return losses.SparseCategoricalCrossentropy(from_logits=True, dtype=dtype_of(student))(
+                labels, student
+            )
 
         def cross_entropy_of_tokens(student, labels, ignored, reduce):
             reduction = {"tokens": "mean_with_sample_weight", "sum": "sum"}[reduce]
-            loss = losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored, reduction=reduction)
+            loss = losses.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=ignored, reduction=reduction
+            )
             return loss(labels, student, sample_weight=self.keras.ops.ones(labels.shape))
 
         def plain_cross_entropy_of_tokens(student, labels, ignored, reduce):
             reduction = {"tokens": "sum_over_batch_size", "sum": "sum"}[reduce]
-            loss = losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored, reduction=reduction)
+            loss = losses.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=ignored, reduction=reduction
+            )
             return loss(labels, student)
 
         def kd_and_labels(student, teacher, labels, alpha, temperature):
@@ -418,11 +452,11 @@ class KerasLosses(Keras):
 
 
 class TorchLibrary(Library):
-    def evaluate(self, route, loss, dtype, case):
+    def evaluate(self, route, dtype, case):
         import torch
 
         arrays = {}
-        for name, value in self.prepare(loss, case).items():
+        for name, value in self.prepare(case).items():
             arrays[name] = value
             if np.ndim(value):
                 arrays[name] = torch.tensor(value, dtype=getattr(torch, dtype) if name in FLOATS else None)
@@ -436,11 +470,12 @@ class TorchLibrary(Library):
 
 
 class Torch(TorchLibrary):
+    """`F.kl_div` of `log_softmax(student / T)`, with probabilities and with `log_target=True`, times T²;
+    `F.cross_entropy` and `F.mse_loss`.
+    """
+
     title = "PyTorch"
     packages = ("torch",)
-    how = (
-        "`F.kl_div` of `log_softmax(student / T)` with probabilities and with `log_target=True`, times T²; `F.cross_entropy`, `F.mse_loss`"
-    )
 
     @functools.cached_property
     def routes(self):
@@ -450,7 +485,9 @@ class Torch(TorchLibrary):
         def kl(student, teacher, temperature=1.0, where=None, log_target=False):
             refuse(where=where)
             p = (f.log_softmax if log_target else f.softmax)(teacher / temperature, -1)
-            terms = f.kl_div(f.log_softmax(student / temperature, -1), p, reduction="none", log_target=log_target)
+            terms = f.kl_div(
+                f.log_softmax(student / temperature, -1), p, reduction="none", log_target=log_target
+            )
             return temperature**2 * terms.sum(-1, keepdim=True)
 
         kl_log = functools.partial(kl, log_target=True)
@@ -467,20 +504,30 @@ class Torch(TorchLibrary):
 
         def soft_cross_entropy(student, teacher, temperature=1.0, where=None):
             refuse(where=where)
-            return temperature**2 * f.cross_entropy(student / temperature, f.softmax(teacher / temperature, -1))
+            return temperature**2 * f.cross_entropy(
+                student / temperature, f.softmax(teacher / temperature, -1)
+            )
 
         def cross_entropy(student, labels, label_smoothing=0.0, where=None):
             refuse(where=where)
             return f.cross_entropy(student, labels, label_smoothing=label_smoothing)
 
         def cross_entropy_of_tokens(student, labels, ignored, reduce):
+            if reduce == "tokens" and (labels == ignored).all():
+                raise NotOfferedError  # the documented mean is 0/0
             reduction = {"tokens": "mean", "sum": "sum"}[reduce]
             return f.cross_entropy(
                 student.flatten(0, 1), labels.flatten(), ignore_index=ignored, reduction=reduction
             )
 
+        def mean_square(student, teacher):
+            return f.mse_loss(student, teacher)
+
         def kd_and_labels(student, teacher, labels, alpha, temperature):
-            return alpha * f.cross_entropy(student, labels) + (1 - alpha) * kl(student, teacher, temperature).mean()
+            return (
+                alpha * f.cross_entropy(student, labels)
+                + (1 - alpha) * kl(student, teacher, temperature).mean()
+            )
 
         return {
             "kl": [kl, kl_log],
@@ -490,18 +537,19 @@ class Torch(TorchLibrary):
             "cross_entropy": [cross_entropy],
             "cross_entropy_of_tokens": [cross_entropy_of_tokens],
             "kd_and_labels": [kd_and_labels],
-            "mean_squared_logits": [f.mse_loss],
-            "hint": [f.mse_loss],
+            "mean_squared_logits": [mean_square],
+            "hint": [mean_square],
         }
 
 
 class Trl(TorchLibrary):
+    """`GKDTrainer.generalized_jsd_loss`, whose β = 0 is KL and β = 1 reverse KL, as its documentation
+    says. For top-k labels `IWOPDTrainer.generalized_jsd_loss(top_k=k, add_tail=True, beta=0)`. Results
+    times T².
+    """
+
     title = "TRL"
     packages = ("trl", "torch")
-    how = (
-        "`GKDTrainer.generalized_jsd_loss`, whose β = 0 is KL and β = 1 reverse KL, as its documentation says; for top-k "
-        "`IWOPDTrainer.generalized_jsd_loss(top_k=k, add_tail=True, beta=0)`; results times T²"
-    )
 
     @functools.cached_property
     def routes(self):
@@ -515,20 +563,20 @@ class Trl(TorchLibrary):
         def jsd(student, teacher, beta=0.5, temperature=1.0, where=None, ends=False):
             refuse(where=where)
             if beta in (0, 1) and not ends:
-                raise NotOffered
+                raise NotOfferedError
             rows = (x[:, None] for x in (student, teacher))  # [batch, 1 token, vocabulary]
             return temperature**2 * divergence(*rows, beta=beta, temperature=temperature)
 
         def kl_rows(student, teacher, temperature):
             if np.ndim(temperature):
-                raise NotOffered
+                raise NotOfferedError
             return jsd(student, teacher, 0, temperature, ends=True)
 
         def kl_of_tokens(student, teacher, temperature, reduce, tokens=None, weights=None):
             refuse(weights=weights)
             reductions = {"tokens": "batchmean", "sum": "sum"}
             if reduce not in reductions:
-                raise NotOffered
+                raise NotOfferedError
             labels = torch.where(tokens, 0, -100)
             options = {"temperature": temperature, "reduction": reductions[reduce]}
             return temperature**2 * divergence(student, teacher, labels=labels, beta=0, **options)
@@ -549,13 +597,14 @@ class Trl(TorchLibrary):
 
 
 class Torchdistill(TorchLibrary):
+    """The modules of `torchdistill.losses.mid_level`. `KDLoss` and `LogitStdKDLoss` return KL without T²
+    where α is 0: that is multiplied by T² for the cases of KL alone, and taken as it is where the case
+    is α·cross-entropy + (1 − α)·T²·KL, the documented formula. `PKTLoss` is the mean over the entries
+    of a matrix, and is multiplied by the batch.
+    """
+
     title = "torchdistill"
     packages = ("torchdistill", "torch")
-    how = (
-        "the modules of `torchdistill.losses.mid_level`. `KDLoss` and `LogitStdKDLoss` return KL without T² where α is 0: times T² for "
-        "the cases of KL alone, as it is where the case is α·cross-entropy + (1 − α)·T²·KL, the documented formula. `PKTLoss` is the mean "
-        "over the entries of a matrix: times the batch"
-    )
 
     @functools.cached_property
     def routes(self):
@@ -575,11 +624,13 @@ class Torchdistill(TorchLibrary):
 
         def kl(student, teacher, temperature=1.0, where=None):
             refuse(where=where)
-            return temperature**2 * mid_level.KDLoss(*where_is, temperature, alpha=0)(io(student), io(teacher))
+            return temperature**2 * mid_level.KDLoss(*where_is, temperature, alpha=0)(
+                io(student), io(teacher)
+            )
 
         def kl_rows(student, teacher, temperature):
             if np.ndim(temperature):
-                raise NotOffered
+                raise NotOfferedError
             return kl(student, teacher, temperature)
 
         def kd_and_labels(student, teacher, labels, alpha, temperature):
@@ -587,7 +638,7 @@ class Torchdistill(TorchLibrary):
 
         def standardised_kl(student, teacher, ddof, temperature):
             if ddof != 1:
-                raise NotOffered
+                raise NotOfferedError
             loss = mid_level.LogitStdKDLoss(*where_is, temperature, alpha=0)
             return temperature**2 * loss(io(student), io(teacher))
 
