@@ -16,10 +16,8 @@ import pytest  # noqa: E402
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)
 
-collect_ignore = [
-    "golden",
-    "conformance",
-]  # these scripts need PyTorch, other libraries and the reference programs
+# These scripts need PyTorch, other libraries and the reference programs
+collect_ignore = ["golden", "conformance"]
 
 
 def pytest_configure(config):
