@@ -183,14 +183,13 @@ def soften(
         return jnp.where(top == -jnp.inf, 0.0, top)  # −inf: no class of the row exists
 
     top_q, top_p = peak(student, has_q), peak(teacher, has_p)
-    difference = jnp.where(has_q & has_p, teacher - student - (top_p - top_q), 0.0) / temperature
-    return Softened(
-        jnp.where(has_q, student - top_q, 0.0) / temperature,
-        jnp.where(has_p, teacher - top_p, 0.0) / temperature,
-        difference,
-        has_q,
-        has_p,
-    )
+    x, y = jnp.where(has_q, student - top_q, 0.0), jnp.where(has_p, teacher - top_p, 0.0)
+    # Two ways to the difference: between the networks first, or to the maximum first. The smaller numbers
+    # lose fewer digits.
+    across, along = teacher - student, top_p - top_q
+    closer = jnp.abs(across) + jnp.abs(along) < jnp.abs(x) + jnp.abs(y)
+    difference = jnp.where(has_q & has_p, jnp.where(closer, across - along, y - x), 0.0)
+    return Softened(x / temperature, y / temperature, difference / temperature, has_q, has_p)
 
 
 def pair(
@@ -203,7 +202,8 @@ def pair(
 
 def compare(x: Softened, axis: int) -> Pair:
     """Computes the probabilities of both, their logarithms, and the difference of these."""
-    return Pair(*_compare(axis, *x), x.has_q, x.has_p)
+    q, p, log_q, log_p, log_ratio = _compare(axis, *x)
+    return Pair(q, p, log_q, log_p, log_ratio, x.has_q, x.has_p)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -248,12 +248,11 @@ _compare.defjvp(_compare_jvp, symbolic_zeros=True)
 
 def excess(d: Array) -> Array:
     """Computes e^(−d) − 1 + d for |d| < 1/2 by its series, because the direct formula cancels."""
-    terms: list[Any] = [(-1) ** k / math.factorial(k) for k in range(2, 16 if d.dtype == jnp.float64 else 10)]
+    terms: list[Any] = [(-1) ** k / math.factorial(k) for k in range(2, 18 if d.dtype == jnp.float64 else 10)]
     power = d
     while len(terms) > 1:  # in pairs: fewer steps that wait for each other than one after another
-        terms = [low + high * power for low, high in zip(terms[::2], terms[1::2], strict=True)] + (
-            [terms[-1]] if len(terms) % 2 else []
-        )
+        terms.extend([0.0] * (len(terms) % 2))
+        terms = [low + high * power for low, high in zip(terms[::2], terms[1::2], strict=True)]
         power = power * power
     return d * d * terms[0]
 

@@ -53,11 +53,12 @@ def dkd(
       labels: integers ``[...]``.
       alpha: weight of the first term.
       beta: weight of the second term. The paper tunes it between 1 and 10 to suit the teacher's confidence.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either. A row in which no class exists has value 0.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either. A row that ``where`` leaves without a class has value 0 and gradient 0.
 
     Returns:
       ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
@@ -243,7 +244,7 @@ def teacher_free(
     teacher = jnp.where(valid | target, teacher / temperature, -jnp.inf)
     cooled = jnp.where(valid, jnp.where(valid, logits, 0.0) / student_temperature, -jnp.inf)
     value = jnp.square(student_temperature) * divergence(
-        "kl", _soften(cooled, teacher, 1.0, axis, None), axis
+        "kl", _soften(cooled, teacher, jnp.ones(()), axis, None), axis
     )
     return _finish(value, mask_of(where, logits), bad, axis)
 
@@ -304,24 +305,18 @@ def _label_or_not(
         total > 0, total, 1.0
     )
     step = jnp.sum(jnp.where(target, delta, 0.0), axis, keepdims=True) - change
-    step = jnp.where((total > 0) & (jnp.abs(step) < 2), step, odds_p - odds_q)
-
-    def logits(odds, top):
-        return jnp.stack([jnp.squeeze(odds - top, axis), jnp.squeeze(-top, axis)], -1)
+    near = (total > 0) & (jnp.abs(step) < 2)
 
     def two(a, b):
         return jnp.stack([jnp.squeeze(a, axis), jnp.squeeze(b, axis)], -1)
 
     top_q, top_p = (jax.lax.stop_gradient(jnp.maximum(odds, 0.0)) for odds in (odds_q, odds_p))
     has_q, has_p = two(target_q, others_q), two(target_p, others_p)
-    difference = jnp.where(has_q & has_p, logits(step, top_p - top_q), 0.0)
-    return Softened(
-        jnp.where(has_q, logits(odds_q, top_q), 0.0),
-        jnp.where(has_p, logits(odds_p, top_p), 0.0),
-        difference,
-        has_q,
-        has_p,
-    )
+    x = jnp.where(has_q, two(odds_q - top_q, -top_q), 0.0)
+    y = jnp.where(has_p, two(odds_p - top_p, -top_p), 0.0)
+    close = two(step - (top_p - top_q), top_q - top_p)
+    difference = jnp.where(has_q & has_p, jnp.where(two(near, near), close, y - x), 0.0)
+    return Softened(x, y, difference, has_q, has_p)
 
 
 def _finish(value: Array, exists: Array, bad: Array, axis: int) -> Array:

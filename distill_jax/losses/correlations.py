@@ -47,12 +47,13 @@ def standardise(
 
     Args:
       logits: ``[..., classes]``, any float dtype.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       ddof: σ² is the sum of squares divided by (classes − ddof). The paper has 0, its code 1.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       The shape of ``logits``, no unit, float32 (float64 for float64 input); −inf where a class does not
@@ -108,10 +109,11 @@ def dist(
       teacher_logits: ``[..., classes]``, any float dtype.
       beta: weight of the first term, the correlation between classes.
       gamma: weight of the second term, the correlation within a class.
-      temperature: T > 0 of both softmaxes, a scalar, or an array that broadcasts to the logits, with size
-        1 on the class axis.
+      temperature: T > 0 of both softmaxes, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes of
+        which examples exist. A class whose
         logit is −inf for only one of the two has probability 0 there; if it is −inf for both, it does not
         exist.
 
@@ -151,7 +153,7 @@ def dist(
     (a, b), (flat_a, flat_b) = _unit(_relative(log_softmax(logits, has, 2), has, 1), exists[None], 1)
     members = jnp.sum(exists, 0, keepdims=True)
     number = jnp.sum(counted)
-    per_member = number / jnp.maximum(members, 1)
+    per_member = (number / jnp.maximum(members, 1)).astype(student.dtype)
     within = number * jnp.square(a - b) / 2
     within = jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, within), per_member)
     used = jnp.maximum(jnp.sum(members > 0), 1)
@@ -192,7 +194,8 @@ def mlkd(
       batch_weight: weight of the second term.
       class_weight: weight of the third term.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes of
+        which examples exist. A class whose
         logit is −inf does not exist either.
 
     Returns:
@@ -240,7 +243,7 @@ def mlkd(
     names = {"instance_weight": instance_weight, "batch_weight": batch_weight, "class_weight": class_weight}
     return sum(
         (weight(*each, term) * term for each, term in zip(names.items(), terms, strict=True)),
-        jnp.zeros(shape),
+        jnp.zeros(shape, student.dtype),
     )
 
 
@@ -266,7 +269,7 @@ def _unit(values: Array, mask: Array, axis: int, free: ArrayLike = 1) -> tuple[A
     count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
     centred = jnp.where(mask, values - jnp.sum(values, axis, keepdims=True) / count, 0.0)
     # Scaled to size 1 before squaring; a constant factor does not change the result.
-    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis, keepdims=True))
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis, keepdims=True, initial=0.0))
     flat = size == 0
     centred = jnp.where(flat, 0.0, centred) / jnp.where(flat, 1.0, size)
     square = jnp.sum(jnp.square(centred), axis, keepdims=True)

@@ -38,8 +38,9 @@ def logit_adjusted(
       tau: τ, a number; 1 is consistent for the balanced error.
       label_smoothing: ε in [0, 1], as in :func:`cross_entropy`.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class does not exist
@@ -136,9 +137,11 @@ def _per_class(
     name: str, values: ArrayLike | Sequence[float], shape: tuple[int, ...], axis: int
 ) -> Array | np.ndarray:
     """Reshapes one number per class so that it broadcasts to the logits."""
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
     check_real(name, values)
     if not isinstance(values, jax.Array):
-        values = np.asarray(values, np.float64)
+        values = values.astype(np.float64)
     axis = axis % len(shape)
     if values.shape != (shape[axis],):
         raise ValueError(f"{name} must hold one number per class, shape ({shape[axis]},), got {values.shape}")

@@ -1,5 +1,8 @@
 """Logit losses between a student and a teacher, or between a student and labels.
 
+Logits are real numbers; integers are converted to float32. Values have the dtype of the logits, float32 or
+float64, whatever the dtypes of the options are.
+
 A class exists where ``where`` is true and its logit is not −inf. A class that does not exist has
 probability exactly 0 and takes no part in any maximum, sum or mean. Everything is computed in float32
 (in float64 for float64 input) from logarithms, and no probability is clipped. Differences of logits
@@ -45,11 +48,12 @@ def kl(
     Args:
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either. A row in which no class exists has value 0.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either. A row that ``where`` leaves without a class has value 0 and gradient 0.
 
     Returns:
       ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
@@ -337,7 +341,8 @@ def cross_entropy(
 
     Returns:
       ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class does not exist;
-      NaN where an integer label is outside [0, classes).
+      NaN where an integer label is outside [0, classes); 0 where ``where`` leaves a row without a class,
+      whatever its label.
 
     Raises:
       ValueError: if the shapes do not fit, or ε is outside [0, 1].

@@ -33,11 +33,12 @@ def ranking_hinge(
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
       margin: m ≥ 0, a number. None uses the teacher's own difference, p_k − p_l.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       ``[...]``, a probability, float32 (float64 for float64 input); 0 where no pair counts.
@@ -57,7 +58,7 @@ def ranking_hinge(
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     if margin is None:  # m − (q_k − q_l) is the difference of p − q
-        values, short = probability_difference(x), 0.0
+        values, short = probability_difference(x), jnp.zeros((), x.q.dtype)
     else:
         check_not_negative("margin", margin)
         values, short = -x.q, scalar("margin", margin, x.q.dtype)
