@@ -7,7 +7,7 @@ import inspect
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _INSIDE = (str(Path(__file__).parent), str(Path(jax.__file__).parent))
 _warned: set[str] = set()  # names of arguments about which a warning was given
 
 
-def check_real(name: str, array: ArrayLike) -> None:
+def check_real(name: str, array: Any) -> None:
     """Raises ``ValueError`` unless an array holds real numbers: floats of any width, or integers.
 
     Masked, structured, complex and boolean arrays are refused, and so is what is no array of numbers. Nothing
@@ -54,27 +54,25 @@ def _check_dtype(name: str, array: ArrayLike, kinds: tuple[Any, ...], expected: 
         raise ValueError(f"{name} must be {expected}, got dtype {array.dtype}")
 
 
+def shown(value: Any) -> str:
+    """Writes a value in one line, as messages show it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _number(value: Any) -> str:
+    return shown(value) if np.ndim(value) else str(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Says whether a value is one integer, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """Raises ``ValueError`` unless a value is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def check_finite(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value is no finite real number. Traced values pass."""
-    check_real(name, value)
-    if not isinstance(value, jax.core.Tracer) and not np.isfinite(np.asarray(value, np.float64)).all():
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_not_negative(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value is negative or not finite. Traced values pass."""
-    check_real(name, value)
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
 
 
 def check_positive(name: str, value: ArrayLike) -> None:
@@ -84,17 +82,82 @@ def check_positive(name: str, value: ArrayLike) -> None:
         return
     array = np.asarray(value, np.float64)
     if not (np.isfinite(array).all() and (array > 0).all()):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        raise ValueError(f"{name} must be positive and finite, got {_number(value)}")
 
 
-def check_fraction(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value lies outside [0, 1]. Traced values pass."""
+def check_not_negative(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value is negative or not finite. Traced values pass."""
     check_real(name, value)
     if isinstance(value, jax.core.Tracer):
         return
     array = np.asarray(value, np.float64)
-    if not ((array >= 0).all() and (array <= 1).all()):
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if not (array >= 0).all():
+        raise ValueError(f"{name} must not be negative, got {_number(value)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {_number(value)}")
+
+
+def check_fraction(name: str, value: Any, *, without: int | None = None) -> None:
+    """Raises ``ValueError`` if a value lies outside [0, 1], or is ``without``: 0 or 1. Traced values pass."""
+    check_real(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value, np.float64)
+    if not ((array >= 0).all() and (array <= 1).all()) or (array == without).any():
+        interval = f"{'(' if without == 0 else '['}0, 1{')' if without == 1 else ']'}"
+        raise ValueError(f"{name} must lie in {interval}, got {_number(value)}")
+
+
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raises ``ValueError`` unless a value is among the known ones."""
+    if isinstance(value, Hashable) and value in known:
+        return
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises ``ValueError`` unless a value is one random key, typed or of the older form uint32 ``[2]``."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        fits = shape == ()
+    else:
+        fits = dtype == np.uint32 and shape in ((2,), (4,))
+    if not fits:
+        got = type(key).__name__ if dtype is None else f"{dtype} of shape {shape}"
+        raise ValueError(f"{name} must be one random key, such as jax.random.key(0), got {got}")
+
+
+def check_mapping(name: str, value: Any, of: str) -> None:
+    """Raises ``ValueError`` unless a value is a dict or another mapping; ``of`` says from what to what."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict, {of}, got {type(value).__name__}")
+
+
+def check_sequence(name: str, value: Any, of: str) -> None:
+    """Raises ``ValueError`` unless a value is a sequence, and no string; ``of`` says of what."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be a list of {of}, got {type(value).__name__}")
+
+
+def check_function(name: str, function: Any, form: str) -> None:
+    """Raises ``ValueError`` unless a value is a function that can be called in a certain form.
+
+    Args:
+      name: the name of the argument.
+      function: the value.
+      form: its parameters as they are given, such as ``"model, batch, *, key, step"``.
+    """
+    positional, _, named = form.partition("*")
+    arguments = [part for part in positional.split(", ") if part]
+    try:
+        inspect.signature(function).bind(*arguments, **dict.fromkeys(named.split(", ")[1:]))
+    except TypeError:
+        got = getattr(function, "__qualname__", None) or f"a {type(function).__name__}"
+        raise ValueError(f"{name} must be a function ({form}), got {got}") from None
+    except ValueError:
+        return  # a function of C, which has no signature
+    if type(function).__module__.startswith(("flax.", "distill_jax._model")):
+        raise ValueError(f"{name} must be a function ({form}), got a {type(function).__name__}")
 
 
 def check_fractions(values: Mapping[str, ArrayLike]) -> None:
@@ -107,6 +170,24 @@ def check_fractions(values: Mapping[str, ArrayLike]) -> None:
             wrong.append(str(error))
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def need(batch: Any, *names: str) -> None:
+    """Raises ``ValueError`` unless a batch is a dict that has these entries."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch must be a dict with {', '.join(map(repr, names))}, got {type(batch).__name__}"
+        )
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"the batch has no {name!r}, which is needed here; it has {sorted(batch)}")
+
+
+def check_tx(name: str, tx: Any) -> None:
+    """Raises ``ValueError`` unless a value is an optax transformation."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        got = getattr(tx, "__name__", type(tx).__name__)
+        raise ValueError(f"{name} must be an optax transformation, such as optax.adam(1e-3), got {got}")
 
 
 def warn_if_probabilities(name: str, array: ArrayLike, *, axis: int = -1) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from distill_jax._checks import check_count, check_function
+
 PyTree = Any
 
 
@@ -63,6 +65,23 @@ class Model:
         return dataclasses.replace(self, **changes)
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raises ``ValueError`` unless a value is a :class:`Model`; the message says how one is made of it."""
+    if isinstance(model, Model):
+        return
+    homes = " ".join(cls.__module__ for cls in type(model).__mro__)
+    got, advice = f"{type(model).__name__}", ""
+    if isinstance(model, type):
+        got, advice = f"the class {model.__name__}", ": make an object of it first"
+    elif "flax.nnx" in homes:
+        got, advice = f"the NNX module {got}", ": wrap it, models.from_nnx(module)"
+    elif "flax.linen" in homes:
+        got, advice = f"the Linen module {got}", ": wrap it, models.from_linen(module, key, x)"
+    elif callable(model):
+        got, advice = f"a {got}", ": wrap it, models.from_function(fn, params)"
+    raise ValueError(f"{name} must be a models.Model, got {got}{advice}")
+
+
 def from_function(fn: Callable[..., Any], params: PyTree) -> Model:
     """Makes a :class:`Model` of a plain function without state.
 
@@ -78,6 +97,12 @@ def from_function(fn: Callable[..., Any], params: PyTree) -> Model:
     >>> from_function(lambda w, x: x * w, jnp.float32(2.0))(jnp.float32(3.0))
     Array(6., dtype=float32)
     """
+    if isinstance(fn, Model) or "flax" in type(fn).__module__:
+        raise ValueError(
+            f"fn must be a function (params, x), got a {type(fn).__name__}: a Model is one already, and modules "
+            "of Flax are wrapped by models.from_nnx and models.from_linen"
+        )
+    check_function("fn", fn, "params, x")
     return Model(_PlainFunction(fn), params, {})
 
 
@@ -97,6 +122,26 @@ def identity(x: Any) -> Any:
     return x
 
 
+def check_inputs(name: str, x: PyTree) -> None:
+    """Raises ``ValueError`` unless a value is a batch: at least one array, and each with a batch axis."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(x)]
+    if not shapes or () in shapes:
+        raise ValueError(f"{name} must be a batch of inputs, arrays [batch, ...], got shapes {shapes}")
+
+
+def example_count(name: str, data: PyTree) -> int:
+    """Returns the number of examples of arrays ``[n, ...]``, n ≥ 1.
+
+    Raises:
+      ValueError: if there is no example, or the arrays are not equally long.
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(data)]
+    lengths = {shape[0] for shape in shapes if shape}
+    if len(lengths) != 1 or () in shapes or 0 in lengths:
+        raise ValueError(f"{name} must have as many examples each, at least one, got shapes {shapes}")
+    return lengths.pop()
+
+
 def padded_batches(data: PyTree, batch_size: int) -> Iterator[tuple[PyTree, np.ndarray]]:
     """Splits arrays into batches of one size, so that a program on them is compiled once.
 
@@ -112,14 +157,8 @@ def padded_batches(data: PyTree, batch_size: int) -> Iterator[tuple[PyTree, np.n
       ValueError: if there are no examples, the arrays are not equally long, or ``batch_size`` is not
         positive.
     """
-    counts = {len(leaf) for leaf in jax.tree.leaves(data)}
-    if len(counts) > 1:
-        raise ValueError(f"the arrays must have as many examples each, got {sorted(counts)}")
-    count = counts.pop() if counts else 0
-    if count < 1 or batch_size < 1:
-        raise ValueError(
-            f"expected at least one example and a batch size of at least 1, got {count} and {batch_size}"
-        )
+    check_count("batch_size", batch_size)
+    count = example_count("the arrays", data)
     size = min(batch_size, count)
 
     def batch(start: int) -> tuple[PyTree, np.ndarray]:
@@ -149,6 +188,10 @@ def predict(
 
     Returns:
       The model's outputs for all inputs as NumPy arrays ``[n, ...]``, floating-point numbers in float32.
+
+    Raises:
+      ValueError: if ``model`` is no :class:`Model`, there are no examples, the arrays are not equally long, or
+        ``batch_size`` is not a positive integer.
     """
 
     def whole(*parts: Any) -> np.ndarray:
@@ -156,6 +199,8 @@ def predict(
         floating = jax.dtypes.issubdtype(array.dtype, np.floating)
         return array.astype(np.float32) if floating else array
 
+    check_model("model", model)
+    check_function("prepare", prepare, "inputs")
     inputs = jax.tree.map(np.asarray, inputs)
     outputs = [
         jax.tree.map(lambda y, c=counted: np.asarray(y)[: c.sum()], _forward(model, batch, prepare))

@@ -14,12 +14,37 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._model import Model, PyTree, identity, predict
+from distill_jax._checks import check_count, check_function, check_integers, check_real, check_sequence
+from distill_jax._model import Model, PyTree, check_model, identity, predict
 
 
 def errors(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Marks wrong predictions: 1 where the top class is not the label, else 0; float32 ``[n]``."""
+    _check(logits, labels)
     return (jnp.argmax(logits, -1) != labels).astype(jnp.float32)
+
+
+def _check(logits: ArrayLike, labels: ArrayLike) -> None:
+    """Raises ``ValueError`` unless there are logits ``[..., n, classes]`` and integer labels ``[n]``."""
+    check_real("logits", logits)
+    check_integers("labels", labels)
+    shape, given = np.shape(logits), np.shape(labels)
+    if not given or shape[:-1][-len(given) :] != given:
+        raise ValueError(f"expected logits [n, classes] and labels [n], got {shape} and {given}")
+
+
+def _check_examples(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits ``[n, classes]`` and labels ``[n]`` in [0, classes), n ≥ 1, or raises ``ValueError``."""
+    _check(logits, labels)
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
+    classes = logits.shape[-1]
+    if logits.ndim != 2 or not len(labels):
+        raise ValueError(
+            f"expected logits [n, classes] and labels [n], n ≥ 1, got {logits.shape} and {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
+    return logits, labels
 
 
 def brier(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -34,6 +59,7 @@ def brier(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     >>> print(brier(jnp.zeros((1, 2)), jnp.array([0])))
     [0.5]
     """
+    _check(logits, labels)
     probabilities = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
     return jnp.sum(jnp.square(probabilities - jax.nn.one_hot(labels, probabilities.shape[-1])), -1)
 
@@ -44,13 +70,20 @@ def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> jax.Array
     References:
       Stanton et al., `Does Knowledge Distillation Really Work?`, 2021, Eq. 6.
     """
+    check_real("student_logits", student_logits)
+    check_real("teacher_logits", teacher_logits)
+    if np.shape(student_logits) != np.shape(teacher_logits):
+        raise ValueError(
+            "student_logits and teacher_logits must have the same shape, got "
+            f"{np.shape(student_logits)} and {np.shape(teacher_logits)}"
+        )
     same = jnp.argmax(student_logits, -1) == jnp.argmax(teacher_logits, -1)
     return same.astype(jnp.float32)
 
 
 def confusion(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Computes the confusion matrix: counts of (true class, predicted class), int64 ``[classes, classes]``."""
-    logits, labels = np.asarray(logits), np.asarray(labels)
+    logits, labels = _check_examples(logits, labels)
     classes = logits.shape[-1]
     pairs = labels * classes + logits.argmax(-1)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -65,6 +98,9 @@ def precision_recall_f1(counts: np.ndarray) -> dict[str, np.ndarray]:
     >>> precision_recall_f1(np.array([[3, 1], [0, 4]]))["precision"]
     array([1. , 0.8])
     """
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"counts must be [classes, classes], from confusion, got shape {counts.shape}")
     right = np.diag(counts).astype(float)
     predicted, true = counts.sum(0), counts.sum(1)
     absent = predicted + true == 0
@@ -88,6 +124,8 @@ def calibration_bins(
       Mean confidence, accuracy (float64) and count (int64) of each bin, ``[bins]``, in rising order
       of confidence; fewer bins where there are fewer examples.
     """
+    check_count("bins", bins)
+    logits, labels = _check_examples(logits, labels)
     probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)), np.float64)
     confidence = probabilities.max(-1)
     right = (probabilities.argmax(-1) == np.asarray(labels)).astype(float)
@@ -131,19 +169,20 @@ def figures(
     Raises:
       ValueError: if shapes or labels do not fit, or a logit is NaN.
     """
-    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
-    classes = logits.shape[-1]
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
-        raise ValueError(
-            f"expected logits [n, classes] and labels [n], n ≥ 1, got {logits.shape} and {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
+    logits, labels = _check_examples(logits, labels)
     if np.isnan(logits).any():
         raise ValueError(
             f"{int(np.isnan(logits).any(-1).sum())} of {len(logits)} examples have NaN logits: "
             "the training has diverged; try a smaller learning rate"
         )
+    if teacher_logits is not None:
+        check_real("teacher_logits", teacher_logits)
+        teacher_logits = np.asarray(teacher_logits, np.float32)
+        if teacher_logits.shape != logits.shape or np.isnan(teacher_logits).any():
+            raise ValueError(
+                f"teacher_logits must be of the shape of logits, {logits.shape}, and not NaN, got shape "
+                f"{teacher_logits.shape} with {int(np.isnan(teacher_logits).sum())} NaN"
+            )
     per_class = precision_recall_f1(confusion(logits, labels))
     count = int(errors(logits, labels).sum())
     result = {
@@ -194,6 +233,7 @@ def evaluate(
     def run(model: Model) -> np.ndarray:
         return predict(model, inputs, prepare=prepare, batch_size=batch_size)
 
+    check_integers("labels", labels)
     return figures(run(model), labels, None if teacher is None else run(teacher))
 
 
@@ -207,6 +247,12 @@ def timings(calls: Sequence[Callable[[], Any]], *, repeats: int) -> np.ndarray:
     Returns:
       Seconds, ``[repeats, calls]``.
     """
+    check_count("repeats", repeats)
+    check_sequence("calls", calls, "functions without arguments")
+    if not calls:
+        raise ValueError("calls must hold at least one function, got none")
+    for call in calls:
+        check_function("each of calls", call, "")
     seconds = np.zeros((repeats + 3, len(calls)))
     for row in seconds:
         for i, call in enumerate(calls):
@@ -230,6 +276,10 @@ def costs(models: Sequence[Model], example: ArrayLike, *, repeats: int = 30) -> 
       or where there is a loop, whose body it counts once) and ``latency_ms``, the median wall time of a
       call at batch ``"1"`` and ``"256"``, in milliseconds.
     """
+    check_count("repeats", repeats)
+    check_sequence("models", models, "models")
+    for model in models:
+        check_model("each of models", model)
     results: list[dict[str, Any]] = [
         {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
@@ -260,7 +310,14 @@ def speed_ratio(model: Model, other: Model, example: ArrayLike, *, batch: int, r
       example: one input, without the batch axis.
       batch: the number of examples per call.
       repeats: the number of calls of each.
+
+    Returns:
+      The median of the quotients of the two times, above 0.
     """
+    check_count("batch", batch)
+    check_count("repeats", repeats)
+    check_model("model", model)
+    check_model("other", other)
     calls = [call for call, _ in _compiled((model, other), example, batch)]
     seconds = timings(calls, repeats=repeats)
     return float(np.median(seconds[:, 1] / seconds[:, 0]))

@@ -88,6 +88,10 @@ def test_signatures_and_docstrings(name, function):
     if documented:
         missing = [p for p in parameters if not re.search(rf"\b{p}\b", function.__doc__)]
         assert not missing, f"{name} does not document {missing}"
+        nothing = "._" in name or inspect.signature(function).return_annotation in (None, "None")
+        assert nothing or "Returns:" in function.__doc__ or "Yields:" in function.__doc__, (
+            f"{name} returns what?"
+        )
 
 
 # Parameters of which nothing is known. (What may be any pytree is typed PyTree.)

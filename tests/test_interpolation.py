@@ -91,7 +91,7 @@ def test_pull_by_hand():
         student = student - 0.3 * gradient_of(student, batch)
     np.testing.assert_allclose(pair.teacher.model.params["w"], teacher, rtol=1e-5)
     np.testing.assert_allclose(pair.student.model.params["w"], student, rtol=1e-5)
-    assert {"loss", "teacher_loss", "errors", "teacher_errors", "rate"} <= metrics.keys()
+    assert {"loss", "teacher_loss", "error_rate", "teacher_error_rate", "rate"} <= metrics.keys()
     np.testing.assert_array_equal(metrics["rate"], 0.25)
     assert pair.step == 3
     chex.assert_trees_all_equal(pair.model, pair.student.model)
@@ -175,7 +175,7 @@ def test_through_keeps_the_states_apart():
     expected = 1 + mean * teacher.params["w"].sum()
     np.testing.assert_allclose(after["teacher"]["mean"], expected, rtol=1e-5)
     assert mixed.state == student.state
-    assert {"errors", "teacher_errors", "teacher_loss", "rate"} == metrics.keys()
+    assert {"error_rate", "teacher_error_rate", "teacher_loss", "rate"} == metrics.keys()
 
 
 def test_a_model_that_was_not_joined_is_refused():
@@ -416,7 +416,7 @@ def test_the_tutorials_loop_corrected(name, source):
             lambda: interpolation.pull(
                 None, step_of(optax.sgd(0.1)), {"c.kernel": 0.5, "d": 0.5, "": 0.1}
             )(make_pair(optax.sgd(0.1), make_mlp), make_batch()),
-            r"'c.kernel' is found in no path\n'd' is found in no path",
+            r"'c.kernel' is found in no path; 'd' is found in no path",
         ),
     ],
 )  # fmt: skip

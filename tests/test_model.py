@@ -390,11 +390,15 @@ def test_padded_batches():
     np.testing.assert_array_equal([counted.sum() for _, counted in batches], [3, 3, 1])
     assert [len(counted) for _, counted in padded_batches(data, 100)] == [7]
     for wrong, size, message in [
-        ({"image": np.zeros((0, 3))}, 2, "at least one example and a batch size of at least 1, got 0 and 2"),
-        ({}, 2, "got 0 and 2"),
-        (data, 0, "got 7 and 0"),
-        (data, -1, "got 7 and -1"),
-        ({**data, "label": np.arange(6)}, 2, r"as many examples each, got \[6, 7\]"),
+        ({"image": np.zeros((0, 3))}, 2, r"at least one, got shapes \[\(0, 3\)\]"),
+        ({}, 2, r"at least one, got shapes \[\]"),
+        (data, 0, "batch_size must be an integer of at least 1, got 0"),
+        (data, -1, "batch_size must be an integer of at least 1, got -1"),
+        (
+            {**data, "label": np.arange(6)},
+            2,
+            r"as many examples each, .* got shapes \[\(7,\), \(6,\), \(7, 2\)\]",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             padded_batches(wrong, size)

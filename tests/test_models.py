@@ -345,7 +345,7 @@ def test_a_network_that_is_not_there(text, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"shape must be .* got \(8, 8\)"):
         VGG((8, 8), 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="classes must be an integer of at least 1, got 0"):
         VGG((8, 8, 1), 0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
         nnx_module("vgg8", (8, 8, 1), 3, rngs=nnx.Rngs(0), dropout=1.0)

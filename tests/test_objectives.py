@@ -96,7 +96,7 @@ def test_the_loss_by_hand():
     np.testing.assert_allclose(metrics["feature"], average(feature, batch), rtol=1e-5)
     expected = 0.5 * hard + 0.25 * soft + average(feature, batch)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert set(metrics) == {"feature", "hard", "soft", "errors"}
+    assert set(metrics) == {"feature", "hard", "soft", "error_rate"}
 
 
 def test_several_losses_with_weights_and_layers_of_their_own():

@@ -140,7 +140,7 @@ def test_self_distillation_by_hand():
         expected += alpha * hard(zi, batch) + (1 - alpha) * soft
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     wrong = mean(z[-1].argmax(-1) != np.asarray(batch["label"]), batch)
-    np.testing.assert_allclose(metrics["errors"], wrong, rtol=1e-6)
+    np.testing.assert_allclose(metrics["error_rate"], wrong, rtol=1e-6)
     assert_same_in_parts(loss_fn, model, batch)
 
 

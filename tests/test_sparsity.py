@@ -514,14 +514,14 @@ def smallest(params):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"final": 1.0}, r"final must be a fraction in \[0, 1\), got 1.0"),
-        ({"final": -0.1}, "final must be a fraction"),
-        ({"final": float("nan")}, "final must be a fraction"),
-        ({"initial": 1.0}, "initial must be a fraction"),
+        ({"final": 1.0}, r"final must lie in \[0, 1\), got 1.0"),
+        ({"final": -0.1}, "final must lie in"),
+        ({"final": float("nan")}, "final must lie in"),
+        ({"initial": 1.0}, "initial must lie in"),
         ({"initial": 0.6}, "initial must be at most final, 0.5, got 0.6"),
         ({"begin": 5}, "0 ≤ begin < end, got 5 and 5"),
-        ({"begin": -1}, "0 ≤ begin < end"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"begin": -1}, "begin must be an integer of at least 0, got -1"),
+        ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"power": 0.0}, "power must be positive"),
     ],
 )

@@ -57,7 +57,7 @@ def test_distillation_step_by_hand():
     np.testing.assert_allclose(metrics["hard"], hard, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], alpha * hard + (1 - alpha) * soft, rtol=1e-6)
     wrong = (z.argmax(-1) != np.asarray(batch["label"])).mean()
-    np.testing.assert_allclose(metrics["errors"], wrong, rtol=1e-6)
+    np.testing.assert_allclose(metrics["error_rate"], wrong, rtol=1e-6)
     assert state.step == 1
 
 

@@ -427,7 +427,7 @@ def test_what_cannot_be_meant_is_refused():
         (lambda: prune({"a": np.full(4, np.nan)}, 0.5), "finite, got .* that are not"),
         (lambda: prune(two, 0.1), "with 1 unit per group, still costs 0.25, more than 0.1"),
         (lambda: prune(two, float("nan")), "budget"),
-        (lambda: prune(two, 0.5, multiple=0), "multiple must be at least 1"),
+        (lambda: prune(two, 0.5, multiple=0), "multiple must be an integer of at least 1"),
         (lambda: prune(two, 0.5, across="all"), "across must be"),
         (lambda: merge(model, {"z": 1}), "sizes: 'z' is no group"),
         (lambda: merge(model, {"a": 5}), r"must lie in 1 … 4, got 5"),

@@ -357,8 +357,8 @@ def test_other_containers_and_constants_inside_jit():
         (-0.1, r"t must lie in \[0, 1\], got -0.1"),
         (jnp.ones(3), r"t must be a scalar, got shape \(3,\): use jax.vmap"),
         ({"kernel": 2.0, "": 0.5}, r"t\['kernel'\] must lie in \[0, 1\], got 2.0"),
-        ({"kernl": 0.5, "biass": 0.5, "": 0.5}, r"'kernl' is found in no path\n'biass' is found in no"),
-        ({"kernel": 0.5}, r"count: found by none.*\n.*bias: found by none.*\nmask: found by none"),
+        ({"kernl": 0.5, "biass": 0.5, "": 0.5}, r"'kernl' is found in no path; 'biass' is found in no"),
+        ({"kernel": 0.5}, r"count: found by none.*; .*bias: found by none.*; mask: found by none"),
         ({"dense": 0.5, "kernel": 0.5, "": 0.1}, r"dense.0.kernel: found by 'dense', 'kernel'"),
     ],
 )

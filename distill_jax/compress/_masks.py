@@ -37,6 +37,10 @@ def choose_leaves(params: PyTree, exclude: Sequence[str], min_ndim: int) -> PyTr
     """
     leaves = by_path(params)
     for expression in exclude:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"exclude: {expression!r} is no regular expression: {error}") from None
         if leaves and not any(re.search(expression, path) for path in leaves):
             raise ValueError(f"exclude: {expression!r} is found in no path; there are {', '.join(leaves)}")
 
@@ -78,8 +82,9 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
             lambda p, mask: absent(mask) or (mask.dtype == bool and mask.shape == p.shape), params, masks
         )
     except (ValueError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"masks must have the structure of params, with an array or a MaskedNode for each leaf: {error}"
+            f"masks must have the structure of params, with an array or a MaskedNode for each leaf: {reason}"
         ) from None
     wrong = [path for path, fit in by_path(fits).items() if not fit]
     if wrong:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._model import ApplyFn, Model, PyTree, identity, predict
+from distill_jax._checks import check_count, check_positive, check_real, is_integer
+from distill_jax._model import ApplyFn, Model, PyTree, check_model, identity, predict
 from distill_jax.compress import linear_codes
 from distill_jax.features.capturing import capture, resume
 from distill_jax.losses._numerics import to_float
@@ -45,6 +46,7 @@ def quantise(code: ArrayLike, *, bits: int) -> jax.Array:
     [-1. -1.  1.  1.]
     """
     levels = _levels(bits)
+    check_real("code", code)
     smooth = jnp.tanh(to_float(code))
     rounded = jax.lax.stop_gradient(2 * jnp.round(levels * (smooth + 1) / 2) / levels - 1)
     # In this order the value is the rounded one exactly
@@ -67,9 +69,13 @@ def pack(code: ArrayLike, *, bits: int) -> np.ndarray:
     >>> pack(jnp.array([[-1.0, 1.0, 1.0]]), bits=1)
     array([[96]], dtype=uint8)
     """
+    highest = _levels(bits)
+    check_real("code", code)
+    if not np.ndim(code):
+        raise ValueError("code must be an array [n, ...], got a single value")
     values = np.asarray(code, np.float64).reshape(len(np.asarray(code)), -1)
-    levels = (values + 1) / 2 * _levels(bits)
-    numbers = np.rint(levels).clip(0, _levels(bits))
+    levels = (values + 1) / 2 * highest
+    numbers = np.rint(levels).clip(0, highest)
     if not np.all(np.abs(levels - numbers) < 0.1):  # 16 bits in float32 are off by 4e-3
         raise ValueError(f"code must be what quantise(…, bits={bits}) returned")
     places = np.arange(bits - 1, -1, -1, dtype=np.uint32)
@@ -91,6 +97,11 @@ def unpack(sent: np.ndarray, shape: tuple[int, ...], *, bits: int) -> np.ndarray
     Raises:
       ValueError: if such a code has another number of bytes.
     """
+    levels = _levels(bits)
+    for size in shape:
+        check_count("each entry of shape", size)
+    if not isinstance(sent, np.ndarray) or sent.dtype != np.uint8:
+        raise ValueError(f"sent must be an array of uint8, got {getattr(sent, 'dtype', type(sent).__name__)}")
     count = int(np.prod(shape)) * bits
     if sent.ndim != 2 or sent.shape[1] != -(-count // 8):
         raise ValueError(
@@ -99,11 +110,11 @@ def unpack(sent: np.ndarray, shape: tuple[int, ...], *, bits: int) -> np.ndarray
         )
     digits = np.unpackbits(sent, axis=1)[:, :count].reshape(len(sent), -1, bits).astype(np.float64)
     numbers = digits @ np.exp2(np.arange(bits - 1, -1, -1))
-    return (2 * numbers / _levels(bits) - 1).astype(np.float32).reshape(len(sent), *shape)
+    return (2 * numbers / levels - 1).astype(np.float32).reshape(len(sent), *shape)
 
 
 def _levels(bits: int) -> int:
-    if not 1 <= bits <= 16:
+    if not is_integer(bits) or not 1 <= bits <= 16:
         raise ValueError(f"bits must be 1 to 16, got {bits}")
     return 2**bits - 1
 
@@ -142,6 +153,7 @@ def make_decoder(
       ValueError: if ``width`` is out of range, a value is not finite, or the network cannot be cut there
         (see :func:`distill_jax.features.resume`).
     """
+    check_positive("spread", spread)
     captured = capture(original, name)
 
     def value_fn(params, state, x, *, key=None):
@@ -152,7 +164,7 @@ def make_decoder(
 
     values = predict(original.replace(apply_fn=value_fn), inputs, prepare=prepare)
     shape, flat = values.shape[1:], values.reshape(len(values), -1)
-    if not 1 <= width <= min(len(flat) - 1, flat.shape[1]):
+    if not is_integer(width) or not 1 <= width <= min(len(flat) - 1, flat.shape[1]):
         raise ValueError(
             f"width must be 1 to the size of the value {name!r}, {flat.shape[1]}, and below the number "
             f"of examples, {len(flat)}; got {width}"
@@ -216,6 +228,8 @@ def with_inputs(outputs: Model, inputs: Model) -> Model:
       A model with params and state ``{"outputs": ..., "inputs": ...}``. The reconstructed inputs have the
       flat shape that ``inputs`` returns.
     """
+    check_model("outputs", outputs)
+    check_model("inputs", inputs)
     parts = {"outputs": outputs, "inputs": inputs}
     return Model(
         _WithInputs(outputs.apply_fn, inputs.apply_fn),
@@ -247,6 +261,7 @@ def outputs_only(model: Model) -> Model:
     Returns:
       A model with the same parameters and state.
     """
+    check_model("model", model)
     return model.replace(apply_fn=_First(model.apply_fn))
 
 
@@ -257,5 +272,9 @@ class _First:
     apply_fn: ApplyFn
 
     def __call__(self, params: PyTree, state: PyTree, x: Any, *, key: Any = None) -> tuple[Any, PyTree]:
-        (outputs, _), state = self.apply_fn(params, state, x, key=key)
-        return outputs, state
+        outputs, state = self.apply_fn(params, state, x, key=key)
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            raise ValueError(
+                f"outputs_only needs a model whose outputs are a pair, got {jax.tree.structure(outputs)}"
+            )
+        return outputs[0], state

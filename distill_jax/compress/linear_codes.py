@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._model import Model, from_function
+from distill_jax._checks import check_count, check_key, check_real, is_integer
+from distill_jax._model import Model, check_model, from_function
 
 
 class Linear(NamedTuple):
@@ -88,7 +89,7 @@ def reduced_rank(kernel: ArrayLike, root: ArrayLike, rank: int) -> Linear:
      [0. 0.]]
     """
     kernel, values, right = _decompose(kernel, root)
-    if not 1 <= rank <= min(kernel.shape):
+    if not is_integer(rank) or not 1 <= rank <= min(kernel.shape):
         raise ValueError(
             f"rank must be 1 to the smaller side of the kernel {kernel.shape}, {min(kernel.shape)}, "
             f"got {rank}: a wider code keeps nothing more"
@@ -136,13 +137,19 @@ def error(kernel: ArrayLike, root: ArrayLike, factors: Linear) -> float:
       ValueError: if shapes do not fit, or a value is not finite.
     """
     kernel, root = _matrix("kernel", kernel), _matrix("root", root)
-    product = _matrix("encoder", factors.encoder) @ _matrix("decoder", factors.decoder)
+    if not isinstance(factors, Linear):
+        raise ValueError(f"factors must be a Linear, an encoder and a decoder, got {type(factors).__name__}")
+    encoder, decoder = _matrix("encoder", factors.encoder), _matrix("decoder", factors.decoder)
+    if encoder.shape[1] != len(decoder):
+        raise ValueError(f"factors must have one rank, got {encoder.shape} and {decoder.shape}")
+    product = encoder @ decoder
     if product.shape != kernel.shape:
         raise ValueError(f"factors must make a {kernel.shape} kernel, got one of {product.shape}")
     return float(np.sum(np.square(root @ (kernel - product))))
 
 
 def _matrix(name: str, x: ArrayLike) -> np.ndarray:
+    check_real(name, x)
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not x.size:
         raise ValueError(f"{name} must be a matrix that is not empty, got shape {x.shape}")
@@ -248,7 +255,10 @@ def init_linear(key: jax.Array, inputs: int, rank: int, outputs: int) -> tuple[M
     Raises:
       ValueError: if the code is wider than that.
     """
-    if not 1 <= rank <= min(inputs, outputs):
+    check_key("key", key)
+    check_count("inputs", inputs)
+    check_count("outputs", outputs)
+    if not is_integer(rank) or not 1 <= rank <= min(inputs, outputs):
         raise ValueError(
             f"rank must be 1 to the smaller of {inputs} inputs and {outputs} outputs, got {rank}: "
             "a wider code keeps nothing more"
@@ -291,7 +301,13 @@ def fold(model: Model, coordinates: Coordinates) -> Model:
 
     Returns:
       A model of the same form, with float64 NumPy arrays.
+
+    Raises:
+      ValueError: if ``model`` is another one.
     """
+    check_model("model", model)
+    if not isinstance(model.params, Mapping) or set(model.params) != {"encoder", "decoder"}:
+        raise ValueError("model must be the pair of init_linear, joined by models.compose, got another one")
     wide = jax.tree.map(lambda p: np.asarray(p, np.float64), model.params)
     encoder = coordinates.whiten @ wide["encoder"]["kernel"]
     decoder = coordinates.scale * wide["decoder"]["kernel"]

@@ -15,7 +15,7 @@ The factors are the best for the inputs that the layer sees (:func:`layer_roots`
 import functools
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax import _jaxpr
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._checks import check_choice, check_count, check_fraction, check_mapping
+from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model, example_count
 from distill_jax.compress import linear_codes
 from distill_jax.weights.structure import by_path, path_name
 
@@ -88,8 +89,18 @@ def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
 
     Returns:
       path → the kernel's shape, axes and number of uses per example.
+
+    Raises:
+      ValueError: if ``model`` is no Model, or one from :func:`distill_jax.models.load`, whose program is closed.
     """
+    check_model("model", model)
+    check_inputs("x", x)
     found, _ = _probe(model, x)
+    if not found and "call_exported" in _jaxpr.primitives(jax.make_jaxpr(lambda m, x: m(x))(model, x)):
+        raise ValueError(
+            "model: it was loaded from a file, and its program is closed, so no kernel can be factorised: factorise "
+            "the model before models.save"
+        )
     return found
 
 
@@ -114,9 +125,12 @@ def layer_roots(model: Model, x: PyTree, *, batch: int = 256) -> dict[str, np.nd
     def rows(part):
         return _probe(model, part, rows=True)[1]
 
+    check_model("model", model)
+    check_count("batch", batch)
+    examples = example_count("x", x)
     roots: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
-    for start in range(0, len(jax.tree.leaves(x)[0]), batch):
+    for start in range(0, examples, batch):
         part = jax.tree.map(lambda leaf, i=start: jnp.asarray(leaf[i : i + batch]), x)
         for path, values in rows(part).items():
             values = np.asarray(values, np.float64)
@@ -160,9 +174,13 @@ def allocate(
     Raises:
       ValueError: if ``budget`` is out of range, or even ranks of 1 exceed it.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must lie in (0, 1], got {budget}")
-    leaves = by_path(model.params)
+    check_fraction("budget", budget, without=0)
+    check_choice("of", of, ("parameters", "flops"))
+    check_model("model", model)
+    check_mapping("kernels", kernels, "path → Kernel, from low_rank.kernels")
+    leaves = _check_kernels(model, kernels, roots, kernels)
+    if not kernels:
+        raise ValueError("kernels must hold at least one kernel, from low_rank.kernels, got none")
     weight = {p: k.positions if of == "flops" else 1.0 for p, k in kernels.items()}
     total = sum(weight[p] * k.inputs * k.outputs for p, k in kernels.items())
     fixed = 0
@@ -205,6 +223,23 @@ def allocate(
     return {path: rank for path, rank in ranks.items() if rank + 1 < len(energy[path])}
 
 
+def _check_kernels(
+    model: Model, kernels: Mapping[str, Kernel], roots: Mapping[str, np.ndarray] | None, paths: Iterable[str]
+) -> dict[str, Any]:
+    """Returns a model's parameters by path, or raises ``ValueError`` if its kernels or roots are other ones."""
+    leaves = by_path(model.params)
+    for path in paths:
+        shape = kernels[path].shape
+        if path not in leaves or leaves[path].shape != shape:
+            found = leaves[path].shape if path in leaves else "absent"
+            raise ValueError(
+                f"kernels: {path!r} of shape {shape} is {found} in the model: give low_rank.kernels of this model"
+            )
+        if roots is not None and path not in roots:
+            raise ValueError(f"roots has none of {path!r}, only of {list(roots)}")
+    return leaves
+
+
 def factorise(
     model: Model,
     kernels: Mapping[str, Kernel],
@@ -240,9 +275,13 @@ def factorise(
     >>> bool(jnp.allclose(thin(x), model(x)))
     True
     """
+    check_mapping("ranks", ranks, "path → rank")
+    check_model("model", model)
+    check_mapping("kernels", kernels, "path → Kernel, from low_rank.kernels")
     for path in ranks:
         if path not in kernels:
             raise ValueError(f"ranks: no kernel is named {path!r}, only {', '.join(kernels)}")
+    _check_kernels(model, kernels, roots, ranks)
 
     def replace(path, leaf):
         path = path_name(path)

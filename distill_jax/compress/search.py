@@ -7,6 +7,17 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from distill_jax._checks import (
+    check_count,
+    check_fraction,
+    check_function,
+    check_not_negative,
+    check_real,
+    check_sequence,
+)
+
 ORIGINAL = "original"
 
 
@@ -96,9 +107,9 @@ def find_smallest(
       The chosen network, and all trials. Of networks of equal size the one with the lower loss is chosen.
 
     Raises:
-      ValueError: if all operators are baselines, a baseline is not among the operators,
-        ``shares`` do not fall between 1 and 0, or an iterative operator
-        is a baseline.
+      ValueError: if an argument is not what is said above: if all operators are baselines, a baseline is
+        not among the operators, ``shares`` do not fall between 1 and 0, or an iterative
+        operator is a baseline; if ``attempt`` does not return a loss and a size.
 
     >>> def attempt(edit):
     ...     return 1 / edit.share, 100 * edit.share
@@ -107,6 +118,16 @@ def find_smallest(
     ... ).trials.keys()
     dict_keys(['prune 0.5', 'prune 0.25', 'prune 0.354'])
     """
+    check_function("attempt", attempt, "edit")
+    for name, value in {"operators": operators, "iterative": iterative, "baselines": baselines}.items():
+        check_sequence(name, value, "names")
+        if len(set(value)) < len(value):
+            raise ValueError(f"{name} must be different names, got {list(value)}")
+    check_sequence("shares", shares, "shares")
+    for share in shares:
+        check_fraction("shares", share)
+    check_count("refinements", refinements, least=0)
+    _check_budget(original, budget)
     real = [name for name in operators if name not in baselines]
     falling = [1.0, *shares, 0.0]
     if not real or not shares or any(a <= b for a, b in itertools.pairwise(falling)):
@@ -127,7 +148,10 @@ def find_smallest(
             name = f"{operator}{kind} {share!r}"  # three digits do not tell two shares apart
         if name not in trials:
             edit = Edit(name, operator, share, start)
-            trials[name] = Trial(edit, *attempt(edit))
+            found = attempt(edit)
+            if not isinstance(found, Sequence) or len(found) != 2 or not float(found[1]) >= 0:
+                raise ValueError(f"attempt must return the loss and the size of the network, got {found!r}")
+            trials[name] = Trial(edit, *found)
         return name
 
     def chosen() -> str:
@@ -154,6 +178,17 @@ def find_smallest(
     return Found(best, trials)
 
 
+def _check_budget(original: tuple[float, float], budget: float) -> None:
+    check_not_negative("budget", budget)
+    check_sequence("original", original, "a loss and a size")
+    if len(original) != 2:
+        raise ValueError(f"original must be the loss and the size of the original, got {original!r}")
+    for value in original:
+        check_real("original", value)
+        if np.isnan(value):
+            raise ValueError(f"original must be numbers, got {original!r}")
+
+
 def smallest_within(
     trials: Mapping[str, Trial],
     original: tuple[float, float],
@@ -168,7 +203,14 @@ def smallest_within(
       original: the validation loss and the size of the original.
       budget: by how much the loss may exceed that of the original.
       baselines: the operators whose networks are not chosen.
+
+    Returns:
+      The name of a trial, or ``"original"``.
+
+    Raises:
+      ValueError: if ``budget`` is negative or NaN, or ``original`` no pair of numbers.
     """
+    _check_budget(original, budget)
     limit = original[0] + budget
     fitting = [t for t in trials.values() if t.edit.operator not in baselines and t.loss <= limit]
     candidates = [(original[1], original[0], ORIGINAL)]

@@ -7,13 +7,22 @@ never returns. The masks are part of the optimizer's state, and so of every chec
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from distill_jax._checks import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_integers,
+    check_positive,
+    check_tx,
+    is_integer,
+)
 from distill_jax._model import PyTree
 from distill_jax.compress._masks import (
     check_groups,
@@ -72,18 +81,17 @@ def polynomial(
     [0.0, 0.7, 0.8, 0.8]
     """
     for name, value in (("final", final), ("initial", initial)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be a fraction in [0, 1), got {value}")
+        check_fraction(name, value, without=1)
     if initial > final:
         raise ValueError(
             f"initial must be at most final, {final}, got {initial}: removed weights never return"
         )
-    if begin < 0 or end <= begin:
+    check_count("begin", begin, least=0)
+    check_count("end", end)
+    if end <= begin:
         raise ValueError(f"begin and end must satisfy 0 ≤ begin < end, got {begin} and {end}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    if not 0 < power < float("inf"):
-        raise ValueError(f"power must be positive and finite, got {power}")
+    check_count("every", every)
+    check_positive("power", power)
     return Schedule(final, begin, end, initial, every, power)
 
 
@@ -97,6 +105,8 @@ def sparsity_at(schedule: Schedule, step: ArrayLike) -> jax.Array:
     Returns:
       The fraction of weights that are zero, in the shape of ``step``.
     """
+    _check_schedule(schedule)
+    check_integers("step", step)
     step = jnp.asarray(step)
     way = (step - schedule.begin).astype(jnp.float32) / (schedule.end - schedule.begin)
     rest = (1 - jnp.clip(way, 0, 1)) ** schedule.power
@@ -104,6 +114,11 @@ def sparsity_at(schedule: Schedule, step: ArrayLike) -> jax.Array:
     # Not the rounded sum at the end: the last count is exactly the one asked for
     value = jnp.where(step >= schedule.end, schedule.final, value)
     return jnp.where(step < schedule.begin, 0.0, value).astype(jnp.float32)
+
+
+def _check_schedule(schedule: Any) -> None:
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be one of sparsity.polynomial, got {schedule!r}")
 
 
 def _due(schedule: Schedule, step: jax.Array) -> jax.Array:
@@ -207,16 +222,20 @@ def sparsify(
         ("score", score, ("magnitude", "saliency")),
         ("ranking", ranking, ("uniform", "global")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        check_choice(name, value, known)
+    check_fraction("decay", decay, without=1)
+    check_count("min_ndim", min_ndim, least=0)
+    _check_schedule(schedule)
+    check_tx("tx", tx)
+    if not is_integer(axis):
+        raise ValueError(f"axis must be an integer, got {axis!r}")
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of expressions, such as ({exclude!r},)")
     if pattern is not None:
-        keep, group = pattern
-        if not 1 <= keep < group:
+        paired = isinstance(pattern, tuple | list) and len(pattern) == 2 and all(map(is_integer, pattern))
+        if not paired or not 1 <= pattern[0] < pattern[1]:
             raise ValueError(f"pattern (N, M) must satisfy 1 ≤ N < M, got {pattern}")
+        keep, group = pattern
         if abs(schedule.final - (1 - keep / group)) > 1e-6:
             raise ValueError(
                 f"pattern {keep}:{group} is a sparsity of {1 - keep / group:g}, but the schedule's "
@@ -284,6 +303,7 @@ def frozen(tx: optax.GradientTransformation, masks: PyTree) -> optax.GradientTra
     >>> print(optax.apply_updates(params, updates)["w"])
     [0.5 0. ]
     """
+    check_tx("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -350,6 +370,9 @@ def sparsity(tree: PyTree) -> dict[str, jax.Array]:
     {'w': 0.5, 'overall': 0.5}
     """
     leaves = by_path(tree)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "size"):
+            raise ValueError(f"tree must hold arrays, got {type(leaf).__name__} at {path}")
     zeros = {path: jnp.sum(leaf == 0) for path, leaf in leaves.items()}
     result = {path: zeros[path].astype(jnp.float32) / leaf.size for path, leaf in leaves.items()}
     total = sum(leaf.size for leaf in leaves.values())

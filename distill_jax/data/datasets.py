@@ -6,7 +6,6 @@ asked for that comes from them: ``pip install 'distill_jax[data]'`` installs bot
 
 import functools
 import json
-import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_count, is_integer
 from distill_jax.data import _idx, _tfds
 from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, one_line
@@ -253,6 +253,8 @@ def _checked(
                 f"{', '.join(map(str, absent[:5]))}: renumber the classes, or give class_names"
             )
         class_names = tuple(map(str, range(classes)))
+    if isinstance(class_names, str) or len(set(class_names)) < len(class_names):
+        raise DataError(f"class_names must be a list of different names, got {class_names!r}")
     classes = len(class_names)
     for key, values in labels.items():
         if values.max() >= classes:
@@ -266,8 +268,17 @@ def _checked(
     return _split(name, source, arrays, tuple(map(str, class_names)), validation, seed)
 
 
+def _array(name: str, given: Any) -> np.ndarray:
+    if isinstance(given, np.ma.MaskedArray):
+        raise DataError(f"{name} must be no masked array: fill or select it first")
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise DataError(f"{name} must be an array, got rows of unequal length") from None
+
+
 def _images(name: str, given: Any) -> np.ndarray:
-    images = np.asarray(given)
+    images = _array(name, given)
     if images.ndim not in (3, 4) or not images.size:
         raise DataError(
             f"{name} must be [n, height, width] or [n, height, width, channels] and not empty, got shape "
@@ -288,12 +299,14 @@ def _images(name: str, given: Any) -> np.ndarray:
 
 
 def _labels(name: str, given: Any) -> np.ndarray:
-    labels = np.asarray(given)
+    labels = _array(name, given)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         advice = {2: ": use ravel() for a column, argmax(-1) for one-hot rows"}.get(labels.ndim, "")
         raise DataError(f"{name} must be integers [n], got {labels.dtype} {labels.shape}{advice}")
     if labels.size and labels.min() < 0:
         raise DataError(f"{name} must count from 0, got {labels.min()}")
+    if labels.size and labels.max() > np.iinfo(np.int32).max:
+        raise DataError(f"{name} must be the numbers of classes, got {labels.max()}: renumber the classes")
     return labels.astype(np.int32)
 
 
@@ -304,7 +317,10 @@ def _split(
     n, m = len(arrays["train_label"]), len(arrays["test_label"])
     train = Split(np.arange(n), arrays["train_image"], arrays["train_label"])
     k = min(5_000, max(1, n // 6)) if validation is None else validation
-    if not (isinstance(k, numbers.Integral) and 0 < k < n):
+    check_count("seed", seed, least=0)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {seed}")
+    if not (is_integer(k) and 0 < k < n):
         raise ValueError(f"validation must be from 1 to {n - 1} of the {n} train examples, got {k}")
     # NumPy promises the stream of its legacy generator for ever: ids must not move between splits
     order = np.random.RandomState(seed).permutation(n)

@@ -27,8 +27,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 
+from distill_jax._checks import check_sequence
 from distill_jax._jaxpr import CALLS, trace
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._model import ApplyFn, Model, PyTree, check_model
 
 # Distinguishes a module's path from the names that a rematerialisation policy may speak of
 _MARK = "distill_jax:"
@@ -96,6 +97,9 @@ def capture(model: Model, select: str | Sequence[str]) -> Model:
     >>> outputs.shape, list(features)
     ((3, 2), ['hidden'])
     """
+    check_model("model", model)
+    if not isinstance(select, str):
+        check_sequence("select", select, "names or patterns")
     patterns = (select,) if isinstance(select, str) else tuple(select)
     if not patterns:
         raise ValueError("select must name at least one value, got none: give names or patterns")
@@ -152,6 +156,7 @@ def resume(model: Model, name: str, example: ArrayLike | jax.ShapeDtypeStruct) -
     >>> print(resume(model, "more", jnp.zeros(()))(jnp.array([5.0])))
     [50.]
     """
+    check_model("model", model)
     shape, dtype = tuple(jnp.shape(example)), jnp.dtype(jnp.result_type(example))
     return model.replace(apply_fn=_Resumed(model.apply_fn, name, shape, dtype))
 
@@ -240,6 +245,7 @@ def layer_shapes(model: Model, x: PyTree, *, key: jax.Array | None = None) -> di
     Returns:
       A dict from name to shape and dtype; the shapes include the batch axis.
     """
+    check_model("model", model)
     program, _ = _trace(model.apply_fn, model.params, model.state, x, key)
     names = _Names(lambda name: True, strict=False)
     return {

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._checks import check_count, check_mapping
+
 ShapeAndDtype = jax.ShapeDtypeStruct | jax.Array | np.ndarray
 
 
@@ -90,8 +92,10 @@ def match_layers(
     stage1   16×16 ·8  0.50   stage2   16×16 ·8  0.50
     stage2   8×8 ·8    1.00   stage3   8×8 ·8    0.75
     """
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    if count is not None:
+        check_count("count", count)
+    check_mapping("student_shapes", student_shapes, "name → shape, from layer_shapes")
+    check_mapping("teacher_shapes", teacher_shapes, "name → shape, from layer_shapes")
     student, teacher = _layers(student_shapes), _layers(teacher_shapes)
     ends = [layers[-1].shape[1:] for layers in (student, teacher) if layers]
     if len(ends) == 2 and ends[0] == ends[1] and len(ends[0]) == 1:

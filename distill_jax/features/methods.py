@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._checks import check_positive
+from distill_jax._checks import check_choice, check_positive
 from distill_jax.features._layers import (
     align,
     check_layers,
@@ -185,11 +185,12 @@ def fsp(*, pool: str = "max", mean: bool = False) -> Learned:
       The method.
 
     Raises:
-      ValueError: for fewer than two layers.
+      ValueError: for another ``pool``, or fewer than two layers.
 
     References:
       Yim et al., `A Gift from Knowledge Distillation`, 2017, Eqs. 1 and 2.
     """
+    check_choice("pool", pool, ("max", "mean"))
 
     def init(key, student_shapes, teacher_shapes):
         check_layers(student_shapes, teacher_shapes, least=2)

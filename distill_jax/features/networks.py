@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._checks import check_fraction, check_positive
+from distill_jax._checks import check_count, check_fraction, check_positive
 from distill_jax._model import PyTree
 from distill_jax.features._layers import (
     align,
@@ -69,7 +69,7 @@ def review_kd(*, width: int = 512, levels: tuple[int, ...] = (4, 2, 1)) -> Learn
     References:
       Chen et al., `Distilling Knowledge via Knowledge Review`, 2021, §3.3 (ABF) and §3.4 (HCL).
     """
-    check_positive("width", width)
+    check_count("width", width)
 
     def init(key, student_shapes, teacher_shapes):
         check_layers(student_shapes, teacher_shapes)
@@ -129,7 +129,7 @@ def simkd(*, factor: int = 2, rectify: bool = False) -> Learned:
     References:
       Chen et al., `Knowledge Distillation with the Reused Teacher Classifier`, 2022, Eq. 2.
     """
-    check_positive("factor", factor)
+    check_count("factor", factor)
 
     def init_layer(key, s, t):
         middle, rank = max(1, t[-1] // factor), len(common_space(s, t))
@@ -274,7 +274,7 @@ def semckd(*, width: int = 64, temperature: float = 1.0) -> Learned:
     References:
       Chen et al., `Cross-Layer Distillation with Semantic Calibration`, 2021, Eqs. 4 to 7.
     """
-    check_positive("width", width)
+    check_count("width", width)
     check_positive("temperature", temperature)
 
     def init(key, student_shapes, teacher_shapes):

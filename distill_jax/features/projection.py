@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_function
 from distill_jax.features._layers import init_maps, map_channels, no_params, over_aligned, over_pairs
 from distill_jax.features.learned import Learned
 from distill_jax.losses._numerics import to_float
@@ -64,6 +65,7 @@ def project(loss: Loss, *, space: str = "pool", always: bool = False) -> Learned
     """
     if space not in ("pool", "resize"):
         raise ValueError(f"space must be 'pool' or 'resize', got {space!r}")
+    check_function("loss", loss, "student, teacher")
 
     def init(key, student_shapes, teacher_shapes):
         return init_maps(key, student_shapes, teacher_shapes, always)
@@ -99,6 +101,7 @@ def project_maps(loss: Loss) -> Learned:
     >>> learned.init(jax.random.key(0), [(1, 8, 8, 3)], [(1, 4, 4, 5)])
     {}
     """
+    check_function("loss", loss, "student, teacher, *, where")
 
     def init(key, student_shapes, teacher_shapes):
         params = init_maps(key, student_shapes, teacher_shapes, always=False)
@@ -143,6 +146,7 @@ def relation(loss: Loss, *, pool: bool = False) -> Learned:
     >>> learned.apply({}, [jnp.ones((4, 8, 8, 3))], [jnp.ones((4, 5))]).shape
     (4,)
     """
+    check_function("loss", loss, "student, teacher, *, where")
 
     def prepared(x: ArrayLike) -> ArrayLike:
         return pool_mean(to_float(x), ()) if pool else x

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from distill_jax._checks import check_fraction, check_key
 from distill_jax._model import Model
 from distill_jax.models.convert import from_nnx
 from distill_jax.models.convnet import ConvNet
-from distill_jax.models.layers import Network
+from distill_jax.models.layers import Network, check
 from distill_jax.models.mlp import MLP
 from distill_jax.models.mobilenet import MobileNetV2
 from distill_jax.models.resnet import ResNet
@@ -69,6 +70,9 @@ def nnx_module(
     >>> nnx_module("mlp:16", (8, 8, 1), 10, rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
     """
+    if not isinstance(description, str):
+        raise ValueError(f"description must be a string, such as mlp:1200,1200, got {description!r}")
+    check(shape, classes, 1.0)
     family, colon, size = description.partition(":")
     try:
         if family in FAMILIES:
@@ -88,8 +92,7 @@ def nnx_module(
             f"mlp:1200,1200 or convnet:16,32, or by a name and perhaps a multiplier of its width > 0, "
             f"such as {names} or vgg8:0.25; got {description!r}"
         ) from None
-    if not 0 <= options.get("dropout", 0.0) < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {options['dropout']}")
+    check_fraction("dropout", options.get("dropout", 0.0), without=1)
     if family in FAMILIES:
         return FAMILIES[family](sizes, shape, classes, rngs=rngs, **options)
     numbers = {name: int(value) for name, value in match.groupdict().items() if value}
@@ -127,6 +130,7 @@ def build(
     >>> build("convnet:4", (8, 8, 1), 10, jax.random.key(0))(jnp.zeros((2, 8, 8, 1))).shape
     (2, 10)
     """
+    check_key("key", key)
     rngs = nnx.Rngs(key)
     return from_nnx(nnx_module(description, shape, classes, rngs=rngs, dropout=dropout, **options))
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from distill_jax._model import ApplyFn, Model, PyTree, identity
+from distill_jax._checks import check_choice, check_function, check_key
+from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model, identity
 from distill_jax.features.capturing import name_values, naming
 
 
@@ -30,7 +31,11 @@ def from_nnx(module: nnx.Module) -> Model:
       variable except random state. Both are plain nested dicts, so that what is saved or compared does
       not depend on NNX's containers. Two modules of the same structure give models with equal
       ``apply_fn``, so one compiled program serves both.
+
+    Raises:
+      ValueError: if ``module`` is something else.
     """
+    _check_module(module, nnx.Module, linen.Module, "from_linen")
     kinds = (nnx.Param, nnx.RngState, ...)
     module.train()
     training: Any = nnx.split(module, *kinds)
@@ -48,6 +53,15 @@ def from_nnx(module: nnx.Module) -> Model:
         )
     )
     return Model(apply_fn, nnx.to_pure_dict(training[1]), nnx.to_pure_dict(training[3]))
+
+
+def _check_module(module: Any, kind: type, other: type, instead: str) -> None:
+    """Raises ``ValueError`` unless a module is of this kind of Flax; says which function takes the other."""
+    if isinstance(module, kind):
+        return
+    got = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+    advice = f": use models.{instead}" if isinstance(module, other) else ""
+    raise ValueError(f"module must be an object of {kind.__module__}.{kind.__name__}, got {got}{advice}")
 
 
 F = TypeVar("F", bound=ApplyFn)
@@ -163,7 +177,14 @@ def from_linen(module: linen.Module, key: jax.Array, x: PyTree) -> Model:
     Returns:
       A model whose ``params`` are the collection of that name and whose ``state`` holds all other
       collections, such as ``batch_stats``. Dropout draws from the stream ``"dropout"``.
+
+    Raises:
+      ValueError: if ``module`` is no Linen module, or is told of training by another argument than ``train``;
+        if ``key`` is no random key, or ``x`` no batch.
     """
+    _check_module(module, linen.Module, nnx.Module, "from_nnx")
+    check_key("key", key)
+    check_inputs("x", x)
     parameters = inspect.signature(module.__call__).parameters
     takes_train = "train" in parameters
     for name in ("deterministic", "training", "is_training"):
@@ -232,8 +253,10 @@ def compose(
     Raises:
       ValueError: for another value of ``frozen``.
     """
-    if frozen not in (None, "encoder", "decoder"):
-        raise ValueError(f"frozen must be 'encoder', 'decoder' or None, got {frozen!r}")
+    check_choice("frozen", frozen, ("encoder", "decoder", None))
+    check_model("encoder", encoder)
+    check_model("decoder", decoder)
+    check_function("code", code, "code")
     parts = {"encoder": encoder, "decoder": decoder}
     return Model(
         _Composed(encoder.apply_fn, decoder.apply_fn, code, frozen),
@@ -288,6 +311,8 @@ def side_by_side(*models: Model) -> Model:
     """
     if not models:
         raise ValueError("side_by_side needs at least one model, got none")
+    for number, model in enumerate(models):
+        check_model(f"models[{number}]", model)
     apply_fn = _SideBySide(tuple(model.apply_fn for model in models))
     return Model(apply_fn, tuple(model.params for model in models), tuple(model.state for model in models))
 

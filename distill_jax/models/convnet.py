@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from distill_jax._checks import check_fraction
+from distill_jax.models.layers import check
+
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """Halves the resolution: the maximum of each 2×2 block of pixels. Odd edges are dropped.
@@ -57,6 +60,8 @@ class ConvNet(nnx.Module):
         axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
+        check(shape, classes, 1.0)
+        check_fraction("dropout", dropout, without=1)
         height, width, features = shape
         pools = len(channels)
         if not pools or min(height, width) >> pools < 1:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import export
 
 from distill_jax import _files
-from distill_jax._model import Model, PyTree
+from distill_jax._model import Model, PyTree, check_inputs, check_model
 
 FORMAT = "distill_jax model 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,6 +49,8 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
     Array([[6.],
            [8.]], dtype=float32)
     """
+    check_model("model", model)
+    check_inputs("x", x)
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path: the directory {path.parent} does not exist: make it first")
@@ -259,9 +261,19 @@ def _export(
             sizes = (
                 "any batch size" if any_batch else f"batches of the shapes of x, {[i.shape for i in inputs]}"
             )
-            note = f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {problems[0]}"
+            note = (
+                f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {_why(problems[0])}"
+            )
         return {"any batch size": any_batch, "platforms": platforms, **found}, data, note
     raise problems[-1]
+
+
+def _why(error: Exception) -> str:
+    """Says in one line why a program could not be exported."""
+    text = " ".join(str(error).split())
+    if "symbolic" in text or "_DimExpr" in text:
+        return "it uses the batch size in a way in which JAX must know the number, such as to draw random numbers"
+    return text
 
 
 def _any_batch(inputs: list[Any]) -> list[Any]:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from distill_jax._checks import check_count, check_fraction, check_positive, is_integer
+
 # Normal with variance 2 / (outputs · kernel area), He et al. 2015, Eq. 14
 HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's default of convolutions and dense layers: uniform on ±1 / √(inputs · kernel area)
@@ -158,6 +160,7 @@ class Network(nnx.Module):
         *,
         dropout: float = 0.0,
     ):
+        check_fraction("dropout", dropout, without=1)
         self.stem = stem
         self.stages: nnx.List[Stage] = nnx.List(stages)
         self.neck = neck
@@ -230,9 +233,8 @@ def check(shape: Sequence[int], classes: int, width: float) -> None:
     Raises:
       ValueError: if an argument is not of that form.
     """
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape must be (height, width, channels), all ≥ 1, got {tuple(shape)}")
-    if classes < 1:
-        raise ValueError(f"classes must be at least 1, got {classes}")
-    if not 0 < width < float("inf"):
-        raise ValueError(f"width multiplies the channels and must be above 0, got {width}")
+    sized = isinstance(shape, Sequence) and len(shape) == 3 and all(map(is_integer, shape))
+    if not sized or min(shape) < 1:
+        raise ValueError(f"shape must be (height, width, channels), all ≥ 1, got {shape}")
+    check_count("classes", classes)
+    check_positive("width", width)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from distill_jax._checks import check_fraction, is_integer
+
 
 class MLP(nnx.Module):
     """A multilayer perceptron: dense layers with ReLU between them, and dropout before each of them.
@@ -23,8 +25,10 @@ class MLP(nnx.Module):
     def __init__(
         self, widths: Sequence[int], *, dropout: float = 0.0, input_dropout: float = 0.0, rngs: nnx.Rngs
     ):
-        if len(widths) < 2 or min(widths) < 1:
+        if len(widths) < 2 or not all(map(is_integer, widths)) or min(widths) < 1:
             raise ValueError(f"widths needs an input and an output width, all ≥ 1, got {widths}")
+        check_fraction("dropout", dropout, without=1)
+        check_fraction("input_dropout", input_dropout, without=1)
         rates = [input_dropout, *[dropout] * (len(widths) - 2)]
         he = nnx.initializers.he_normal()
         self.dense = nnx.List(

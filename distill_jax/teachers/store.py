@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_count, check_integers, check_real, warn_if_probabilities
+from distill_jax._checks import check_count, check_function, check_integers, check_real, warn_if_probabilities
 from distill_jax._files import LOCK, locked, write_atomically
 from distill_jax.teachers._fingerprint import fingerprint
 
@@ -155,9 +155,8 @@ def write_labels(
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {_brief(repr(dtype))}")
     check_count("shard_rows", shard_rows)
     _check_entries("fingerprint", fingerprint)
-    for name, function in {"logits": logits, "progress": progress}.items():
-        if not callable(function):
-            raise ValueError(f"{name} must be a function, got {type(function).__name__}")
+    check_function("logits", logits, "positions")
+    check_function("progress", progress, "done, total")
     if ids.ndim != 1 or not len(ids):
         raise ValueError(
             f"ids must be a non-empty list without repetition, got an array of shape {ids.shape}"
@@ -264,6 +263,9 @@ def open_labels(
       expect: entries that the store's fingerprint must have.
       verify: whether every file is read once, to compare its checksum. Without it only ``store.json`` and the
         sizes of the files are checked.
+
+    Returns:
+      The opened store.
 
     Raises:
       ValueError: if there is no complete store, if the fingerprint differs (the message says where), or if a

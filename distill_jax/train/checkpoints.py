@@ -65,6 +65,9 @@ def tree_differences(found: dict[str, str], expected: dict[str, str]) -> list[st
     Args:
       found: path → ``"dtype[shape]"`` of the first tree.
       expected: path → ``"dtype[shape]"`` of the second tree.
+
+    Returns:
+      The lines; none if the trees are alike.
     """
     return [
         f"{path}: {found.get(path, 'absent')}, expected {expected.get(path, 'absent')}"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._checks import check_count, check_function, check_integers, is_integer
 from distill_jax._jaxpr import primitives
 from distill_jax.train.step import Batch, Metrics, PyTree, Step, TrainState, step_key
 
@@ -20,6 +21,9 @@ def scan_is_fast(fn: Callable[..., Any], *args: Any) -> bool:
     Args:
       fn: a function of ``args``.
       args: its arguments; only shapes and dtypes are used.
+
+    Returns:
+      Whether to put it into a ``scan``.
     """
     if jax.default_backend() != "cpu":
         return True
@@ -46,7 +50,13 @@ def make_epoch(
       ``[steps, batch]``, the rows of each batch; ``metrics`` are arrays ``[steps]``. The state is
       donated: use the one that is returned. The steps run as one ``scan`` where :func:`scan_is_fast`,
       and otherwise as a loop over the jitted step, with the same results up to rounding.
+
+    Raises:
+      ValueError: if ``step`` or ``transform`` is no such function; from ``epoch``, if ``order`` is no such array.
     """
+    check_function("step", step, "state, batch")
+    if transform is not None:
+        check_function("transform", transform, "context, batch, key")
 
     def one(state, rows, data, context):
         batch = jax.tree.map(lambda x: x[rows], data)
@@ -64,7 +74,14 @@ def make_epoch(
     fast: dict[Any, bool] = {}
 
     def epoch(state, data, order, context=None):
+        check_integers("order", order)
         order = np.asarray(order)
+        examples = min((len(leaf) for leaf in jax.tree.leaves(data)), default=0)
+        if order.ndim != 2 or not order.size or order.min() < 0 or order.max() >= examples:
+            raise ValueError(
+                f"order must be rows [steps, batch] of the {examples} examples, such as epoch_order makes it, got "
+                f"shape {order.shape}" + (f" from {order.min()} to {order.max()}" if order.size else "")
+            )
         leaves, structure = jax.tree.flatten((state, data, context))  # models' functions are in the structure
         program = structure, tuple(map(np.shape, leaves)), order.shape[1:]
         if program not in fast:
@@ -97,7 +114,10 @@ def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.nda
     Raises:
       ValueError: if ``batch_size`` does not lie between 1 and the number of examples.
     """
-    if not 1 <= batch_size <= examples:
+    check_count("seed", seed, least=0)
+    check_count("epoch", epoch, least=0)
+    check_count("examples", examples)
+    if not is_integer(batch_size) or not 1 <= batch_size <= examples:
         raise ValueError(
             f"batch_size must be 1 to the number of training examples, {examples}, got {batch_size}"
         )

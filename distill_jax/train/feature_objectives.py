@@ -8,12 +8,14 @@ from typing import Any
 import jax
 
 from distill_jax import losses
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._checks import check_key, need
+from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.features import Learned, capture
 from distill_jax.train.objectives import (
     Schedule,
     at,
     check_options,
+    check_weight,
     error_rate,
     is_zero,
     soft_mean,
@@ -54,7 +56,7 @@ def distill_features(
     Returns:
       A ``loss_fn`` for a model from :func:`attach_learned`, with the metrics ``"hard"``, ``"soft"``,
       ``"feature"`` (the sum weighted by β; with several losses also each unweighted, as ``"feature_0"``
-      and so on) and ``"errors"``. Where the batch has weights, feature losses get ``where``, bool
+      and so on) and ``"error_rate"``. Where the batch has weights, feature losses get ``where``, bool
       ``[batch]``: the examples whose weight is not 0. Losses between examples see each part of an
       accumulated batch separately.
 
@@ -69,15 +71,15 @@ def distill_features(
     terms = _terms(learned, pairs)
     names = sorted({name for _, _, layers in terms for name, _ in layers} - {OUTPUTS})
     patterns = [glob.escape(name) for name in names]
-    check_options(0.0, temperature)
-    for name, weight in {"hard_weight": hard_weight, "soft_weight": soft_weight}.items():
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}")
+    check_options(0.0, temperature, soft)
+    check_weight("hard_weight", hard_weight)
+    check_weight("soft_weight", soft_weight)
 
     def loss_fn(model, batch, *, key, step):
         if not isinstance(model.apply_fn, _StudentPart):
             raise ValueError("distill_features needs a model from attach_learned, got another one")
         teacher = teacher_of(batch)
+        need(batch, "image", *([] if is_zero(hard_weight) else ["label"]))
         if names and "features" not in teacher:
             raise ValueError(
                 "batch['teacher'] has no 'features': give teachers.label a captured teacher, "
@@ -113,7 +115,7 @@ def distill_features(
             metrics["soft"] = soft_mean(soft, logits, teacher["logits"], batch, **options)
             loss += at(soft_weight, step) * metrics["soft"]
         if "label" in batch:
-            metrics["errors"] = error_rate(logits, batch)
+            metrics["error_rate"] = error_rate(logits, batch)
         return loss, (state, metrics)
 
     return loss_fn
@@ -146,6 +148,8 @@ def attach_learned(
     Raises:
       ValueError: if there is no loss, no pair for one, or no shape for a layer.
     """
+    check_key("key", key)
+    check_model("student", student)
     terms = _terms(learned, pairs)
     keys = jax.random.split(key, len(terms))
     parts = [
@@ -165,6 +169,9 @@ def detach_learned(model: Model) -> Model:
 
     Args:
       model: the model in training, or after it.
+
+    Returns:
+      The student.
 
     Raises:
       ValueError: if the model does not come from :func:`attach_learned`.
@@ -190,6 +197,21 @@ def _terms(
     """Each loss with its weight and its pairs of layers."""
     if isinstance(learned, Learned):
         learned = [(1.0, learned)]
+    listed = isinstance(learned, list | tuple) and all(
+        isinstance(i, list | tuple) and len(i) > 1 for i in learned
+    )
+    if not listed or not all(isinstance(item[1], Learned) for item in learned):
+        raise ValueError(
+            "learned must be a features.Learned, such as features.project(losses.hint), or a list of (β, Learned), "
+            f"got {learned!r}"
+        )
+    for item in learned:
+        check_weight("the weight β of a feature loss", item[0])
+    for layers in [pairs, *(item[2] for item in learned if len(item) > 2)]:
+        if isinstance(layers, str) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in layers
+        ):
+            raise ValueError(f"pairs must be a list of (student's name, teacher's name), got {layers!r}")
     terms = [(item[0], item[1], list(item[2] if len(item) > 2 else pairs)) for item in learned]
     if not terms or not all(layers for _, _, layers in terms):
         raise ValueError(

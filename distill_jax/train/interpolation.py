@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from distill_jax import weights
-from distill_jax._checks import check_fractions
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._checks import check_count, check_fraction, check_fractions, check_function, check_tx
+from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.train.objectives import Schedule, at
 from distill_jax.train.step import LossFn, Metrics, Step, TrainState
 
@@ -90,6 +91,9 @@ def pull(
     0.5
     """
     _check(rate)
+    check_function("student_step", student_step, "state, batch")
+    if teacher_step is not None:
+        check_function("teacher_step", teacher_step, "state, batch")
 
     def step(pair: Pair, batch: Any) -> tuple[Pair, Metrics]:
         teacher = pair.teacher
@@ -122,6 +126,8 @@ def join(student: Model, teacher: Model, rate: float | Mapping[str, float]) -> M
     Raises:
       ValueError: for a λ outside [0, 1] or a schedule, or if the parameters do not fit.
     """
+    check_model("student", student)
+    check_model("teacher", teacher)
     named = rate if isinstance(rate, Mapping) else {None: rate}
     if any(map(callable, named.values())):
         raise ValueError(
@@ -153,6 +159,7 @@ class _Interpolated:
 
 
 def _interpolated(model: Model) -> _Interpolated:
+    check_model("model", model)
     if not isinstance(model.apply_fn, _Interpolated):
         raise ValueError("expected a model from interpolation.join, got another one")
     return model.apply_fn
@@ -168,7 +175,7 @@ def through(loss_fn: LossFn, rate: Rate, *, teacher_loss: LossFn | None = None) 
 
     Returns:
       A ``loss_fn`` for a model from :func:`join`, and the optimizer of :func:`split_tx`. The student's state
-      is that of the interpolated network. The metrics are the student's, ``"teacher_errors"`` and so on,
+      is that of the interpolated network. The metrics are the student's, ``"teacher_error_rate"`` and so on,
       and ``"rate"``.
 
     Raises:
@@ -185,6 +192,9 @@ def through(loss_fn: LossFn, rate: Rate, *, teacher_loss: LossFn | None = None) 
     0.0
     """
     _check(rate)
+    check_function("loss_fn", loss_fn, "model, batch, *, key, step")
+    if teacher_loss is not None:
+        check_function("teacher_loss", teacher_loss, "model, batch, *, key, step")
 
     def joint_loss(model, batch, *, key, step):
         functions = _interpolated(model)
@@ -220,6 +230,9 @@ def split_tx(
     Returns:
       One transformation for both. Clipping by norm and weight decay act within each part.
     """
+    check_tx("student", student)
+    if teacher is not None:
+        check_tx("teacher", teacher)
     return optax.multi_transform(
         {"student": student, "teacher": teacher or optax.set_to_zero()},
         lambda params: {name: name for name in params},
@@ -242,8 +255,9 @@ def mix(model: Model | Pair, rate: float | ArrayLike | Mapping[str, Any]) -> Mod
     if isinstance(model, Pair):
         student, theirs = model.student.model, model.teacher.model.params
         return student.replace(params=_interpolate(student.params, theirs, rate))
+    functions = _interpolated(model)
     mixed = _interpolate(model.params["student"], model.params["teacher"], rate)
-    return Model(_interpolated(model).student_fn, mixed, model.state["student"])
+    return Model(functions.student_fn, mixed, model.state["student"])
 
 
 def sweep(make: Callable[[Any], Step], rates: ArrayLike) -> Step:
@@ -258,7 +272,14 @@ def sweep(make: Callable[[Any], Step], rates: ArrayLike) -> Step:
     Returns:
       ``(states, batch) -> (states, metrics)`` for the states of :func:`repeat`. One batch serves all, and
       each metric is ``[n]``.
+
+    Raises:
+      ValueError: if there is no λ, or one lies outside [0, 1].
     """
+    check_fraction("rates", rates)
+    check_function("make", make, "rate")
+    if np.ndim(rates) != 1 or not np.size(rates):
+        raise ValueError(f"rates must be a list of at least one λ, got shape {np.shape(rates)}")
     rates = jnp.asarray(rates, jnp.float32)
 
     def step(states: Any, batch: Any) -> tuple[Any, Metrics]:
@@ -275,7 +296,14 @@ def repeat(state: PyTree, count: int) -> PyTree:
     Args:
       state: a :class:`Pair`, or the ``TrainState`` of a model from :func:`join`.
       count: the number of students.
+
+    Returns:
+      The same pytree; a student's arrays have a further first axis, ``[count, ...]``.
+
+    Raises:
+      ValueError: if ``count`` is no positive integer, or ``state`` neither of these.
     """
+    check_count("count", count)
     return _map_students(lambda x: jnp.stack([x] * count), state)
 
 
@@ -284,9 +312,22 @@ def lane(states: PyTree, index: int) -> PyTree:
 
     Args:
       states: the states from :func:`repeat`, or what a sweep made of them.
-      index: the number of the state.
+      index: the number of the state, from 0.
+
+    Returns:
+      A :class:`Pair` or ``TrainState`` of one student.
+
+    Raises:
+      ValueError: if there is no state of that number.
     """
-    return _map_students(lambda x: x[index], states)
+    check_count("index", index, least=0)
+
+    def take(x: jax.Array) -> jax.Array:
+        if index >= len(x):
+            raise ValueError(f"index must be below the number of states, {len(x)}, got {index}")
+        return x[index]
+
+    return _map_students(take, states)
 
 
 def student_axes(states: PyTree) -> PyTree:
@@ -299,6 +340,9 @@ def student_axes(states: PyTree) -> PyTree:
 
     Args:
       states: a :class:`Pair`, or the ``TrainState`` of a model from :func:`join`.
+
+    Returns:
+      A tree with the structure of ``states``, with None where all of a part is shared.
 
     Raises:
       ValueError: for any other state.

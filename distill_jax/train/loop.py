@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import warn_if_probabilities
-from distill_jax._model import Model, PyTree, identity, padded_batches
+from distill_jax._checks import check_count, check_function, need, warn_if_probabilities
+from distill_jax._model import Model, PyTree, check_model, example_count, identity, padded_batches
+from distill_jax.train._examples import as_arrays, complaint_about
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order
 from distill_jax.train.objectives import supervised, teacher_of
@@ -59,9 +60,17 @@ def make_measure(
       batch_size: the number of examples per batch.
 
     Returns:
-      A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``:
-      means over the examples, except for the errors, which are counted.
+      A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``, means over
+      the examples; and ``"validation_errors"``, the number of wrong ones, where there is an ``"error_rate"``.
+
+    Raises:
+      ValueError: if ``data`` are no examples; when called, if ``model`` is no Model, or the loss is NaN because
+        of NaN in the data or of labels that are no classes of the model.
     """
+    check_function("loss_fn", loss_fn, "model, batch, *, key, step")
+    check_function("prepare", prepare, "images")
+    need(data, "image")
+    as_arrays("data", data)
     data = {"weight": np.ones(count_examples(data), np.float32), **data}
     batches = [
         {**jax.tree.map(jnp.asarray, batch), "weight": jnp.asarray(batch["weight"] * counted, jnp.float32)}
@@ -76,19 +85,24 @@ def make_measure(
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
 
     def measure(model: Model) -> dict[str, float]:
+        check_model("model", model)
         parts = [sums(model, batch) for batch in batches]
         totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
-        return {
-            f"validation_{name}": total if name == "errors" else total / weight
-            for name, total in totals.items()
-        }
+        if math.isnan(totals["loss"]):
+            images = jax.eval_shape(prepare, batches[0]["image"])
+            if complaint := complaint_about(data, model, images):
+                raise ValueError(f"the validation loss is NaN: {complaint}")
+        figures = {f"validation_{name}": total / weight for name, total in totals.items()}
+        if "error_rate" in totals:
+            figures["validation_errors"] = totals["error_rate"]
+        return figures
 
     return measure
 
 
 def count_examples(data: Mapping[str, Any]) -> int:
     """Counts the examples of a data set by its images."""
-    return len(jax.tree.leaves(data["image"])[0])
+    return example_count("the images", data["image"])
 
 
 def make_validation(
@@ -104,6 +118,7 @@ def make_validation(
     Returns:
       A function that gives the number of wrong examples and the mean negative log-likelihood in nats.
     """
+    need(data, "image", "label")
     data = {name: data[name] for name in ("image", "label")}
     measure = make_measure(supervised(), data, prepare=prepare, batch_size=batch_size)
 
@@ -115,6 +130,27 @@ def make_validation(
         }
 
     return validate
+
+
+def _check_options(
+    state: Any, epoch: Any, epochs: Any, batch_size: Any, seed: Any, validate: Any, best_by: str, stop: Any,
+    save_seconds: Any, on_epoch: Any,
+) -> None:  # fmt: skip
+    """Refuses arguments of :func:`fit` before anything is trained or written."""
+    if not all(hasattr(state, name) for name in ("step", "key", "model")):
+        raise ValueError(f"state must be a training state, from init_state, got {type(state).__name__}")
+    check_function("epoch", epoch, "state, data, order, context")
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, least=0)
+    if validate is not None:
+        check_function("validate", validate, "model")
+    elif best_by != "validation_errors":
+        raise ValueError(f"best_by needs validate, which makes the figures, got {best_by!r} without it")
+    check_function("stop", stop, "history")
+    check_function("on_epoch", on_epoch, "done, figures")
+    if isinstance(save_seconds, str) or not save_seconds >= 0:
+        raise ValueError(f"save_seconds must not be negative, got {save_seconds!r}")
 
 
 def fit(
@@ -163,19 +199,19 @@ def fit(
       The final state, the best model, the history and the time.
 
     Raises:
-      ValueError: if the arrays of ``data`` are not equally long; if the loss is no longer finite; if
+      ValueError: if an argument is not what is said above; if the arrays of ``data`` are not equally long, or a
+        teacher's output is NaN; if the loss is no longer finite, because of NaN in the data, of labels that are no
+        classes, or because the training diverges; if
         ``best_by`` is not among the figures; or if the directory holds the checkpoint of another model,
         optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
         learning rate: use another directory for another run.)
     """
-    data = jax.tree.map(jnp.asarray, dict(data))
+    _check_options(state, epoch, epochs, batch_size, seed, validate, best_by, stop, save_seconds, on_epoch)
+    data = as_arrays("data", data)
     if "teacher" in data:
         for logits in jax.tree.leaves(teacher_of(data)["logits"]):
             warn_if_probabilities("the teacher's logits in data['teacher']", logits)
-    lengths = {name: len(leaf) for name, part in data.items() for leaf in jax.tree.leaves(part)}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"data must have as many examples in each array, got {lengths}")
-    examples = lengths.popitem()[1]
+    examples = example_count("data", data)
     best = jax.tree.map(jnp.copy, state.model)
     run = {"seed": seed, "batch_size": batch_size, "examples": examples}
     info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run
@@ -207,13 +243,20 @@ def fit(
             state, collected = epoch(state, data, order, context)
             figures = {name: float(np.mean(values)) for name, values in collected.items()}
             if not math.isfinite(figures["loss"]):
+                if complaint := complaint_about(data, state.model, data.get("image")):
+                    raise ValueError(f"the loss became {figures['loss']} in epoch {number + 1}: {complaint}")
                 kept = f"; the last checkpoint is in {directory}" if checkpoints else ""
                 raise ValueError(
                     f"the loss became {figures['loss']} in epoch {number + 1}: the training has "
                     f"diverged; use a smaller learning rate{kept}"
                 )
             if validate:
-                figures |= validate(state.model)
+                found_figures = validate(state.model)
+                if not isinstance(found_figures, Mapping):
+                    raise ValueError(
+                        f"validate must return a dict of figures, got {type(found_figures).__name__}"
+                    )
+                figures |= found_figures
                 if best_by not in figures:
                     raise ValueError(f"best_by must be one of {', '.join(figures)}, got {best_by!r}")
             rank = figures[best_by] if validate else -math.inf

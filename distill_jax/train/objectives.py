@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, metrics
-from distill_jax._checks import check_fraction, check_positive, takes
+from distill_jax._checks import (
+    check_fraction,
+    check_function,
+    check_not_negative,
+    check_positive,
+    check_sequence,
+    need,
+    takes,
+)
 from distill_jax._model import PyTree
 from distill_jax.train.step import Batch, LossFn, weighted_mean
 
@@ -30,8 +38,19 @@ def is_zero(schedule: Schedule) -> bool:
     return isinstance(schedule, int | float) and schedule == 0
 
 
-def check_options(alpha: Schedule, temperature: Schedule | None) -> None:
-    """Raises ``ValueError`` if α is a constant outside [0, 1] or T one that is not positive."""
+def check_weight(name: str, weight: Schedule) -> None:
+    """Raises ``ValueError`` if a weight is a constant that is negative or not finite."""
+    if not callable(weight):
+        check_not_negative(name, weight)
+
+
+def check_options(
+    alpha: Schedule, temperature: Schedule | None, soft: Callable[..., Any] | None = None
+) -> None:
+    """Raises ``ValueError`` if α is a constant outside [0, 1], T one that is not positive, or soft no loss."""
+    if soft is not None:
+        form = "student, teacher" + ("" if temperature is None else ", *, temperature")
+        check_function("soft", soft, form)
     if not callable(alpha):
         check_fraction("alpha", alpha)
     if temperature is not None and not callable(temperature):
@@ -44,6 +63,7 @@ def teacher_of(batch: Batch) -> Mapping[str, Any]:
     Raises:
       ValueError: if the batch has none.
     """
+    need(batch)
     if "teacher" not in batch:
         raise ValueError(
             "the batch has no 'teacher' logits: add them with a soft-label store, or with a "
@@ -67,9 +87,16 @@ def soft_mean(
       teacher: the teacher's outputs, ``[batch, ...]``.
       batch: the batch, with or without ``"weight"``.
       options: further arguments of ``soft``.
+
+    Returns:
+      The mean, a scalar.
     """
     if "weight" in batch and takes(soft, "where"):
         counts = batch["weight"] > 0
+        if counts.shape != student.shape[: counts.ndim]:
+            raise ValueError(
+                f"batch['weight'] must have one number per example, {student.shape[0]}, got shape {counts.shape}"
+            )
         options["where"] = counts.reshape(counts.shape + (1,) * (student.ndim - counts.ndim))
     return weighted_mean(soft(student, teacher, **options), batch)
 
@@ -81,7 +108,7 @@ def supervised(*, label_smoothing: Schedule = 0.0) -> LossFn:
       label_smoothing: ε in [0, 1], or an optax schedule of it.
 
     Returns:
-      A ``loss_fn`` with the metric ``"errors"``, the fraction of examples whose top class is wrong.
+      A ``loss_fn`` with the metric ``"error_rate"``, the fraction of examples whose top class is wrong.
 
     Raises:
       ValueError: if ε is a constant outside [0, 1].
@@ -90,9 +117,10 @@ def supervised(*, label_smoothing: Schedule = 0.0) -> LossFn:
         check_fraction("label_smoothing", label_smoothing)
 
     def loss_fn(model, batch, *, key, step):
+        need(batch, "image", "label")
         logits, state = model.apply(batch["image"], key=key)
         values = losses.cross_entropy(logits, batch["label"], label_smoothing=at(label_smoothing, step))
-        return weighted_mean(values, batch), (state, {"errors": error_rate(logits, batch)})
+        return weighted_mean(values, batch), (state, {"error_rate": error_rate(logits, batch)})
 
     return loss_fn
 
@@ -114,7 +142,7 @@ def distill(
       soft: ``(student_logits, teacher_logits, *, temperature) -> values``, one value per example.
 
     Returns:
-      A ``loss_fn`` with the metrics ``"hard"``, ``"soft"`` (each unweighted) and ``"errors"``.
+      A ``loss_fn`` with the metrics ``"hard"``, ``"soft"`` (each unweighted) and ``"error_rate"``.
 
     Raises:
       ValueError: if α is a constant outside [0, 1], or T one that is not positive.
@@ -122,16 +150,17 @@ def distill(
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network`, 2015, §2.
     """
-    check_options(alpha, temperature)
+    check_options(alpha, temperature, soft)
 
     def loss_fn(model, batch, *, key, step):
         teacher = teacher_of(batch)
+        need(batch, "image")
         logits, state = model.apply(batch["image"], key=key)
         options = {} if temperature is None else {"temperature": at(temperature, step)}
         metrics = {"soft": soft_mean(soft, logits, teacher["logits"], batch, **options)}
         loss = add_hard(metrics, losses.cross_entropy, logits, batch, at(alpha, step), is_zero(alpha))
         if "label" in batch:
-            metrics["errors"] = error_rate(logits, batch)
+            metrics["error_rate"] = error_rate(logits, batch)
         return loss, (state, metrics)
 
     return loss_fn
@@ -154,15 +183,23 @@ def add_hard(
       batch: the batch, with ``"label"`` unless ``unused``.
       alpha: α at this step.
       unused: whether α is the constant 0, so that the hard loss is not computed.
+
+    Returns:
+      The loss, a scalar.
+
+    Raises:
+      ValueError: if the batch has no labels where they are needed.
     """
     if unused:
         return metrics["soft"]
+    need(batch, "label")
     metrics["hard"] = weighted_mean(hard(outputs, batch["label"]), batch)
     return alpha * metrics["hard"] + (1 - alpha) * metrics["soft"]
 
 
 def error_rate(logits: jax.Array, batch: Batch) -> jax.Array:
     """Computes the weighted fraction of examples whose top class is not the label's: a scalar."""
+    need(batch, "label")
     label = batch["label"]
     if label.ndim == logits.ndim:
         label = jnp.argmax(label, -1)
@@ -190,7 +227,7 @@ def distill_each(
 
     Returns:
       A ``loss_fn`` with the metrics ``"hard"``, ``"soft"`` (the weighted sum), ``"soft_0"``, ``"soft_1"`` and
-      so on (one per teacher) and ``"errors"``. The batch must hold a tuple of logits, as
+      so on (one per teacher) and ``"error_rate"``. The batch must hold a tuple of logits, as
       :func:`distill_jax.teachers.label_each` makes it.
 
     Raises:
@@ -200,11 +237,14 @@ def distill_each(
       Hinton, Vinyals, Dean, 2015, §2 (one teacher); You et al., `Learning from Multiple Teacher
       Networks`, 2017, §3.1 (equal weights).
     """
-    if weights is not None and not all(weight >= 0 for weight in weights):
-        raise ValueError(f"weights must not be negative, got {weights}")
-    check_options(alpha, temperature)
+    if weights is not None:
+        check_sequence("weights", weights, "numbers")
+        for weight in weights:
+            check_not_negative("weights", weight)
+    check_options(alpha, temperature, soft)
 
     def loss_fn(model, batch, *, key, step):
+        need(batch)
         teachers = teacher_of(batch)["logits"]
         if not isinstance(teachers, list | tuple) or not teachers:
             raise ValueError(
@@ -216,13 +256,14 @@ def distill_each(
             raise ValueError(
                 f"got {len(shares)} weights for {len(teachers)} teachers: give one weight per teacher"
             )
+        need(batch, "image")
         logits, state = model.apply(batch["image"], key=key)
         options = {"temperature": at(temperature, step)}
         softs = [soft_mean(soft, logits, teacher, batch, **options) for teacher in teachers]
         metrics = {
             "soft": sum(share * value for share, value in zip(shares, softs, strict=True)),
             **{f"soft_{number}": value for number, value in enumerate(softs)},
-            "errors": error_rate(logits, batch),
+            "error_rate": error_rate(logits, batch),
         }
         loss = add_hard(metrics, losses.cross_entropy, logits, batch, at(alpha, step), False)
         return loss, (state, metrics)

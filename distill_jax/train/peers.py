@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax import losses, weights
-from distill_jax._checks import check_fraction
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._checks import check_fraction, need
+from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.losses._numerics import to_float
-from distill_jax.train.objectives import Schedule, at, check_options, error_rate, soft_mean
+from distill_jax.train.objectives import Schedule, at, check_options, check_weight, error_rate, soft_mean
 from distill_jax.train.step import LossFn, weighted_mean
 
 
@@ -35,7 +35,7 @@ def mutual(
     Returns:
       A ``loss_fn`` for a model whose outputs are a tuple of logits, one entry per student, as
       :func:`distill_jax.models.side_by_side` makes it. Its metrics are ``"hard"``, ``"soft"`` and
-      ``"errors"`` (means over the students), ``"errors_0"``, ``"errors_1"`` and so on. All students take
+      ``"error_rate"`` (means over the students), ``"error_rate_0"``, ``"error_rate_1"`` and so on. All students take
       their step at once; in the paper they take turns within a batch.
 
     Raises:
@@ -44,10 +44,11 @@ def mutual(
     References:
       Zhang, Xiang, Hospedales, Lu, `Deep Mutual Learning`, 2018 (the loss of K networks).
     """
-    _check_weight(weight)
-    check_options(0.0, temperature)
+    check_weight("weight", weight)
+    check_options(0.0, temperature, soft)
 
     def loss_fn(model, batch, *, key, step):
+        need(batch, "image", "label")
         logits, state = model.apply(batch["image"], key=key)
         _check_exits(logits, "mutual", "one per student: join the students by models.side_by_side")
         count = len(logits)
@@ -64,8 +65,8 @@ def mutual(
         metrics = {
             "hard": hard / count,
             "soft": peers / count,
-            "errors": sum(wrong) / count,
-            **{f"errors_{number}": value for number, value in enumerate(wrong)},
+            "error_rate": sum(wrong) / count,
+            **{f"error_rate_{number}": value for number, value in enumerate(wrong)},
         }
         return hard + at(weight, step) * peers, (state, metrics)
 
@@ -88,8 +89,8 @@ def self_distillation(
 
     Returns:
       A ``loss_fn`` for a model whose outputs are a list or tuple of logits, one per exit, the deepest last.
-      Its metrics are ``"hard"`` and ``"soft"`` (sums over exits, unweighted), ``"errors"`` (of the deepest
-      exit), ``"errors_0"``, ``"errors_1"`` and so on. The paper's third term, ‖Fᵢ − F_deepest‖², is what
+      Its metrics are ``"hard"`` and ``"soft"`` (sums over exits, unweighted), ``"error_rate"`` (of the deepest
+      exit), ``"error_rate_0"``, ``"error_rate_1"`` and so on. The paper's third term, ‖Fᵢ − F_deepest‖², is what
       :func:`distill_jax.train.distill_features` computes between captured layers.
 
     Raises:
@@ -99,9 +100,10 @@ def self_distillation(
       Zhang et al., `Be Your Own Teacher`, 2019, §3.2. That the deepest exit is a constant follows the
       authors' program; the paper does not say.
     """
-    check_options(alpha, temperature)
+    check_options(alpha, temperature, soft)
 
     def loss_fn(model, batch, *, key, step):
+        need(batch, "image", "label")
         exits, state = model.apply(batch["image"], key=key)
         _check_exits(exits, "self_distillation", "one per exit, the deepest last")
         deepest, options = exits[-1], {"temperature": at(temperature, step)}
@@ -109,17 +111,12 @@ def self_distillation(
         softs = [soft_mean(soft, z, jax.lax.stop_gradient(deepest), batch, **options) for z in exits[:-1]]
         share = at(alpha, step)
         loss = share * sum(hards[:-1]) + (1 - share) * sum(softs) + hards[-1]
-        metrics = {"hard": sum(hards), "soft": sum(softs), "errors": error_rate(deepest, batch)}
+        metrics = {"hard": sum(hards), "soft": sum(softs), "error_rate": error_rate(deepest, batch)}
         for number, logits in enumerate(exits):
-            metrics[f"errors_{number}"] = error_rate(logits, batch)
+            metrics[f"error_rate_{number}"] = error_rate(logits, batch)
         return loss, (state, metrics)
 
     return loss_fn
-
-
-def _check_weight(weight: Schedule) -> None:
-    if not callable(weight) and not weight >= 0:
-        raise ValueError(f"weight must not be negative, got {weight}")
 
 
 def _check_exits(outputs: Any, objective: str, which: str) -> None:
@@ -142,6 +139,7 @@ def attach_mean_teacher(student: Model) -> Model:
       since the mean over many steps moves by less than bfloat16 can hold. ``step`` is the last one whose
       parameters are in the mean. :func:`detach_mean_teacher` takes student and teacher out.
     """
+    check_model("student", student)
 
     def precise(x):
         return to_float(x) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x
@@ -176,6 +174,7 @@ class _WithMeanTeacher:
 
 
 def _student_fn(model: Model) -> ApplyFn:
+    check_model("model", model)
     if not isinstance(model.apply_fn, _WithMeanTeacher):
         raise ValueError("expected a model from attach_mean_teacher, got another one")
     return model.apply_fn.student_fn
@@ -205,7 +204,7 @@ def mean_teacher(
 
     Returns:
       A ``loss_fn`` for a model from :func:`attach_mean_teacher`, with the metrics ``"hard"``, ``"soft"`` and
-      ``"errors"``. The mean moves once per step, also where gradients are accumulated over parts of the
+      ``"error_rate"``. The mean moves once per step, also where gradients are accumulated over parts of the
       batch.
 
     Raises:
@@ -217,9 +216,11 @@ def mean_teacher(
     """
     if not callable(decay):
         check_fraction("decay", decay)
-    _check_weight(weight)
+    check_weight("weight", weight)
+    check_options(0.0, None, soft)
 
     def loss_fn(model, batch, *, key, step):
+        need(batch, "image", "label", teacher_input)
         student_fn = _student_fn(model)
         student_state, now = model.state["student"], jnp.asarray(step, jnp.int32)
         new = now != model.state["step"]  # false for the later parts of an accumulated batch
@@ -232,7 +233,7 @@ def mean_teacher(
         metrics = {
             "hard": weighted_mean(losses.cross_entropy(ours, batch["label"]), batch),
             "soft": soft_mean(soft or _squared_difference, ours, theirs, batch),
-            "errors": error_rate(ours, batch),
+            "error_rate": error_rate(ours, batch),
         }
         loss = metrics["hard"] + at(weight, step) * metrics["soft"]
         return loss, ({"student": student_state, "teacher": teacher, "step": now}, metrics)

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from distill_jax import losses
-from distill_jax._model import Model, PyTree, identity
+from distill_jax._checks import check_choice, check_count, check_fraction, check_function, check_tx, need
+from distill_jax._model import Model, PyTree, check_model, identity
 from distill_jax.models import compose
 from distill_jax.train.epoch import make_epoch
 from distill_jax.train.loop import History, count_examples, fit, make_measure
@@ -20,6 +21,7 @@ from distill_jax.train.objectives import (
     add_hard,
     at,
     check_options,
+    check_weight,
     error_rate,
     is_zero,
     soft_mean,
@@ -75,18 +77,19 @@ def encoder_decoder(
 
     Returns:
       A ``loss_fn`` for a model from :func:`distill_jax.models.compose`, with the metrics ``"soft"``, ``"hard"``
-      and ``"inputs"`` (each unweighted) and, where labels are classes, ``"errors"``.
+      and ``"inputs"`` (each unweighted) and, where labels are classes, ``"error_rate"``.
 
     Raises:
       ValueError: for options outside these bounds; when traced, if shapes do not fit, or if the decoder
         returns no x̂ where it is needed.
     """
-    check_options(alpha, None)
-    if not callable(inputs_weight) and not inputs_weight >= 0:
-        raise ValueError(f"inputs_weight must not be negative, got {inputs_weight}")
+    check_options(alpha, None, soft)
+    check_function("hard", hard, "outputs, labels")
+    check_weight("inputs_weight", inputs_weight)
 
     def loss_fn(model, batch, *, key, step):
         teacher = teacher_of(batch)["logits"]
+        need(batch, "image")
         outputs, state = model.apply(batch["image"], key=key)
         outputs, inputs = outputs if isinstance(outputs, tuple) else (outputs, None)
         metrics = {"soft": soft_mean(soft, outputs, teacher, batch)}
@@ -100,7 +103,7 @@ def encoder_decoder(
             metrics["inputs"] = weighted_mean(mean_squares(inputs, flat), batch)
             loss += at(inputs_weight, step) * metrics["inputs"]
         if "label" in batch and jnp.issubdtype(batch["label"].dtype, jnp.integer):
-            metrics["errors"] = error_rate(outputs, batch)
+            metrics["error_rate"] = error_rate(outputs, batch)
         return loss, (state, metrics)
 
     return loss_fn
@@ -147,8 +150,12 @@ def freeze(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradie
       tx: any optax transformation; it keeps state for the trained entries only.
       frozen: the key of the entry that does not change, or None.
 
+    Returns:
+      The transformation.
+
     Raises:
-      ValueError: when the optimizer is initialised, if the parameters have no such key.
+      ValueError: if ``tx`` is no optax transformation; when the optimizer is initialised, if the parameters have
+        no such key.
 
     >>> tx = freeze(optax.sgd(1.0), "decoder")
     >>> params = {"encoder": jnp.ones(()), "decoder": jnp.ones(())}
@@ -156,6 +163,7 @@ def freeze(tx: optax.GradientTransformation, frozen: str | None) -> optax.Gradie
     >>> {name: float(x) for name, x in optax.apply_updates(params, updates).items()}
     {'decoder': 1.0, 'encoder': 0.0}
     """
+    check_tx("tx", tx)
     if frozen is None:
         return tx
 
@@ -178,9 +186,19 @@ def converged(history: History, *, tolerance: float, patience: int) -> bool:
       tolerance: the least relative improvement, in [0, 1).
       patience: the number of epochs in which it must be made.
 
+    Returns:
+      Whether it has converged.
+
+    Raises:
+      ValueError: if an option lies outside its bounds, or the history has no such figure.
+
     >>> converged({"validation_loss": [4.0, 2.0, 1.99]}, tolerance=0.01, patience=1)
     True
     """
+    check_fraction("tolerance", tolerance, without=1)
+    check_count("patience", patience)
+    if "validation_loss" not in history:
+        raise ValueError(f"history has no 'validation_loss'; it has {sorted(history)}")
     values = history["validation_loss"]
     before, last = values[:-patience], values[-patience:]
     return bool(before) and min(last) >= (1 - tolerance) * min(before)
@@ -238,15 +256,25 @@ def train_stages(
       save_seconds: the shortest time between two checkpoints, in seconds.
       on_stage: called with the name of a stage; returns the ``on_epoch`` of :func:`distill_jax.train.fit`.
 
+    Returns:
+      The trained model, facts about each stage, the history and the time.
+
     Raises:
       ValueError: if an output of the original is not finite, an option lies outside its bounds, or the
         training diverges.
     """
-    if not 0 <= tolerance < 1 or patience < 1 or epochs < 1:
-        raise ValueError(
-            "tolerance must lie in [0, 1), patience and epochs be at least 1, got "
-            f"{tolerance}, {patience} and {epochs}"
-        )
+    check_fraction("tolerance", tolerance, without=1)
+    check_count("patience", patience)
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, least=0)
+    check_model("encoder", encoder)
+    check_model("decoder", decoder)
+    check_function("tx", tx, "steps")
+    for fixed in stages.values():
+        check_choice("each part of stages", fixed, ("encoder", "decoder", None))
+    need(data, "image")
+    need(validation, "image", "teacher")
     for name, part in {"data": data, "validation": validation}.items():
         if "teacher" in part:
             check_original(part["teacher"], name)

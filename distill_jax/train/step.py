@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax._model import Model, PyTree
+from distill_jax._checks import check_count, check_function, check_key, check_positive, check_tx
+from distill_jax._model import Model, PyTree, check_model
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -60,7 +61,16 @@ def init_state(model: Model, tx: optax.GradientTransformation, key: jax.Array) -
       model: the model to train.
       tx: the optimizer.
       key: a random key for the whole run.
+
+    Returns:
+      The state, with ``step`` 0 and the optimizer's state for the model's parameters.
+
+    Raises:
+      ValueError: if ``model`` is no Model, ``tx`` no optax transformation, or ``key`` no random key.
     """
+    check_model("model", model)
+    check_tx("tx", tx)
+    check_key("key", key)
     model, key = jax.tree.map(jnp.copy, (model, key))
     return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model.params), key)
 
@@ -71,6 +81,9 @@ def step_key(state: PyTree, stream: int) -> jax.Array:
     Args:
       state: the training state.
       stream: 0 for the model (dropout), 1 for the data (augmentation).
+
+    Returns:
+      A random key, a function of the run's key, the step and the stream alone.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), stream)
 
@@ -91,6 +104,10 @@ def weighted_mean(values: jax.Array, batch: Batch) -> jax.Array:
     if "weight" not in batch:
         return jnp.mean(values)
     weight = batch["weight"]
+    if weight.shape != values.shape:
+        raise ValueError(
+            f"batch['weight'] must have one number per example, shape {values.shape}, got {weight.shape}"
+        )
     total = jnp.sum(weight)
     values = jnp.where(weight > 0, values, 0.0)
     return jnp.sum(values * weight) / jnp.where(total > 0, total, 1.0)
@@ -116,13 +133,16 @@ def make_train_step(
       The step. It adds ``"loss"`` and ``"gradient_norm"`` to the metrics of ``loss_fn``.
 
     Raises:
-      ValueError: if ``accumulate`` is not positive or, when the step is traced, does not divide the
-        batch.
+      ValueError: if ``loss_fn`` is no objective, ``tx`` no optax transformation, or ``accumulate`` not positive;
+        when the step is traced, if ``accumulate`` does not divide the batch.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    check_function("loss_fn", loss_fn, "model, batch, *, key, step")
+    check_tx("tx", tx)
+    check_count("accumulate", accumulate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise ValueError(f"state must be a TrainState, from init_state, got {type(state).__name__}")
         model, key = state.model, step_key(state, 0)
         if axis_name:
             # Each device differentiates its own copy. Without the cast, `shard_map` would sum the
@@ -211,11 +231,16 @@ def max_norm(limit: float) -> optax.GradientTransformation:
     Args:
       limit: the largest L2 norm, > 0.
 
+    Returns:
+      An optax transformation without state; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: if ``limit`` is not positive.
+
     References:
       Srivastava et al., `Dropout`, 2014, §5.1; Hinton et al., 2012 (arXiv 1207.0580), §1.
     """
-    if not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
+    check_positive("limit", limit)
 
     def project(update, param):
         if param.ndim < 2:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._model import Model, PyTree
+from distill_jax._checks import check_fraction, check_function, check_real, need
+from distill_jax._model import Model, PyTree, check_model
 from distill_jax.weights.means import lerp
 from distill_jax.weights.structure import by_path, is_float
 
@@ -41,11 +42,13 @@ def recalibrate(model: Model, batches: Iterable[Mapping[str, Any]], *, key: jax.
     References:
       Izmailov et al., `Averaging Weights Leads to Wider Optima and Better Generalization`, 2018, §3.2.
     """
+    check_model("model", model)
     if not jax.tree.leaves(model.state):
         return model
     key = jax.random.key(0) if key is None else key
     total, count = None, 0
     for number, batch in enumerate(batches):
+        need(batch, "image")
         images = batch["image"]
         size = len(jax.tree.leaves(images)[0])
         found = _statistics(model, images, jax.random.fold_in(key, number))
@@ -129,6 +132,10 @@ def along(
     >>> along(lambda w: round(float(w) ** 2, 2), -1.0, 1.0, [0, 0.5, 0.75])
     [1.0, 0.0, 0.25]
     """
+    check_fraction("ts", ts)
+    if np.ndim(ts) != 1:
+        raise ValueError(f"ts must be a list of points, got {ts!r}")
+    check_function("evaluate", evaluate, "model")
     if refresh is None and isinstance(start, Model):
         warn_if_stale(start.state)
     between = (lerp(start, end, float(t)) for t in np.asarray(ts))
@@ -155,6 +162,8 @@ def barrier(ts: ArrayLike | Sequence[float], losses: ArrayLike | Sequence[float]
     >>> barrier([0, 0.5, 1], [1.0, 4.0, 2.0])
     2.5
     """
+    check_real("ts", ts)
+    check_real("losses", losses)
     t, values = np.asarray(ts, np.float64), np.asarray(losses, np.float64)
     if t.ndim != 1 or t.shape != values.shape or not t.size:
         raise ValueError(f"ts and losses must be [n], got shapes {t.shape} and {values.shape}")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction
+from distill_jax._checks import check_fraction, check_function, check_not_negative, check_real, check_sequence
 from distill_jax._model import PyTree
 from distill_jax.losses._numerics import to_float
 from distill_jax.weights.structure import Scalar, Scalars, check, is_float, map_floats, scalars
@@ -131,6 +131,7 @@ def mean(trees: Sequence[PyTree], weights: ArrayLike | Sequence[ArrayLike] | Non
 
 
 def _shares(trees: Sequence[PyTree], weights: Any) -> jax.Array:
+    check_sequence("trees", trees, "trees")
     if not len(trees):
         raise ValueError("trees must have at least one entry, got none")
     check(*trees, names=[f"trees[{i}]" for i in range(len(trees))])
@@ -139,6 +140,7 @@ def _shares(trees: Sequence[PyTree], weights: Any) -> jax.Array:
     if np.shape(weights) != (len(trees),):
         raise ValueError(f"weights must have one entry per tree, {len(trees)}, got shape {np.shape(weights)}")
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(weights)):
+        check_real("weights", weights)
         values = np.asarray(weights, np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
             raise ValueError(f"weights must be finite, ≥ 0 and not all 0, got {values}")
@@ -177,6 +179,8 @@ def fisher_mean(
     >>> float(fisher_mean([1.0, 2.0], [3.0, 1.0]))
     1.25
     """
+    check_sequence("trees", trees, "trees")
+    check_sequence("fishers", fishers, "trees")
     if len(fishers) != len(trees):
         raise ValueError(f"fishers must have one entry per tree, {len(trees)}, got {len(fishers)}")
     shares = _shares(trees, weights)
@@ -244,6 +248,7 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
     ((0, 2), -0.10000000000000009)
     """
     _shares(trees, None)
+    check_function("score", score, "tree")
     scores = [float(score(tree)) for tree in trees]
     if any(map(np.isnan, scores)):
         raise ValueError(f"score must be a number, got {scores}")
@@ -320,8 +325,7 @@ def swa(average: PyTree, tree: PyTree, count: Scalar) -> PyTree:
     >>> float(swa(3.0, 7.0, 3))
     4.0
     """
-    if not isinstance(count, jax.core.Tracer) and not count >= 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    check_not_negative("count", count)
     count = jnp.asarray(count, jnp.float32)
     return _join(average, tree, count / (count + 1))
 

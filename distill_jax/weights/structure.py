@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_fractions
+from distill_jax._checks import check_fractions, check_real
 from distill_jax._model import Model, PyTree
 
 Scalar = float | jax.Array
@@ -68,7 +68,14 @@ def mismatch_report(*trees: PyTree, names: Sequence[str] | None = None, dtypes: 
     """
     names = names or [f"tree_{chr(ord('a') + i)}" for i in range(len(trees))]
     first, *others = leaves = [by_path(tree) for tree in trees]
-    lines = []
+    lines = [
+        f"{path}: no numbers but {type(leaf).__name__} in {name}"
+        for name, tree in zip(names, leaves, strict=True)
+        for path, leaf in tree.items()
+        if not _is_array(leaf)
+    ]
+    if lines:
+        return "\n".join(lines)
     for name, other in zip(names[1:], others, strict=True):
         lines += [f"{path}: missing in {name}" for path in first if path not in other]
         lines += [f"{path}: missing in {names[0]}" for path in other if path not in first]
@@ -115,11 +122,12 @@ def check(*trees: PyTree, names: Sequence[str] | None = None, dtypes: bool = Tru
       dtypes: whether dtypes must agree.
 
     Raises:
-      ValueError: with the lines of :func:`mismatch_report`, if there are any.
+      ValueError: with the entries of :func:`mismatch_report`, if there are any.
     """
     if report := mismatch_report(*trees, names=names, dtypes=dtypes):
         raise ValueError(
-            "the trees must have the same structure, shapes and dtypes, and finite values:\n" + report
+            "the trees must have the same structure, shapes and dtypes, and finite values: "
+            + report.replace("\n", "; ")
         )
 
 
@@ -154,8 +162,16 @@ def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = T
                 f"{label} must be a scalar, got shape {np.shape(scalar)}: use jax.vmap for several values"
             )
         labelled[label] = scalar
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{label}: {pattern!r} is no regular expression: {error}") from None
     if fraction:
         check_fractions(labelled)
+    for label, scalar in labelled.items():
+        check_real(label, scalar)
+        if not isinstance(scalar, jax.core.Tracer) and not np.isfinite(scalar):
+            raise ValueError(f"{label} must be finite, got {scalar}")
     patterns = [pattern for pattern in given if pattern]
     paths = list(by_path(tree))
     found = {path: [p for p in patterns if re.search(p, path)] for path in paths}
@@ -167,8 +183,20 @@ def scalars(value: Scalars, tree: PyTree, *, name: str = "t", fraction: bool = T
             lines.append(f"{path}: found by none; the expression '' stands for the rest")
     if lines:
         lines.append(f"the paths are {', '.join(paths)}")
-        raise ValueError(f"{name}: each path must be found by one expression:\n" + "\n".join(lines))
+        raise ValueError(f"{name}: each path must be found by one expression: {'; '.join(lines)}")
     return jax.tree.unflatten(jax.tree.structure(tree), [given[(found[path] or [""])[0]] for path in paths])
+
+
+def _is_array(leaf: Any) -> bool:
+    """Says whether a leaf is an array of numbers, of booleans or of random keys, or a number."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return False
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, bool | int | float | complex)
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended) or (
+        jnp.issubdtype(dtype, np.bool_) or jnp.issubdtype(dtype, np.number)
+    )
 
 
 def _dtype(leaf: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_fraction
+from distill_jax._checks import check_fraction, check_key, check_sequence
 from distill_jax._model import PyTree
 from distill_jax.losses._numerics import to_float
 from distill_jax.weights.structure import Scalars, check, is_float, map_floats, scalars
@@ -89,8 +89,8 @@ def ties(vectors: Sequence[PyTree], *, density: float = 0.2) -> PyTree:
     >>> ties(vectors, density=0.67)["w"]
     Array([ 3., -3.,  0.], dtype=float32)
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {density}")
+    check_fraction("density", density, without=0)
+    check_sequence("vectors", vectors, "task vectors")
     if not len(vectors):
         raise ValueError("vectors must have at least one entry, got none")
     check(*vectors, names=[f"vectors[{i}]" for i in range(len(vectors))])
@@ -147,9 +147,8 @@ def dare(key: jax.Array, vector: PyTree, *, rate: float) -> PyTree:
     >>> float(jnp.mean(dare(jax.random.key(0), jnp.ones(100_000), rate=0.9)).round(1))
     1.0
     """
-    check_fraction("rate", rate)
-    if not isinstance(rate, jax.core.Tracer) and not rate < 1:
-        raise ValueError(f"rate must lie in [0, 1), got {rate}: at 1 every entry would be dropped")
+    check_key("key", key)
+    check_fraction("rate", rate, without=1)
     check(vector, names=("vector",))
     leaves, structure = jax.tree.flatten(vector)
     keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.optimize
 
 from distill_jax import weights
+from distill_jax._checks import check_count
 from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace.roles import positions
 from distill_jax.compress.units.editing import float_leaves
@@ -65,6 +66,7 @@ def match_weights(
     >>> match_weights(graph, shuffled, model)
     {'a': array([1, 2, 0])}
     """
+    check_count("seed", seed, least=0)
     weights.check(_parameters(reference), _parameters(model), names=("the reference", "the model"))
     matching = _Matching(graph, model, reference, permutable_groups(graph, groups))
     ends = [matching.descend(start, seed) for start in (matching.identity(), matching.loose())]
@@ -331,7 +333,7 @@ def _check_widths(student: UnitGraph, teacher: UnitGraph, layers: Mapping[str, s
     if wider:
         raise ValueError(
             "student: it is wider than the teacher, which has no units to fill it with: exchange the "
-            "two, or give a narrower student\n" + "\n".join(wider)
+            "two, or give a narrower student; " + "; ".join(wider)
         )
 
 
@@ -346,6 +348,6 @@ def _check_shapes(student: Model, cut: Model, layers: Mapping[str, str] | None) 
     if lines:
         raise ValueError(
             "student: units in which it is smaller than the teacher are not free there (a layer of one "
-            "unit, or frozen: print its graph), so none were selected; give it the teacher's size\n"
-            + "\n".join(lines)
+            "unit, or frozen: print its graph), so none were selected; give it the teacher's size; "
+            + "; ".join(lines)
         )

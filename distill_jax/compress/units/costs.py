@@ -29,6 +29,7 @@ def share(graph: UnitGraph, kept: Kept) -> float:
     Returns:
       A fraction between 0 and 1.
     """
+    unit_masks(graph, kept)
     total = sum(graph.groups[name].size for name in kept)
     return sum(len(indices) for indices in kept.values()) / max(total, 1)
 

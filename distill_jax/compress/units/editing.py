@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax._model import Model, PyTree
-from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.graph import UnitGraph, check_graph
 
 Kind = Literal["params", "state"]
 Edit = Callable[[Any, str], Any]
@@ -35,6 +35,7 @@ def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree) -> PyTree:
       ValueError: if no subtree has such a structure; if one has, but with arrays of other shapes; or if
         one may be either the parameters or the state.
     """
+    check_graph(graph)
     edited, count = _edit(graph, edit, tree, "tree")
     if not count:
         raise ValueError(
@@ -182,6 +183,7 @@ def float_leaves(
     Raises:
       ValueError: if the tree has another structure or other shapes than were traced.
     """
+    check_graph(graph)
     parts: dict[Kind, Any] = {"params": tree.params if isinstance(tree, Model) else tree}
     if state and isinstance(tree, Model) and jax.tree.leaves(graph.names.state):
         parts["state"] = tree.state

@@ -118,6 +118,12 @@ class UnitGraph:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+def check_graph(graph: UnitGraph) -> None:
+    """Raises ``ValueError`` unless a value is a :class:`UnitGraph`."""
+    if not isinstance(graph, UnitGraph):
+        raise ValueError(f"graph must be a UnitGraph, from units.trace, got {type(graph).__name__}")
+
+
 def _places(group: Group, most: int = 3) -> str:
     places = [f"{s.path}:{s.axis}" for s in group.slices]
     rest = len(places) - most

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distill_jax._model import Model
+from distill_jax._model import Model, check_model
 from distill_jax.compress.units.graph import names_of
 from distill_jax.compress.units.selection import mapped_path
 
@@ -62,6 +62,8 @@ def inject(student: Model, teacher: Model, *, layers: Mapping[str, str] | None =
     >>> done.model.params["a"], done.taken, done.kept
     (Array([0., 2.], dtype=float32), {'a': 'a'}, {'b': 'the teacher has no b'})
     """
+    check_model("student", student)
+    check_model("teacher", teacher)
     found = leaves_by_name(teacher)
     taken, kept = {}, {}
 

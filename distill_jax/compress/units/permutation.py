@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax._checks import check_mapping
 from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
-from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.graph import UnitGraph, check_graph
 from distill_jax.compress.units.shrinking import ShrunkFn
 from distill_jax.compress.units.tracing import Traced
 
@@ -84,6 +85,9 @@ def permutable_groups(graph: UnitGraph, groups: Iterable[str] | None) -> list[st
     Raises:
       ValueError: if a group does not exist, or its units cannot be reordered.
     """
+    check_graph(graph)
+    if isinstance(groups, str):
+        raise ValueError(f"groups must be a list of names of groups, got {groups!r}")
     if groups is None:
         return list(permutable(graph))
     names = list(groups)
@@ -110,11 +114,14 @@ def checked_orders(graph: UnitGraph, permutations: Permutations) -> dict[str, np
     Raises:
       ValueError: if a π is no permutation, or its group does not exist.
     """
+    check_graph(graph)
+    check_mapping("permutations", permutations, "group → order of its units")
     orders = {}
     for name, order in permutations.items():
         _known(graph, name)
         array, size = np.asarray(order), graph.groups[name].size
-        if array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
+        whole = np.issubdtype(array.dtype, np.integer)
+        if array.shape != (size,) or not whole or not np.array_equal(np.sort(array), np.arange(size)):
             raise ValueError(f"permutations[{name!r}] must hold each of 0 … {size - 1} once, got {order!r}")
         orders[name] = array.astype(np.int64)
     return orders

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from distill_jax._checks import check_mapping
 from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
-from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.graph import UnitGraph, check_graph
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
 
@@ -139,6 +140,8 @@ def unit_masks(graph: UnitGraph, kept: Kept) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if ``kept`` is not valid, see :func:`keep`.
     """
+    check_graph(graph)
+    check_mapping("kept", kept, "group → indices")
     stays = {name: _stays(graph, name, indices) for name, indices in kept.items()}
     return {name: mask for name, mask in stays.items() if not mask.all()}
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._model import Model, PyTree
+from distill_jax._checks import check_count, check_function, check_key
+from distill_jax._model import Model, PyTree, check_model, example_count
 from distill_jax.compress.units.editing import float_leaves
-from distill_jax.compress.units.graph import Group, UnitGraph
+from distill_jax.compress.units.graph import Group, UnitGraph, check_graph
 from distill_jax.compress.units.values import activations, free_groups, vectors
 
 Scores = dict[str, np.ndarray]
@@ -152,7 +153,10 @@ def squared_gradients(
     >>> squared_gradients(lambda model, x: model(x), model, jnp.array([1.0, 3.0])).item()
     5.0
     """
-    count = len(jax.tree.leaves(examples)[0])
+    check_function("loss_fn", loss_fn, "model, example")
+    check_model("model", model)
+    check_count("chunk", chunk)
+    count = example_count("examples", examples)
 
     def loss(params: PyTree, example: Any) -> jax.Array:
         return loss_fn(model.replace(params=params), example)
@@ -275,6 +279,8 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
     Returns:
       For each free group, float64 ``[size]``.
     """
+    check_key("key", key)
+    check_graph(graph)
     free = free_groups(graph)
     ends = np.cumsum([group.size for group in free])
     drawn = np.asarray(jax.random.uniform(key, (ends[-1],)), np.float64)

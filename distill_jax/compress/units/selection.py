@@ -13,11 +13,20 @@ from typing import Any, Literal
 import numpy as np
 from scipy.cluster import hierarchy
 
-from distill_jax._model import Model
+from distill_jax._checks import (
+    check_count,
+    check_fraction,
+    check_function,
+    check_mapping,
+    check_positive,
+    check_real,
+    is_integer,
+)
+from distill_jax._model import Model, check_model
 from distill_jax.compress.units._trace.roles import positions, roles
 from distill_jax.compress.units.costs import Cost, share
 from distill_jax.compress.units.editing import map_leaves, numpy_of
-from distill_jax.compress.units.graph import Group, Slice, UnitGraph
+from distill_jax.compress.units.graph import Group, Slice, UnitGraph, check_graph
 from distill_jax.compress.units.values import vectors
 
 Indices = dict[str, list[int]]
@@ -52,7 +61,8 @@ def prune(
       The indices that stay in each scored group, at least one.
 
     Raises:
-      ValueError: if scores do not belong to free groups; if the budget is below the cost of the smallest
+      ValueError: if scores do not belong to free groups; if an option lies outside its bounds (a share of units lies
+        in [0, 1]); if the budget is below the cost of the smallest
         network, which has one unit per group (or ``multiple``).
 
     >>> import jax.numpy as jnp
@@ -65,8 +75,11 @@ def prune(
     {'a': [1, 2]}
     """
     _check_scores(graph, scores)
-    if multiple < 1:
-        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    check_count("multiple", multiple)
+    check_function("of", of, "graph, kept")
+    if np.ndim(budget):
+        raise ValueError(f"budget must be one number, got shape {np.shape(budget)}")
+    (check_fraction if of is share else check_positive)("budget", budget)
     order = {name: np.argsort(-np.asarray(x), kind="stable") for name, x in scores.items()}
 
     def left(removed: int) -> Indices:
@@ -94,7 +107,9 @@ def prune(
         raise ValueError(f"across must be 'network' or 'group', got {across!r}")
 
     found = left(0)
-    if of(graph, found) <= budget:
+    if np.isnan(whole := of(graph, found)):
+        raise ValueError("of must give a number, the cost of the network, got NaN for the whole network")
+    if whole <= budget:
         return found
     low, high = 0, most
     found = left(most)
@@ -157,12 +172,17 @@ def merge(
     >>> kept, units.keep(graph, merged, kept).params["b"].ravel()
     ({'a': [0, 1]}, Array([4., 2.], dtype=float32))
     """
+    check_graph(graph)
+    check_model("model", model)
+    check_mapping("sizes", sizes, "group → number of units")
     known = roles(graph)
+    if wrong := [name for name in likeness or {} if name not in sizes]:
+        raise ValueError(f"likeness: {wrong} are not among the groups of sizes, {list(sizes)}")
     for name, size in sizes.items():
         group = _free(graph, name, "sizes")
         if known[name].reason:
             raise ValueError(f"sizes: {name!r} cannot be merged: {known[name].reason}")
-        if not 1 <= size <= group.size:
+        if not is_integer(size) or not 1 <= size <= group.size:
             raise ValueError(f"sizes[{name!r}] must lie in 1 … {group.size}, got {size}")
     if incoming not in ("mean", "best"):
         raise ValueError(f"incoming must be 'mean' or 'best', got {incoming!r}")
@@ -254,6 +274,10 @@ def select(
     >>> units.select(net(8), net(4), how="block", block=1)
     {'a': [4, 5, 6, 7]}
     """
+    check_graph(student)
+    check_count("block", block, least=0)
+    if layers is not None:
+        check_mapping("layers", layers, "the student's layer → the teacher's")
     if isinstance(how, Mapping):
         _check_scores(graph, how)
     elif how not in ("uniform", "block"):
@@ -339,8 +363,9 @@ def _by_place(graph: UnitGraph) -> dict[tuple[str, int], list[Group]]:
 
 def _clusters(x: np.ndarray, size: int, group: Group) -> np.ndarray:
     """Returns the cluster of each unit, ``[units]``."""
-    if x.shape[0] != group.size or x.ndim != 2:
-        raise ValueError(f"likeness[{group.name!r}] must be [{group.size}, any], got {x.shape}")
+    check_real(f"likeness[{group.name!r}]", x)
+    if x.shape[:1] != (group.size,) or x.ndim != 2 or not np.isfinite(x).all():
+        raise ValueError(f"likeness[{group.name!r}] must be [{group.size}, any] and finite, got {x.shape}")
     if size == group.size:
         return np.arange(size)
     return hierarchy.cut_tree(hierarchy.ward(x), n_clusters=size).ravel()
@@ -356,10 +381,13 @@ def _free(graph: UnitGraph, name: str, argument: str) -> Group:
 
 
 def _check_scores(graph: UnitGraph, scores: Mapping[str, np.ndarray]) -> None:
+    check_graph(graph)
+    check_mapping("scores", scores, "group → array [size]")
     if not scores:
         raise ValueError("scores are empty: there is no group to choose from")
     for name, x in scores.items():
         size = _free(graph, name, "scores").size
+        check_real(f"scores[{name!r}]", x)
         if np.shape(x) != (size,) or not np.isfinite(x).all():
             raise ValueError(
                 f"scores[{name!r}] must be [{size}] and finite, got shape {np.shape(x)}"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from distill_jax import _jaxpr
-from distill_jax._model import Model, PyTree
+from distill_jax._model import Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
@@ -68,6 +68,10 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     Returns:
       The groups of units. Their names are the paths of parameters.
 
+    Raises:
+      ValueError: if ``model`` is no Model, or one from :func:`distill_jax.models.load`, whose program is closed;
+        if ``x`` is no batch.
+
     >>> import jax.numpy as jnp
     >>> from distill_jax import models
     >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
@@ -77,8 +81,16 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     >>> group.size, group.free, group.exact, [(s.path, s.axis) for s in group.slices]
     (4, True, True, [('a', 1), ('b', 0)])
     """
+    check_model("model", model)
+    check_inputs("x", x)
     model, x = jax.eval_shape(lambda *given: given, model, x)
     graph = groups_of(model, x)
+    closed = any("call_exported" in note for note in graph.notes)
+    if closed and not any(group.free for group in graph.groups.values()):
+        raise ValueError(
+            "model: it was loaded from a file, and its program is closed, so no unit can be removed: trace and "
+            "prune the model before models.save"
+        )
     groups = dict(graph.groups)
     for name in groups_in_numbers(graph):
         reason = "the network computes a number from its size"

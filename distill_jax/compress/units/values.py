@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._model import Model, PyTree
+from distill_jax._model import Model, PyTree, check_model
 from distill_jax.compress.units._trace.program import Step, bind, evaluate
 from distill_jax.compress.units._trace.roles import positions, roles
 from distill_jax.compress.units.editing import float_leaves
-from distill_jax.compress.units.graph import Group, UnitGraph
+from distill_jax.compress.units.graph import Group, UnitGraph, check_graph
 
 
 def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarray]:
@@ -29,6 +29,8 @@ def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarr
     Raises:
       ValueError: if the model or the inputs have another structure or other shapes than were traced.
     """
+    check_graph(graph)
+    check_model("model", model)
     traced = graph.traced
     leaves, structure = jax.tree.flatten((model.params, model.state, x))
     expected = [traced.program.avals[number].shape for number in traced.program.inputs]
