@@ -75,6 +75,23 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
 
 
+def check_finite(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value is no finite real number. Traced values pass."""
+    check_real(name, value)
+    if not isinstance(value, jax.core.Tracer) and not np.isfinite(np.asarray(value, np.float64)).all():
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_not_negative(name: str, value: ArrayLike) -> None:
+    """Raises ``ValueError`` if a value is negative or not finite. Traced values pass."""
+    check_real(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value, np.float64)
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
 def check_positive(name: str, value: ArrayLike) -> None:
     """Raises ``ValueError`` if a value is not positive and finite. Traced values pass."""
     check_real(name, value)

@@ -150,7 +150,7 @@ def test_axis_and_where(name):
         np.testing.assert_allclose(turned, value, rtol=1e-5)
     blocks, *_ = compiled(name)(*(x.reshape(2, 4, 10) for x in (student, teacher)))
     np.testing.assert_allclose(blocks, value.reshape(2, 4), rtol=1e-5)
-    where = np.arange(10) < 7
+    where = np.arange(10)[None] < 7
     short, *_ = compiled(name)(student[:, :7], teacher[:, :7])
     masked, *_ = compiled(name)(student, teacher, where)
     np.testing.assert_allclose(masked, short, rtol=1e-5)
@@ -265,7 +265,7 @@ def test_standardise(ddof):
     np.testing.assert_allclose(
         losses.standardise(logits * 1e-30, temperature=2.0, ddof=ddof), expected, rtol=1e-5, atol=1e-6
     )
-    where = np.arange(10) < 7
+    where = np.arange(10)[None] < 7
     masked = losses.standardise(logits, ddof=ddof, where=where)
     expected = ref_standardise(logits[:, :7].astype(float), ddof=ddof)
     np.testing.assert_allclose(masked[:, :7], expected, rtol=1e-5, atol=1e-6)
@@ -280,7 +280,7 @@ def test_standardise_makes_of_equal_logits_exactly_zero():
         )(rows)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
-    np.testing.assert_array_equal(losses.standardise(rows[:, :1], ddof=1), 0)  # one class
+    np.testing.assert_array_equal(losses.standardise(rows[:, :1]), 0)  # one class
 
 
 def test_float64_is_kept():
@@ -307,5 +307,10 @@ def test_arguments_are_checked():
         losses.mlkd(logits, logits, temperatures=(1.0, -1.0))
     with pytest.raises(ValueError, match="temperatures must hold at least one temperature"):
         losses.mlkd(logits, logits, temperatures=())
-    with pytest.raises(ValueError, match="ddof must be 0 or a positive integer, got -1"):
+    for temperatures in (2.0, "24", np.float32(2), {2.0}):
+        with pytest.raises(ValueError, match="temperatures must"):
+            losses.mlkd(logits, logits, temperatures=temperatures)
+    with pytest.raises(ValueError, match="ddof must be an integer of at least 0, got -1"):
         losses.standardise(logits, ddof=-1)
+    with pytest.raises(ValueError, match="ddof must be below the number of classes, 3, got 3"):
+        losses.standardise(logits, ddof=3)

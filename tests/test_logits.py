@@ -156,7 +156,7 @@ def test_axis_and_where(name):
     value = loss(student, teacher)
     assert value.shape == (8,)
     np.testing.assert_allclose(loss(student.T, teacher.T, axis=0), value, rtol=1e-5)
-    where = np.arange(10) < 7
+    where = np.arange(10)[None] < 7
     masked = loss(student, teacher, where=where)
     np.testing.assert_allclose(masked, loss(student[:, :7], teacher[:, :7]), rtol=1e-5)
     excluded = [np.where(where, x, -np.inf) for x in (student, teacher)]
@@ -315,7 +315,7 @@ def test_cross_entropy():
     smoothed = 0.9 * expected - 0.1 * log_q.mean(-1)
     value = losses.cross_entropy(logits, labels, label_smoothing=0.1)
     np.testing.assert_allclose(value, smoothed, rtol=1e-6)
-    where = np.arange(10) < 8
+    where = np.arange(10)[None] < 8
     value = losses.cross_entropy(logits, labels, label_smoothing=0.1, where=where)
     shorter = losses.cross_entropy(logits[:, :8], labels, label_smoothing=0.1)
     np.testing.assert_allclose(value, shorter, rtol=1e-6)
@@ -327,7 +327,7 @@ def test_cross_entropy_never_makes_up_a_number():
     logits = np.zeros((3, 4), np.float32)
     value = losses.cross_entropy(logits, np.array([-1, 4, 0]))
     np.testing.assert_allclose(value, [np.nan, np.nan, np.log(4)], rtol=1e-6)
-    masked = losses.cross_entropy(logits, np.array([3, 0, 1]), where=np.arange(4) < 3)
+    masked = losses.cross_entropy(logits, np.array([3, 0, 1]), where=np.arange(4)[None] < 3)
     np.testing.assert_allclose(masked, [np.inf, np.log(3), np.log(3)], rtol=1e-6)
     far = np.array([[1e4, 0.0]], np.float32)
     value, gradient = jax.value_and_grad(lambda z: losses.cross_entropy(z, np.array([1])).sum())(far)

@@ -182,7 +182,7 @@ def test_a_loss_between_tokens_does_not_see_padding(loss):
     expected = tokens.sequence(loss)(student, teacher)
     padded = tokens.sequence(loss)(longer[0], longer[1], tokens=longer[2])
     np.testing.assert_allclose(padded, expected, rtol=1e-5)
-    some = np.array([True] * 3 + [False] * (student.shape[-1] - 3))
+    some = np.array([True] * 3 + [False] * (student.shape[-1] - 3))[None, None]
     np.testing.assert_allclose(
         tokens.sequence(loss)(longer[0], longer[1], tokens=longer[2], where=some),
         tokens.sequence(loss)(student, teacher, where=some),

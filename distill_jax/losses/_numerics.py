@@ -1,4 +1,4 @@
-"""Shared numerics of the losses: masked log-softmax, accurate divergences.
+"""Shared numerics of the losses: checks of logits, masked log-softmax, accurate divergences.
 
 A class exists where ``where`` is true and its logit is not −inf. Write p for the teacher's and q for the
 student's probabilities, and d = log p − log q. A divergence is summed as Σ p·(e^(−d) − 1 + d), which
@@ -6,50 +6,163 @@ equals Σ p·d because Σ q = Σ p = 1. All its terms are ≥ 0, so a small dive
 rounding of terms of both signs. d itself is computed from the *difference* of the logits. Together they
 keep values and gradients accurate to float32 even where student and teacher almost agree, or where the
 temperature is high.
+
+Derivatives are written in closed form (``custom_jvp``), such as q − p of the Kullback–Leibler divergence,
+again from d. So the backward pass keeps the digits too, and needs nothing but p, q and d.
 """
 
+import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax._checks import check_positive, warn_if_probabilities
+from distill_jax._checks import check_not_negative, check_positive, check_real, warn_if_probabilities
 
 Loss = Callable[..., Array]
 
-# Below this distance between logits d comes from their difference; far above it, log1p(Σ q·(e^δ − 1))
-# would itself cancel.
-_NEAR = 2.0
+_NEAR = 0.5  # where a difference of logarithms is smaller than this, series replace formulas that cancel
+_LEAST = 2.0**-57
+
+
+# --- arguments -------------------------------------------------------------------------------
 
 
 def to_float(x: ArrayLike) -> Array:
-    """Converts to float32, or keeps float64."""
+    """Converts to float32, or keeps float64. A Python number stays weak: it widens nothing."""
+    if isinstance(x, int | float):
+        return jnp.asarray(float(x))
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def logits_of(name: str, logits: ArrayLike, axis: int) -> Array:
+    """Checks logits that a user gave, warns of probabilities, and converts to float32 or float64."""
+    check_real(name, logits)
+    shape = jnp.shape(logits)
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"axis must be an integer that names an axis of {name}, of shape {shape}, got {axis!r}"
+        )
+    if shape[axis] == 0:
+        raise ValueError(f"{name} must have at least one class on axis {axis}, got shape {shape}")
+    warn_if_probabilities(name, logits, axis=axis)
+    return to_float(logits)
+
+
+def both_logits(student: ArrayLike, teacher: ArrayLike, axis: int) -> tuple[Array, Array]:
+    """Checks and converts the logits of student and teacher, which must have one shape."""
+    student = logits_of("student_logits", student, axis)
+    teacher = logits_of("teacher_logits", teacher, axis)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student_logits and teacher_logits must have the same shape, got {student.shape} and {teacher.shape}"
+        )
+    return student, teacher
+
+
+def scalar(name: str, value: ArrayLike, dtype: DTypeLike) -> Array:
+    """Converts an option that must be one number."""
+    check_real(name, value)
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be a number, got an array of shape {jnp.shape(value)}")
+    return jnp.asarray(value, dtype)
+
+
+def weight(name: str, value: ArrayLike, values: Array) -> Array:
+    """Converts the weight of a term, a number or an array that broadcasts to the ``values`` of the term."""
+    check_not_negative(name, value)
+    given = jnp.shape(value)
+    tail = zip(given[::-1], values.shape[::-1], strict=False)
+    if len(given) > values.ndim or any(a not in (1, b) for a, b in tail):
+        raise ValueError(f"{name} must be a number or broadcast to {values.shape}, got shape {given}")
+    return jnp.asarray(value, values.dtype)
+
+
+def temperature_of(value: ArrayLike, logits: Array, axis: int) -> Array:
+    """Converts a temperature: a number, or one axis per axis of the logits, with size 1 on the class axis."""
+    check_positive("temperature", value)
+    given, wanted = jnp.shape(value), list(logits.shape)
+    wanted[axis] = 1
+    if given and (
+        len(given) != len(wanted) or any(a not in (1, b) for a, b in zip(given, wanted, strict=True))
+    ):
+        raise ValueError(
+            f"temperature must be a number, or broadcast to {tuple(wanted)} with as many axes, got shape {given}"
+        )
+    return jnp.asarray(value, logits.dtype)
 
 
 def valid_classes(logits: Array, where: ArrayLike | None) -> Array:
-    """Says which classes exist: those of ``where`` whose logit is above −inf."""
+    """Says which classes exist: those of ``where`` whose logit is above −inf.
+
+    ``where`` is ``bool`` with one axis per axis of the logits, each of the same size or 1. So a mask of
+    classes, ``[1, classes]``, and a mask of examples, ``[batch, 1]``, cannot be mistaken for each other.
+    """
     finite = logits != -jnp.inf  # a NaN is valid, so that it shows in the result
-    return finite if where is None else finite & where
+    if where is None:
+        return finite
+    where = mask_of(where, logits)
+    return finite & where
+
+
+def mask_of(where: ArrayLike | None, logits: Array) -> Array:
+    """Checks ``where`` and expands it to the shape of the logits."""
+    if where is None:
+        return jnp.ones(logits.shape, bool)
+    where, shape = jnp.asarray(where), logits.shape
+    fits = where.ndim == len(shape) and all(a in (1, b) for a, b in zip(where.shape, shape, strict=True))
+    if where.dtype != bool or not fits:
+        raise ValueError(
+            f"where must be bool with one axis per axis of the logits {shape}, each of the same size or 1 (for "
+            f"example where[None, :] for classes, where[:, None] for examples), got {where.dtype} of shape "
+            f"{where.shape}"
+        )
+    return jnp.broadcast_to(where, shape)
+
+
+# --- softmax ---------------------------------------------------------------------------------
+
+
+def log_total(logits: Array, valid: Array, axis: int) -> tuple[Array, Array]:
+    """Computes the logits less their maximum, 0 where no class exists, and the logarithm of Σ exp of them."""
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True, where=valid, initial=-jnp.inf))
+    shifted = jnp.where(valid, logits - jnp.where(peak == -jnp.inf, 0.0, peak), 0.0)
+    total = jnp.sum(jnp.exp(shifted), axis, keepdims=True, where=valid)
+    return shifted, jnp.log(jnp.where(total > 0, total, 1.0))
 
 
 def log_softmax(logits: Array, valid: Array, axis: int) -> Array:
     """Computes log-probabilities; 0 (not −inf) at classes that do not exist, so their gradient is zero."""
-    safe = jnp.where(valid, logits, 0.0)
-    peak = jax.lax.stop_gradient(jnp.max(safe, axis, keepdims=True, where=valid, initial=-jnp.inf))
-    shifted = safe - jnp.where(peak == -jnp.inf, 0.0, peak)  # −inf: no class of the row is valid
-    total = jnp.sum(jnp.exp(shifted), axis, keepdims=True, where=valid)
-    log_total = jnp.log(jnp.where(total > 0, total, 1.0))
-    return jnp.where(valid, shifted - log_total, 0.0)
+    shifted, total = log_total(jnp.where(valid, logits, 0.0), valid, axis)
+    return jnp.where(valid, shifted - total, 0.0)
+
+
+class Softened(NamedTuple):
+    """Softened logits of student and teacher, each less its maximum; 0 at classes that do not exist."""
+
+    student: Array
+    teacher: Array
+    difference: Array  # teacher − student, from the difference of the logits
+    has_q: Array
+    has_p: Array
+
+    @property
+    def swapped(self) -> "Softened":
+        """Student and teacher exchanged."""
+        return Softened(self.teacher, self.student, -self.difference, self.has_p, self.has_q)
 
 
 class Pair(NamedTuple):
-    """Student (q) and teacher (p) over the same classes; 0 at classes that do not exist."""
+    """Probabilities of student (q) and teacher (p) over the same classes; 0 at classes that do not exist."""
 
+    q: Array
+    p: Array
     log_q: Array
     log_p: Array
     log_ratio: Array  # log p − log q where both exist, else 0
@@ -57,85 +170,231 @@ class Pair(NamedTuple):
     has_p: Array
 
 
-def pair(
-    student: ArrayLike, teacher: ArrayLike, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
-) -> Pair:
-    """Compares the logits that a user gave: warns of probabilities, then calls :func:`compare`."""
-    warn_if_probabilities("student_logits", student, axis=axis)
-    warn_if_probabilities("teacher_logits", teacher, axis=axis)
-    return compare(student, teacher, temperature, axis, where)
-
-
-def compare(
-    student: ArrayLike, teacher: ArrayLike, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
-) -> Pair:
-    """Checks the logits of both and the temperature, softens the logits, and compares them."""
-    student, teacher = to_float(student), to_float(teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student_logits and teacher_logits must have the same shape, got {student.shape} and {teacher.shape}"
-        )
-    check_positive("temperature", temperature)
-    temperature = to_float(temperature)
+def soften(
+    student: Array, teacher: Array, temperature: Array, axis: int, where: ArrayLike | None
+) -> Softened:
+    """Divides checked logits by the temperature."""
     has_q, has_p = valid_classes(student, where), valid_classes(teacher, where)
     # Masked before the division, or the gradient for the temperature would be −inf·0
     student, teacher = jnp.where(has_q, student, 0.0), jnp.where(has_p, teacher, 0.0)
-    log_q = log_softmax(student / temperature, has_q, axis)
-    log_p = log_softmax(teacher / temperature, has_p, axis)
+
+    def peak(logits, has):
+        top = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True, where=has, initial=-jnp.inf))
+        return jnp.where(top == -jnp.inf, 0.0, top)  # −inf: no class of the row exists
+
+    top_q, top_p = peak(student, has_q), peak(teacher, has_p)
+    x, y = jnp.where(has_q, student - top_q, 0.0), jnp.where(has_p, teacher - top_p, 0.0)
+    # Two ways to the difference: between the networks first, or to the maximum first. The smaller numbers
+    # lose fewer digits.
+    across, along = teacher - student, top_p - top_q
+    closer = jnp.abs(across) + jnp.abs(along) < jnp.abs(x) + jnp.abs(y)
+    difference = jnp.where(has_q & has_p, jnp.where(closer, across - along, y - x), 0.0)
+    return Softened(x / temperature, y / temperature, difference / temperature, has_q, has_p)
+
+
+def pair(
+    student: ArrayLike, teacher: ArrayLike, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
+) -> Pair:
+    """Compares the logits that a user gave."""
+    student, teacher = both_logits(student, teacher, axis)
+    return compare(soften(student, teacher, temperature_of(temperature, student, axis), axis, where), axis)
+
+
+def compare(x: Softened, axis: int) -> Pair:
+    """Computes the probabilities of both, their logarithms, and the difference of these."""
+    q, p, log_q, log_p, log_ratio = _compare(axis, *x)
+    return Pair(q, p, log_q, log_p, log_ratio, x.has_q, x.has_p)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _compare(axis, student, teacher, difference, has_q, has_p):
+    e_q = jnp.where(has_q, jnp.exp(student), 0.0)
+    e_p = jnp.where(has_p, jnp.exp(teacher), 0.0)
+    sum_q, sum_p = jnp.sum(e_q, axis, keepdims=True), jnp.sum(e_p, axis, keepdims=True)
+    sum_q, sum_p = jnp.where(sum_q == 0, 1.0, sum_q), jnp.where(sum_p == 0, 1.0, sum_p)
+    # log p − log q = δ − log Σ p·e^δ / Σ q, which is accurate by log1p where the sums almost agree
     both = has_q & has_p
-    p = jnp.where(has_p, jnp.exp(log_p), 0.0)
-    q = jnp.where(has_q, jnp.exp(log_q), 0.0)
-    # log p − log q = δ − log Σ q·e^δ with δ = (teacher − student) / T, for any constant added to δ.
-    # Centred on its mean, δ is small where the two agree, and nothing cancels.
-    delta = jnp.where(both, teacher - student, 0.0) / temperature
-    delta -= jax.lax.stop_gradient(jnp.sum(p * delta, axis, keepdims=True))
-    near = jnp.all((has_q == has_p) & (jnp.abs(jnp.where(both, delta, 0.0)) < _NEAR), axis, keepdims=True)
-    delta = jnp.where(near & both, delta, 0.0)
-    accurate = delta - jnp.log1p(jnp.sum(q * jnp.expm1(delta), axis, keepdims=True))
-    log_ratio = jnp.where(both, jnp.where(near, accurate, log_p - log_q), 0.0)
-    return Pair(log_q, log_p, log_ratio, has_q, has_p)
+    near = both & (jnp.abs(difference) < _NEAR)
+    grown = jnp.where(near, e_q * (difference + excess(-difference)), e_p - e_q)
+    grown = jnp.sum(grown, axis, keepdims=True) / sum_q
+    change = jnp.where(jnp.abs(grown) < _NEAR, jnp.log1p(grown), jnp.log(sum_p / sum_q))
+    return (
+        e_q / sum_q,
+        e_p / sum_p,
+        jnp.where(has_q, student - jnp.log(sum_q), 0.0),
+        jnp.where(has_p, teacher - jnp.log(sum_p), 0.0),
+        jnp.where(both, difference - change, 0.0),
+    )
 
 
-def probability_difference(x: Pair) -> Array:
-    """Computes p − q per class from log p − log q, so that it is accurate where the two almost agree."""
-    p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
-    q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
-    above = x.log_ratio > 0
-    down = jnp.expm1(jnp.where(above, -x.log_ratio, 0.0))
-    up = jnp.expm1(jnp.where(above, 0.0, x.log_ratio))
-    return jnp.where(x.has_p & x.has_q, jnp.where(above, -p * down, q * up), p - q)
+def _compare_jvp(axis, primals, tangents):
+    q, p, *rest = _compare(axis, *primals)
+    has_q, has_p = primals[3:]
+
+    def tangent_of_log(tangent, probability, has):
+        if isinstance(tangent, SymbolicZero):
+            return jnp.zeros_like(probability)
+        return jnp.where(has, tangent - jnp.sum(probability * tangent, axis, keepdims=True), 0.0)
+
+    d_q, d_p = tangent_of_log(tangents[0], q, has_q), tangent_of_log(tangents[1], p, has_p)
+    return (q, p, *rest), (q * d_q, p * d_p, d_q, d_p, jnp.where(has_q & has_p, d_p - d_q, 0.0))
+
+
+_compare.defjvp(_compare_jvp, symbolic_zeros=True)
+
+
+# --- divergences -----------------------------------------------------------------------------
 
 
 def excess(d: Array) -> Array:
     """Computes e^(−d) − 1 + d for |d| < 1/2 by its series, because the direct formula cancels."""
-    series = jnp.full_like(d, 1 / 10)
-    for k in range(9, 2, -1):
-        series = (1 - d * series) / k
-    return d * d * (1 - d * series) / 2
+    terms: list[Any] = [(-1) ** k / math.factorial(k) for k in range(2, 18 if d.dtype == jnp.float64 else 10)]
+    power = d
+    while len(terms) > 1:  # in pairs: fewer steps that wait for each other than one after another
+        terms.extend([0.0] * (len(terms) % 2))
+        terms = [low + high * power for low, high in zip(terms[::2], terms[1::2], strict=True)]
+        power = power * power
+    return d * d * terms[0]
 
 
-def divergence_terms(log_a: Array, log_ratio: Array, a: Array, b: Array) -> Array:
-    """Computes the terms of KL(a‖b), all ≥ 0, where both exist, from log a, log a − log b, a and b."""
-    small = jnp.abs(log_ratio) < 0.5
-    near = a * excess(jnp.where(small, log_ratio, 0.0))
+def probability_difference(x: Pair) -> Array:
+    """Computes p − q per class from log p − log q, so that it is accurate where the two almost agree."""
+    near = x.has_q & x.has_p & (jnp.abs(x.log_ratio) < _NEAR)
+    d = jnp.where(near, x.log_ratio, 0.0)
+    return jnp.where(near, x.p * (d - excess(d)), x.p - x.q)
+
+
+def divergence_terms(ratio: Array, a: Array, b: Array) -> Array:
+    """Computes the terms of KL(a‖b), all ≥ 0, from log a − log b, a and b."""
+    near = jnp.abs(ratio) < _NEAR
     # a is taken out of the product at zero, so that no 0·∞ comes of an infinite ratio
-    far = jnp.where(a > 0, a * log_ratio, 0.0) - a + b
-    return jnp.where(small, near, far)
+    far = jnp.where(a > 0, a * ratio, 0.0) - a + b
+    return jnp.where(near, a * excess(jnp.where(near, ratio, 0.0)), far)
 
 
 def kl_of(log_a: Array, log_b: Array, log_ratio: Array, has_a: Array, has_b: Array, axis: int) -> Array:
     """Computes KL(a‖b) by :func:`divergence_terms`; +inf where b excludes a class that a does not."""
     a = jnp.where(has_a, jnp.exp(log_a), 0.0)
     b = jnp.where(has_b, jnp.exp(log_b), 0.0)
-    terms = divergence_terms(log_a, log_ratio, a, b)
-    terms = jnp.where(has_a & has_b, terms, jnp.where(has_b, b, 0.0))
+    terms = jnp.where(has_a & has_b, divergence_terms(log_ratio, a, b), jnp.where(has_b, b, 0.0))
     impossible = jnp.any(has_a & ~has_b & (a > 0), axis)  # b is 0 where a is not
     return jnp.where(impossible, jnp.inf, jnp.sum(terms, axis))
 
 
+class _Terms(NamedTuple):
+    """A divergence Σ terms, and its derivatives for log q and for log p of each class."""
+
+    terms: Array
+    by_q: Array
+    by_p: Array
+
+
+def _forbidden(x: Pair, terms: Array) -> Array:
+    """Makes +inf of the terms of classes that only p allows."""
+    return jnp.where(x.has_p & ~x.has_q & (x.p > 0), jnp.inf, terms)
+
+
+def _kl_terms(x: Pair, share: Array) -> _Terms:
+    """Of KL(p‖q) = Σ p·log(p/q)."""
+    near = x.has_q & x.has_p & (jnp.abs(x.log_ratio) < _NEAR)
+    d = jnp.where(near, x.log_ratio, 0.0)
+    small = excess(d)
+    terms = jnp.where(near, x.p * small, x.p * x.log_ratio - x.p + x.q)
+    return _Terms(_forbidden(x, terms), jnp.where(near, x.p * (small - d), x.q - x.p), x.p * x.log_ratio)
+
+
+def _skew_terms(x: Pair, share: Array) -> _Terms:
+    """Of KL(p‖m) with m = share·p + (1 − share)·q."""
+    log_p_m, log_q_m = _over_mixture(x, share)
+    m = share * x.p + (1 - share) * x.q
+    of_q = jnp.where(x.has_q, (1 - share) * jnp.exp(log_q_m), 0.0)  # the part of m that is q's
+    gap = (1 - share) * probability_difference(x)
+    terms = divergence_terms(log_p_m, x.p, m)
+    terms = jnp.where(share > 0, terms, _forbidden(x, terms))
+    return _Terms(terms, -of_q * gap, x.p * log_p_m - (1 - of_q) * gap)
+
+
+def _jensen_shannon_terms(x: Pair, share: Array) -> _Terms:
+    """Of share·KL(p‖m) + (1 − share)·KL(q‖m) with m = share·p + (1 − share)·q."""
+    log_p_m, log_q_m = _over_mixture(x, share)
+    near = x.has_q & x.has_p & (jnp.abs(x.log_ratio) < _NEAR)
+    a, b = jnp.where(near, log_p_m, 0.0), jnp.where(near, log_q_m, 0.0)
+    by_q, by_p = (1 - share) * x.q * log_q_m, share * x.p * log_p_m
+    # share·(m − p) + (1 − share)·(m − q) = 0, so both sums may take the form of `divergence_terms`
+    small = share * x.p * excess(a) + (1 - share) * x.q * excess(b)
+    return _Terms(jnp.where(near, small, by_p + by_q), by_q, by_p)
+
+
+def _over_mixture(x: Pair, share: Array) -> tuple[Array, Array]:
+    """Computes log(p/m) and log(q/m) with m = share·p + (1 − share)·q, accurate for every share."""
+    up = x.log_ratio > 0
+    d = jnp.where(up, x.log_ratio, -x.log_ratio)  # ≥ 0: of the larger probability over the smaller
+    of_large, of_small = jnp.where(up, share, 1 - share), jnp.where(up, 1 - share, share)
+    near = d < _NEAR
+    close, far = jnp.where(near, d, 0.0), jnp.where(near, 1.0, d)
+    fall = close - excess(close)  # 1 − e^(−d)
+    decay = jnp.exp(-far)
+    growth = 1 / jnp.maximum(decay, _LEAST)  # whose square is finite, for the derivatives
+    small_alone = of_large <= 0
+    mixed = jnp.where(small_alone, 1.0, of_large + of_small * decay)
+    large = jnp.where(near, jnp.log1p(-of_small * fall), jnp.where(small_alone, -far, jnp.log(mixed)))
+    small = jnp.log1p(of_large * jnp.where(near, fall / (1 - fall), growth - 1))
+    small += jnp.where(small_alone, 0.0, jnp.maximum(far + math.log(_LEAST), 0.0))
+    log_p_m, log_q_m = -jnp.where(up, large, small), -jnp.where(up, small, large)
+    # Where one of the two excludes a class, m holds only the other.
+    both = x.has_q & x.has_p
+    p_alone = -jnp.log(jnp.where(share > 0, share, 1.0))
+    q_alone = -jnp.log1p(-jnp.where(share < 1, share, 0.0))
+    return jnp.where(both, log_p_m, p_alone), jnp.where(both, log_q_m, q_alone)
+
+
+_KINDS: dict[str, Callable[[Pair, Array], _Terms]] = {
+    "kl": _kl_terms, "skew": _skew_terms, "jensen_shannon": _jensen_shannon_terms
+}  # fmt: skip
+
+
+def divergence(kind: str, x: Softened, axis: int, share: ArrayLike = 0.0) -> Array:
+    """Computes a divergence of the teacher p from the student q, or of a mixture of both.
+
+    It is +inf where the second distribution excludes a class that the first does not, and 0 in a row in which
+    neither has a class.
+    """
+    share = jnp.asarray(share, x.student.dtype)
+    return _divergence(kind, axis, *x, share)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _divergence(kind, axis, student, teacher, difference, has_q, has_p, share):
+    x = compare(Softened(student, teacher, difference, has_q, has_p), axis)
+    return jnp.sum(_KINDS[kind](x, share).terms, axis)
+
+
+def _divergence_jvp(kind, axis, primals, tangents):
+    *inputs, share = primals
+    x = compare(Softened(*inputs), axis)
+    terms, by_q, by_p = _KINDS[kind](x, share)
+    value = jnp.sum(terms, axis)
+    tangent = jnp.zeros_like(value)
+    for kept, probability, by_log, has in (
+        (tangents[0], x.q, by_q, x.has_q),
+        (tangents[1], x.p, by_p, x.has_p),
+    ):
+        if isinstance(kept, SymbolicZero):
+            continue
+        if kind != "kl" or by_log is by_p:  # Σ (q − p) = 0
+            by_log = by_log - probability * jnp.sum(by_log, axis, keepdims=True)
+        tangent += jnp.sum(jnp.where(has, by_log, 0.0) * kept, axis)
+    if not isinstance(tangents[-1], SymbolicZero):
+        tangent += jax.jvp(lambda s: jnp.sum(_KINDS[kind](x, s).terms, axis), (share,), (tangents[-1],))[1]
+    return value, tangent
+
+
+_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
+
+
 def scale(temperature: float | ArrayLike, values: Array, axis: int) -> Array:
     """Computes T²·values. An array of temperatures, ``[..., 1]``, loses its class axis."""
-    temperature = to_float(temperature)
+    temperature = jnp.asarray(temperature, values.dtype)
     if temperature.ndim:
         temperature = jnp.squeeze(temperature, axis)
     return jnp.square(temperature) * values

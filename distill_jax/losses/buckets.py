@@ -107,7 +107,7 @@ def _bucket(
     bad = (indices < 0) | (indices >= logits.shape[-1])
     indices = jnp.where(bad, 0, indices)
     valid = jnp.broadcast_to(valid_classes(logits, where), logits.shape)
-    softened = jnp.where(valid, logits, 0.0) / to_float(temperature)
+    softened = jnp.where(valid, logits, 0.0) / jnp.asarray(temperature, logits.dtype)
     rest = jnp.put_along_axis(valid, indices, False, axis=-1, inplace=False)
     chosen = jnp.where(bad, jnp.nan, jnp.take_along_axis(softened, indices, -1))
     has_chosen = bad | jnp.take_along_axis(valid, indices, -1)

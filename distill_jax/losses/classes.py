@@ -11,8 +11,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction, check_positive, warn_if_probabilities
-from distill_jax.losses._numerics import Pair, compare, kl_of, pair, scale, to_float, valid_classes
+from distill_jax._checks import check_fraction, check_positive
+from distill_jax.losses._numerics import (
+    Pair,
+    Softened,
+    both_logits,
+    compare,
+    divergence,
+    logits_of,
+    mask_of,
+    scalar,
+    scale,
+    temperature_of,
+    valid_classes,
+    weight,
+)
+from distill_jax.losses._numerics import soften as _soften
 from distill_jax.losses.logits import soft_cross_entropy
 
 
@@ -39,11 +53,12 @@ def dkd(
       labels: integers ``[...]``.
       alpha: weight of the first term.
       beta: weight of the second term. The paper tunes it between 1 and 10 to suit the teacher's confidence.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either. A row in which no class exists has value 0.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either. A row that ``where`` leaves without a class has value 0 and gradient 0.
 
     Returns:
       ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
@@ -62,16 +77,17 @@ def dkd(
     >>> f'{dkd(student, teacher, jnp.array([0]), temperature=1.0)[0]:.4f}'
     '3.7785'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    target, bad = _one_hot(labels, x.log_q.shape, axis)
-    others = ~target if where is None else ~target & where
-    rest = compare(student_logits, teacher_logits, temperature, axis, others)
-    binary = _target_or_not(student_logits, teacher_logits, target, rest, temperature, axis, where)
-    is_it = _forward_kl(binary, -1)
-    which = _forward_kl(rest, axis)
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    temperature = temperature_of(temperature, student, axis)
+    target, bad = _one_hot(labels, student.shape, axis)
+    exists = mask_of(where, student)
+    rest = _soften(student, teacher, temperature, axis, exists & ~target)
+    binary = _label_or_not(student, teacher, target, compare(rest, axis), temperature, axis, exists)
+    is_it = divergence("kl", binary, -1)
+    which = divergence("kl", rest, axis)
     which = jnp.where(jnp.any(rest.has_p, axis), which, 0.0)
-    value = scale(temperature, is_it * alpha + which * beta, axis)
-    return _finish(value, x.has_q | x.has_p, bad, axis)
+    value = is_it * weight("alpha", alpha, is_it) + which * weight("beta", beta, which)
+    return _finish(scale(temperature, value, axis), exists, bad, axis)
 
 
 def nkd(
@@ -99,19 +115,21 @@ def nkd(
     >>> f'{nkd(student, teacher, jnp.array([0]))[0]:.4f}'
     '1.9104'
     """
-    plain = pair(student_logits, teacher_logits, 1.0, axis, where)
-    target, bad = _one_hot(labels, plain.log_q.shape, axis)
-    others = ~target if where is None else ~target & where
-    rest = compare(student_logits, teacher_logits, temperature, axis, others)
-    odds_q, target_q, others_q = _log_odds(student_logits, target, 1.0, axis, where)
-    odds_p, target_p, others_p = _log_odds(teacher_logits, target, 1.0, axis, where)
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    temperature = temperature_of(temperature, student, axis)
+    target, bad = _one_hot(labels, student.shape, axis)
+    exists = mask_of(where, student)
+    rest = _soften(student, teacher, temperature, axis, exists & ~target)
+    odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
+    odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
     surprise = jnp.where(target_q & others_q, jax.nn.softplus(-odds_q), 0.0)
     p = jnp.where(others_p, jax.nn.sigmoid(odds_p), 1.0) * target_p
     first = jnp.where(target_q, p * surprise, jnp.where(p > 0, jnp.inf, 0.0))
-    entropy = -jnp.sum(jnp.where(rest.has_p, jnp.exp(rest.log_p) * rest.log_p, 0.0), axis)
-    second = jnp.where(jnp.any(rest.has_p, axis), _forward_kl(rest, axis) + entropy, 0.0)
-    value = jnp.squeeze(first, axis) + scale(temperature, second, axis) * gamma
-    return _finish(value, plain.has_q | plain.has_p, bad, axis)
+    others = compare(rest, axis)
+    entropy = -jnp.sum(others.p * others.log_p, axis)
+    second = jnp.where(jnp.any(rest.has_p, axis), divergence("kl", rest, axis) + entropy, 0.0)
+    value = jnp.squeeze(first, axis) + scale(temperature, second, axis) * weight("gamma", gamma, second)
+    return _finish(value, exists, bad, axis)
 
 
 def wsld(
@@ -143,9 +161,11 @@ def wsld(
     value = soft_cross_entropy(
         student_logits, teacher_logits, temperature=temperature, axis=axis, where=where
     )
-    target, bad = _one_hot(labels, jnp.shape(student_logits), axis)
-    odds_q, target_q, others_q = _log_odds(student_logits, target, 1.0, axis, where)
-    odds_p, target_p, others_p = _log_odds(teacher_logits, target, 1.0, axis, where)
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    target, bad = _one_hot(labels, student.shape, axis)
+    exists = mask_of(where, student)
+    odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
+    odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
     by_student = _surprise(odds_q, target_q, others_q)
     by_teacher = _surprise(odds_p, target_p, others_p)
     finite = (by_teacher > 0) & (by_teacher < jnp.inf)
@@ -157,7 +177,7 @@ def wsld(
     value = jnp.where(value == jnp.inf, jnp.inf, weight * jnp.where(value == jnp.inf, 0.0, value))
     some = (target_q | others_q) & (target_p | others_p)
     bad |= jnp.squeeze(~target_q & ~target_p & some, axis)
-    return _finish(value, some, bad, axis)
+    return _finish(value, exists, bad, axis)
 
 
 def teacher_free(
@@ -204,26 +224,29 @@ def teacher_free(
     >>> f'{teacher_free(jnp.zeros((1, 2)), jnp.array([0]), probability=0.75, temperature=1.0)[0]:.4f}'
     '0.1308'
     """
-    warn_if_probabilities("logits", logits, axis=axis)
-    logits = to_float(logits)
+    logits = logits_of("logits", logits, axis)
     check_fraction("probability", probability)
     check_positive("temperature", temperature)
     student_temperature = temperature if student_temperature is None else student_temperature
     check_positive("student_temperature", student_temperature)
+    temperature = scalar("temperature", temperature, logits.dtype)
+    student_temperature = scalar("student_temperature", student_temperature, logits.dtype)
     if soften not in ("power", "softmax"):
         raise ValueError(f"soften must be 'power' or 'softmax', got {soften!r}")
     target, bad = _one_hot(labels, logits.shape, axis)
     valid = valid_classes(logits, where)
     others = jnp.maximum(jnp.sum(valid | target, axis, keepdims=True) - 1, 1)
-    right = jnp.full(logits.shape, to_float(probability), logits.dtype)
+    right = jnp.full(logits.shape, scalar("probability", probability, logits.dtype))
     teacher = jnp.where(target, right, (1 - right) / others)
     if soften == "power":
         teacher = jnp.log(teacher)
+    # The label's class is the teacher's also where it does not exist: then the value is +inf.
     teacher = jnp.where(valid | target, teacher / temperature, -jnp.inf)
     cooled = jnp.where(valid, jnp.where(valid, logits, 0.0) / student_temperature, -jnp.inf)
-    divergence = _forward_kl(compare(cooled, teacher, 1.0, axis, None), axis)
-    value = jnp.square(to_float(student_temperature)) * divergence
-    return _finish(value, valid, bad, axis)
+    value = jnp.square(student_temperature) * divergence(
+        "kl", _soften(cooled, teacher, jnp.ones(()), axis, None), axis
+    )
+    return _finish(value, mask_of(where, logits), bad, axis)
 
 
 # --- parts -----------------------------------------------------------------------------------
@@ -244,17 +267,15 @@ def _one_hot(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> tuple[Arra
 
 
 def _log_odds(
-    logits: ArrayLike, target: Array, temperature: float | ArrayLike, axis: int, where: ArrayLike | None
-):
+    logits: Array, target: Array, temperature: float | Array, axis: int, where: Array
+) -> tuple[Array, Array, Array]:
     """Computes log(q_y/(1 − q_y)), 0 where either is 0, and which of the two are above 0; keeps the axis."""
-    logits = to_float(logits)
     valid = valid_classes(logits, where)
     has_target = jnp.any(valid & target, axis, keepdims=True)
     others = valid & ~target
     has_others = jnp.any(others, axis, keepdims=True)
     peak = jnp.max(logits, axis, keepdims=True, where=others, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(has_others, peak, 0.0))
-    temperature = to_float(temperature)
     terms = jnp.exp((jnp.where(others, logits, peak) - peak) / temperature)
     total = jnp.sum(terms, axis, keepdims=True, where=others)
     top = jnp.sum(jnp.where(target & valid, logits - peak, 0.0), axis, keepdims=True) / temperature
@@ -268,47 +289,36 @@ def _surprise(odds: Array, has_target: Array, has_others: Array) -> Array:
     return jnp.where(has_target, value, jnp.inf)
 
 
-def _target_or_not(student, teacher, target, rest: Pair, temperature, axis, where) -> Pair:
-    """Makes a :class:`Pair` of (p_y, 1 − p_y) and (q_y, 1 − q_y) on a new last axis."""
+def _label_or_not(
+    student: Array, teacher: Array, target: Array, rest: Pair, temperature: Array, axis: int, where: Array
+) -> Softened:
+    """Makes two classes, the label's and all others together, on a new last axis; their logits are log-odds."""
     odds_q, target_q, others_q = _log_odds(student, target, temperature, axis, where)
     odds_p, target_p, others_p = _log_odds(teacher, target, temperature, axis, where)
-
-    def stack(a, b):
-        return jnp.stack([jnp.squeeze(a, axis), jnp.squeeze(b, axis)], -1)
-
-    def logs(odds, has_target, has_others):
-        both = has_target & has_others
-        log = stack(-jax.nn.softplus(-odds), -jax.nn.softplus(odds))
-        return jnp.where(stack(both, both), log, 0.0), stack(has_target, has_others)
-
-    log_q, has_q = logs(odds_q, target_q, others_q)
-    log_p, has_p = logs(odds_p, target_p, others_p)
     # The difference of the two log-odds, again from differences δ of logits: δ of the label's class minus
     # the change of log Σ exp over the others, which is δ_k − log(p̂_k/q̂_k) for each other class k.
-    student, teacher = to_float(student), to_float(teacher)
     valid = valid_classes(student, where) & valid_classes(teacher, where)
-    delta = jnp.where(valid, teacher, 0.0) - jnp.where(valid, student, 0.0)
-    delta = delta / to_float(temperature)
-    shared = rest.has_q & rest.has_p
-    weight = jnp.where(shared, jnp.exp(rest.log_p), 0.0)
-    total = jnp.sum(weight, axis, keepdims=True)
-    weight = jax.lax.stop_gradient(weight / jnp.where(total > 0, total, 1.0))
-    change = jnp.sum(weight * (delta - rest.log_ratio), axis, keepdims=True)
+    delta = (jnp.where(valid, teacher, 0.0) - jnp.where(valid, student, 0.0)) / temperature
+    shared = jnp.where(rest.has_q & rest.has_p, rest.p, 0.0)
+    total = jnp.sum(shared, axis, keepdims=True)
+    change = jnp.sum(shared * (delta - rest.log_ratio), axis, keepdims=True) / jnp.where(
+        total > 0, total, 1.0
+    )
     step = jnp.sum(jnp.where(target, delta, 0.0), axis, keepdims=True) - change
-    near = target_q & others_q & target_p & others_p & (total > 0) & (jnp.abs(step) < 2)
-    step = jnp.where(near, step, 0.0)
-    q_y = jax.nn.sigmoid(odds_q)
-    close = stack(-jnp.log1p(jax.nn.sigmoid(-odds_q) * jnp.expm1(-step)), -jnp.log1p(q_y * jnp.expm1(step)))
-    ratio = jnp.where(stack(near, near), close, log_p - log_q)
-    return Pair(log_q, log_p, jnp.where(has_q & has_p, ratio, 0.0), has_q, has_p)
+    near = (total > 0) & (jnp.abs(step) < 2)
+
+    def two(a, b):
+        return jnp.stack([jnp.squeeze(a, axis), jnp.squeeze(b, axis)], -1)
+
+    top_q, top_p = (jax.lax.stop_gradient(jnp.maximum(odds, 0.0)) for odds in (odds_q, odds_p))
+    has_q, has_p = two(target_q, others_q), two(target_p, others_p)
+    x = jnp.where(has_q, two(odds_q - top_q, -top_q), 0.0)
+    y = jnp.where(has_p, two(odds_p - top_p, -top_p), 0.0)
+    close = two(step - (top_p - top_q), top_q - top_p)
+    difference = jnp.where(has_q & has_p, jnp.where(two(near, near), close, y - x), 0.0)
+    return Softened(x, y, difference, has_q, has_p)
 
 
-def _forward_kl(x: Pair, axis: int) -> Array:
-    return kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
-
-
-def _finish(value: Array, valid: Array, bad: Array, axis: int) -> Array:
-    """Sets NaN where the label is out of range, and 0 where a row has no class at all."""
-    value = jnp.where(bad, jnp.nan, value)
-    some = jnp.squeeze(valid, axis) if valid.shape[axis] == 1 else jnp.any(valid, axis)
-    return jnp.where(some, value, 0.0)
+def _finish(value: Array, exists: Array, bad: Array, axis: int) -> Array:
+    """Sets NaN where the label is out of range, and 0 where ``where`` leaves no class, as in padding."""
+    return jnp.where(jnp.any(exists, axis), jnp.where(bad, jnp.nan, value), 0.0)

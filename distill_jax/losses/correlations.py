@@ -10,18 +10,23 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_positive, warn_if_probabilities
+from distill_jax._checks import check_count, check_positive
 from distill_jax.losses._numerics import (
-    Pair,
-    kl_of,
+    both_logits,
+    compare,
+    divergence,
     log_softmax,
-    pair,
+    logits_of,
+    mask_of,
     probability_difference,
-    to_float,
+    soften,
+    temperature_of,
     valid_classes,
+    weight,
 )
 from distill_jax.losses._space import matmul
 
@@ -42,19 +47,20 @@ def standardise(
 
     Args:
       logits: ``[..., classes]``, any float dtype.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       ddof: σ² is the sum of squares divided by (classes − ddof). The paper has 0, its code 1.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       The shape of ``logits``, no unit, float32 (float64 for float64 input); −inf where a class does not
       exist.
 
     Raises:
-      ValueError: if the temperature is not positive, or ``ddof`` is negative.
+      ValueError: if the temperature is not positive, or ``ddof`` is negative or not below the number of classes.
 
     References:
       Sun et al., `Logit Standardization in Knowledge Distillation`, 2024, Algorithm 1. The authors'
@@ -65,18 +71,18 @@ def standardise(
     [[-1.  1.]
      [ 0.  0.]]
     """
-    warn_if_probabilities("logits", logits, axis=axis)
-    logits = to_float(logits)
-    check_positive("temperature", temperature)
-    if ddof < 0:
-        raise ValueError(f"ddof must be 0 or a positive integer, got {ddof}")
+    logits = logits_of("logits", logits, axis)
+    temperature = temperature_of(temperature, logits, axis)
+    check_count("ddof", ddof, least=0)
+    if ddof >= logits.shape[axis]:
+        raise ValueError(f"ddof must be below the number of classes, {logits.shape[axis]}, got {ddof}")
     valid = valid_classes(logits, where)
     safe = jnp.where(valid, logits, 0.0)
     peak = jnp.max(safe, axis, keepdims=True, where=valid, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
     free = jnp.maximum(jnp.sum(valid, axis, keepdims=True) - ddof, 1)
     unit, _ = _unit(safe - peak, valid, axis, free)
-    return jnp.where(valid, unit / to_float(temperature), -jnp.inf)
+    return jnp.where(valid, unit / temperature, -jnp.inf)
 
 
 def dist(
@@ -103,10 +109,11 @@ def dist(
       teacher_logits: ``[..., classes]``, any float dtype.
       beta: weight of the first term, the correlation between classes.
       gamma: weight of the second term, the correlation within a class.
-      temperature: T > 0 of both softmaxes, a scalar, or an array that broadcasts to the logits, with size
-        1 on the class axis.
+      temperature: T > 0 of both softmaxes, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes of
+        which examples exist. A class whose
         logit is −inf for only one of the two has probability 0 there; if it is −inf for both, it does not
         exist.
 
@@ -126,29 +133,33 @@ def dist(
     >>> f'{dist(x, x[::-1]).mean():.4f}'
     '3.7630'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    shape = jnp.moveaxis(x.has_q, axis, -1).shape
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    shape = jnp.moveaxis(student, axis, -1).shape
+    temperature = temperature_of(temperature, student, axis)
+    if temperature.ndim:
+        temperature = jnp.broadcast_to(jnp.moveaxis(temperature, axis, -1), (*shape[:-1], 1)).reshape(-1, 1)
     # Student and teacher are one array, so that equal values are rounded in the same way.
-    has = jnp.stack([_rows(x.has_q, axis), _rows(x.has_p, axis)])
+    has = jnp.stack([_rows(valid_classes(z, where), axis) for z in (student, teacher)])
     exists = has[0] | has[1]
-    logits = jnp.stack([_rows(to_float(z), axis) for z in (student_logits, teacher_logits)])
-    logits = jnp.where(has, logits, 0.0) / _per_row(temperature, axis, x.has_q.shape)
+    logits = jnp.stack([_rows(z, axis) for z in (student, teacher)])
+    logits = jnp.where(has, logits, 0.0) / temperature
     counted = jnp.any(exists, 1)
     # Between classes: probabilities up to a factor and a constant, which do not change ρ.
     (a, b), (flat_a, flat_b) = _unit(_relative(logits, has, 2), exists[None], 2)
     between = jnp.sum(jnp.square(a - b), 1) / 2
     flat_a, flat_b = flat_a[:, 0], flat_b[:, 0]
-    value = beta * jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, between), 1.0)
+    between = jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, between), 1.0).reshape(shape[:-1])
     # Within a class: the same for log-probabilities, along the batch.
     (a, b), (flat_a, flat_b) = _unit(_relative(log_softmax(logits, has, 2), has, 1), exists[None], 1)
     members = jnp.sum(exists, 0, keepdims=True)
     number = jnp.sum(counted)
-    per_member = number / jnp.maximum(members, 1)
+    per_member = (number / jnp.maximum(members, 1)).astype(student.dtype)
     within = number * jnp.square(a - b) / 2
     within = jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, within), per_member)
     used = jnp.maximum(jnp.sum(members > 0), 1)
-    value += gamma * jnp.sum(jnp.where(exists, within, 0.0), 1) / used
-    return jnp.where(counted, value, 0.0).reshape(shape[:-1])
+    within = jnp.sum(jnp.where(exists, within, 0.0), 1).reshape(shape[:-1]) / used
+    value = weight("beta", beta, between) * between + weight("gamma", gamma, within) * within
+    return jnp.where(counted.reshape(shape[:-1]), value, 0.0)
 
 
 def mlkd(
@@ -183,7 +194,8 @@ def mlkd(
       batch_weight: weight of the second term.
       class_weight: weight of the third term.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes of which examples exist. A class whose
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes of
+        which examples exist. A class whose
         logit is −inf does not exist either.
 
     Returns:
@@ -204,34 +216,35 @@ def mlkd(
     >>> f'{mlkd(x, x[::-1], temperatures=(1.0,)).mean():.4f}'
     '1.8006'
     """
-    if len(temperatures) == 0:
-        raise ValueError("temperatures must hold at least one temperature, got none")
+    if isinstance(temperatures, str) or not isinstance(temperatures, Sequence | np.ndarray | Array):
+        raise ValueError(f"temperatures must be a sequence of numbers, got {temperatures!r}")
+    if np.ndim(temperatures) == 0 or len(temperatures) == 0:
+        raise ValueError(f"temperatures must hold at least one temperature, got {temperatures!r}")
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
     for temperature in temperatures:
         check_positive("temperature", temperature)
+    shape = jnp.moveaxis(student, axis, -1).shape[:-1]
+    exists = _rows(mask_of(where, student), axis)
+    student, teacher = _rows(student, axis), _rows(teacher, axis)
 
     def at_one(temperature):
-        x = pair(student_logits, teacher_logits, temperature, axis, where)
-        x = Pair(*(_rows(a, axis) for a in x))
-        q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
-        p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
-        gap = probability_difference(x)
-        exists = x.has_q | x.has_p
-        used = jnp.maximum(jnp.sum(jnp.any(exists, 0)), 1)
-        instance = jnp.square(temperature) * kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, 1)
+        softened = soften(student, teacher, temperature, 1, exists)
+        x = compare(softened, 1)
+        gap, some = probability_difference(x), x.has_q | x.has_p
+        instance = jnp.square(temperature) * divergence("kl", softened, 1)
         # PPᵀ − QQᵀ = (P − Q)Pᵀ + Q(P − Q)ᵀ loses nothing where the two almost agree
-        examples = matmul(gap, p.T) + matmul(q, gap.T)
-        classes = matmul(gap.T, p) + matmul(q.T, gap)
-        value = (
-            instance_weight * instance
-            + batch_weight * jnp.sum(jnp.square(examples), 1)
-            + class_weight * jnp.sum(jnp.square(classes)) / used
-        )
-        return jnp.where(jnp.any(exists, 1), value, 0.0)
+        examples = jnp.square(matmul(gap, x.p.T) + matmul(x.q, gap.T))
+        classes = jnp.sum(jnp.square(matmul(gap.T, x.p) + matmul(x.q.T, gap)))
+        classes /= jnp.maximum(jnp.sum(jnp.any(some, 0)), 1)
+        terms = instance, jnp.sum(examples, 1), jnp.broadcast_to(classes, instance.shape)
+        return [jnp.where(jnp.any(some, 1), term, 0.0).reshape(shape) for term in terms]
 
-    dtype = jnp.result_type(to_float(student_logits), to_float(teacher_logits))
-    values = jnp.sum(jax.vmap(at_one)(jnp.asarray(temperatures, dtype)), 0)
-    shape = jnp.moveaxis(jnp.asarray(student_logits), axis, -1).shape
-    return values.reshape(shape[:-1])
+    terms = [jnp.sum(term, 0) for term in jax.vmap(at_one)(jnp.asarray(temperatures, student.dtype))]
+    names = {"instance_weight": instance_weight, "batch_weight": batch_weight, "class_weight": class_weight}
+    return sum(
+        (weight(*each, term) * term for each, term in zip(names.items(), terms, strict=True)),
+        jnp.zeros(shape, student.dtype),
+    )
 
 
 # --- parts -----------------------------------------------------------------------------------
@@ -241,16 +254,6 @@ def _rows(values: Array, axis: int) -> Array:
     """Reshapes to ``[batch, classes]``: all leading axes together are the batch."""
     values = jnp.moveaxis(values, axis, -1)
     return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
-
-
-def _per_row(temperature: float | ArrayLike, axis: int, shape: tuple[int, ...]) -> Array:
-    """Shapes a temperature as a scalar or ``[batch, 1]``."""
-    temperature = to_float(temperature)
-    if temperature.ndim:
-        axis = axis % len(shape)
-        shape = (*shape[:axis], 1, *shape[axis + 1 :])
-        temperature = _rows(jnp.broadcast_to(temperature, shape), axis)
-    return temperature
 
 
 def _relative(logs: Array, has: Array, axis: int) -> Array:
@@ -266,7 +269,7 @@ def _unit(values: Array, mask: Array, axis: int, free: ArrayLike = 1) -> tuple[A
     count = jnp.maximum(jnp.sum(mask, axis, keepdims=True), 1)
     centred = jnp.where(mask, values - jnp.sum(values, axis, keepdims=True) / count, 0.0)
     # Scaled to size 1 before squaring; a constant factor does not change the result.
-    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis, keepdims=True))
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis, keepdims=True, initial=0.0))
     flat = size == 0
     centred = jnp.where(flat, 0.0, centred) / jnp.where(flat, 1.0, size)
     square = jnp.sum(jnp.square(centred), axis, keepdims=True)

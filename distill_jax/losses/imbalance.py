@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction, check_positive, warn_if_probabilities
-from distill_jax.losses._numerics import to_float
+from distill_jax._checks import check_finite, check_fraction, check_integers, check_positive, check_real
+from distill_jax.losses._numerics import logits_of, mask_of, scalar
 from distill_jax.losses.logits import cross_entropy
 
 
@@ -38,8 +38,9 @@ def logit_adjusted(
       tau: τ, a number; 1 is consistent for the balanced error.
       label_smoothing: ε in [0, 1], as in :func:`cross_entropy`.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class does not exist
@@ -55,17 +56,21 @@ def logit_adjusted(
     >>> f'{logit_adjusted(jnp.zeros((1, 2)), jnp.array([1]), prior=[3, 1])[0]:.4f}'  # −log ¼
     '1.3863'
     """
-    warn_if_probabilities("logits", logits, axis=axis)
-    logits = to_float(logits)
+    logits = logits_of("logits", logits, axis)
+    check_finite("tau", tau)
     prior = _per_class("prior", prior, logits.shape, axis)
     if not isinstance(prior, jax.core.Tracer):
         concrete = np.asarray(prior)
-        if not (np.isfinite(concrete).all() and (concrete >= 0).all()):
-            raise ValueError(f"prior must hold finite numbers ≥ 0, got {concrete.ravel()}")
-    seen = jnp.asarray(prior > 0)
-    shift = to_float(tau) * jnp.log(jnp.where(seen, prior, 1.0)).astype(logits.dtype)
-    where = jnp.broadcast_to(seen if where is None else seen & where, logits.shape)
-    return cross_entropy(logits + shift, labels, label_smoothing=label_smoothing, axis=axis, where=where)
+        if not (np.isfinite(concrete).all() and (concrete >= 0).all() and concrete.any()):
+            raise ValueError(
+                f"prior must hold finite numbers ≥ 0 and at least one above 0, got {concrete.ravel()}"
+            )
+    seen = jnp.asarray(~(prior <= 0))  # a NaN, traced, is to show
+    shift = scalar("tau", tau, logits.dtype) * jnp.log(jnp.where(seen, prior, 1.0)).astype(logits.dtype)
+    where = mask_of(where, logits)
+    # A class that was never seen has the logit −inf, and not `where` false: a row of such classes is no padding.
+    shifted = jnp.where(seen & where, jnp.where(seen & where, logits, 0.0) + shift, -jnp.inf)
+    return cross_entropy(shifted, labels, label_smoothing=label_smoothing, axis=axis, where=where)
 
 
 def class_balanced(
@@ -108,14 +113,12 @@ def class_balanced(
     >>> f'{value[0]:.4f}'  # 1.5·log 2
     '1.0397'
     """
-    logits, labels = to_float(logits), jnp.asarray(labels)
+    logits = logits_of("logits", logits, axis)
+    check_integers("labels", labels)
     check_fraction("beta", beta)
+    scalar("beta", beta, logits.dtype)
     counts = _per_class("counts", counts, logits.shape, axis)
     check_positive("counts", counts)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be integers, got {labels.dtype}: if they are soft labels, take their argmax"
-        )
     value = cross_entropy(logits, labels, axis=axis, where=where)
     traced = isinstance(beta, jax.core.Tracer) or isinstance(counts, jax.core.Tracer)
     xp: Any = jnp if traced else np  # NumPy computes in float64, at trace time
@@ -126,7 +129,7 @@ def class_balanced(
     effective = xp.where(inside, effective, xp.where(b > 0, counts, 1.0))
     weights = 1 / effective
     weights = jnp.asarray(weights / xp.mean(weights), logits.dtype).ravel()
-    safe = jnp.clip(labels, 0, weights.size - 1)  # a label out of range is NaN already
+    safe = jnp.clip(jnp.asarray(labels), 0, weights.size - 1)  # a label out of range is NaN already
     return weights[safe] * value
 
 
@@ -135,7 +138,10 @@ def _per_class(
 ) -> Array | np.ndarray:
     """Reshapes one number per class so that it broadcasts to the logits."""
     if not isinstance(values, jax.Array):
-        values = np.asarray(values, np.float64)
+        values = np.asarray(values)
+    check_real(name, values)
+    if not isinstance(values, jax.Array):
+        values = values.astype(np.float64)
     axis = axis % len(shape)
     if values.shape != (shape[axis],):
         raise ValueError(f"{name} must hold one number per class, shape ({shape[axis]},), got {values.shape}")

@@ -1,5 +1,8 @@
 """Logit losses between a student and a teacher, or between a student and labels.
 
+Logits are real numbers; integers are converted to float32. Values have the dtype of the logits, float32 or
+float64, whatever the dtypes of the options are.
+
 A class exists where ``where`` is true and its logit is not −inf. A class that does not exist has
 probability exactly 0 and takes no part in any maximum, sum or mean. Everything is computed in float32
 (in float64 for float64 input) from logarithms, and no probability is clipped. Differences of logits
@@ -11,15 +14,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction, warn_if_probabilities
+from distill_jax._checks import check_fraction
 from distill_jax.losses._numerics import (
-    divergence_terms,
-    kl_of,
-    log_softmax,
+    both_logits,
+    compare,
+    divergence,
+    log_total,
+    logits_of,
+    mask_of,
     pair,
     probability_difference,
+    scalar,
     scale,
-    to_float,
+    soften,
+    temperature_of,
     valid_classes,
 )
 
@@ -40,11 +48,12 @@ def kl(
     Args:
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either. A row in which no class exists has value 0.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either. A row that ``where`` leaves without a class has value 0 and gradient 0.
 
     Returns:
       ``[...]``, nats × T², float32 (float64 for float64 input). +inf where the student excludes a class
@@ -60,8 +69,7 @@ def kl(
     >>> f'{kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1308'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    return scale(temperature, kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis), axis)
+    return _scaled("kl", student_logits, teacher_logits, temperature, axis, where)
 
 
 def reverse_kl(
@@ -84,8 +92,7 @@ def reverse_kl(
     >>> f'{reverse_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1438'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    return scale(temperature, kl_of(x.log_q, x.log_p, -x.log_ratio, x.has_q, x.has_p, axis), axis)
+    return _scaled("kl", student_logits, teacher_logits, temperature, axis, where, swap=True)
 
 
 def jensen_shannon(
@@ -123,29 +130,9 @@ def jensen_shannon(
     >>> f'{jensen_shannon(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.0338'
     """
-    check_fraction("beta", beta)
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    beta = to_float(beta)
-    proper = (beta > 0) & (beta < 1)
-    beta = jnp.where(proper, beta, 0.5)  # no logarithm of 0; the value is set to 0 at the end
-    log_beta, log_rest = jnp.log(beta), jnp.log1p(-beta)
-    # log(p/m) = −log(β + (1−β)·q/p), log(q/m) = −log(β·p/q + 1−β)
-    small = jnp.abs(x.log_ratio) < 0.5
-    near, far = jnp.where(small, x.log_ratio, 0.0), jnp.where(small, 0.0, x.log_ratio)
-    log_p_m = -jnp.where(
-        small, jnp.log1p((1 - beta) * jnp.expm1(-near)), jnp.logaddexp(log_beta, log_rest - far)
+    return _scaled(
+        "jensen_shannon", student_logits, teacher_logits, temperature, axis, where, share=("beta", beta)
     )
-    log_q_m = -jnp.where(small, jnp.log1p(beta * jnp.expm1(near)), jnp.logaddexp(log_beta + far, log_rest))
-    p = jnp.where(x.has_p, jnp.exp(x.log_p), 0.0)
-    q = jnp.where(x.has_q, jnp.exp(x.log_q), 0.0)
-    m = beta * p + (1 - beta) * q
-    # β·(m − p) + (1−β)·(m − q) = 0 in each class, so both sums may take the form of `divergence_terms`.
-    terms = beta * divergence_terms(x.log_p, log_p_m, p, m)
-    terms += (1 - beta) * divergence_terms(x.log_q, log_q_m, q, m)
-    # Where one of the two excludes a class, m holds only the other: log(p/m) = −log β.
-    alone = -beta * log_beta * p - (1 - beta) * log_rest * q  # one of the two is 0
-    terms = jnp.where(x.has_p & x.has_q, terms, alone)
-    return scale(temperature, jnp.where(proper, jnp.sum(terms, axis), 0.0), axis)
 
 
 def skew_kl(
@@ -186,10 +173,7 @@ def skew_kl(
     >>> f'{skew_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1070'
     """
-    check_fraction("alpha", alpha)
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    value = _skewed(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, to_float(alpha), axis)
-    return scale(temperature, value, axis)
+    return _scaled("skew", student_logits, teacher_logits, temperature, axis, where, share=("alpha", alpha))
 
 
 def skew_reverse_kl(
@@ -213,33 +197,28 @@ def skew_reverse_kl(
     >>> f'{skew_reverse_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1131'
     """
-    check_fraction("alpha", alpha)
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    value = _skewed(x.log_q, x.log_p, -x.log_ratio, x.has_q, x.has_p, to_float(alpha), axis)
-    return scale(temperature, value, axis)
+    share = ("alpha", alpha)
+    return _scaled("skew", student_logits, teacher_logits, temperature, axis, where, share=share, swap=True)
 
 
-def _skewed(
-    log_a: Array, log_b: Array, log_ratio: Array, has_a: Array, has_b: Array, alpha: Array, axis: int
+def _scaled(
+    kind: str,
+    student: ArrayLike,
+    teacher: ArrayLike,
+    temperature: float | ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+    *,
+    share: tuple[str, ArrayLike] = ("share", 0.0),
+    swap: bool = False,
 ) -> Array:
-    """Computes KL(a‖m) with m = α·a + (1−α)·b as a sum of terms that are all ≥ 0."""
-    # log(a/m) = −log(α + (1−α)·b/a), whose two forms meet at |log(a/b)| = 1/2
-    near = jnp.abs(log_ratio) < 0.5
-    close, far = jnp.where(near, log_ratio, 0.0), jnp.where(near, 0.0, log_ratio)
-    proper = (alpha > 0) & (alpha < 1)
-    inside = jnp.where(proper, alpha, 0.5)
-    mixed = -jnp.logaddexp(jnp.log(inside), jnp.log1p(-inside) - far)
-    apart = jnp.where(proper, mixed, jnp.where(alpha > 0, 0.0, far))
-    log_a_m = jnp.where(near, -jnp.log1p((1 - alpha) * jnp.expm1(-close)), apart)
-    a = jnp.where(has_a, jnp.exp(log_a), 0.0)
-    b = jnp.where(has_b, jnp.exp(log_b), 0.0)
-    m = alpha * a + (1 - alpha) * b
-    terms = divergence_terms(log_a, log_a_m, a, m)
-    # A class of a alone has m = α·a, one of b alone m = (1−α)·b.
-    only_a = a * -jnp.log(jnp.where(alpha > 0, alpha, 1.0)) - a + m
-    terms = jnp.where(has_a & has_b, terms, jnp.where(has_a, only_a, m))
-    impossible = jnp.any(has_a & ~has_b & (a > 0), axis) & (alpha <= 0)
-    return jnp.where(impossible, jnp.inf, jnp.sum(terms, axis))
+    """Computes T² times a divergence of softened logits."""
+    check_fraction(*share)
+    student, teacher = both_logits(student, teacher, axis)
+    temperature = temperature_of(temperature, student, axis)
+    x = soften(student, teacher, temperature, axis, where)
+    value = divergence(kind, x.swapped if swap else x, axis, scalar(*share, student.dtype))
+    return scale(temperature, value, axis)
 
 
 def total_variation(
@@ -300,10 +279,12 @@ def soft_cross_entropy(
     >>> f'{soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.6931'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    divergence = kl_of(x.log_p, x.log_q, x.log_ratio, x.has_p, x.has_q, axis)
-    entropy = -jnp.sum(jnp.where(x.has_p, jnp.exp(x.log_p) * x.log_p, 0.0), axis)
-    return scale(temperature, divergence + entropy, axis)
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    temperature = temperature_of(temperature, student, axis)
+    x = soften(student, teacher, temperature, axis, where)
+    p = compare(x, axis)
+    entropy = -jnp.sum(p.p * p.log_p, axis)
+    return scale(temperature, divergence("kl", x, axis) + entropy, axis)
 
 
 def mean_squared_logits(
@@ -333,13 +314,7 @@ def mean_squared_logits(
     >>> print(mean_squared_logits(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 3.0]])))
     [5.]
     """
-    warn_if_probabilities("student_logits", student_logits, axis=axis)
-    warn_if_probabilities("teacher_logits", teacher_logits, axis=axis)
-    student, teacher = to_float(student_logits), to_float(teacher_logits)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student_logits and teacher_logits must have the same shape, got {student.shape} and {teacher.shape}"
-        )
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
     valid = valid_classes(student, where) & valid_classes(teacher, where)
     difference = jnp.where(valid, student, 0.0) - jnp.where(valid, teacher, 0.0)
     count = jnp.maximum(jnp.sum(valid, axis), 1)
@@ -366,7 +341,8 @@ def cross_entropy(
 
     Returns:
       ``[...]``, nats, float32 (float64 for float64 input). +inf where the label's class does not exist;
-      NaN where an integer label is outside [0, classes).
+      NaN where an integer label is outside [0, classes); 0 where ``where`` leaves a row without a class,
+      whatever its label.
 
     Raises:
       ValueError: if the shapes do not fit, or ε is outside [0, 1].
@@ -377,28 +353,32 @@ def cross_entropy(
     >>> f'{cross_entropy(jnp.array([[0.0, 1.0986123]]), jnp.array([1]))[0]:.4f}'  # −log ¾
     '0.2877'
     """
-    warn_if_probabilities("logits", logits, axis=axis)
-    logits, labels = to_float(logits), jnp.asarray(labels)
+    logits, labels = logits_of("logits", logits, axis), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
     axis = axis % logits.ndim
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    if labels.shape != (per_example if integer else logits.shape):
+    floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    if not (integer or floating) or labels.shape != (per_example if integer else logits.shape):
         raise ValueError(
             f"labels must be integers of shape {per_example} or probabilities of shape {logits.shape} for "
             f"logits of shape {logits.shape}, got {labels.dtype} of shape {labels.shape}"
         )
-    bad: ArrayLike = False
     if integer:
         bad = (labels < 0) | (labels >= classes)
-        labels = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)
+        targets = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)
+    else:
+        bad, targets = jnp.zeros(per_example, bool), labels.astype(logits.dtype)
+    counted = mask_of(where, logits)
     valid = valid_classes(logits, where)
-    count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
-    smoothing = to_float(label_smoothing)
-    targets = (1 - smoothing) * labels + smoothing * valid / count
-    log_q = log_softmax(logits, valid, axis)
-    loss = -jnp.sum(jnp.where(valid, targets * log_q, 0.0), axis)
+    smoothing = scalar("label_smoothing", label_smoothing, logits.dtype)
+    if not isinstance(label_smoothing, int | float) or label_smoothing:
+        count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
+        targets = (1 - smoothing) * targets + smoothing * valid / count
     impossible = jnp.any((targets > 0) & ~valid, axis)
-    loss = jnp.where(impossible, jnp.inf, loss)
-    return jnp.where(bad, jnp.nan, loss)
+    targets = jnp.where(valid, targets, 0.0)
+    shifted, total = log_total(jnp.where(valid, logits, 0.0), valid, axis)
+    loss = jnp.sum(targets * (total - shifted), axis)
+    loss = jnp.where(bad, jnp.nan, jnp.where(impossible, jnp.inf, loss))
+    return jnp.where(jnp.any(counted, axis), loss, 0.0)

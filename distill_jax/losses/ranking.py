@@ -1,11 +1,16 @@
 """Logit losses that teach the student to rank the classes as the teacher does."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax.losses._numerics import Pair, pair, probability_difference, to_float
+from distill_jax._checks import check_not_negative
+from distill_jax.losses._numerics import both_logits, pair, probability_difference, scalar, valid_classes
+
+_PAIRS = 2**22  # number of pairs of classes that are in memory at a time
 
 
 def ranking_hinge(
@@ -22,23 +27,24 @@ def ranking_hinge(
     The student learns to put the classes in the teacher's order, by a margin m. With m = p_k − p_l (the
     default) the value is 0 at student = teacher. At the corner of the hinge the derivative is 0.
     Classes with equal teacher logits make no pair, nor does a class that the student or the teacher excludes.
-    The loss needs memory for classes² values per example.
+    Pairs are taken in blocks of classes, so memory does not grow with classes².
 
     Args:
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
-      margin: m, a number. None uses the teacher's own difference, p_k − p_l.
-      temperature: T > 0, a scalar, or an array that broadcasts to the logits, with size 1 on the class
-        axis.
+      margin: m ≥ 0, a number. None uses the teacher's own difference, p_k − p_l.
+      temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
+        the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
-      where: ``bool``, broadcastable to the logits: which classes exist. A class whose logit is −inf does
-        not exist either.
+      where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
+        ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
+        −inf does not exist either.
 
     Returns:
       ``[...]``, a probability, float32 (float64 for float64 input); 0 where no pair counts.
 
     Raises:
-      ValueError: if the shapes differ, or the temperature is not positive.
+      ValueError: if the shapes differ, or the temperature is not positive, or the margin is negative.
 
     References:
       Herbrich et al., `Large Margin Rank Boundaries for Ordinal Regression`, 2000, §3; as a loss on
@@ -51,12 +57,17 @@ def ranking_hinge(
     '0.5000'
     """
     x = pair(student_logits, teacher_logits, temperature, axis, where)
-    if margin is None:
-        short = _between(probability_difference(x), axis)
+    if margin is None:  # m − (q_k − q_l) is the difference of p − q
+        values, short = probability_difference(x), jnp.zeros((), x.q.dtype)
     else:
-        short = -_between(jnp.where(x.has_q, jnp.exp(x.log_q), 0.0), axis) + margin
-    hinge = jnp.where(short <= 0, 0.0, short)  # written so that a NaN shows
-    return _mean_over_pairs(hinge, teacher_logits, x, axis)
+        check_not_negative("margin", margin)
+        values, short = -x.q, scalar("margin", margin, x.q.dtype)
+
+    def hinge(difference):
+        wanting = short + difference
+        return jnp.where(wanting <= 0, 0.0, wanting)  # written so that a NaN shows
+
+    return _mean_over_pairs(hinge, values, teacher_logits, x.has_q & x.has_p, axis)
 
 
 def ranking_logistic(
@@ -87,23 +98,39 @@ def ranking_logistic(
     >>> f'{ranking_logistic(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0]]))[0]:.4f}'
     '0.6931'
     """
-    x = pair(student_logits, teacher_logits, 1.0, axis, where)
-    student = jnp.where(x.has_q & x.has_p, to_float(student_logits), 0.0)
-    return _mean_over_pairs(jax.nn.softplus(-_between(student, axis)), teacher_logits, x, axis)
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    valid = valid_classes(student, where) & valid_classes(teacher, where)
+    student = jnp.where(valid, student, 0.0)
+    return _mean_over_pairs(lambda difference: jax.nn.softplus(-difference), student, teacher, valid, axis)
 
 
-def _between(values: Array, axis: int) -> Array:
-    """Computes v_k − v_l, ``[..., k, l]``."""
-    values = jnp.moveaxis(values, axis, -1)
-    return values[..., :, None] - values[..., None, :]
+def _mean_over_pairs(
+    loss: Callable[[Array], Array], values: Array, teacher_logits: ArrayLike, valid: Array, axis: int
+) -> Array:
+    """Averages loss(v_k − v_l) over the pairs k, l in which the teacher ranks k above l, in blocks of k."""
+    values, valid = jnp.moveaxis(values, axis, -1), jnp.moveaxis(valid, axis, -1)
+    teacher = jnp.where(valid, jnp.moveaxis(jnp.asarray(teacher_logits), axis, -1), 0.0).astype(values.dtype)
+    classes = values.shape[-1]
+    block = min(classes, max(1, _PAIRS // max(1, values.size)))
+    blocks = -(-classes // block)
 
+    @jax.checkpoint  # or the pairs of all blocks would be kept for the backward pass
+    def add(sums, ours):
+        v, t, counted = ours
+        # "not below": a NaN logit takes part, and shows in the result
+        pairs = counted[..., :, None] & valid[..., None, :] & ~(t[..., :, None] <= teacher[..., None, :])
+        each = jnp.where(pairs, loss(v[..., :, None] - values[..., None, :]), 0.0)
+        return (sums[0] + jnp.sum(each, (-2, -1)), sums[1] + jnp.sum(pairs, (-2, -1))), None
 
-def _mean_over_pairs(values: Array, teacher_logits: ArrayLike, x: Pair, axis: int) -> Array:
-    """Averages over the pairs k, l in which the teacher ranks k above l."""
-    valid = jnp.moveaxis(x.has_q & x.has_p, axis, -1)
-    teacher = jnp.moveaxis(to_float(teacher_logits), axis, -1)
-    counts = valid[..., :, None] & valid[..., None, :]
-    # "not below": a NaN logit takes part, and shows in the result
-    counts &= ~(teacher[..., :, None] <= teacher[..., None, :])
-    total = jnp.sum(jnp.where(counts, values, 0.0), (-2, -1))
-    return total / jnp.maximum(jnp.sum(counts, (-2, -1)), 1)
+    def split(x):
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block - classes)])
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], blocks, block), -2, 0)
+
+    parts = tuple(map(split, (values, teacher, valid)))
+    sums = jnp.zeros(values.shape[:-1], values.dtype), jnp.zeros(values.shape[:-1], jnp.int32)
+    if blocks == 1:
+        sums, _ = add(sums, tuple(part[0] for part in parts))
+    else:
+        sums, _ = jax.lax.scan(add, sums, parts)
+    hidden = jnp.any(jnp.isnan(teacher), -1)  # the order of a NaN is unknown
+    return jnp.where(hidden, jnp.nan, sums[0] / jnp.maximum(sums[1], 1))
