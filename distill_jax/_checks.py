@@ -82,16 +82,6 @@ def check_finite(name: str, value: ArrayLike) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def check_not_negative(name: str, value: ArrayLike) -> None:
-    """Raises ``ValueError`` if a value is negative or not finite. Traced values pass."""
-    check_real(name, value)
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value, np.float64)
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-
-
 def check_positive(name: str, value: ArrayLike) -> None:
     """Raises ``ValueError`` if a value is not positive and finite. Traced values pass."""
     check_real(name, value)

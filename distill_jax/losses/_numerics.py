@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
@@ -115,7 +116,7 @@ def mask_of(where: ArrayLike | None, logits: Array) -> Array:
     """Checks ``where`` and expands it to the shape of the logits."""
     if where is None:
         return jnp.ones(logits.shape, bool)
-    where, shape = jnp.asarray(where), logits.shape
+    where, shape = where if isinstance(where, jax.Array) else np.asarray(where), logits.shape
     fits = where.ndim == len(shape) and all(a in (1, b) for a, b in zip(where.shape, shape, strict=True))
     if where.dtype != bool or not fits:
         raise ValueError(

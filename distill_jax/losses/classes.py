@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction, check_positive
+from distill_jax._checks import check_fraction, check_positive, check_real
 from distill_jax.losses._numerics import (
     Pair,
     Softened,
@@ -254,6 +254,7 @@ def teacher_free(
 
 def _one_hot(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> tuple[Array, Array]:
     """Marks the label's class, ``bool [..., classes]``, and the labels that are out of range."""
+    check_real("labels", labels)
     labels = jnp.asarray(labels)
     axis = axis % len(shape)
     expected = shape[:axis] + shape[axis + 1 :]

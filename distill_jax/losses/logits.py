@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_fraction
+from distill_jax._checks import check_fraction, check_real
 from distill_jax.losses._numerics import (
     both_logits,
     compare,
@@ -353,6 +353,7 @@ def cross_entropy(
     >>> f'{cross_entropy(jnp.array([[0.0, 1.0986123]]), jnp.array([1]))[0]:.4f}'  # −log ¾
     '0.2877'
     """
+    check_real("labels", labels)
     logits, labels = logits_of("logits", logits, axis), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
     axis = axis % logits.ndim

@@ -1125,7 +1125,8 @@ def of_losses() -> Iterator[Case]:
             for kind, wrong in WRONG_NUMBERS.items():
                 yield Case(f"losses.{name}: {argument} {kind}", argument,
                            lambda f=loss, g=good, a=argument, w=wrong: f(**g | {a: w}))
-            yield Case(f"losses.{name}: short {argument}", "shape|label|example|row",
+            if len(arrays) > 1 or "labels" in needed:
+                yield Case(f"losses.{name}: short {argument}", "shape|size|label|example|row",
                        lambda f=loss, g=good, a=argument: f(**g | {a: g[a][:5]}))
         if "labels" in needed:
             for kind in ("bool", "complex", "masked", "short", "strings", "objects"):
@@ -1140,6 +1141,8 @@ def of_losses() -> Iterator[Case]:
         for option, parameter in parameters.items():
             if isinstance(parameter.default, float) or option in ("temperature", "beta", "alpha"):
                 wrongs: dict[str, Any] = {"NaN": NAN, "negative": -1.0, "a string": "1", "complex": 1j, "None": None}
+                if option == "tau":
+                    del wrongs["negative"]  # it turns the adjustment round
                 for kind, wrong in wrongs.items():
                     yield Case(f"losses.{name}: {option} {kind}", option,
                                lambda f=loss, g=good, o=option, w=wrong: f(**g, **{o: w}))
