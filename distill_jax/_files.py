@@ -142,9 +142,10 @@ def unseal(value: Any) -> dict[str, Any]:
     Raises:
       ValueError: if the object is not as it was sealed.
     """
-    sealed = isinstance(value, dict) and "digest" in value
-    rest = {key: x for key, x in value.items() if key != "digest"} if sealed else {}
-    if not sealed or value["digest"] != _digest(rest):
+    if not isinstance(value, dict) or "digest" not in value:
+        raise ValueError("it holds no digest, as if an earlier version had written it")
+    rest = {key: x for key, x in value.items() if key != "digest"}
+    if value["digest"] != _digest(rest):
         raise ValueError("its contents do not have the digest that was written with them")
     return rest
 

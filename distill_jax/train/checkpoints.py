@@ -175,13 +175,14 @@ class Checkpoints:
 
     def _newest(self, flat: dict[str, Any], like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         wrong: list[str] = []
+        self._damaged.clear()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 described = self._read_json(step)
                 self._check_leaves(described["leaves"], flat)
                 restored = self._read_arrays(step, flat, described["digests"])
             except _DamagedError as error:
-                time.sleep(0.1)  # for the threads that are still reading, see _quiet
+                time.sleep(0.05)  # for the threads that are still reading, see _quiet
                 wrong.append(f"{step} ({error})")
                 self._damaged.append(step)
                 continue
@@ -207,7 +208,11 @@ class Checkpoints:
     def _read_json(self, step: int) -> dict[str, Any]:
         with self._reading():
             args = ocp.args.Composite(json=ocp.args.JsonRestore())
-            return unseal(self._manager.restore(step, args=args)["json"])
+            found = self._manager.restore(step, args=args)["json"]
+        try:
+            return unseal(found)
+        except ValueError as error:
+            raise _DamagedError(error) from None
 
     def _check_leaves(self, found: dict[str, str], flat: dict[str, Any]) -> None:
         wrong = tree_differences(found, _describe(flat))
@@ -223,8 +228,8 @@ class Checkpoints:
         with self._reading():
             args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
             restored = self._manager.restore(step, args=args)["tree"]
-            for path, x in restored.items():
-                if digest(np.asarray(x)) != digests[path]:
+            for path in flat:
+                if digest(np.asarray(restored[path])) != digests[path]:
                     raise _DamagedError(f"{path} has another digest than when it was saved")
         return restored
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ SMALL = {
         "digits --seeds 1 --hidden 8 --epochs 2 --points 2 --few 100 --few-epochs 2 --save-seconds 0"
     ),
 }
+COUNT: Counter[str] = Counter()
 
 
 def command(name: str, out: Path) -> list[str]:
@@ -69,11 +71,13 @@ def refused(status: int, error: str, message: str) -> None:
     assert error.startswith("error: "), error
     assert len(error.splitlines()) == 1, error
     assert message in error, error
+    COUNT["refused"] += 1
 
 
 def succeeded(status: int, error: str) -> None:
     assert status == 0, (status, error)
     assert "Traceback" not in error, error
+    COUNT["succeeded"] += 1
 
 
 @contextlib.contextmanager
@@ -139,11 +143,14 @@ def read_only(directory: Path, calm: Path) -> str:
     return f"2 refusals, then {count} arrays and results.json are the same"
 
 
+def few() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
 def few_descriptors(directory: Path, calm: Path) -> str:
     """256 open files at most."""
     out = directory / "few"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))  # noqa: E731
-    succeeded(*run("kd_mnist", out, limit=limit))
+    succeeded(*run("kd_mnist", out, limit=few))
     return f"{compare(calm, out)} arrays and results.json are the same"
 
 
@@ -208,6 +215,9 @@ def main() -> None:
             except AssertionError as error:
                 print(f"{case.__name__}: FAILED: {error}", flush=True)
                 failed += 1
+    survived = COUNT["succeeded"] - 1  # without the undisturbed run
+    tried = COUNT["refused"] + survived + failed
+    print(f"tried {tried}, found {COUNT['refused']}, survived {survived}, silent {failed}")
     raise SystemExit(min(failed, 1))
 
 

@@ -47,14 +47,13 @@ def restore(directory: Path, like: Any) -> Any:
         return checkpoints.restore(like)
 
 
-def flip_checkpoints(directory: Path, flips: int, tally: Tally, *, largest: int = 10**9) -> None:
+def flip_checkpoints(directory: Path, flips: int, tally: Tally) -> None:
     """Saves two checkpoints of a small training state, and damages each file of the newer one.
 
     Args:
       directory: an empty directory.
       flips: the number of changes of each file.
       tally: counts what became of them.
-      largest: the number of files to damage.
     """
     model = build("mlp:16", (8, 8, 1), 10, jax.random.key(0))
     state = train.init_state(model, optax.adam(1e-3), jax.random.key(1, impl="rbg"))
@@ -80,7 +79,7 @@ def flip_checkpoints(directory: Path, flips: int, tally: Tally, *, largest: int 
 
     assert outcome(read, lambda found: equal(found, newest)) == ("harmless", "")
     files = sorted(path for path in (directory / "2").rglob("*") if path.is_file())
-    for file in files[:largest]:
+    for file in files:
         name = file.relative_to(directory / "2").as_posix()
         parts = ["<32 digits>" if len(part) == 32 else part for part in name.split("/")]
         for kind in damages(file, flips):

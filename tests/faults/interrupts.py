@@ -129,6 +129,8 @@ def main() -> None:
     for name in options.only:
         with tempfile.TemporaryDirectory() as directory:
             failed += len(torture(Path(directory), name, arguments(name), options.times, options.seed)[1])
+    tried = options.times * len(options.only)
+    print(f"tried {tried}, found 0, survived {tried - failed}, silent {failed}")
     raise SystemExit(min(failed, 1))
 
 

