@@ -78,7 +78,7 @@ def torture(
     length = time.monotonic() - began
     rng = random.Random(seed)
     stages: Counter[str] = Counter()
-    longest = 1.5 * length / kills
+    longest = max(length / 2, 1.5 * length / kills)
     while stages.total() < kills:
         trigger = (triggers or {}).get(stages.total())
         done = kill_at(name, killed, words, rng.uniform(0, longest), trigger)
