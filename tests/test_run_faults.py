@@ -92,9 +92,9 @@ def test_damaged_checkpoints_and_run_files(tmp_path):
 
 def test_ascii_few_descriptors_and_two_processes(tmp_path):
     out = tmp_path / "run"
-    command = environment.command("kd_mnist", out)
+    command = [*environment.limited("NOFILE", 256), *environment.command("kd_mnist", out)]
     first = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=environment.few,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     while not (out / "config.json").exists():

@@ -81,8 +81,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps tracebacks from the terminal that TensorStore's threads write when they end after a failed read."""
+def quiet() -> Iterator[None]:
+    """Keeps tracebacks from the terminal that TensorStore's threads write when they end after a failure."""
     hook = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
@@ -170,7 +170,7 @@ class Checkpoints:
             named).
           OSError: if the system does not let it be read, for example for want of memory.
         """
-        with _quiet():
+        with quiet():
             return self._newest(_flat(like), like)
 
     def _newest(self, flat: dict[str, Any], like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
@@ -182,7 +182,7 @@ class Checkpoints:
                 self._check_leaves(described["leaves"], flat)
                 restored = self._read_arrays(step, flat, described["digests"])
             except _DamagedError as error:
-                time.sleep(0.05)  # for the threads that are still reading, see _quiet
+                time.sleep(0.05)  # for the threads that are still reading, see quiet
                 wrong.append(f"{step} ({error})")
                 self._damaged.append(step)
                 continue
@@ -268,6 +268,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of several types, among them ValueError for a full disk
+            time.sleep(0.05)  # for the threads that are still writing, see quiet
             message = f"a checkpoint could not be written ({_reason(error)})"
             raise OSError(errno.EIO, message, str(self.directory)) from error
 

@@ -9,13 +9,12 @@ without the fault, end as an undisturbed run does.
 import argparse
 import contextlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,7 +40,6 @@ def run(
     name: str,
     out: Path,
     *,
-    limit: Callable[[], None] | None = None,
     without: Sequence[str] = (),
     prefix: Sequence[str] = (),
     **environment: str,
@@ -51,7 +49,6 @@ def run(
     Args:
       name: the experiment.
       out: the directory of the run.
-      limit: called in the new process before it starts.
       without: variables to take from its environment.
       prefix: a command that runs the experiment's.
       environment: variables to add.
@@ -61,8 +58,14 @@ def run(
     """
     env = {key: value for key, value in os.environ.items() if key not in without} | environment
     words = [*prefix, *command(name, out)]
-    done = subprocess.run(words, capture_output=True, env=env, preexec_fn=limit, timeout=600)
+    done = subprocess.run(words, capture_output=True, env=env, timeout=600)
     return done.returncode, done.stderr.decode(errors="replace")
+
+
+def limited(what: str, value: int) -> list[str]:
+    """Makes the ``prefix`` by which a process may use only so much, such as 256 files (NOFILE)."""
+    set_limit = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_{what}, ({value}, {value}))"
+    return [sys.executable, "-c", f"{set_limit}; os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 def refused(status: int, error: str, message: str) -> None:
@@ -115,8 +118,7 @@ def available(disk: Path) -> int:
 def large_file(directory: Path, calm: Path) -> str:
     """No file may grow beyond four kilobytes, which is a full disk's kin and needs no root."""
     out = directory / "limited"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    refused(*run("kd_mnist", out, limit=limit, without=("JAX_COMPILATION_CACHE_DIR",)), "space")
+    refused(*run("kd_mnist", out, prefix=limited("FSIZE", 4096), without=("JAX_COMPILATION_CACHE_DIR",)), "space")
     succeeded(*run("kd_mnist", out))
     return f"1 refusal, then {compare(calm, out)} arrays and results.json are the same"
 
@@ -143,14 +145,10 @@ def read_only(directory: Path, calm: Path) -> str:
     return f"2 refusals, then {count} arrays and results.json are the same"
 
 
-def few() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-
-
 def few_descriptors(directory: Path, calm: Path) -> str:
     """256 open files at most."""
     out = directory / "few"
-    succeeded(*run("kd_mnist", out, limit=few))
+    succeeded(*run("kd_mnist", out, prefix=limited("NOFILE", 256)))
     return f"{compare(calm, out)} arrays and results.json are the same"
 
 
