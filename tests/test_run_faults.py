@@ -97,9 +97,7 @@ def test_ascii_few_descriptors_and_two_processes(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
-    while not (out / "config.json").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
+    environment.wait_for(out / "config.json", first)
     environment.refused(*environment.run("kd_mnist", out), "another process is working in")
     printed, error = first.communicate(timeout=300)
     environment.succeeded(first.returncode, error.decode())

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import jax
 
 from distill_jax._files import seal, unseal, write_json
+from distill_jax.train.checkpoints import quiet
 from harness import logs
 
 LOCK = ".lock"
@@ -268,6 +269,7 @@ def _surroundings() -> Iterator[None]:
             signal.signal(each, handler)
 
 
+@quiet()
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     # Orbax logs what it raises as well, with tracebacks

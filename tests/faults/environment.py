@@ -37,12 +37,7 @@ def command(name: str, out: Path) -> list[str]:
 
 
 def run(
-    name: str,
-    out: Path,
-    *,
-    without: Sequence[str] = (),
-    prefix: Sequence[str] = (),
-    **environment: str,
+    name: str, out: Path, *, without: Sequence[str] = (), prefix: Sequence[str] = (), **environment: str
 ) -> tuple[int, str]:
     """Runs an experiment to its end.
 
@@ -118,7 +113,9 @@ def available(disk: Path) -> int:
 def large_file(directory: Path, calm: Path) -> str:
     """No file may grow beyond four kilobytes, which is a full disk's kin and needs no root."""
     out = directory / "limited"
-    refused(*run("kd_mnist", out, prefix=limited("FSIZE", 4096), without=("JAX_COMPILATION_CACHE_DIR",)), "space")
+    refused(
+        *run("kd_mnist", out, prefix=limited("FSIZE", 4096), without=("JAX_COMPILATION_CACHE_DIR",)), "space"
+    )
     succeeded(*run("kd_mnist", out))
     return f"1 refusal, then {compare(calm, out)} arrays and results.json are the same"
 
@@ -128,21 +125,24 @@ def read_only(directory: Path, calm: Path) -> str:
     place = directory / "place"
     place.mkdir()
     with mounted("--bind", str(place), str(place)):
-        remount = ["mount", "-o", "remount,bind,ro", str(place)]
-        subprocess.run(remount, check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
         refused(*run("kd_mnist", place / "run"), "cannot be written: Read-only file system")
-        subprocess.run([*remount[:2], "remount,bind,rw", str(place)], check=True)
-        process = subprocess.Popen(command("kd_mnist", place / "run"), stderr=subprocess.PIPE, text=True)
-        while not (place / "run" / "config.json").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        subprocess.run(remount, check=True)
+    process = subprocess.Popen(command("kd_mnist", place / "run"), stderr=subprocess.PIPE, text=True)
+    wait_for(place / "run" / "config.json", process)
+    try:
+        subprocess.run(["chattr", "-R", "+i", str(place / "run")], check=True)
         _, error = process.communicate(timeout=600)
-        refused(process.returncode, error, "ead-only file system")
-        subprocess.run([*remount[:2], "remount,bind,rw", str(place)], check=True)
-        succeeded(*run("kd_mnist", place / "run"))
-        count = compare(calm, place / "run")
-    return f"2 refusals, then {count} arrays and results.json are the same"
+    finally:
+        subprocess.run(["chattr", "-R", "-i", str(place / "run")], check=True)
+    refused(process.returncode, error, "not permitted")
+    succeeded(*run("kd_mnist", place / "run"))
+    return f"2 refusals, then {compare(calm, place / 'run')} arrays and results.json are the same"
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def few_descriptors(directory: Path, calm: Path) -> str:
@@ -156,9 +156,7 @@ def two_processes(directory: Path, calm: Path) -> str:
     """Two processes in one directory: the second one is refused."""
     out = directory / "both"
     first = subprocess.Popen(command("kd_mnist", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "config.json").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
+    wait_for(out / "config.json", first)
     refused(*run("kd_mnist", out), "another process is working in")
     assert first.wait(600) == 0
     return f"1 refusal; {compare(calm, out)} arrays and results.json of the first are the same"
