@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.whole_runs import SETTINGS, arguments, compare, finish, log_file, start
 
-NAMES = ("kd_mnist", "kd_methods", "compress_mnist", "interpolate_mnist", "linear_code")
+NAMES = ("kd_methods", "compress_mnist", "barrier_mnist", "factorise_network", "linear_code")
 LIMIT = 60  # seconds from the signal to the end
 
 
@@ -96,7 +96,7 @@ def torture(
     while phases.total() < times:
         number = signal.SIGTERM if phases.total() % 5 == 3 else signal.SIGINT
         again = rng.uniform(0, 0.3) if phases.total() % 5 == 1 else None
-        ended = interrupt(name, disturbed, words, rng.uniform(0.3, length), number, again)
+        ended = interrupt(name, disturbed, words, rng.uniform(0.3, 0.8 * length), number, again)
         if ended is None:
             compare(calm, disturbed)
             disturbed = disturbed.with_name(f"{disturbed.name}-again")
