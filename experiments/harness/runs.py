@@ -272,8 +272,8 @@ def _surroundings() -> Iterator[None]:
 @quiet()
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
-    # Orbax logs what it raises as well, with tracebacks
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):  # Orbax logs what it raises as well, with tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     _keep_compiled()
     try:
         with _surroundings(), logs.pulse.beating(needed=not sys.stderr.isatty()):

@@ -29,10 +29,15 @@ SCRIPTS = {
         "full disk, read-only directory, 256 descriptors, two processes, no HOME, ASCII output, files of 4 kB",
         [],
     ),
+    "environment_store": (
+        "label stores: full disk, read-only directory, several writers, kills, no HOME",
+        [],
+    ),
     "malformed": ("malformed arguments", []),
 }
 TALLY = re.compile(r"^\| all \|  \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", re.MULTILINE)
 TOTAL = re.compile(r"^tried (\d+), found (\d+), survived (\d+), silent (\d+)", re.MULTILINE)
+CALLS = re.compile(r"^all: (\d+) tried, (\d+) refused, (\d+) raw, (\d+) accepted", re.MULTILINE)
 
 
 def counts(printed: str) -> tuple[int, int, int, int] | None:
@@ -40,6 +45,9 @@ def counts(printed: str) -> tuple[int, int, int, int] | None:
     if found := TALLY.search(printed):
         tried, refused, harmless, silent, raw = map(int, found.groups())
         return tried, refused, harmless, silent + raw
+    if found := CALLS.search(printed):
+        tried, refused, raw, accepted = map(int, found.groups())
+        return tried, refused, 0, raw + accepted
     found = TOTAL.search(printed)
     return tuple(map(int, found.groups())) if found else None  # type: ignore[return-value]
 
