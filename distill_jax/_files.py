@@ -62,7 +62,7 @@ def locked(directory: Path) -> Iterator[None]:
       ValueError: if another writer is at work there.
     """
     path = directory / LOCK
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         if not _lock(descriptor) or not _same_file(descriptor, path):
             raise ValueError(
@@ -105,7 +105,7 @@ def plain(value: Any, where: str = "") -> Any:
     Raises:
       ValueError: if a value is NaN, infinite, or of a type that JSON cannot hold; the message names its key.
     """
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and not isinstance(value, np.ma.MaskedArray):
         value = value.tolist()
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: plain(x, f"{where}.{key}".lstrip(".")) for key, x in value.items()}

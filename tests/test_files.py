@@ -28,6 +28,7 @@ def test_json_is_strict_and_plain(tmp_path):
         (np.array(math.nan), "is nan"),
         ({1: 2}, "is {1: 2}"),
         (1j, "is 1j"),
+        (np.ma.masked, "is masked"),
     ],
 )
 def test_json_refuses_and_keeps_the_old_file(tmp_path, bad, message):
