@@ -200,7 +200,7 @@ def sweep(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> dict[
         states = jax.vmap(lambda state: interpolation.repeat(state, config.points))(states)
         epoch = train.make_epoch(lanes.each_seed(interpolation.sweep(make, rates)))
         states = run.fit(
-            f"{method} at all λ", None, states, epoch, examples, epochs=setting.epochs,
+            f"{method} at all lambda", None, states, epoch, examples, epochs=setting.epochs,
             batch_size=config.batch_size, order=0, validate=None,
         ).state  # fmt: skip
         each = [jax.vmap(lambda s, i=i: interpolation.lane(s, i))(states).model for i in range(len(rates))]

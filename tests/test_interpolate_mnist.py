@@ -63,7 +63,7 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
         assert (out / file).stat().st_size > 500
 
     # As if killed in the middle
-    for name in ("soft-labels-12-units-1-081-labels-", "through-at-all-λ"):
+    for name in ("soft-labels-12-units-1-081-labels-", "through-at-all-lambda"):
         shutil.rmtree(out / "all_seeds" / name)
     assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())

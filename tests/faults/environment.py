@@ -25,7 +25,7 @@ SMALL = {
     "kd_mnist": (
         "digits --seeds 1 --members 1 --teacher mlp:8 --student mlp:8 --teacher-epochs 2 --epochs 3 --save-seconds 0"
     ),
-    "interpolate_mnist": (  # it writes directories whose names are not ASCII
+    "interpolate_mnist": (  # it prints λ, and names trainings after it
         "digits --seeds 1 --hidden 8 --epochs 2 --points 2 --few 100 --few-epochs 2 --save-seconds 0"
     ),
 }
