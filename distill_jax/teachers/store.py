@@ -426,7 +426,7 @@ def _refuse_differences(path: Path, found: Mapping[str, Any], expected: Mapping[
     if differing:
         raise ValueError(
             f"the soft labels in {path} were made from something else: {'; '.join(differing)}. "
-            "Use another directory, or delete this one"
+            "Use another directory, or move this one away"
         )
 
 
