@@ -191,7 +191,12 @@ def requirements(*extras):
                 found |= requirements(*inner[1].split(","))
             else:
                 names.add(line)
-    renamed = {"scikit_learn": "sklearn", "orbax_checkpoint": "orbax", "pillow": "PIL"}
+    renamed = {
+        "scikit_learn": "sklearn",
+        "orbax_checkpoint": "orbax",
+        "pillow": "PIL",
+        "tensorboardx": "tensorboardX",
+    }
     names = {re.split(r"[>=\[]", name)[0].lower().replace("-", "_") for name in names}
     return found | {renamed.get(name, name) for name in names}
 
@@ -212,7 +217,7 @@ def test_every_import_is_declared():
     for path in [*(ROOT / "distill_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
         allowed = needed | known
         if "experiments" in path.parts:
-            allowed |= requirements("experiments") | {file.stem for file in path.parent.glob("*.py")}
+            allowed |= requirements("experiments", "log") | {file.stem for file in path.parent.glob("*.py")}
         elif "data" in path.parts:
             allowed |= requirements("data")
         if path.name == "bench_step.py":
