@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SETTINGS, default=NAMES, metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or a shell's background would ignore Ctrl-C
     failed = 0
     for name in options.only:
         with tempfile.TemporaryDirectory() as directory:
