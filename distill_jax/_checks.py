@@ -40,6 +40,11 @@ def check_integers(name: str, array: ArrayLike) -> None:
         raise ValueError(f"{name} must be integers of at most 63 bits, got {array.max()}")
 
 
+def check_bool(name: str, array: ArrayLike) -> None:
+    """Raises ``ValueError`` unless an array holds booleans."""
+    _check_dtype(name, array, (jnp.bool_,), "bool")
+
+
 def _check_dtype(name: str, array: ArrayLike, kinds: tuple[Any, ...], expected: str) -> None:
     if isinstance(array, np.ma.MaskedArray):
         raise ValueError(f"{name} must be {expected}, got a masked array: fill or select it first")
@@ -90,6 +95,16 @@ def check_positive(name: str, value: ArrayLike) -> None:
     array = np.asarray(value, np.float64)
     if not (np.isfinite(array).all() and (array > 0).all()):
         raise ValueError(f"{name} must be positive and finite, got {_number(value)}")
+
+
+def check_at_most(name: str, value: ArrayLike, most: float) -> None:
+    """Raises ``ValueError`` if a value is not finite or above ``most``. Traced values pass."""
+    check_real(name, value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value, np.float64)
+    if not (np.isfinite(array).all() and (array <= most).all()):
+        raise ValueError(f"{name} must be finite and at most {most}, got {value}")
 
 
 def check_not_negative(name: str, value: ArrayLike) -> None:

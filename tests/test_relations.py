@@ -700,7 +700,7 @@ def test_misuse_is_named():
         losses.rkd_distance(x, np.zeros((5, 3)))
     with pytest.raises(ValueError, match=r"teacher features must have shape \[batch, ..., channels\]"):
         losses.pkt(x, np.zeros(4))
-    with pytest.raises(ValueError, match=r"where must be bool with one entry per example, shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"where must have one entry per example, shape \(4,\)"):
         losses.rkd_angle(x, x, where=np.ones((4, 3), bool))
     with pytest.raises(ValueError, match="the same number of channels"):
         losses.ickd(np.zeros((4, 2, 3)), np.zeros((4, 2, 5)))

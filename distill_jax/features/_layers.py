@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from distill_jax._model import PyTree
 from distill_jax.features.learned import Learned, Shape
-from distill_jax.losses._space import common_space, features_of, pool_mean, positions
+from distill_jax.losses._space import common_space, example_mask, features_of, pool_mean, positions
 
 Array = jax.Array
 Where = ArrayLike | Sequence[ArrayLike | None] | None
@@ -71,19 +71,6 @@ def check_layers(student: Sequence[Any], teacher: Sequence[Any], least: int = 1)
             f"student and teacher must have the same number of layers, at least {least}, got "
             f"{len(student)} and {len(teacher)}"
         )
-
-
-def example_mask(where: Any, batch: int) -> Array:
-    """Returns ``where`` as bool ``[batch]``, for methods that do not keep positions apart."""
-    if where is None:
-        return jnp.ones(batch, bool)
-    if isinstance(where, list | tuple) or jnp.shape(where) != (batch,):
-        got = "a list" if isinstance(where, list | tuple) else f"shape {jnp.shape(where)}"
-        raise ValueError(
-            f"where must be bool with shape ({batch},), one entry per example, because this method does "
-            f"not keep positions apart; got {got}"
-        )
-    return jnp.asarray(where)
 
 
 def clear(x: ArrayLike, where: Array) -> Array:

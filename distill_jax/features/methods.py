@@ -27,7 +27,6 @@ from distill_jax.features._layers import (
     clear,
     dense,
     dense_init,
-    example_mask,
     init_layers,
     init_maps,
     map_channels,
@@ -37,7 +36,7 @@ from distill_jax.features._layers import (
 )
 from distill_jax.features.learned import Learned
 from distill_jax.losses._measures import class_activation_maps
-from distill_jax.losses._space import common_space, count, features_of
+from distill_jax.losses._space import common_space, count, example_mask, features_of
 
 
 def ofd(*, margin: Sequence[ArrayLike] | None = None, mean: bool = False) -> Learned:

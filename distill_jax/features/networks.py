@@ -24,7 +24,6 @@ from distill_jax.features._layers import (
     conv_init,
     dense,
     dense_init,
-    example_mask,
     init_layers,
     init_maps,
     map_channels,
@@ -32,7 +31,7 @@ from distill_jax.features._layers import (
     sum_layers,
 )
 from distill_jax.features.learned import Learned
-from distill_jax.losses._space import common_space, direction, features_of, pool_mean, total
+from distill_jax.losses._space import common_space, direction, example_mask, features_of, pool_mean, total
 
 Array = jax.Array
 

@@ -19,7 +19,6 @@ from distill_jax.features._layers import (
     clear,
     dense,
     dense_init,
-    example_mask,
     init_layers,
     init_maps,
     over_pairs,
@@ -28,7 +27,7 @@ from distill_jax.features._layers import (
 from distill_jax.features.learned import Learned, LearnedWithState
 from distill_jax.features.projection import relation
 from distill_jax.losses._numerics import to_float
-from distill_jax.losses._space import pool_mean
+from distill_jax.losses._space import example_mask, pool_mean
 
 
 def rkd(

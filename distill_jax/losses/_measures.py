@@ -16,7 +16,7 @@ from distill_jax.losses._numerics import to_float
 from distill_jax.losses._space import (
     common_space,
     direction,
-    examples_only,
+    example_mask,
     feature_pair,
     features_of,
     gram,
@@ -25,6 +25,7 @@ from distill_jax.losses._space import (
     pool_max,
     pool_mean,
     positions,
+    scaled,
 )
 
 
@@ -74,7 +75,7 @@ def centred_kernels(
         )
     if debiased and batch < 4:
         raise ValueError(f"debiased CKA needs at least 4 examples, got {batch}")
-    valid = positions(examples_only(where, first), (batch, 1))
+    valid = example_mask(where, batch)
     return _kernel(first, valid, debiased), _kernel(second, valid, debiased), valid
 
 
@@ -84,12 +85,12 @@ def _kernel(x: Array, valid: Array, debiased: bool) -> Array:
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     # CKA ignores shift and scale, so both may be taken out as constants: one example stands at the
     # origin (representations that do not vary become exactly 0), and no square over- or underflows
-    x = jnp.where(rows, x - jax.lax.stop_gradient(x[jnp.argmax(valid)]), 0.0)
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
-    x = x / jnp.where(peak == 0, 1.0, peak)
+    first = jnp.take(x, jnp.argmax(valid), 0) if len(x) else 0.0
+    x = jnp.where(rows, x - jax.lax.stop_gradient(first), 0.0)
+    varies = jnp.any(x != 0)
+    x = scaled(x, None)
     x = jnp.where(rows, x - jnp.sum(x, 0) / jnp.maximum(n, 1), 0.0)
     k = matmul(x, x.T)
-    varies = peak > 0
     if debiased:
         pairs = rows & valid & ~jnp.eye(x.shape[0], dtype=bool)
         k = jnp.where(pairs, k, 0.0)
@@ -220,7 +221,7 @@ def margin_from_features(features: ArrayLike, *, where: ArrayLike | None = None)
     >>> print(margin_from_features(jnp.array([[3.0, -1.0], [1.0, -3.0]])))
     [ 0. -2.]
     """
-    x = features_of("teacher", features)
-    negative = (x < 0) & positions(where, x.shape)[..., None]
+    x = features_of("the", features)
+    negative = ~(x >= 0) & positions(where, x.shape)[..., None]
     axes = tuple(range(x.ndim - 1))
     return jnp.sum(jnp.where(negative, x, 0.0), axes) / jnp.maximum(jnp.sum(negative, axes), 1)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax._checks import check_bool, check_real
 from distill_jax.losses._numerics import to_float
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # or a GPU multiplies float32 in 10 bits
@@ -31,7 +32,8 @@ class FeaturePair(NamedTuple):
 
 
 def features_of(name: str, x: ArrayLike) -> Array:
-    """Converts to float32 or float64 and checks that the shape is ``[batch, *spatial, channels]``."""
+    """Converts real numbers to float32 or float64 and checks the shape, ``[batch, *spatial, channels]``."""
+    check_real(f"{name} features", x)
     x = to_float(x)
     if x.ndim < 2:
         raise ValueError(f"{name} features must have shape [batch, *spatial, channels], got {x.shape}")
@@ -43,24 +45,29 @@ def positions(where: ArrayLike | None, shape: Sequence[int]) -> Array:
     space = tuple(shape[:-1])
     if where is None:
         return jnp.ones(space, bool)
+    check_bool("where", where)
     where = jnp.asarray(where)
-    if where.dtype == bool and where.shape == space[:1]:
+    if where.shape == space[:1]:
         where = where.reshape(space[:1] + (1,) * (len(space) - 1))
-    fits = where.dtype == bool and where.ndim == len(space)
-    if not fits or any(w not in (1, n) for w, n in zip(where.shape, space, strict=True)):
+    if where.ndim != len(space) or any(w not in (1, n) for w, n in zip(where.shape, space, strict=True)):
         raise ValueError(
-            f"where must be bool of shape {space[:1]} (which examples count), or of {len(space)} axes that "
-            f"broadcast to {space} (which positions count), got {where.dtype} of shape {where.shape}"
+            f"where must have shape {space[:1]} (which examples count), or {len(space)} axes that broadcast "
+            f"to {space} (which positions count), got shape {where.shape}"
         )
     return jnp.broadcast_to(where, space)
 
 
-def examples_only(where: ArrayLike | None, features: ArrayLike) -> ArrayLike | None:
-    """Returns ``where`` after checking that it has one entry per example."""
-    batch = jnp.shape(features)[:1]
-    if where is not None and jnp.shape(where) != batch:
-        raise ValueError(f"where must have one entry per example, shape {batch}, got {jnp.shape(where)}")
-    return where
+def example_mask(where: ArrayLike | None, batch: int) -> Array:
+    """Returns which examples count, bool ``[batch]``, for losses that do not keep positions apart."""
+    if where is None:
+        return jnp.ones(batch, bool)
+    check_bool("where", where)
+    if jnp.shape(where) != (batch,):
+        raise ValueError(
+            f"where must have one entry per example, shape {(batch,)}, got shape {jnp.shape(where)}: this "
+            "loss does not keep positions apart"
+        )
+    return jnp.asarray(where)
 
 
 def feature_pair(
@@ -107,27 +114,29 @@ def feature_pair(
     )
 
 
+def per_channel(name: str, value: ArrayLike, features: Array) -> Array:
+    """Converts a number, or one number per channel, to the dtype of the features."""
+    if jnp.shape(value) not in ((), features.shape[-1:]):
+        raise ValueError(
+            f"{name} must be a scalar or one number per channel, shape {features.shape[-1:]}, "
+            f"got {jnp.shape(value)}"
+        )
+    return jnp.asarray(value, features.dtype)
+
+
 def flatten(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
     """Flattens student and teacher to ``[batch, features]`` of one float type; returns which examples count.
 
     Excluded rows are set to zero, so that nothing in them, not even NaN, can reach a result.
     """
-    student, teacher = to_float(student), to_float(teacher)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.ndim < 2:
-            raise ValueError(f"{name} features must have shape [batch, ..., channels], got {x.shape}")
+    student, teacher = features_of("student", student), features_of("teacher", teacher)
     batch = student.shape[0]
     if teacher.shape[0] != batch:
         raise ValueError(
             "student and teacher features must have the same batch size, got shapes "
             f"{student.shape} and {teacher.shape}"
         )
-    valid = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
-    if valid.dtype != bool or valid.shape != (batch,):
-        raise ValueError(
-            f"where must be bool with one entry per example, shape {(batch,)}, got {valid.dtype} of shape "
-            f"{valid.shape}"
-        )
+    valid = example_mask(where, batch)
     dtype = jnp.promote_types(student.dtype, teacher.dtype)
     rows = (x.reshape(batch, math.prod(x.shape[1:])).astype(dtype) for x in (student, teacher))
     student, teacher = (jnp.where(valid[:, None], x, 0.0) for x in rows)
@@ -145,23 +154,48 @@ def total(values: Array, valid: Array, mean: bool) -> Array:
     return summed / (jnp.maximum(per_example(valid), 1) * values.shape[-1]) if mean else summed
 
 
+def power_of_two(size: Array) -> Array:
+    """Returns a power of two near a size ≥ 0, a constant to the gradient: to divide by it rounds nothing."""
+    limits = jnp.finfo(size.dtype)
+    size = jnp.clip(jax.lax.stop_gradient(size), limits.tiny, limits.max / 8)  # its reciprocal is normal
+    return jax.lax.reduce_precision(size, limits.nexp, 0)
+
+
+def scaled(x: Array, axis: int | tuple[int, ...] | None) -> Array:
+    """Divides by a power of two, so that no square or product of two over- or underflows."""
+    return x / power_of_two(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
+
+
 def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
     """Computes x/‖x‖₂ without over- or underflow; zero, with zero gradient, where x is exactly zero."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
-    zero = peak == 0
-    x = jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, peak))  # no change to the direction
+    x = scaled(x, axis)
     squares = jnp.sum(jnp.square(x), axis, keepdims=True)
-    return x / jnp.sqrt(jnp.where(zero, 1.0, squares))
+    return x / jnp.sqrt(jnp.where(squares == 0, 1.0, squares))
+
+
+def direction_difference(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
+    """Computes a/‖a‖₂ − b/‖b‖₂ like :func:`direction`; exactly zero where a equals b, also when compiled.
+
+    A compiler turns the difference of two products into a fused multiply-add, which leaves the rounding of
+    one product. A norm of the difference would then have a gradient of ordinary size at a = b. Here all that
+    is subtracted is equal where a equals b, and the scaling rounds nothing.
+    """
+
+    def parts(x):
+        x = scaled(x, axis)
+        squares = jnp.sum(jnp.square(x), axis, keepdims=True)
+        return x, 1 / jnp.sqrt(jnp.where(squares == 0, 1.0, squares))
+
+    (a, over_a), (b, over_b) = parts(a), parts(b)
+    return (a - b) * over_a + b * (over_a - over_b)
 
 
 def norm(x: Array, axis: int | tuple[int, ...]) -> Array:
     """Computes ‖x‖₂ without over- or underflow; zero gradient where x is exactly zero."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
-    zero = peak == 0
-    peak = jnp.where(zero, 1.0, peak)
-    squares = jnp.sum(jnp.square(jnp.where(zero, 0.0, x / peak)), axis, keepdims=True)
-    size = jnp.where(zero, 0.0, peak * jnp.sqrt(jnp.where(zero, 1.0, squares)))
-    return jnp.squeeze(size, axis)
+    power = power_of_two(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
+    squares = jnp.sum(jnp.square(x / power), axis, keepdims=True)
+    size = jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
+    return jnp.squeeze(power * size, axis)
 
 
 def _bins(size: int, bins: int) -> list[tuple[int, int]]:

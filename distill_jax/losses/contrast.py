@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax._checks import check_fraction, check_positive
-from distill_jax.losses._numerics import to_float
+from distill_jax._checks import check_count, check_fraction, check_integers, check_positive
 from distill_jax.losses._space import direction, flatten, product
 
 
@@ -66,13 +65,12 @@ def info_nce(
     _check_same(student, teacher)
     negative = valid[:, None] & valid & ~jnp.eye(valid.shape[0], dtype=bool)
     if labels is not None:
+        check_integers("labels", labels)
         labels = jnp.asarray(labels)
-        if labels.shape != valid.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(
-                f"labels must be integers of shape {valid.shape}, got {labels.dtype} of shape {labels.shape}"
-            )
+        if labels.shape != valid.shape:
+            raise ValueError(f"labels must have shape {valid.shape}, one per example, got {labels.shape}")
         negative &= labels[:, None] != labels
-    logits = product(direction(student, -1), direction(teacher, -1)) / to_float(temperature)
+    logits = product(direction(student, -1), direction(teacher, -1)) / jnp.asarray(temperature, student.dtype)
     own = jnp.diagonal(logits)
 
     def view(logits):
@@ -121,8 +119,8 @@ def crd_init(key: Array, examples: int, features: int, *, dtype: DTypeLike = jnp
     Raises:
       ValueError: if a size is not positive.
     """
-    check_positive("examples", examples)
-    check_positive("features", features)
+    check_count("examples", examples)
+    check_count("features", features)
     limit = (3 / features) ** 0.5
     banks = jax.random.uniform(key, (2, examples, features), dtype, -limit, limit)
     unset = jnp.asarray(-jnp.inf, dtype)
@@ -159,14 +157,16 @@ def crd_negatives(
     >>> print([sorted(set(row)) for row in drawn.tolist()])
     [[1, 2], [0, 1]]
     """
-    check_positive("examples", examples)
-    check_positive("count", count)
+    check_count("examples", examples)
+    check_count("count", count)
+    check_integers("ids", ids)
     ids = jnp.asarray(ids)
     shape = (*ids.shape, count)
     if labels is None:
         drawn = jax.random.randint(key, shape, 0, max(examples - 1, 1), jnp.int32)
         drawn += drawn >= ids[:, None]  # skip the example itself
         return jnp.where(examples > 1, drawn, -1)
+    check_integers("labels", labels)
     labels = jnp.asarray(labels)
     if labels.shape != (examples,):
         raise ValueError(f"labels must have one entry per example, shape ({examples},), got {labels.shape}")
@@ -243,6 +243,8 @@ def crd(
     check_fraction("momentum", momentum)
     student, teacher, valid = flatten(student, teacher, where)
     _check_same(student, teacher)
+    check_integers("ids", ids)
+    check_integers("negatives", negatives)
     ids, negatives = jnp.asarray(ids), jnp.asarray(negatives)
     examples, features = state.student.shape
     batch = student.shape[0]
@@ -260,7 +262,7 @@ def crd(
     known = jnp.all((chosen >= 0) & (chosen < examples), 1)
     chosen = jnp.clip(chosen, 0, examples - 1)
     counted = valid & known
-    temperature = to_float(temperature)
+    temperature = jnp.asarray(temperature, student.dtype)
     values, log_z = jnp.zeros(batch, student.dtype), []
     log_noise = jnp.log(jnp.asarray(negatives.shape[1] / examples, student.dtype))
     for anchor, bank, log_constant in (
@@ -269,9 +271,9 @@ def crd(
     ):
         scores = _scores(anchor, jax.lax.stop_gradient(bank), chosen) / temperature
         estimate = _log_mean(jax.lax.stop_gradient(scores), counted, axis_name) + math.log(examples)
-        log_constant = jnp.where(log_constant > -jnp.inf, log_constant, estimate)
+        log_constant = jnp.where(log_constant == -jnp.inf, estimate, log_constant)
         log_z.append(log_constant.astype(state.log_z_student.dtype))
-        usable = jnp.where(log_constant > -jnp.inf, log_constant, 0.0)
+        usable = jnp.where(log_constant == -jnp.inf, 0.0, log_constant)
         odds = scores - jax.lax.stop_gradient(usable) - log_noise  # log of P : m/n
         values += jax.nn.softplus(-odds[:, 0]) + jnp.sum(jax.nn.softplus(odds[:, 1:]), 1)
     values = jnp.where(valid, jnp.where(known, values, jnp.nan), 0.0)

@@ -11,10 +11,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_positive
+from distill_jax._checks import check_at_most, check_count, check_positive
 from distill_jax.losses._measures import margin_from_features
-from distill_jax.losses._numerics import to_float
-from distill_jax.losses._space import common_space, direction, examples_only, feature_pair, pool_mean, total
+from distill_jax.losses._space import (
+    common_space,
+    direction,
+    example_mask,
+    feature_pair,
+    per_channel,
+    pool_mean,
+    total,
+)
 
 
 def hint(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
@@ -84,8 +91,9 @@ def activation_boundary(
     """
     check_positive("margin", margin)
     x = feature_pair(student, teacher, where)
-    margin = to_float(margin)
-    missing = jnp.where(x.teacher > 0, margin - x.student, margin + x.student)
+    margin = per_channel("margin", margin, x.student)
+    side = jnp.where(x.teacher > 0, 1.0, jnp.where(x.teacher <= 0, -1.0, jnp.nan))  # NaN where t is NaN
+    missing = margin - side * x.student
     terms = jnp.where(x.valid[..., None], jnp.square(jax.nn.relu(missing)), 0.0)
     return total(terms, x.valid, mean)
 
@@ -118,7 +126,7 @@ def ofd(
       ``[batch]``, float32 (float64 for float64 input).
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or a margin is above 0.
 
     References:
       Heo et al., `A Comprehensive Overhaul of Feature Distillation`, 2019, §3.2 (margin ReLU) and
@@ -127,14 +135,12 @@ def ofd(
     >>> print(ofd(jnp.array([[0.0, -9.0, 0.0]]), jnp.array([[3.0, -5.0, -5.0]]), margin=-1.0))
     [10.]
     """
+    if margin is not None:
+        check_at_most("margin", margin, 0)
     x = feature_pair(student, teacher, where)
-    margin = margin_from_features(teacher, where=where) if margin is None else to_float(margin)
-    if margin.shape not in ((), x.teacher.shape[-1:]):
-        raise ValueError(
-            f"margin must be a scalar or one number per channel, shape {x.teacher.shape[-1:]}, got {margin.shape}"
-        )
-    target = jnp.maximum(x.teacher, margin)
-    kept = ((target > 0) | (x.student > target)) & x.valid[..., None]
+    margin = margin_from_features(teacher, where=where) if margin is None else margin
+    target = jnp.maximum(x.teacher, per_channel("margin", margin, x.teacher))
+    kept = ~((x.student <= target) & (target <= 0)) & x.valid[..., None]  # a NaN is kept, to be seen
     return total(jnp.where(kept, jnp.square(target - x.student), 0.0), x.valid, mean)
 
 
@@ -174,12 +180,7 @@ def vid(
     """
     check_positive("variance", variance)
     x = feature_pair(student, teacher, where)
-    variance = to_float(variance)
-    if variance.shape not in ((), x.teacher.shape[-1:]):
-        raise ValueError(
-            f"variance must be a scalar or one number per channel, shape {x.teacher.shape[-1:]}, "
-            f"got {variance.shape}"
-        )
+    variance = per_channel("variance", variance, x.teacher)
     terms = 0.5 * (jnp.square(x.teacher - x.student) / variance + jnp.log(variance))
     return total(jnp.where(x.valid[..., None], terms, 0.0), x.valid, mean)
 
@@ -219,8 +220,8 @@ def hierarchical_context(
     >>> print(hierarchical_context(jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))))
     [1.]
     """
-    if any(level < 1 for level in levels):
-        raise ValueError(f"levels must be positive numbers of positions, got {levels}")
+    for level in levels:
+        check_count("levels", level)
     x = feature_pair(student, teacher, where)
     space = x.student.shape[1:-1]
     difference, weight = x.student - x.teacher, 1.0  # pooling is linear
@@ -273,9 +274,10 @@ def cat_kd(
     >>> print(cat_kd(jnp.ones((1, 4, 4, 3)), 7 * jnp.ones((1, 2, 2, 3))))
     [0.]
     """
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution must be a positive number of positions, got {resolution}")
-    x = feature_pair(student, teacher, examples_only(where, student), space=False)
+    if resolution is not None:
+        check_count("resolution", resolution)
+    valid = example_mask(where, jnp.shape(student)[0])
+    x = feature_pair(student, teacher, valid, space=False)
     space = common_space(x.student.shape, x.teacher.shape)
     if resolution is not None:
         space = tuple(min(resolution, n) for n in space)

@@ -12,21 +12,17 @@ with zero gradient; no small number is added to a norm. The contrastive losses a
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax._checks import check_positive
-from distill_jax.losses._numerics import kl_of, to_float
-from distill_jax.losses._space import direction, flatten, norm, product
-
-
-def _divide(x: Array, scale: Array) -> Array:
-    """Divides by a scale that is a constant to the gradient, or by 1 where it is 0."""
-    scale = jax.lax.stop_gradient(scale)
-    return x / jnp.where(scale > 0, scale, 1.0)
+from distill_jax._checks import check_count, check_positive
+from distill_jax.losses._numerics import kl_of
+from distill_jax.losses._space import direction, flatten, norm, power_of_two, product, scaled
 
 
 def _huber(x: Array) -> Array:
@@ -41,6 +37,14 @@ def _others(valid: Array) -> Array:
 
 def _count(valid: Array, dtype: DTypeLike) -> Array:
     return jnp.sum(valid).astype(dtype)
+
+
+def _each_example(fn: Callable[..., Array], examples: Any, numbers: int) -> Array:
+    """Applies a function that needs memory for so many numbers to each example, in blocks of at most 64 MB."""
+    block = max(1, 2**24 // max(numbers, 1))
+    if block >= jax.tree.leaves(examples)[0].shape[0]:
+        return jax.vmap(fn)(examples)
+    return jax.lax.map(jax.checkpoint(fn), examples, batch_size=block)
 
 
 def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
@@ -79,9 +83,7 @@ def similarity_preserving(student: ArrayLike, teacher: ArrayLike, *, where: Arra
 
     def rows(x):
         # Row i does not change with the scale of its left factor, nor with that of all right ones
-        left = _divide(x, jnp.max(jnp.abs(x), -1, keepdims=True, initial=0.0))
-        right = _divide(x, jnp.max(jnp.abs(x), initial=0.0))
-        return direction(product(left, right), -1)
+        return direction(product(scaled(x, -1), scaled(x, None)), -1)
 
     squares = jnp.sum(jnp.square(rows(teacher) - rows(student)), -1)
     return jnp.where(valid, squares, 0.0) / jnp.maximum(_count(valid, squares.dtype), 1)
@@ -94,7 +96,8 @@ def rkd_distance(
 
     Example i's value is the mean over the other examples j of h(d_ij(student) − d_ij(teacher)), with
     d_ij = ‖x_i − x_j‖₂/μ. μ is the mean distance of two different examples, and h is Huber's loss: x²/2 up
-    to 1, |x| − 1/2 beyond. The loss needs memory for batch²·features numbers, so pool large maps first.
+    to 1, |x| − 1/2 beyond. The time is that of batch²·features numbers, so pool large maps first; they are
+    computed in blocks, and the memory stays small.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened. The paper takes the last
@@ -129,12 +132,14 @@ def rkd_distance(
     count = _count(valid, student.dtype)
 
     def relative(x):
-        masked = jnp.where(valid[:, None], x, -jnp.inf), jnp.where(valid[:, None], x, jnp.inf)
-        spread = jnp.max(jnp.max(masked[0], 0) - jnp.min(masked[1], 0), initial=0.0)
-        differences = _divide(x[:, None] - x, spread)  # d does not depend on the scale
-        distance = jnp.where(pairs, norm(differences, -1), 0.0)
+        rows = valid[:, None]
+        highest = jnp.max(x, 0, where=rows, initial=-jnp.inf)
+        spread = jnp.max(highest - jnp.min(x, 0, where=rows, initial=jnp.inf), initial=0.0)
+        x = x / power_of_two(spread)  # d does not depend on the scale
+        distance = _each_example(lambda row: norm(row - x, -1), x, x.size)
+        distance = jnp.where(pairs, distance, 0.0)
         mean = jnp.sum(distance) / jnp.maximum(count * (count - 1), 1)
-        return distance / jnp.where(mean > 0, mean, 1.0)
+        return distance / jnp.where(mean == 0, 1.0, mean)
 
     total = jnp.sum(_huber(relative(student) - relative(teacher)), -1)
     return total / jnp.maximum(count if include_self else count - 1, 1)
@@ -147,7 +152,7 @@ def rkd_angle(
 
     Example j's value is the mean over ordered pairs i ≠ k of other examples of h(c_ijk(student) −
     c_ijk(teacher)). c_ijk is the cosine of the angle at x_j between x_i and x_k, and h is Huber's loss. The
-    loss needs memory for batch²·(batch + features) numbers, so pool large maps first.
+    time is that of batch²·(batch + features) numbers, computed in blocks.
 
     Args:
       student: ``[batch, ..., channels]``, any float dtype; flattened.
@@ -175,15 +180,18 @@ def rkd_angle(
     """
     student, teacher, valid = flatten(student, teacher, where)
     pairs = _others(valid)
-    # [j, i, k]: all valid, all different
-    triplets = pairs[:, :, None] & pairs[:, None] & pairs
     count = _count(valid, student.dtype)
 
-    def cosines(x):
-        edges = direction(jnp.where(pairs[..., None], x - x[:, None], 0.0), -1)  # [j, i]: x_i − x_j
-        return jnp.where(triplets, product(edges, edges), 0.0)
+    def at_example(j):
+        *rows, others = j  # of student and teacher; which examples are others
 
-    total = jnp.sum(_huber(cosines(student) - cosines(teacher)), (-1, -2))
+        def cosines(row, x):
+            edges = direction(jnp.where(others[:, None], x - row, 0.0), -1)
+            return jnp.where(others[:, None] & others & pairs, product(edges, edges), 0.0)
+
+        return jnp.sum(_huber(cosines(rows[0], student) - cosines(rows[1], teacher)))
+
+    total = _each_example(at_example, (student, teacher, pairs), student.size + teacher.size + pairs.size)
     number = count**2 if include_self else (count - 1) * (count - 2)
     return total / jnp.maximum(number, 1)
 
@@ -303,10 +311,9 @@ def correlation_congruence(
     if kernel not in ("gaussian", "bilinear"):
         raise ValueError(f"kernel must be 'gaussian' or 'bilinear', got {kernel!r}")
     check_positive("gamma", gamma)
-    if order < 1:
-        raise ValueError(f"order must be at least 1, got {order}")
+    check_count("order", order)
     student, teacher, valid = flatten(student, teacher, where)
-    gamma = to_float(gamma)
+    gamma = jnp.asarray(gamma, student.dtype)
     if normalise:
         student, teacher = direction(student, -1), direction(teacher, -1)
     s, t = product(student, student), product(teacher, teacher)
@@ -372,9 +379,7 @@ def ickd(
         channel_rows = jnp.swapaxes(x.reshape(batch, -1, channels), 1, 2)
         if not normalise:
             return product(channel_rows, channel_rows)
-        left = _divide(channel_rows, jnp.max(jnp.abs(channel_rows), -1, keepdims=True, initial=0.0))
-        biggest = jnp.max(jnp.abs(channel_rows), (-1, -2), keepdims=True, initial=0.0)
-        return direction(product(left, _divide(channel_rows, biggest)), -1)
+        return direction(product(scaled(channel_rows, -1), scaled(channel_rows, (-1, -2))), -1)
 
     squares = jnp.square(correlations(flat_teacher) - correlations(flat_student))
     values = jnp.sum(squares, (-1, -2)) / (channels if normalise else channels**2)

@@ -15,8 +15,15 @@ from jax.typing import ArrayLike
 
 from distill_jax._checks import check_positive
 from distill_jax.losses._measures import centred_kernels, fsp_matrix
-from distill_jax.losses._numerics import to_float
-from distill_jax.losses._space import direction, feature_pair, gram, norm, per_example
+from distill_jax.losses._space import (
+    direction,
+    direction_difference,
+    feature_pair,
+    gram,
+    norm,
+    per_example,
+    scaled,
+)
 
 
 def attention_transfer(
@@ -54,23 +61,22 @@ def attention_transfer(
     >>> print(attention_transfer(x, x[:, ::-1], mean=True))
     [1.]
     """
-    if not p >= 1:
+    check_positive("p", p)
+    if p < 1:
         raise ValueError(f"p must be at least 1, got {p}")
     x = feature_pair(student, teacher, where, channels=False)
-    difference = _attention(x.student, p) - _attention(x.teacher, p)
+    difference = direction_difference(_attention(x.student, p), _attention(x.teacher, p), 1)
     if not mean:
         return norm(difference, 1)
     return jnp.sum(jnp.square(difference), 1) / jnp.maximum(per_example(x.valid), 1)
 
 
 def _attention(x: Array, p: float) -> Array:
-    """Computes the attention map divided by its norm, ``[batch, positions]``."""
+    """Computes the attention map up to a factor, ``[batch, positions]``."""
     x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    # Divided by its peak, no power over- or underflows; the scale does not change the direction
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2), keepdims=True))
-    x = x / jnp.where(peak == 0, 1.0, peak)
+    x = scaled(x, (1, 2))  # no power over- or underflows, and the map's direction stays the same
     power = jnp.square(x) if p == 2 else jnp.abs(x) ** p
-    return jnp.where(peak[..., 0] == 0, 0.0, direction(jnp.sum(power, -1), 1))
+    return jnp.sum(power, -1)
 
 
 def factor_transfer(
@@ -104,10 +110,10 @@ def factor_transfer(
         raise ValueError(f"p must be 1 or 2, got {p}")
     x = feature_pair(student, teacher, where)
     axes = tuple(range(1, x.student.ndim))
-    difference = direction(x.student, axes) - direction(x.teacher, axes)
+    difference = direction_difference(x.student, x.teacher, axes)
     if p == 2:
         return norm(difference, axes)
-    summed = per_example(jnp.abs(difference))
+    summed = per_example(jnp.where(difference == 0, 0.0, jnp.abs(difference)))  # the slope of |0| is 0
     return summed / (jnp.maximum(per_example(x.valid), 1) * difference.shape[-1]) if mean else summed
 
 
@@ -149,6 +155,8 @@ def nst(
     """
     if kernel not in ("polynomial", "linear", "gaussian"):
         raise ValueError(f"kernel must be 'polynomial', 'linear' or 'gaussian', got {kernel!r}")
+    if bandwidth is not None:
+        check_positive("bandwidth", bandwidth)
     x = feature_pair(student, teacher, where, channels=False)
     batch = x.student.shape[0]
     s, t = (
@@ -173,8 +181,7 @@ def nst(
             width = jax.lax.stop_gradient(jnp.mean(st, (1, 2), keepdims=True))
             width = jnp.where(width > 0, width, 1.0)
         else:
-            check_positive("bandwidth", bandwidth)
-            width = to_float(bandwidth)
+            width = jnp.asarray(bandwidth, s.dtype)
         values = [jnp.exp(-d / (2 * width)) for d in (ss, tt, st)]
     else:
         values = [jnp.square(product) for product in (ss, tt, st)]
@@ -264,6 +271,6 @@ def cka(
     [0. 0. 0.]
     """
     one, other, valid = centred_kernels(student, teacher, debiased, where)
-    shares = jnp.sum(valid) / 2 * jnp.sum(jnp.square(one - other), 1)
+    shares = 0.5 * jnp.sum(valid) * jnp.sum(jnp.square(one - other), 1)
     undefined = jnp.all(one == 0) | jnp.all(other == 0)
     return jnp.where(undefined, valid.astype(shares.dtype), shares)
