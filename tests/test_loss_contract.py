@@ -63,9 +63,7 @@ def crd(s, t, w, **options):
 
 
 def bucketed(s, t, w, **options):
-    temperature = options.get("temperature", 1.0)
-    labels = tokens.top_k(t, 2, temperature=temperature if temperature == 2.0 else 1.0, where=w)
-    return tokens.bucketed(losses.kl)(s, labels, where=w, **options)
+    return tokens.bucketed(losses.kl)(s, tokens.top_k(t, 2, where=w), where=w, **options)
 
 
 def sequence(s, t, w, **options):

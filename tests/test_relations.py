@@ -706,7 +706,7 @@ def test_misuse_is_named():
         losses.ickd(np.zeros((4, 2, 3)), np.zeros((4, 2, 5)))
     with pytest.raises(ValueError, match="kernel must be 'gaussian' or 'bilinear', got 'rbf'"):
         losses.correlation_congruence(x, x, kernel="rbf")
-    with pytest.raises(ValueError, match="order must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="order must be an integer of at least 1, got 0"):
         losses.correlation_congruence(x, x, order=0)
     with pytest.raises(ValueError, match="gamma must be positive"):
         losses.correlation_congruence(x, x, gamma=0.0)
@@ -725,7 +725,7 @@ def test_misuse_is_named():
     x = np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match=r"negatives \(4, m\), got \(4,\) and \(2, 4\)"):
         losses.crd(x, x, state, ids, negatives.T)
-    with pytest.raises(ValueError, match="examples must be positive"):
+    with pytest.raises(ValueError, match="examples must be an integer of at least 1"):
         losses.crd_init(jax.random.key(0), 0, 4)
     with pytest.raises(ValueError, match=r"labels must have one entry per example, shape \(9,\)"):
         losses.crd_negatives(jax.random.key(0), ids, examples=9, count=2, labels=ids)

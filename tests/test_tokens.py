@@ -457,7 +457,7 @@ def test_append_other():
     assert np.isfinite(gradient).all()
     student, teacher = draw((3, 9))
     labels = tokens.top_k(teacher, 4)
-    again = tokens.TopK(labels.indices, tokens.append_other(labels.log_probs[:, :-1]))
+    again = tokens.TopK(labels.indices, tokens.append_other(labels.log_probs[:, :-1]), 1)
     loss = tokens.bucketed(losses.kl)
     np.testing.assert_allclose(loss(student, again), loss(student, labels), rtol=1e-4)
 
@@ -537,10 +537,35 @@ def test_an_index_outside_the_vocabulary_is_never_hidden():
     logits = np.zeros((3, 4), np.float32)
     value = np.asarray(tokens.bucket(logits, np.array([[0, 4], [-1, 0], [1, 2]])))
     assert np.isnan(value[:2]).any(-1).all()
-    assert np.isnan(tokens.bucketed(losses.kl)(logits, (np.array([[4], [-1], [7]]), np.zeros((3, 2))))).all()
+    bad = tokens.TopK(np.array([[4], [-1], [7]]), np.zeros((3, 2)), 1.0)
+    assert np.isnan(tokens.bucketed(losses.kl)(logits, bad)).all()
+    twice = np.asarray(tokens.bucket(logits, np.array([[1, 1], [0, 3], [3, 2]])))
+    np.testing.assert_array_equal(np.isnan(twice).any(-1), [True, False, False])
     np.testing.assert_allclose(value[2], np.log([0.25, 0.25, 0.5]), rtol=1e-6)
     with_nan = np.array([[0.0, np.nan, 1.0]], np.float32)
     assert np.isnan(tokens.bucket(with_nan, np.array([[0]]))).all()
+
+
+def test_labels_made_at_another_temperature_are_refused():
+    student, teacher = draw()
+    loss = tokens.sequence(tokens.bucketed(losses.kl))
+    labels = tokens.top_k(teacher, 3, temperature=2)
+    expected = loss(student, labels, tokens=MASK, temperature=2.0)
+
+    @jax.jit
+    def compiled(student, labels):
+        return loss(student, labels, tokens=MASK, temperature=2.0)
+
+    np.testing.assert_allclose(compiled(student, labels), expected, rtol=1e-6)
+    for run in (compiled, lambda s, y: loss(s, y, tokens=MASK, temperature=2.0)):
+        with pytest.raises(ValueError, match=r"made at temperature 1\.0, but temperature is 2\.0"):
+            run(student, tokens.top_k(teacher, 3))
+    # Where one of the two is no known number, a difference shows as NaN
+    traced = jax.jit(lambda t: tokens.top_k(teacher, 3, temperature=t))(2.0)
+    np.testing.assert_allclose(compiled(student, traced), expected, rtol=1e-6)
+    each = jnp.asarray([2.0, 2, 2, 3, 2]).reshape(5, 1)
+    unequal = tokens.bucketed(losses.kl)(student, labels, temperature=each)
+    np.testing.assert_array_equal(np.isnan(unequal), np.broadcast_to(each[:, 0] == 3, (2, 5)))
 
 
 def test_top_k_labels_are_a_batch_like_any_other():
@@ -553,7 +578,7 @@ def test_top_k_labels_are_a_batch_like_any_other():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     spoilt = jax.tree.map(lambda x: jnp.where(MASK[..., None], x, jnp.array(-7, x.dtype)), labels)
     np.testing.assert_array_equal(loss(student, spoilt, tokens=MASK), value)
-    stored = tokens.TopK(labels.indices, labels.log_probs.astype(jnp.bfloat16))
+    stored = tokens.TopK(labels.indices, labels.log_probs.astype(jnp.bfloat16), labels.temperature)
     np.testing.assert_allclose(loss(student, stored, tokens=MASK), value, rtol=0.02, atol=1e-3)
 
 
@@ -656,11 +681,12 @@ def test_chunks_of_labels_top_k_and_padding():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_chunks_take_less_memory():
+@pytest.mark.parametrize("batch", [(2, 512), (16, 64)])
+def test_chunks_take_less_memory(batch):
     """By XLA's own account of the compiled program, value and gradient together."""
-    shapes = [(2, 512, 32), (2, 512, 48), (32, 4096), (48, 4096)]
+    shapes = [(*batch, 32), (*batch, 48), (32, 4096), (48, 4096)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    chunked = tokens.chunked(losses.kl, chunk=32)
+    chunked = tokens.chunked(losses.kl, chunk=64)  # of 1024 tokens
 
     def plain(hs, ht, ks, kt):
         return losses.kl(hs @ ks, ht @ kt).mean()
@@ -796,7 +822,7 @@ def test_distillkit(wide):
         )(g.student)
         assert abs(value * count / 4 / GOLDEN["distillkit SYMMETRIC_UNIFORM 2.0"][0] - 1) > 0.01
         labels = tokens.top_k(g.teacher, 3)
-        late = tokens.TopK(labels.indices, labels.log_probs / 2)
+        late = tokens.TopK(labels.indices, labels.log_probs / 2, 2.0)
         value = g.mean(functools.partial(tokens.bucketed(losses.kl), temperature=2.0), late)
         g.check("distillkit SYMMETRIC_UNIFORM 2.0", value, count / 4)
 
@@ -862,19 +888,30 @@ def test_shapes_and_values_are_checked():
         tokens.top_k(teacher, 10)
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         tokens.top_k(teacher, 2, temperature=0)
-    with pytest.raises(ValueError, match=r"indices must be integers of shape \(2, 5, 'k'\)"):
+    with pytest.raises(ValueError, match=r"indices must have shape \(2, 5, 'k'\)"):
         tokens.bucket(student, np.zeros((2, 3), int))
     with pytest.raises(ValueError, match="indices must be integers"):
         tokens.bucket(student, np.zeros((2, 5, 3)))
     labels = tokens.top_k(teacher, 3)
     with pytest.raises(ValueError, match=r"\(2, 5, 4\) for .* append_other\), got \(2, 5, 3\)"):
-        tokens.bucketed(losses.kl)(student, (labels.indices, labels.log_probs[..., :3]))
+        tokens.bucketed(losses.kl)(student, tokens.TopK(labels.indices, labels.log_probs[..., :3], 1.0))
+    with pytest.raises(ValueError, match="a TopK, got tuple"):
+        tokens.bucketed(losses.kl)(student, (labels.indices, labels.log_probs))
+    with pytest.raises(ValueError, match="weights must be at least 0, got -1"):
+        tokens.per_sequence(np.zeros((2, 3)), weights=np.array([1, -1, 1]))
 
 
 def test_misuse_of_chunks():
     hidden_s, hidden_t, kernel_s, kernel_t, bias = heads()
-    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk must be an integer of at least 1, got 0"):
         tokens.chunked(losses.kl, chunk=0)
+    for loss in (
+        losses.dist,
+        functools.partial(losses.mlkd, temperatures=(1.0,)),
+        tokens.bucketed(losses.dist),
+    ):
+        with pytest.raises(ValueError, match="compares tokens with each other"):
+            tokens.chunked(loss, chunk=3)
     loss = tokens.chunked(losses.kl, chunk=3)
     with pytest.raises(
         ValueError, match=r"student_kernel must have shape \[hidden, vocabulary\] .* \(11, 4\)"

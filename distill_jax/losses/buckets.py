@@ -1,27 +1,56 @@
 """Top-k labels of a teacher: its k likeliest tokens, and one class, OTHER, for all other tokens together."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_positive, takes, warn_if_probabilities
+from distill_jax._checks import (
+    check_count,
+    check_integers,
+    check_positive,
+    check_real,
+    takes,
+    warn_if_probabilities,
+)
 from distill_jax.losses._numerics import Loss, log_softmax, scale, to_float, valid_classes
 
 
-class TopK(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TopK:
     """Top-k labels: a teacher's k likeliest tokens, and all other tokens together as the class OTHER.
 
+    A pytree of arrays. A temperature that is a number is part of its structure, so it is known wherever the
+    labels are, also inside ``jax.jit``.
+
     Attributes:
-      indices: int32 ``[..., k]``, distinct tokens.
+      indices: integers ``[..., k]``, distinct tokens.
       log_probs: ``[..., k + 1]``, the log-probabilities of these tokens and, last, of OTHER: the logarithm
         of the probability of all other tokens, −inf where there is no other token.
+      temperature: the temperature at which the labels were made: a number, or ``[..., 1]`` where it was an
+        array or traced.
     """
 
     indices: Array
     log_probs: Array
+    temperature: float | Array
+
+
+def _flatten(labels: TopK) -> tuple[tuple[Any, ...], float | None]:
+    if isinstance(labels.temperature, int | float | np.number):
+        return (labels.indices, labels.log_probs), float(labels.temperature)
+    return (labels.indices, labels.log_probs, labels.temperature), None
+
+
+def _unflatten(temperature: float | None, arrays: tuple[Any, ...]) -> TopK:
+    return TopK(*arrays, *([] if temperature is None else [temperature]))
+
+
+jax.tree_util.register_pytree_node(TopK, _flatten, _unflatten)
 
 
 def top_k(
@@ -50,13 +79,23 @@ def top_k(
     ([1, 3], ['0.6', '0.2', '0.2'])
     """
     warn_if_probabilities("teacher_logits", teacher_logits)
+    check_real("teacher_logits", teacher_logits)
     logits = to_float(teacher_logits)
-    if not 1 <= k <= logits.shape[-1]:
+    check_count("k", k)
+    if k > logits.shape[-1]:
         raise ValueError(f"k must lie in [1, {logits.shape[-1]}], the vocabulary's size, got {k}")
     valid = valid_classes(logits, where)
     indices = jax.lax.top_k(jax.lax.stop_gradient(jnp.where(valid, logits, -jnp.inf)), k)[1]
     indices = indices.astype(jnp.int32)
-    return TopK(indices, _bucket(logits, indices, temperature, where))
+    labels = _bucket(logits, indices, temperature, where)
+    return TopK(indices, labels, _number_or_rows(temperature, labels.shape[:-1]))
+
+
+def _number_or_rows(temperature: Any, tokens: tuple[int, ...]) -> float | Array:
+    """Returns a temperature as a number if it is a known scalar, else as an array ``[..., 1]``."""
+    if isinstance(temperature, jax.core.Tracer) or np.ndim(temperature):
+        return jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (*tokens, 1))
+    return float(temperature)
 
 
 def bucket(
@@ -79,7 +118,7 @@ def bucket(
 
     Returns:
       ``[..., k + 1]``, float32 (float64 for float64 input). −inf for a token that does not exist, and
-      for OTHER where no other token exists. NaN where an index is outside [0, vocabulary).
+      for OTHER where no other token exists. NaN where an index is outside [0, vocabulary), or occurs twice.
 
     Raises:
       ValueError: if the shapes do not fit, indices are not integers, or the temperature is not
@@ -96,12 +135,13 @@ def bucket(
 def _bucket(
     logits: ArrayLike, indices: ArrayLike, temperature: float | ArrayLike, where: ArrayLike | None
 ) -> Array:
+    check_real("logits", logits)
+    check_integers("indices", indices)
     logits, indices = to_float(logits), jnp.asarray(indices)
-    fits = indices.ndim and indices.shape[:-1] == logits.shape[:-1]
-    if not fits or not jnp.issubdtype(indices.dtype, jnp.integer):
+    if not indices.ndim or indices.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
-            f"indices must be integers of shape {(*logits.shape[:-1], 'k')} for logits of shape "
-            f"{logits.shape}, got {indices.dtype} of shape {indices.shape}"
+            f"indices must have shape {(*logits.shape[:-1], 'k')} for logits of shape {logits.shape}, got "
+            f"{indices.shape}"
         )
     check_positive("temperature", temperature)
     bad = (indices < 0) | (indices >= logits.shape[-1])
@@ -109,8 +149,11 @@ def _bucket(
     valid = jnp.broadcast_to(valid_classes(logits, where), logits.shape)
     softened = jnp.where(valid, logits, 0.0) / jnp.asarray(temperature, logits.dtype)
     rest = jnp.put_along_axis(valid, indices, False, axis=-1, inplace=False)
+    has_chosen = jnp.take_along_axis(valid, indices, -1)
+    taken = jnp.sum(valid & ~rest, -1, keepdims=True)
+    bad |= taken != jnp.sum(has_chosen, -1, keepdims=True)  # an index occurs twice, or was bad
     chosen = jnp.where(bad, jnp.nan, jnp.take_along_axis(softened, indices, -1))
-    has_chosen = bad | jnp.take_along_axis(valid, indices, -1)
+    has_chosen |= bad
     # The rest has its own peak: relative to the chosen tokens' it may be too small to be summed
     peak = jax.lax.stop_gradient(jnp.max(softened, -1, keepdims=True, where=rest, initial=-jnp.inf))
     has_rest = jnp.any(rest, -1, keepdims=True)
@@ -158,6 +201,8 @@ def bucket_labels(labels: ArrayLike, indices: ArrayLike) -> Array:
     >>> print(bucket_labels(jnp.array([3, 5]), jnp.array([[1, 3], [1, 3]])))
     [1 2]
     """
+    check_integers("labels", labels)
+    check_integers("indices", indices)
     matches = jnp.asarray(indices) == jnp.asarray(labels)[..., None]
     place = jnp.argmax(matches, -1).astype(jnp.int32)
     return jnp.where(jnp.any(matches, -1), place, jnp.int32(matches.shape[-1]))
@@ -176,14 +221,15 @@ def bucketed(loss: Loss) -> Loss:
 
     Returns:
       ``(student_logits, teacher, ..., *, temperature=1.0, where=None, **options) -> [...]``. Student
-      logits are ``[..., vocabulary]``. The teacher is a :class:`TopK` made *at the same temperature*. Then
-      follow integer labels where the loss takes any (they become :func:`bucket_labels`). ``where`` says
-      which tokens of the student's vocabulary exist. The student is softened before it is bucketed, so the
-      loss is called with temperature 1, and its values get the usual factor T².
+      logits are ``[..., vocabulary]``. The teacher is a :class:`TopK` made *at the same temperature*:
+      another number is refused, and where one of the two is an array or traced, a value is NaN where they
+      differ. Then follow integer labels where the loss takes any (they become :func:`bucket_labels`).
+      ``where`` says which tokens of the student's vocabulary exist. The student is softened before it is
+      bucketed, so the loss is called with temperature 1, and its values get the usual factor T².
 
     Raises:
-      ValueError: when called, if the shapes do not fit, the temperature is not positive, or the loss has
-        several temperatures of its own (MLKD).
+      ValueError: when called, if the shapes do not fit, the temperature is not positive or not that of the
+        labels, or the loss has several temperatures of its own (MLKD).
 
     References:
       Cover, Thomas, `Elements of Information Theory`, 2006, Theorem 2.7.1 (log sum inequality).
@@ -204,7 +250,10 @@ def bucketed(loss: Loss) -> Loss:
         where: ArrayLike | None = None,
         **options: Any,
     ) -> Array:
-        indices, log_probs = map(jnp.asarray, teacher)
+        if not isinstance(teacher, TopK):
+            raise ValueError(f"teacher must be top-k labels, a TopK, got {type(teacher).__name__}: see top_k")
+        check_positive("temperature", temperature)
+        indices, log_probs = jnp.asarray(teacher.indices), jnp.asarray(teacher.log_probs)
         if log_probs.shape != (*indices.shape[:-1], indices.shape[-1] + 1):
             raise ValueError(
                 f"log_probs must have shape {(*indices.shape[:-1], indices.shape[-1] + 1)} for indices of "
@@ -218,12 +267,28 @@ def bucketed(loss: Loss) -> Loss:
         if takes(loss, "temperature"):  # the student is softened already
             options["temperature"] = 1.0
         warn_if_probabilities("student_logits", student_logits)
+        same = _same_temperature(
+            *(_number_or_rows(t, indices.shape[:-1]) for t in (teacher.temperature, temperature))
+        )
         student = _bucket(student_logits, indices, temperature, where)
         bucketed_labels = []
         for label in map(jnp.asarray, labels):
             # A label that is no token must not become OTHER: a loss returns NaN for −1
             known = (label >= 0) & (label < jnp.shape(student_logits)[-1])
             bucketed_labels.append(jnp.where(known, bucket_labels(label, indices), -1))
-        return scale(temperature, loss(student, log_probs, *bucketed_labels, **options), -1)
+        values = loss(student, log_probs, *bucketed_labels, **options)
+        return jnp.where(same, scale(temperature, values, -1), jnp.nan)
 
+    vars(bucketed_loss)["loss"] = loss  # for chunked, which asks what is inside
     return bucketed_loss
+
+
+def _same_temperature(labels: float | Array, student: float | Array) -> bool | Array:
+    if not (isinstance(labels, float) and isinstance(student, float)):
+        return jnp.squeeze(jnp.asarray(labels, jnp.float32) == jnp.asarray(student, jnp.float32), -1)
+    if labels != student:
+        raise ValueError(
+            f"the labels were made at temperature {labels}, but temperature is {student}: give the loss the "
+            "labels' temperature, or make labels at this one"
+        )
+    return True

@@ -1,5 +1,6 @@
-"""Losses over a large vocabulary, computed a few positions at a time so that the logits fit in memory."""
+"""Losses over a large vocabulary, computed a few tokens at a time so that the logits fit in memory."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from distill_jax._checks import check_count
 from distill_jax.losses._numerics import Loss, to_float
+from distill_jax.losses.correlations import dist, mlkd
 
 Head = ArrayLike | Sequence[ArrayLike]  # a kernel, or a kernel and a bias
 
@@ -17,15 +20,17 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     """Turns a loss over logits into one over hidden states that needs little memory for a large vocabulary.
 
     Value and gradient are those of ``loss(student @ student_kernel, teacher @ teacher_kernel)``. Only the
-    logits of ``batch · chunk`` tokens exist at a time, both forward and backward (the backward pass computes
-    them again), instead of several copies of those of ``batch · length`` tokens. Use it where the logits are
-    what fills the memory. For at most a few thousand tokens, plain code is faster.
+    logits of ``chunk`` tokens exist at a time, both forward and backward (the backward pass computes them
+    again), instead of several copies of those of ``batch · length`` tokens. Use it where the logits are what
+    fills the memory. For at most a few thousand tokens, plain code is faster.
 
     Args:
-      loss: ``(student_logits, teacher, ..., **options) -> [..., length]``, one value per token that depends
-        on this token alone: any logit loss, or the result of :func:`distill_jax.losses.tokens.bucketed`.
-      chunk: the number of positions along the length axis that are computed at a time. The length need
-        not be a multiple of it. A batch that is split over devices stays split.
+      loss: ``(student_logits, teacher, ..., **options) -> [tokens]``, one value per token that depends on
+        this token alone: any logit loss but those that compare tokens with each other (DIST, MLKD), or
+        the result of :func:`distill_jax.losses.tokens.bucketed`.
+      chunk: the number of tokens, over batch and length, that are computed at a time. Their number need
+        not be a multiple of it. A chunk takes its tokens from all parts of the batch, so a batch that is
+        split over devices stays split.
 
     Returns:
       ``(student_hidden, teacher, ..., *, student_kernel, teacher_kernel=None, **options) ->
@@ -41,7 +46,8 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
       Logits, and the sum of the kernel's gradient over the chunks, are float32 also for bfloat16 input.
 
     Raises:
-      ValueError: if ``chunk`` is not positive; when called, if shapes do not fit.
+      ValueError: if ``chunk`` is not positive, or the loss compares tokens; when called, if shapes do not
+        fit.
 
     >>> from distill_jax.losses import kl
     >>> hidden, kernel = jnp.ones((2, 5, 3)), jnp.eye(3, 4)
@@ -49,8 +55,15 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
     >>> print(small(hidden, 2 * hidden, student_kernel=kernel, teacher_kernel=kernel).shape)
     (2, 5)
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    check_count("chunk", chunk)
+    inner: Any = loss
+    while hasattr(inner, "func") or hasattr(inner, "loss"):  # of functools.partial, of bucketed
+        inner = inner.func if hasattr(inner, "func") else inner.loss
+    if inner in (dist, mlkd):
+        raise ValueError(
+            f"loss must treat each token by itself, but {inner.__name__} compares tokens with each other, "
+            "which a chunk would cut apart: use it without chunked"
+        )
 
     def chunked_loss(
         student_hidden: ArrayLike,
@@ -82,16 +95,16 @@ def chunked(loss: Loss, *, chunk: int) -> Loss:
             ]
             return loss(*logits, *part[len(heads) :], **options)
 
-        parts = jax.tree.map(lambda x: _split(x, len(shape) - 1, chunk), rows)
+        tokens = math.prod(shape)
+        parts = jax.tree.map(lambda x: _split(x.reshape(tokens, *x.shape[len(shape) :]), chunk), rows)
         values = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
-        expected = (*shape[:-1], min(chunk, shape[-1]))
-        if values.shape[1:] != expected:
+        expected = jax.tree.leaves(parts)[0].shape[:2]
+        if values.shape != expected:
             raise ValueError(
-                f"loss must return one value per token, shape {expected} for a chunk, got "
+                f"loss must return one value per token, shape {expected[1:]} for a chunk, got "
                 f"{values.shape[1:]}: reduce after chunked, as in sequence(chunked(loss, chunk=...))"
             )
-        values = jnp.moveaxis(values, 0, -2)
-        return values.reshape(*shape[:-1], -1)[..., : shape[-1]]
+        return values.T.reshape(-1)[:tokens].reshape(shape)
 
     return chunked_loss
 
@@ -133,12 +146,12 @@ def _logits(hidden: Array, head: tuple[Array, Array | None], dtype: DTypeLike) -
     return logits if bias is None else logits + bias
 
 
-def _split(x: Array, axis: int, chunk: int) -> Array:
-    """Cuts an axis into chunks ``[chunks, ..., chunk, ...]``; the last one is filled up with zeros."""
-    length = x.shape[axis]
-    chunk = min(chunk, length)
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -length % chunk)
-    x = jnp.pad(x, pad)
-    x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
+def _split(x: Array, chunk: int) -> Array:
+    """Cuts tokens into parts of at most ``chunk``, ``[parts, tokens of a part, ...]``.
+
+    A part takes every so many tokens, so that it has some of each device's. The last are filled up with zeros.
+    """
+    parts = max(1, -(-x.shape[0] // chunk))
+    size = -(-x.shape[0] // parts)
+    x = jnp.pad(x, [(0, parts * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return jnp.swapaxes(x.reshape(size, parts, *x.shape[1:]), 0, 1)
