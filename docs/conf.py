@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import api_pages  # noqa: E402
+import contract_page  # noqa: E402
 
 import distill_jax  # noqa: E402
 
@@ -73,8 +74,11 @@ maximum_signature_line_length = 88
 
 
 def setup(app):
-    """Connects the generated API pages to the build."""
+    """Connects the generated pages to the build."""
     app.connect("builder-inited", lambda app: api_pages.write(HERE / "api"))
+    app.connect(
+        "builder-inited", lambda app: contract_page.write(HERE / "methods" / "generated" / "every_loss.md")
+    )
     app.connect("autodoc-process-signature", api_pages.source_signature)
     app.connect("autodoc-process-docstring", api_pages.escape_bars)
     app.connect("autodoc-skip-member", api_pages.skip_member)

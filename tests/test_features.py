@@ -424,6 +424,16 @@ def test_margins():
     )
 
 
+def test_measures_hide_no_nan():
+    student, teacher = draw(MAP, MAP)
+    student[1, 2, 2, 0] = np.nan
+    assert np.isnan(features.linear_cka(student, teacher))
+    assert np.isnan(features.linear_cka(teacher, student))
+    margin = features.margin_from_features(student)
+    np.testing.assert_array_equal(np.isnan(margin), [True, False, False])
+    assert np.isfinite(features.linear_cka(student, teacher, where=np.array([True, False])))
+
+
 def test_class_activation_maps_average_to_the_logits():
     x, kernel = draw((2, 3, 4, 5), (5, 7))
     maps = features.class_activation_maps(x, kernel)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax import features, losses
+from distill_jax.losses import relations
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("relations.json").read_text())
 
@@ -401,6 +402,22 @@ def test_close_examples_keep_their_distance(name):
     student = 100 + np.float32(1e-2) * student
     expected = reference_of(name)(student, teacher)
     np.testing.assert_allclose(evaluate(name, student, teacher)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+def test_many_examples_are_compared_in_blocks(name):
+    """256 × 2048 features: all differences at once would be 0.5 GB, several times over."""
+    loss, x = getattr(losses, name), jax.ShapeDtypeStruct((256, 2048), jnp.float32)
+    run = jax.jit(jax.value_and_grad(lambda s, t: loss(s, t).mean()))
+    assert run.lower(x, x).compile().memory_analysis().temp_size_in_bytes < 0.4e9
+    student, teacher = draw(name, 7)
+    values = evaluate(name, student, teacher)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "_BLOCK", 200)  # two or three examples at a time
+        blocks = jax.jit(lambda s, t: jax.vjp(loss, s, t)[1](np.ones(7, np.float32)))(student, teacher)
+        np.testing.assert_allclose(jax.jit(loss)(student, teacher), values[0], rtol=1e-6)
+    for block, whole in zip(blocks, values[1:], strict=True):
+        np.testing.assert_allclose(block, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_info_nce_far_and_near():

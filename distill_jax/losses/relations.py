@@ -24,6 +24,8 @@ from distill_jax._checks import check_count, check_positive
 from distill_jax.losses._numerics import kl_of
 from distill_jax.losses._space import direction, flatten, norm, power_of_two, product, scaled
 
+_BLOCK = 2**24  # numbers that are computed at a time where pairs or triplets of examples are compared
+
 
 def _huber(x: Array) -> Array:
     size = jnp.abs(x)
@@ -40,8 +42,8 @@ def _count(valid: Array, dtype: DTypeLike) -> Array:
 
 
 def _each_example(fn: Callable[..., Array], examples: Any, numbers: int) -> Array:
-    """Applies a function that needs memory for so many numbers to each example, in blocks of at most 64 MB."""
-    block = max(1, 2**24 // max(numbers, 1))
+    """Applies a function that needs memory for so many numbers to each example, in blocks of ``_BLOCK``."""
+    block = max(1, _BLOCK // max(numbers, 1))
     if block >= jax.tree.leaves(examples)[0].shape[0]:
         return jax.vmap(fn)(examples)
     return jax.lax.map(jax.checkpoint(fn), examples, batch_size=block)
