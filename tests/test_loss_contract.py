@@ -294,12 +294,15 @@ WRONG = {
     "order": COUNT, "chunk": COUNT, "resolution": COUNT, "levels": [(0,), (1.5,), ("a",), 4, None],
     "kernel": WORD, "pool": WORD, "reduce": WORD, "soften": WORD,
     "weights": [np.float32(-1.0), "heavy", 1j],
+    "counts": [-COUNTS, COUNTS[1:], 1j * COUNTS, "many"],
+    "prior": [-PRIOR, PRIOR[1:], 1j * PRIOR, "flat"],
     "labels": [np.zeros(EXAMPLES), np.zeros(3, int), "cat"],
     "mean": SWITCH, "normalise": SWITCH, "include_self": SWITCH, "debiased": SWITCH, "symmetric": SWITCH,
 }  # fmt: skip
 # Where a keyword has another range than its namesakes
 OTHER_RANGES = {
     ("ofd", "margin"): [1.0, np.nan, -np.inf, "low", 1j],
+    ("ranking_hinge", "margin"): [-1.0, np.nan, np.inf, "wide", 1j],
     ("factor_transfer", "p"): [3, 0, np.nan, "two", None],
     ("dkd", "alpha"): [np.nan, "a", 1j, None], ("dkd", "beta"): [np.nan, "a", 1j, None],
     ("dist", "beta"): [np.nan, "a", 1j, None], ("dist", "gamma"): [np.nan, "a", 1j, None],

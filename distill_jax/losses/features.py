@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_at_most, check_count, check_positive
+from distill_jax._checks import check_at_most, check_count, check_positive, check_sequence
 from distill_jax.losses._measures import margin_from_features
 from distill_jax.losses._space import (
     common_space,
@@ -220,6 +220,7 @@ def hierarchical_context(
     >>> print(hierarchical_context(jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))))
     [1.]
     """
+    check_sequence("levels", levels, "numbers of positions")
     for level in levels:
         check_count("levels", level)
     x = feature_pair(student, teacher, where)
