@@ -244,7 +244,7 @@ def teacher_free(
     teacher = jnp.where(valid | target, teacher / temperature, -jnp.inf)
     cooled = jnp.where(valid, jnp.where(valid, logits, 0.0) / student_temperature, -jnp.inf)
     value = jnp.square(student_temperature) * divergence(
-        "kl", _soften(cooled, teacher, jnp.ones(()), axis, None), axis
+        "kl", _soften(cooled, teacher, jnp.ones((), logits.dtype), axis, None), axis
     )
     return _finish(value, mask_of(where, logits), bad, axis)
 
