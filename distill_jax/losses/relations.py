@@ -137,8 +137,8 @@ def rkd_distance(
         rows = valid[:, None]
         highest = jnp.max(x, 0, where=rows, initial=-jnp.inf)
         spread = jnp.max(highest - jnp.min(x, 0, where=rows, initial=jnp.inf), initial=0.0)
-        x = x / power_of_two(spread)  # d does not depend on the scale
-        distance = _each_example(lambda row: norm(row - x, -1), x, x.size)
+        unit = power_of_two(spread)  # d does not depend on the scale
+        distance = _each_example(lambda row: norm((row - x) / unit, -1), x, x.size)
         distance = jnp.where(pairs, distance, 0.0)
         mean = jnp.sum(distance) / jnp.maximum(count * (count - 1), 1)
         return distance / jnp.where(mean == 0, 1.0, mean)
