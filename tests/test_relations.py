@@ -715,7 +715,7 @@ def test_misuse_is_named():
     x = np.zeros((4, 3), np.float32)
     with pytest.raises(ValueError, match=r"the same batch size, got shapes \(4, 3\) and \(5, 3\)"):
         losses.rkd_distance(x, np.zeros((5, 3)))
-    with pytest.raises(ValueError, match=r"teacher features must have shape \[batch, ..., channels\]"):
+    with pytest.raises(ValueError, match=r"teacher features must have shape \[batch, \*spatial, channels\]"):
         losses.pkt(x, np.zeros(4))
     with pytest.raises(ValueError, match=r"where must have one entry per example, shape \(4,\)"):
         losses.rkd_angle(x, x, where=np.ones((4, 3), bool))
