@@ -163,7 +163,8 @@ def power_of_two(size: Array) -> Array:
 
 def scaled(x: Array, axis: int | tuple[int, ...] | None) -> Array:
     """Divides by a power of two, so that no square or product of two over- or underflows."""
-    return x / power_of_two(jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0))
+    peak = jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0)
+    return jnp.where(peak == 0, 0.0, x / power_of_two(peak))  # no gradient where all is 0
 
 
 def direction(x: Array, axis: int | tuple[int, ...]) -> Array:
