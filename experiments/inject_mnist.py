@@ -26,8 +26,9 @@ from harness.experiment import Run, adam, arrays, mnist_or_digits, plain, prepar
 from harness.options import Count, Dropout, Options, Positive, Share, Whole, read
 from harness.runs import run_main
 
-from distill_jax import data, metrics, models, train
+from distill_jax import data, models, train
 from distill_jax.compress import units
+from distill_jax.train import sweeps
 
 STARTS = RANDOM, SHUFFLED, UNIFORM, SCORED, MERGED = "random", "shuffled", "uniform", "by score", "merged"
 SELECTED = (UNIFORM, SCORED)
@@ -205,7 +206,8 @@ def train_students(
     config: Config,
     run: Run,
     setting: Setting,
-    examples: Mapping[str, Any],
+    rows: np.ndarray,
+    teacher: models.Model,
     starts: Mapping[Start, models.Model],
 ) -> list[dict[str, Any]]:
     """Trains the students of all starts, seeds and learning rates of one setting.
@@ -214,54 +216,48 @@ def train_students(
       config: the options.
       run: the run.
       setting: the setting.
-      examples: from :func:`harness.lanes.examples`, with ``"teacher"`` where soft labels are used.
+      rows: the numbers of each seed's examples, ``[seeds, labels]``.
+      teacher: the teachers of all seeds, who give the soft labels.
       starts: the students before their first step, with a first axis of seeds.
 
     Returns:
       A record for each start and learning rate. Its ``"model"`` has a first axis of seeds, its ``"curve"``
       are the errors on the first WATCHED validation examples, ``[seeds, epochs + 1]``.
     """
-    loss_fn = train.supervised()
+    loss_fn, examples = train.supervised(), arrays(run.dataset.train)
     if setting.soft:
         loss_fn = train.distill(temperature=config.temperature, alpha=config.alpha)
-    rates, validation = jnp.asarray(config.learning_rates), run.dataset.validation
+        examples["teacher"] = lanes.logits(teacher, examples["image"])
+    validation, rates = run.dataset.validation, config.learning_rates
+    values = sweeps.grid(seed=range(config.seeds), rate=rates)
+    keys = jax.random.split(jax.random.key(0), len(values["seed"]))
+    watched = {name: each[:WATCHED] for name, each in arrays(validation).items()}
+    validate = train.make_validation(watched, prepare=prepare, stacked=True)
 
     def tx(rate: Any) -> optax.GradientTransformation:  # its state does not depend on the rate
         schedule = adam(1.0, config.epochs, setting.labels // config.batch_size)
         return optax.chain(schedule, optax.scale(rate))
 
-    def step(state, rate, batch):
-        return train.make_train_step(loss_fn, tx(rate))(state, batch)
+    def make_step(seed, rate):
+        return lanes.each_seed(train.make_train_step(loss_fn, tx(rate)))(seed)
 
-    epoch = train.make_epoch(
-        lanes.each_seed(lambda states, batch: jax.vmap(step, (0, 0, None))(states, rates, batch))
-    )
-
-    @jax.jit
-    def count(model, images, labels):
-        logits = jax.vmap(jax.vmap(lambda model: model(prepare(images))))(model)
-        return metrics.errors(logits, labels).sum(-1)
-
-    def validate(model):
-        wrong = np.asarray(count(model, validation.image[:WATCHED], validation.label[:WATCHED]))
-        return {"validation_errors": float(wrong.mean()), "each": wrong.tolist()}
-
+    epoch = sweeps.make_epoch(make_step)
     found = []
     for start, model in starts.items():
-        states = lanes.init_states(model, tx(1.0))
-        states = jax.tree.map(lambda x: jnp.stack([x] * len(rates), 1), states)
-        first = validate(states.model)["each"]
+        states = sweeps.init_states(sweeps.take(model, values["seed"]), tx(1.0), keys)
+        first = validate(states.model)["validation_errors"]
         done = run.fit(
-            f"{setting}, {start}", None, states, epoch, examples, epochs=config.epochs,
-            batch_size=config.batch_size, order=0, validate=validate,
+            f"{setting}, {start}", None, sweeps.Students(states, values), epoch, examples, epochs=config.epochs,
+            batch_size=config.batch_size, order=[0] * len(keys), rows=rows[values["seed"]], validate=validate,
         )  # fmt: skip
-        curves = np.stack([first, *done.history["each"]], -1)
-        for i, rate in enumerate(config.learning_rates):
-            model = jax.tree.map(lambda x, i=i: x[:, i], done.model)
+        curves = np.rint(np.vstack([first, done.history["validation_errors"]])).T  # counts
+        for i, rate in enumerate(rates):
+            each = np.arange(i, len(keys), len(rates))  # the students of all seeds
+            model = sweeps.take(done.model, each)
             wrong = lanes.errors(model, validation)
             found.append({
                 **start._asdict(), **setting._asdict(), "learning_rate": rate, "model": model,
-                "validation": {"errors": wrong.tolist()}, "curve": curves[:, i],
+                "validation": {"errors": wrong.tolist()}, "curve": curves[each],
             })  # fmt: skip
     return found
 
@@ -285,16 +281,13 @@ def main() -> int:
     rows = lanes.orders(config.seeds, len(dataset.train.label))
     teachers = train_teachers(config, run, rows)
     each = [begin(config, dataset, teacher, seed) for seed, teacher in enumerate(teachers)]
-    starts = {start: lanes.stack([seed[start] for seed in each]) for start in all_starts(config)}
-    teacher = lanes.stack(teachers)
+    starts = {start: sweeps.stack([seed[start] for seed in each]) for start in all_starts(config)}
+    teacher = sweeps.stack(teachers)
     settings = [Setting(n, soft) for soft in (False, True)[: 1 + config.soft] for n in config.labels]
     tried: list[dict[str, Any]] = []
     best: dict[tuple[str, Setting], dict[str, Any]] = {}  # chosen on validation data
     for setting in settings:
-        examples = lanes.examples(dataset.train, rows[:, : setting.labels])
-        if setting.soft:
-            examples["teacher"] = lanes.logits(teacher, examples["image"], own=True)
-        for one in train_students(config, run, setting, examples, starts):
+        for one in train_students(config, run, setting, rows[:, : setting.labels], teacher, starts):
             tried.append({key: value for key, value in one.items() if key not in ("model", "curve")})
             known = best.setdefault((one["start"], setting), one)
             if sum(one["validation"]["errors"]) < sum(known["validation"]["errors"]):

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from harness import lanes, pictures, results
-from harness.experiment import Run, mnist_or_digits, prepare
+from harness.experiment import Run, arrays, mnist_or_digits, prepare
 from harness.options import Count, Options, Positive, Share, Whole, read
 from harness.runs import run_main
 
 from distill_jax import data, losses, models, train, weights
 from distill_jax.compress import units
-from distill_jax.train import interpolation
+from distill_jax.train import interpolation, sweeps
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Trained:
 def build(config: Config, dataset: data.Dataset, hidden: int, teacher: bool) -> models.Model:
     """Builds the teachers or the students of all seeds."""
     keys = [jax.random.key(2 * seed + teacher) for seed in range(config.seeds)]
-    return lanes.stack(
+    return sweeps.stack(
         [models.build(f"mlp:{hidden}", dataset.image_shape, dataset.classes, key) for key in keys]
     )
 
@@ -123,16 +123,17 @@ def bring(
       The teachers in the student's shape, and the cosine between the parameters of the two for each seed.
     """
     image, found = prepare(dataset.train.image[:1]), []
-    for small, large in zip(lanes.unstack(student), lanes.unstack(teacher), strict=True):
+    for seed in range(len(jax.tree.leaves(student)[0])):
+        small, large = sweeps.take(student, seed), sweeps.take(teacher, seed)
         graph, wide = units.trace(small, image), units.trace(large, image)
         scores = units.scores.l2(wide, large)
         found.append(units.bring(graph, small, wide, large, how=scores, groups=None if align else ()))
-    return lanes.stack([each.model for each in found]), [each.cosine[1] for each in found]
+    return sweeps.stack([each.model for each in found]), [each.cosine[1] for each in found]
 
 
 def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> list[Trained]:
     """Trains all models of one setting, the teacher first."""
-    examples = lanes.examples(run.dataset.train, rows[:, : setting.labels])
+    examples = arrays(run.dataset.train)
     wider = setting.teacher_hidden > config.hidden
     student = build(config, run.dataset, config.hidden, teacher=False)
     teacher = build(config, run.dataset, setting.teacher_hidden, teacher=True)
@@ -143,22 +144,23 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
     epochs: dict[train.Step, Any] = {}  # so that networks of the same shapes are compiled once
 
     def learn(method, step, states, *, aligned=False, examples=examples):
-        epoch = epochs.setdefault(step, train.make_epoch(lanes.each_seed(step)))
+        epoch = epochs.setdefault(step, sweeps.make_epoch(lanes.each_seed(step)))
         name = str(Trained(setting, method, aligned, student))
         model = run.fit(
-            name, None, states, epoch, examples, epochs=setting.epochs, batch_size=config.batch_size,
-            order=0, validate=None,
+            name, None, sweeps.Students(states, {"seed": np.arange(config.seeds)}), epoch, examples,
+            epochs=setting.epochs, batch_size=config.batch_size, order=[0] * config.seeds,
+            rows=rows[:, : setting.labels],
         ).model  # fmt: skip
         if method == "through":
             model = interpolation.mix(model, config.rate)
         found.append(Trained(setting, method, aligned, model))
         return model
 
-    def start(model):
-        return lanes.init_states(model, tx)
+    def start(model, tx=tx):
+        return sweeps.init_states(model, tx, jax.random.split(jax.random.key(0), config.seeds))
 
     taught = learn("teacher", hard, start(teacher))
-    labelled = examples | {"teacher": lanes.logits(taught, examples["image"], own=True)}
+    labelled = examples | {"teacher": lanes.logits(taught, examples["image"])}
     learn("scratch", hard, start(student))
     # A wider teacher is trained and cut first; one of the student's shape learns beside the student
     cut = {align: bring(run.dataset, student, taught, align)[0] for align in (False, True) if wider}
@@ -169,8 +171,7 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
         through = interpolation.through(supervised, config.rate, teacher_loss=None if wider else supervised)
         both = interpolation.split_tx(tx, None if wider else tx)
         joined = interpolation.join(student, partner, config.rate)
-        states = lanes.init_states(joined, both)
-        learn("through", train.make_train_step(through, both), states, aligned=align)
+        learn("through", train.make_train_step(through, both), start(joined, both), aligned=align)
     learn("soft labels", soft, start(student), examples=labelled)
     for align, partner in (cut or {False: taught}).items():
         pull = interpolation.pull(None, soft, config.rate)
@@ -181,8 +182,7 @@ def train_setting(config: Config, run: Run, setting: Setting, rows: np.ndarray) 
 
 def sweep(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> dict[str, list[models.Model]]:
     """Trains at all λ in one program: "pull" and "through" → the networks of each λ."""
-    examples = lanes.examples(run.dataset.train, rows[:, : setting.labels])
-    tx, rates = optax.sgd(config.learning_rate), jnp.linspace(0, 1, config.points)
+    tx, rates = optax.sgd(config.learning_rate), np.linspace(0, 1, config.points)
     both, supervised = interpolation.split_tx(tx, tx), train.supervised()
     hard = train.make_train_step(supervised, tx)
     student, teacher = (build(config, run.dataset, config.hidden, teacher=t) for t in (False, True))
@@ -193,17 +193,28 @@ def sweep(config: Config, run: Run, setting: Setting, rows: np.ndarray) -> dict[
     def through(rate):
         return train.make_train_step(interpolation.through(supervised, rate, teacher_loss=supervised), both)
 
-    pair = interpolation.Pair(lanes.init_states(teacher, tx), lanes.init_states(student, tx))
-    joined = lanes.init_states(interpolation.join(student, teacher, config.rate), both)
+    def start(model, tx):
+        return sweeps.init_states(model, tx, jax.random.split(jax.random.key(0), config.seeds))
+
+    pair = interpolation.Pair(start(teacher, tx), start(student, tx))
+    joined = start(interpolation.join(student, teacher, config.rate), both)
     found = {}
     for method, make, states in (("pull", pull, pair), ("through", through, joined)):
-        states = jax.vmap(lambda state: interpolation.repeat(state, config.points))(states)
-        epoch = train.make_epoch(lanes.each_seed(interpolation.sweep(make, rates)))
-        states = run.fit(
-            f"{method} at all lambda", None, states, epoch, examples, epochs=setting.epochs,
-            batch_size=config.batch_size, order=0, validate=None,
-        ).state  # fmt: skip
-        each = [jax.vmap(lambda s, i=i: interpolation.lane(s, i))(states).model for i in range(len(rates))]
+        axes = interpolation.student_axes(states)  # of each seed, the students of all λ share one teacher
+        each_rate = sweeps.Students(
+            jax.vmap(lambda state, axes=axes: sweeps.repeat(state, config.points, axes))(states),
+            {"rate": np.tile(rates, (config.seeds, 1))},
+        )
+        epoch = sweeps.make_epoch(lanes.each_seed(sweeps.each(make, axes=axes)))
+        done = run.fit(
+            f"{method} at all lambda", None, sweeps.Students(each_rate, {"seed": np.arange(config.seeds)}), epoch,
+            arrays(run.dataset.train), epochs=setting.epochs, batch_size=config.batch_size,
+            order=[0] * config.seeds, rows=rows[:, : setting.labels],
+        ).state.states.states  # fmt: skip
+        each = [
+            jax.vmap(lambda state, i=i, axes=axes: sweeps.take(state, i, axes))(done).model
+            for i in range(config.points)
+        ]
         if method == "through":
             each = [interpolation.mix(model, rate) for model, rate in zip(each, rates, strict=True)]
         found[method] = each

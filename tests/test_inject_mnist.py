@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import lanes
 from harness.experiment import Run, adam, arrays, plain, prepare
 
 from distill_jax import data, models, train
+from distill_jax.train import sweeps
 
 EXPERIMENT = inject_mnist
 
@@ -137,13 +137,13 @@ def test_students_side_by_side_learn_as_if_alone(soft, tmp_path, digits):
     config = dataclasses.replace(CONFIG, learning_rates=(0.001, 0.02))
     rows = np.stack([np.random.default_rng(s).permutation(100)[:40] for s in range(2)])
     run = Run("x", config, digits, tmp_path, 0.0)
-    students = [inject_mnist.build(config, digits, "student", seed) for seed in range(2)]
-    examples = lanes.examples(digits.train, rows)
-    if soft:
-        examples["teacher"] = np.asarray(jax.random.normal(jax.random.key(4), (40, 2, 10)) * 9)
-    starts = {inject_mnist.Start("random"): lanes.stack(students)}
+    students, teachers = (
+        [inject_mnist.build(config, digits, kind, seed) for seed in range(2)]
+        for kind in ("student", "teacher")
+    )
+    starts = {inject_mnist.Start("random"): sweeps.stack(students)}
     setting = inject_mnist.Setting(40, soft)
-    found = inject_mnist.train_students(config, run, setting, examples, starts)[1]
+    found = inject_mnist.train_students(config, run, setting, rows, sweeps.stack(teachers), starts)[1]
     assert found["learning_rate"] == 0.02
 
     tx = adam(0.02, 2, 4)
@@ -152,11 +152,12 @@ def test_students_side_by_side_learn_as_if_alone(soft, tmp_path, digits):
     state = train.init_state(students[1], tx, jax.random.key(3))
     alone = {name: values[rows[1]] for name, values in arrays(digits.train).items()}
     if soft:
-        alone["teacher"] = examples["teacher"][:, 1]
+        alone["teacher"] = np.asarray(teachers[1](prepare(alone["image"])))
     for number in range(2):
         state, _ = epoch(state, alone, train.epoch_order(0, number, 40, 10))
     for ours, theirs in zip(jax.tree.leaves(found["model"]), jax.tree.leaves(state.model), strict=True):
         np.testing.assert_allclose(ours[1], theirs, rtol=1e-3, atol=1e-5)
+    assert found["curve"][1, 2] == found["validation"]["errors"][1]
 
 
 @pytest.mark.parametrize(

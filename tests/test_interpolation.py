@@ -15,7 +15,7 @@ from flax import nnx
 from distill_jax import data, train, weights
 from distill_jax.compress import units
 from distill_jax.models import Model, from_function, from_nnx
-from distill_jax.train import interpolation
+from distill_jax.train import interpolation, sweeps
 
 GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES, INPUTS, CLASSES, HIDDEN = 12, 4, 3, 5
@@ -186,10 +186,10 @@ def test_a_model_that_was_not_joined_is_refused():
     with pytest.raises(ValueError, match=message):
         loss_fn(model, make_batch(), key=None, step=0)
     with pytest.raises(ValueError, match=message):
-        interpolation.repeat(train.init_state(model, optax.sgd(0.1), KEY), 2)
+        interpolation.student_axes(train.init_state(model, optax.sgd(0.1), KEY))
     clipped = optax.chain(optax.clip(1.0), interpolation.split_tx(optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r"needs the optimizer of interpolation\.split_tx itself"):
-        interpolation.repeat(make_joint(clipped), 2)
+        interpolation.student_axes(make_joint(clipped))
 
 
 # λ
@@ -235,23 +235,24 @@ def test_schedules_of_the_rate(kind):
 def test_a_sweep_of_rates_is_one_program(kind):
     """Mapped over λ; the teacher, which λ does not reach, is trained once for all of them."""
     tx, batches, rates = optax.sgd(0.1, momentum=0.9), make_batches(5), jnp.linspace(0, 1, 5)
-    step = interpolation.sweep(lambda rate: reading(kind, tx, rate), rates)
-    states = interpolation.repeat(start_of(kind, tx), len(rates))
-    results, metrics = jax.jit(lambda s: jax.lax.scan(step, s, batches))(states)
+    axes = interpolation.student_axes(start_of(kind, tx))
+    step = sweeps.each(lambda rate: reading(kind, tx, rate), axes=axes)
+    students = sweeps.Students(sweeps.repeat(start_of(kind, tx), len(rates), axes), {"rate": rates})
+    (results, _), metrics = jax.jit(lambda s: jax.lax.scan(step, s, batches))(students)
     assert metrics["loss"].shape == (5, len(rates))
-    chex.assert_trees_all_equal_shapes(results, states)
+    chex.assert_trees_all_equal_shapes(results, students.states)
     teacher = results.teacher.model.params if kind == "pull" else results.model.params["teacher"]
     assert teacher["a"]["kernel"].ndim == 2  # one teacher
     one = jax.jit(lambda rate, s: jax.lax.scan(reading(kind, tx, rate), s, batches)[0])
     for i, rate in enumerate(rates):
         expected = one(rate, start_of(kind, tx))
-        lane = interpolation.lane(results, i)
-        chex.assert_trees_all_equal_shapes_and_dtypes(lane, expected)
+        ours = sweeps.take(results, i, axes)
+        chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
         if kind == "pull":
-            lane, expected = ((x.teacher.model, x.student.model) for x in (lane, expected))
+            ours, expected = ((x.teacher.model, x.student.model) for x in (ours, expected))
         else:
-            lane, expected = lane.model, expected.model
-        chex.assert_trees_all_close(lane, expected, atol=1e-6)
+            ours, expected = ours.model, expected.model
+        chex.assert_trees_all_close(ours, expected, atol=1e-6)
 
 
 class Misnamed(nnx.Module):
@@ -274,10 +275,10 @@ def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
         return from_nnx(Misnamed(nnx.Rngs(seed)))
 
     start = make_pair(tx, make) if kind == "pull" else make_joint(interpolation.split_tx(tx, tx), make)
-    states = interpolation.repeat(start, len(rates))
     axes = interpolation.student_axes(start)
+    states = sweeps.repeat(start, len(rates), axes)
     if kind == "pull":
-        student, teacher, axis = states.student.model, states.teacher.model, axes.student.model.params
+        student, teacher = states.student.model, states.teacher.model
         assert states.student.opt_state[0].trace["teacher"]["bias"].shape == (3, 4)
         assert states.teacher.opt_state[0].trace["student"]["bias"].shape == (CLASSES,)
     else:
@@ -285,22 +286,21 @@ def test_a_sweep_knows_the_teacher_by_its_place_and_not_by_its_name(kind):
             Model(make(1).apply_fn, states.model.params[n], states.model.state[n])
             for n in ("student", "teacher")
         )
-        axis = axes.model.params["student"]
         moments = states.opt_state.inner_states
         assert {x.shape[:1] for x in jax.tree.leaves(moments["student"])} == {(3,)}
         shapes = ({x.shape for x in jax.tree.leaves(tree)} for tree in (moments["teacher"], make(1).params))
         assert len(set(map(frozenset, shapes))) == 1
-    assert set(jax.tree.leaves(axis)) == {0}
     chex.assert_trees_all_equal_shapes(teacher, make(1))
-    chex.assert_trees_all_equal_shapes(interpolation.lane(states, 1), start)
+    chex.assert_trees_all_equal_shapes(sweeps.take(states, 1, axes), start)
     for leaf, like in zip(jax.tree.leaves(student), jax.tree.leaves(make(2)), strict=True):
         assert leaf.shape == (3, *like.shape)
-    step = interpolation.sweep(lambda rate: reading(kind, tx, rate), rates)
-    results, _ = jax.jit(lambda s: jax.lax.scan(step, s, batches))(states)
+    step = sweeps.each(lambda rate: reading(kind, tx, rate), axes=axes)
+    students = sweeps.Students(states, {"rate": rates})
+    (results, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, batches))(students)
     for i, rate in enumerate(rates):
         one = jax.jit(lambda s, rate=rate: jax.lax.scan(reading(kind, tx, rate), s, batches)[0])
-        expected, lane = one(start), interpolation.lane(results, i)
-        chex.assert_trees_all_close(lane.model, expected.model, rtol=1e-4, atol=1e-5)
+        expected, ours = one(start), sweeps.take(results, i, axes)
+        chex.assert_trees_all_close(ours.model, expected.model, rtol=1e-4, atol=1e-5)
 
 
 # In training

@@ -1,6 +1,6 @@
 """Training: objectives, the train step, the epoch, the loop with checkpoints, and several devices."""
 
-from distill_jax.train import interpolation
+from distill_jax.train import interpolation, sweeps
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order, make_epoch, scan_is_fast
 from distill_jax.train.feature_objectives import attach_learned, detach_learned, distill_features
@@ -43,6 +43,6 @@ __all__ = [
     "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features", "encoder_decoder",
     "epoch_order", "error_rate", "fit", "freeze", "init_state", "interpolation", "make_epoch",
     "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher", "mutual",
-    "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised",
+    "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
     "train_stages", "use_cpu_devices", "weighted_mean",
 ]  # fmt: skip

@@ -66,6 +66,22 @@ def make_epoch(
             batch = transform(context, batch, step_key(state, 1))
         return step(state, batch)
 
+    return in_one_call(one)
+
+
+def in_one_call(
+    one: Callable[..., tuple[Any, Metrics]], *, axes: tuple[int, ...] = (2,)
+) -> Callable[..., tuple[Any, Metrics]]:
+    """Makes one call of many: ``(state, data, order, context=None) -> (state, metrics)``.
+
+    Args:
+      one: ``(state, rows, data, context) -> (state, metrics)``, where ``rows`` are those of ``order`` in turn.
+      axes: the numbers of axes that ``order`` may have.
+
+    Returns:
+      The call. The state is donated.
+    """
+
     def scan(state, data, order, context):
         return jax.lax.scan(lambda state, rows: one(state, rows, data, context), state, order)
 
@@ -77,7 +93,7 @@ def make_epoch(
         check_integers("order", order)
         order = np.asarray(order)
         examples = min((len(leaf) for leaf in jax.tree.leaves(data)), default=0)
-        if order.ndim != 2 or not order.size or order.min() < 0 or order.max() >= examples:
+        if order.ndim not in axes or not order.size or order.min() < 0 or order.max() >= examples:
             raise ValueError(
                 f"order must be rows [steps, batch] of the {examples} examples, such as epoch_order makes it, got "
                 f"shape {order.shape}" + (f" from {order.min()} to {order.max()}" if order.size else "")

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from distill_jax import weights
-from distill_jax._checks import check_count, check_fraction, check_fractions, check_function, check_tx
+from distill_jax._checks import check_fractions, check_function, check_tx
 from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.train.objectives import Schedule, at
 from distill_jax.train.step import LossFn, Metrics, Step, TrainState
@@ -260,123 +259,32 @@ def mix(model: Model | Pair, rate: float | ArrayLike | Mapping[str, Any]) -> Mod
     return Model(functions.student_fn, mixed, model.state["student"])
 
 
-def sweep(make: Callable[[Any], Step], rates: ArrayLike) -> Step:
-    """Makes one step of many: the same step at each of several λ, in one program.
+def student_axes(state: PyTree) -> PyTree:
+    """Says which leaves are the student's own, so that students of many λ can share one teacher in training.
 
-    The students are mapped by ``vmap``. The teacher does not depend on λ, so it is trained once for all.
-
-    Args:
-      make: λ → step, as :func:`pull` or :func:`distill_jax.train.make_train_step` of :func:`through` makes it.
-      rates: the values of λ, ``[n]``.
-
-    Returns:
-      ``(states, batch) -> (states, metrics)`` for the states of :func:`repeat`. One batch serves all, and
-      each metric is ``[n]``.
-
-    Raises:
-      ValueError: if there is no λ, or one lies outside [0, 1].
-    """
-    check_fraction("rates", rates)
-    check_function("make", make, "rate")
-    if np.ndim(rates) != 1 or not np.size(rates):
-        raise ValueError(f"rates must be a list of at least one λ, got shape {np.shape(rates)}")
-    rates = jnp.asarray(rates, jnp.float32)
-
-    def step(states: Any, batch: Any) -> tuple[Any, Metrics]:
-        axes = student_axes(states)
-        mapped = jax.vmap(lambda rate, state: make(rate)(state, batch), in_axes=(0, axes), out_axes=(axes, 0))
-        return mapped(rates, states)
-
-    return step
-
-
-def repeat(state: PyTree, count: int) -> PyTree:
-    """Makes the states of :func:`sweep` from one: ``count`` students, and one teacher that all share.
+    λ does not reach the teacher, which so is trained once for all of them.
 
     Args:
       state: a :class:`Pair`, or the ``TrainState`` of a model from :func:`join`.
-      count: the number of students.
 
     Returns:
-      The same pytree; a student's arrays have a further first axis, ``[count, ...]``.
-
-    Raises:
-      ValueError: if ``count`` is no positive integer, or ``state`` neither of these.
-    """
-    check_count("count", count)
-    return _map_students(lambda x: jnp.stack([x] * count), state)
-
-
-def lane(states: PyTree, index: int) -> PyTree:
-    """Takes one of the states of :func:`sweep` out, with the teacher that all share.
-
-    Args:
-      states: the states from :func:`repeat`, or what a sweep made of them.
-      index: the number of the state, from 0.
-
-    Returns:
-      A :class:`Pair` or ``TrainState`` of one student.
-
-    Raises:
-      ValueError: if there is no state of that number.
-    """
-    check_count("index", index, least=0)
-
-    def take(x: jax.Array) -> jax.Array:
-        if index >= len(x):
-            raise ValueError(f"index must be below the number of states, {len(x)}, got {index}")
-        return x[index]
-
-    return _map_students(take, states)
-
-
-def student_axes(states: PyTree) -> PyTree:
-    """Says which leaves of the states of a sweep belong to the students: a tree of 0 and None.
-
-    A leaf of a student has an axis of λ, 0; a leaf that all share has None. Of a :class:`Pair` the
-    student's model and optimizer are the student's. Of the state of a joined model they are the entries
-    ``"student"`` of its params and state, and of every part of the optimizer's state what
-    :func:`split_tx` keeps for ``"student"``.
-
-    Args:
-      states: a :class:`Pair`, or the ``TrainState`` of a model from :func:`join`.
-
-    Returns:
-      A tree with the structure of ``states``, with None where all of a part is shared.
+      The ``axes`` of :func:`distill_jax.train.sweeps.each`: 0 for what is the student's, None for the teacher.
 
     Raises:
       ValueError: for any other state.
     """
     shared: Any = None
-
-    def whole(tree: PyTree, axis: int | None) -> PyTree:
-        return jax.tree.map(lambda x: axis, tree)
-
-    def split(parts: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        return {name: whole(part, 0 if name == "student" else None) for name, part in parts.items()}
-
-    if isinstance(states, Pair):
-        student = states.student
-        mapped = TrainState(shared, whole(student.model, 0), whole(student.opt_state, 0), shared)
-        return Pair(whole(states.teacher, None), mapped)
-    model = states.model
-    _interpolated(model)
-    if not hasattr(states.opt_state, "inner_states"):
+    if isinstance(state, Pair):
+        return Pair(shared, 0)  # type: ignore[arg-type]
+    _interpolated(state.model)
+    if not hasattr(state.opt_state, "inner_states"):
         raise ValueError(
             "a sweep of a joined model needs the optimizer of interpolation.split_tx itself, got the state "
-            f"{type(states.opt_state).__name__}: put other transformations inside its parts"
+            f"{type(state.opt_state).__name__}: put other transformations inside its parts"
         )
-    axes = model.replace(params=split(model.params), state=split(model.state))
-    opt_state = states.opt_state._replace(inner_states=split(states.opt_state.inner_states))
-    return TrainState(shared, axes, opt_state, shared)
-
-
-def _map_students(function: Callable[[Any], Any], states: Any) -> Any:
-    axes, structure = jax.tree.flatten(student_axes(states), is_leaf=lambda axis: axis is None)
-    leaves: list[Any] = structure.flatten_up_to(states)  # type: ignore[attr-defined]
-    return structure.unflatten(  # type: ignore[attr-defined]
-        [x if axis is None else jax.tree.map(function, x) for x, axis in zip(leaves, axes, strict=True)]
-    )
+    parts = {"student": 0, "teacher": shared}
+    model = state.model.replace(params=parts, state=parts)
+    return state._replace(step=0, model=model, opt_state=state.opt_state._replace(inner_states=parts), key=0)
 
 
 def _interpolate(student: PyTree, teacher: PyTree, rate: Any) -> PyTree:

@@ -1,47 +1,20 @@
 """The training loop: epochs, validation, checkpoints, resume."""
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_count, check_function, need, warn_if_probabilities
+from distill_jax._checks import check_function, need
 from distill_jax._model import Model, PyTree, check_model, example_count, identity, padded_batches
 from distill_jax.train._examples import as_arrays, complaint_about
-from distill_jax.train.checkpoints import Checkpoints
+from distill_jax.train._loop import Fit, History, check_options, checked_data, run_epochs
 from distill_jax.train.epoch import epoch_order
-from distill_jax.train.objectives import supervised, teacher_of
+from distill_jax.train.objectives import supervised
 from distill_jax.train.step import Batch, LossFn, batch_weight
-
-History = dict[str, list[float]]
-
-
-class Fit(NamedTuple):
-    """The result of a training.
-
-    Attributes:
-      state: the training state after the last epoch.
-      best: the model of the epoch with the fewest validation errors (or the lowest of another figure),
-        the latest of equal ones; the last model where there is no validation.
-      history: ``"epoch"``, ``"loss"`` (mean over the epoch), the other metrics and the validation figures,
-        each a list with one value per epoch.
-      seconds: wall time of the epochs, over all restarts.
-    """
-
-    state: Any
-    best: Model
-    history: History
-    seconds: float
-
-    @property
-    def model(self) -> Model:
-        """The model after the last epoch."""
-        return self.state.model
 
 
 def make_measure(
@@ -50,7 +23,8 @@ def make_measure(
     *,
     prepare: Callable[[Any], Any] = identity,
     batch_size: int = 1000,
-) -> Callable[[Model], dict[str, float]]:
+    stacked: bool = False,
+) -> Callable[[Model], dict[str, Any]]:
     """Makes a function that evaluates an objective on validation data: ``model -> figures``.
 
     Args:
@@ -58,6 +32,8 @@ def make_measure(
       data: name → array ``[n, ...]``, with ``"weight"`` where examples count unequally.
       prepare: applied to the images of each batch inside the compiled program.
       batch_size: the number of examples per batch.
+      stacked: whether the model is a stack of students' (:mod:`distill_jax.train.sweeps`): each figure then is
+        a list with one number per student.
 
     Returns:
       A function whose figures are ``"validation_loss"`` and, for each metric, ``"validation_<name>"``, means over
@@ -77,24 +53,25 @@ def make_measure(
         for batch, counted in padded_batches(data, batch_size)
     ]
 
-    @jax.jit
     def sums(model: Model, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
         batch = {**batch, "image": prepare(batch["image"])}
         loss, (_, metrics) = loss_fn(model, batch, key=None, step=jnp.int32(0))
         weight = batch_weight(batch)
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
 
-    def measure(model: Model) -> dict[str, float]:
+    compiled = jax.jit(jax.vmap(sums, in_axes=(0, None)) if stacked else sums)
+
+    def measure(model: Model) -> dict[str, Any]:
         check_model("model", model)
-        parts = [sums(model, batch) for batch in batches]
-        totals, weight = jax.tree.map(lambda *x: sum(map(float, x)), *parts)
-        if math.isnan(totals["loss"]):
+        parts = [compiled(model, batch) for batch in batches]
+        totals, weight = jax.tree.map(lambda *x: sum(np.asarray(v, np.float64) for v in x), *parts)
+        if np.isnan(totals["loss"]).all():
             images = jax.eval_shape(prepare, batches[0]["image"])
             if complaint := complaint_about(data, model, images):
                 raise ValueError(f"the validation loss is NaN: {complaint}")
-        figures = {f"validation_{name}": total / weight for name, total in totals.items()}
+        figures = {f"validation_{name}": (total / weight).tolist() for name, total in totals.items()}
         if "error_rate" in totals:
-            figures["validation_errors"] = totals["error_rate"]
+            figures["validation_errors"] = totals["error_rate"].tolist()
         return figures
 
     return measure
@@ -106,23 +83,28 @@ def count_examples(data: Mapping[str, Any]) -> int:
 
 
 def make_validation(
-    data: Mapping[str, Any], *, prepare: Callable[[Any], Any] = identity, batch_size: int = 1000
-) -> Callable[[Model], dict[str, float]]:
+    data: Mapping[str, Any],
+    *,
+    prepare: Callable[[Any], Any] = identity,
+    batch_size: int = 1000,
+    stacked: bool = False,
+) -> Callable[[Model], dict[str, Any]]:
     """Makes the validation of a classifier: ``model -> {"validation_errors", "validation_nll"}``.
 
     Args:
       data: ``"image"`` and integer ``"label"``, arrays ``[n, ...]``.
       prepare: applied to each batch of images inside the compiled program.
       batch_size: the number of examples per batch.
+      stacked: whether the model is a stack of students', as in :func:`make_measure`.
 
     Returns:
       A function that gives the number of wrong examples and the mean negative log-likelihood in nats.
     """
     need(data, "image", "label")
     data = {name: data[name] for name in ("image", "label")}
-    measure = make_measure(supervised(), data, prepare=prepare, batch_size=batch_size)
+    measure = make_measure(supervised(), data, prepare=prepare, batch_size=batch_size, stacked=stacked)
 
-    def validate(model: Model) -> dict[str, float]:
+    def validate(model: Model) -> dict[str, Any]:
         figures = measure(model)
         return {
             "validation_errors": figures["validation_errors"],
@@ -130,27 +112,6 @@ def make_validation(
         }
 
     return validate
-
-
-def _check_options(
-    state: Any, epoch: Any, epochs: Any, batch_size: Any, seed: Any, validate: Any, best_by: str, stop: Any,
-    save_seconds: Any, on_epoch: Any,
-) -> None:  # fmt: skip
-    """Refuses arguments of :func:`fit` before anything is trained or written."""
-    if not all(hasattr(state, name) for name in ("step", "key", "model")):
-        raise ValueError(f"state must be a training state, from init_state, got {type(state).__name__}")
-    check_function("epoch", epoch, "state, data, order, context")
-    check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
-    check_count("seed", seed, least=0)
-    if validate is not None:
-        check_function("validate", validate, "model")
-    elif best_by != "validation_errors":
-        raise ValueError(f"best_by needs validate, which makes the figures, got {best_by!r} without it")
-    check_function("stop", stop, "history")
-    check_function("on_epoch", on_epoch, "done, figures")
-    if isinstance(save_seconds, str) or not save_seconds >= 0:
-        raise ValueError(f"save_seconds must not be negative, got {save_seconds!r}")
 
 
 def fit(
@@ -206,80 +167,21 @@ def fit(
         optimizer, seed, batch size or number of examples. (It cannot see other differences, such as a
         learning rate: use another directory for another run.)
     """
-    _check_options(state, epoch, epochs, batch_size, seed, validate, best_by, stop, save_seconds, on_epoch)
-    data = as_arrays("data", data)
-    if "teacher" in data:
-        for logits in jax.tree.leaves(teacher_of(data)["logits"]):
-            warn_if_probabilities("the teacher's logits in data['teacher']", logits)
-    examples = example_count("data", data)
-    best = jax.tree.map(jnp.copy, state.model)
-    run = {"seed": seed, "batch_size": batch_size, "examples": examples}
-    info: dict[str, Any] = {"epoch": 0, "best": math.inf, "history": {}, "seconds": 0.0} | run
-    checkpoints = Checkpoints(directory) if directory is not None else None
-    try:
-        if checkpoints and (found := checkpoints.restore({"state": state, "best": best})):
-            tree, info = found
-            state, best = tree["state"], tree["best"]
-            other = [f"{k} {info.get(k)}, not {v}" for k, v in run.items() if info.get(k) != v]
-            if other:
-                raise ValueError(
-                    f"the checkpoint in {directory} is of a run with {', '.join(other)}: "
-                    "use another directory, or move this one away"
-                )
-            if info["epoch"] > epochs:
-                raise ValueError(
-                    f"the checkpoint in {directory} has {info['epoch']} epochs, more than the "
-                    f"{epochs} asked for: use another directory, or move this one away"
-                )
-            history = info["history"]
-            on_epoch(info["epoch"], {name: values[-1] for name, values in history.items()})
-        saved = time.monotonic()
-        ended = info["epoch"] > 0 and stop(info["history"])
-        for number in range(info["epoch"], epochs):
-            if ended:
-                break
-            start = time.monotonic()
-            order = epoch_order(seed, number, examples, batch_size)
-            state, collected = epoch(state, data, order, context)
-            figures = {name: float(np.mean(values)) for name, values in collected.items()}
-            if not math.isfinite(figures["loss"]):
-                if complaint := complaint_about(data, state.model, data.get("image")):
-                    raise ValueError(f"the loss became {figures['loss']} in epoch {number + 1}: {complaint}")
-                kept = f"; the last checkpoint is in {directory}" if checkpoints else ""
-                raise ValueError(
-                    f"the loss became {figures['loss']} in epoch {number + 1}: the training has "
-                    f"diverged; use a smaller learning rate{kept}"
-                )
-            if validate:
-                found_figures = validate(state.model)
-                if not isinstance(found_figures, Mapping):
-                    raise ValueError(
-                        f"validate must return a dict of figures, got {type(found_figures).__name__}"
-                    )
-                figures |= found_figures
-                if best_by not in figures:
-                    raise ValueError(f"best_by must be one of {', '.join(figures)}, got {best_by!r}")
-            rank = figures[best_by] if validate else -math.inf
-            rank = math.inf if math.isnan(rank) else rank
-            if rank <= info["best"]:
-                best = jax.tree.map(jnp.copy, state.model)
-            history = {
-                name: [*info["history"].get(name, []), value]
-                for name, value in {"epoch": number + 1, **figures}.items()
-            }
-            now = time.monotonic()
-            info = {
-                "epoch": number + 1,
-                "best": min(rank, info["best"]),
-                "history": history,
-                "seconds": info["seconds"] + now - start,
-            } | run
-            ended = number + 1 == epochs or stop(history)
-            if checkpoints and (now - saved >= save_seconds or ended):
-                checkpoints.save(number + 1, {"state": state, "best": best}, info)
-                saved = now
-            on_epoch(number + 1, figures)
-    finally:
-        if checkpoints:
-            checkpoints.close()
-    return Fit(state, best, info["history"], info["seconds"])
+    check_options(state, epoch, epochs, batch_size, [seed], validate, best_by, save_seconds, on_epoch)
+    check_function("stop", stop, "history")
+    data, examples = checked_data(data)
+    return run_epochs(
+        Fit(state, jax.tree.map(jnp.copy, state.model), {}, 0.0),
+        epoch,
+        data,
+        epochs=epochs,
+        order=lambda number: epoch_order(seed, number, examples, batch_size),
+        identity={"seed": seed, "batch_size": batch_size, "examples": examples},
+        context=context,
+        validate=validate,
+        best_by=best_by,
+        stop=stop,
+        directory=directory,
+        save_seconds=save_seconds,
+        on_epoch=on_epoch,
+    )

@@ -1,7 +1,10 @@
-"""Measures what a sweep of the transfer coefficient λ costs as one program, against the same runs one after another.
+"""Measures what many students cost as one program, against the same trainings one after another.
 
-The networks are of 784-128-10 units, the images are drawn at random in the size of MNIST's, the optimizer is SGD. The
-two ways are timed in turn, so that what else the machine does falls on both.
+Each student is distilled from stored logits with its own temperature, α and learning rate (Adam). The images are drawn
+at random. Three ways are timed in turn, compilation counted: all students in one program ("together"); one after
+another in one compiled program that takes the hyper-parameters as arguments ("one program"); and one after another,
+each compiled anew, as separate processes would ("own programs"; their time to start is not counted). The persistent
+compilation cache is off.
 
     python experiments/benchmarks/bench_sweep.py
 """
@@ -9,6 +12,7 @@ two ways are timed in turn, so that what else the machine does falls on both.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,116 +23,113 @@ import optax
 import tyro
 
 from distill_jax import models, train
-from distill_jax.train import interpolation
+from distill_jax.train import sweeps
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of the benchmark."""
 
-    points: int = 21  # number of values of λ, from 0 to 1
-    seeds: int = 3  # number of pairs of networks at each value
-    steps: int = 50  # number of steps in one timing
-    batch_size: int = 100  # number of examples per step
-    rounds: int = 5  # number of timings of both ways
+    sizes: tuple[str, ...] = ("8x8,mlp:32", "8x8,mlp:128", "28x28,mlp:32", "28x28,mlp:128")
+    """image size and network of the student; ten classes"""
+    students: int = 32  # number of students
+    steps: int = 1000  # number of steps of each student
+    batch_size: int = 32  # number of examples per step
+    own_batches: bool = False  # each student has its own order of examples, not one for all
+    rounds: int = 3  # number of timings of each way
 
 
-def readings() -> dict[str, tuple[Any, Any]]:
-    """Returns for both kinds of interpolation: λ → step, and the state before the first step of two networks."""
-    tx = optax.sgd(0.01)
-    split, supervised = interpolation.split_tx(tx, tx), train.supervised()
-    hard = train.make_train_step(supervised, tx)
-
-    def through(rate):
-        return train.make_train_step(interpolation.through(supervised, rate, teacher_loss=supervised), split)
-
-    def pair(student, teacher, key):
-        return interpolation.Pair(*(train.init_state(model, tx, key) for model in (teacher, student)))
-
-    def joint(student, teacher, key):
-        return train.init_state(interpolation.join(student, teacher, 0.0), split, key)
-
-    return {"pull": (lambda rate: interpolation.pull(hard, hard, rate), pair), "through": (through, joint)}
+def tx(learning_rate: Any = 1.0) -> optax.GradientTransformation:
+    """Makes the optimizer of one student."""
+    return optax.chain(optax.adam(1.0), optax.scale(learning_rate))
 
 
-def student_of(state: Any) -> Any:
-    """Returns the student's parameters of a state of either kind."""
-    return state.model.params if isinstance(state, interpolation.Pair) else state.model.params["student"]
+def make_step(temperature: Any, alpha: Any, learning_rate: Any) -> train.Step:
+    """Makes the step of one student."""
+    return train.make_train_step(train.distill(temperature=temperature, alpha=alpha), tx(learning_rate))
 
 
-def measure(config: Config, make: Any, start: Any, networks: Any, batches: Any) -> dict[str, Any]:
-    """Times both ways: seconds per round of each, and the largest difference of what they train."""
-    rates = jnp.linspace(0, 1, config.points)
-    key = jax.random.key(0)
+def ways(config: Config, size: str) -> dict[str, Callable[[], Any]]:
+    """Makes the trainings to be timed: name → a call that compiles, trains and returns all parameters."""
+    image, network = size.split(",", 1)
+    height, width = map(int, image.split("x"))
+    shape, count = (height, width, 1), config.students
+    rng = np.random.default_rng(0)
+    data = {
+        "image": jnp.asarray(rng.uniform(size=(2000, *shape)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, 2000), jnp.int32),
+        "teacher": jnp.asarray(rng.normal(size=(2000, 10)) * 3, jnp.float32),
+    }
+    seeds = range(count) if config.own_batches else [0] * count
+    orders = np.stack(
+        [
+            np.random.default_rng(s).integers(0, 2000, (config.steps, config.batch_size), np.int32)
+            for s in seeds
+        ],
+        1,
+    )
+    values = {
+        "temperature": np.linspace(1, 8, count, dtype=np.float32),
+        "alpha": np.linspace(0, 1, count, dtype=np.float32),
+        "learning_rate": np.geomspace(3e-4, 3e-3, count).astype(np.float32),
+    }
+    networks = [models.build(network, shape, 10, jax.random.key(i)) for i in range(count)]
+    states = sweeps.init_states(sweeps.stack(networks), tx(), jax.random.split(jax.random.key(0), count))
 
-    def epoch(step, state):
-        return jax.lax.scan(lambda state, batch: (step(state, batch)[0], None), state, batches)[0]
+    def together():
+        jax.clear_caches()
+        epoch = sweeps.make_epoch(make_step)
+        students = jax.tree.map(jnp.copy, sweeps.Students(states, values))  # the epoch uses its own up
+        order = orders if config.own_batches else orders[:, 0]
+        return epoch(students, data, order)[0].model.params
 
-    @jax.jit
-    def together(networks):
-        def one(student, teacher):
-            states = interpolation.repeat(start(student, teacher, key), config.points)
-            return student_of(epoch(interpolation.sweep(make, rates), states))
+    def alone(state: Any, values: Mapping[str, Any], order: Any) -> Any:
+        def step(state, rows):
+            return make_step(**values)(state, jax.tree.map(lambda x: x[rows], data))[0], None
 
-        return jax.vmap(one)(*networks)
+        return jax.lax.scan(step, state, order)[0].model.params
 
-    @jax.jit
-    def alone(student, teacher, rate):
-        return student_of(epoch(make(rate), start(student, teacher, key)))
+    def one_after_another(anew: bool) -> Any:
+        jax.clear_caches()
+        run, found = jax.jit(alone), []
+        for i in range(count):
+            if anew:
+                jax.clear_caches()
+                run = jax.jit(alone)
+            found.append(run(*sweeps.take((states, values), i), orders[:, i]))
+        return sweeps.stack(jax.block_until_ready(found))
 
-    def one_after_another():
-        pairs = [jax.tree.map(lambda x, i=i: x[i], networks) for i in range(config.seeds)]
-        return [[alone(*pair, rate) for rate in rates] for pair in pairs]
-
-    times: dict[str, list[float]] = {"together": [], "one after another": []}
-    for number in range(config.rounds + 1):  # the first round compiles
-        for name, run in {
-            "together": lambda: together(networks),
-            "one after another": one_after_another,
-        }.items():
-            begun = time.perf_counter()
-            done = jax.block_until_ready(run())
-            if number:
-                times[name].append(time.perf_counter() - begun)
-            if name == "together":
-                whole = done
-    differences = [
-        jnp.abs(x[i, j] - y).max()
-        for i, row in enumerate(done)
-        for j, params in enumerate(row)
-        for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(params), strict=True)
-    ]
-    return {**times, "difference": float(max(differences))}
+    return {
+        "together": together,
+        "one program": lambda: one_after_another(False),
+        "own programs": lambda: one_after_another(True),
+    }
 
 
 def main() -> None:
     """Prints the table."""
     config = tyro.cli(Config, description=__doc__)
-    made = [
-        [models.build("mlp:128", (28, 28, 1), 10, jax.random.key(2 * i + t)) for i in range(config.seeds)]
-        for t in (0, 1)
-    ]
-    # The networks of one kind share a function, so that their arrays can be stacked into one model
-    networks = [
-        jax.tree.map(lambda *x: jnp.stack(x), *[m.replace(apply_fn=made[0][0].apply_fn) for m in ms])
-        for ms in made
-    ]
-    rng = np.random.default_rng(0)
-    batches = {
-        "image": jnp.asarray(rng.uniform(size=(config.steps, config.batch_size, 28, 28, 1)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 10, (config.steps, config.batch_size)), jnp.int32),
-    }
+    jax.config.update("jax_enable_compilation_cache", False)
     print(
-        f"{config.points} λ × {config.seeds} seeds, {config.steps} steps; seconds, median of rounds (min to max)"
+        f"{config.students} students, {config.steps} steps of batch {config.batch_size}; seconds, median of rounds"
     )
-    for name, (make, start) in readings().items():
-        found = measure(config, make, start, networks, batches)
-        for way in ("together", "one after another"):
-            print(
-                f"{name}, {way}: {np.median(found[way]):.2f} ({min(found[way]):.2f} to {max(found[way]):.2f})"
-            )
-        ratio = np.median(np.divide(found["together"], found["one after another"]))
-        print(f"{name}: ratio {ratio:.2f}, largest difference of a parameter {found['difference']:.1e}")
+    print("| images, student | together | one program | own programs | ratios | largest difference |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for size in config.sizes:
+        calls, results = ways(config, size), {}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(config.rounds):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                results[name] = jax.block_until_ready(call())
+                times[name].append(time.perf_counter() - begun)
+        median = {name: float(np.median(values)) for name, values in times.items()}
+        pairs = zip(*(jax.tree.leaves(results[name]) for name in ("together", "own programs")), strict=True)
+        difference = max(float(np.abs(x - y).max()) for x, y in pairs)
+        ratios = " and ".join(
+            f"{median[n] / median['together']:.1f}" for n in ("one program", "own programs")
+        )
+        print(f"| {size} | {' | '.join(f'{x:.2f}' for x in median.values())} | {ratios} | {difference:.0e} |")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Run:
         *,
         epochs: int,
         batch_size: int,
-        order: int,
+        order: int | Sequence[int],
         context: Any = None,
         **options: Any,
     ) -> train.Fit:
@@ -167,30 +167,35 @@ class Run:
 
         Args:
           name: the name of the model; its checkpoints are in ``seed0/<name>`` and so on.
-          seed: the number of the repetition, from 0; None for a training of all repetitions at once.
-          state: the state at the start.
-          epoch: from :func:`distill_jax.train.make_epoch`.
+          seed: the number of the repetition, from 0; None for a sweep, of all repetitions at once.
+          state: the state at the start, that of a sweep its :class:`~distill_jax.train.sweeps.Students`.
+          epoch: from :func:`distill_jax.train.make_epoch`, or that of :mod:`distill_jax.train.sweeps`.
           examples: the training arrays, images as uint8.
           epochs: the number of epochs.
           batch_size: the number of examples per step.
-          order: the seed of the shuffling.
+          order: the seed of the shuffling; in a sweep that of each student.
           context: arrays for the ``transform`` of the epoch.
-          options: further options of :func:`distill_jax.train.fit`.
+          options: further options of :func:`distill_jax.train.fit` or :func:`distill_jax.train.sweeps.fit`.
         """
-        if self.sharding is not None:
-            mesh = self.sharding.mesh  # type: ignore[attr-defined]
-            state, context = jax.device_put((state, context), train.replicated(mesh))
-        options.setdefault("validate", self.validation)
+        fit: Any = train.fit
+        if seed is None:
+            fit = train.sweeps.fit
+            options["seeds"] = order
+        else:
+            options["seed"] = order
+            options.setdefault("validate", self.validation)
+            if self.sharding is not None:
+                mesh = self.sharding.mesh  # type: ignore[attr-defined]
+                state, context = jax.device_put((state, context), train.replicated(mesh))
         part = "all seeds" if seed is None else f"seed {seed + 1}/{self.config.seeds}"
         folder = "all_seeds" if seed is None else f"seed{seed}"
         with self.progress(f"{part}, {name}", epochs, folder, name) as on_epoch:
-            return train.fit(
+            return fit(
                 state,
                 epoch,
                 examples,
                 epochs=epochs,
                 batch_size=batch_size,
-                seed=order,
                 context=context,
                 directory=self.directory / folder / runs.file_name(name),
                 save_seconds=self.config.save_seconds,
