@@ -133,8 +133,18 @@ def take(tree: PyTree, index: int | np.ndarray, axes: PyTree = 0) -> PyTree:
 
     Returns:
       The student, or the stack of those chosen.
+
+    Raises:
+      ValueError: if there is no student of a number.
     """
-    return _map(lambda x: x[index], axes, tree)
+    numbers = np.asarray(index)
+
+    def one(x: Any) -> Any:
+        if ((numbers < 0) | (numbers >= len(x))).any():
+            raise ValueError(f"index must be from 0 to {len(x) - 1}, got {index}")
+        return x[index]
+
+    return _map(one, axes, tree)
 
 
 def _map(function: Callable[[Any], Any], axes: PyTree, tree: PyTree) -> PyTree:

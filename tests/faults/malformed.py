@@ -34,7 +34,7 @@ from flax import linen, nnx
 
 from distill_jax import data, features, losses, metrics, models, teachers, train, weights
 from distill_jax.compress import codes, linear_codes, low_rank, search, sparsity, units
-from distill_jax.train import interpolation
+from distill_jax.train import interpolation, sweeps
 
 ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -736,18 +736,39 @@ def of_training() -> Iterator[Case]:
     yield Case("interpolation.pull: an objective as a step", "student_step",
                lambda: interpolation.pull(None, train.supervised(), 0.5))
     yield Case("interpolation.split_tx: a number", "student", lambda: interpolation.split_tx(0.1))
-    yield Case("interpolation.repeat: 0", "count",
-               lambda: interpolation.repeat(interpolation.Pair(state(), state()), 0))
-    yield Case("interpolation.repeat: a fraction", "count",
-               lambda: interpolation.repeat(interpolation.Pair(state(), state()), 1.5))
-    yield Case("interpolation.repeat: a plain state", "join", lambda: interpolation.repeat(state(), 2))
-    yield Case("interpolation.lane: beyond", "index",
-               lambda: interpolation.lane(interpolation.repeat(interpolation.Pair(state(), state()), 2), 5))
-    yield Case("interpolation.sweep: no rates", "rates", lambda: interpolation.sweep(lambda rate: None, []))
-    yield Case("interpolation.sweep: a matrix", "rates",
-               lambda: interpolation.sweep(lambda rate: None, np.ones((2, 2))))
-    yield Case("interpolation.sweep: above 1", "rates", lambda: interpolation.sweep(lambda rate: None, [0.5, 1.5]))
-    yield Case("interpolation.sweep: NaN", "rates", lambda: interpolation.sweep(lambda rate: None, [0.5, NAN]))
+    yield Case("interpolation.student_axes: a plain state", "join", lambda: interpolation.student_axes(state()))
+
+    # sweeps
+    two = sweeps.repeat(MODEL, 2)
+    states = sweeps.init_states(two, TX, jax.random.split(jax.random.key(0), 2))
+    students = sweeps.Students(states, {})
+    sweep = sweeps.make_epoch(lambda: train.make_train_step(train.supervised(), TX))
+    options = {"epochs": 1, "batch_size": 2, "seeds": [0, 0]}
+    yield Case("sweeps.grid: no values", "alpha", lambda: sweeps.grid(alpha=[]))
+    yield Case("sweeps.stack: none", "trees", lambda: sweeps.stack([]))
+    yield Case("sweeps.repeat: 0", "count", lambda: sweeps.repeat(MODEL, 0))
+    yield Case("sweeps.repeat: a fraction", "count", lambda: sweeps.repeat(MODEL, 1.5))
+    yield Case("sweeps.take: beyond", "index", lambda: sweeps.take(two, 2))
+    yield Case("sweeps.take: negative", "index", lambda: sweeps.take(two, -1))
+    yield Case("sweeps.as_one: a module", "from_nnx", lambda: sweeps.as_one(MODULE))
+    yield Case("sweeps.init_states: one key", "keys", lambda: sweeps.init_states(two, TX, jax.random.key(0)))
+    yield Case("sweeps.init_states: a number", "tx",
+               lambda: sweeps.init_states(two, 0.1, jax.random.split(jax.random.key(0), 2)))
+    yield Case("sweeps.each: a dict", "make_step", lambda: sweeps.each({}))
+    yield Case("sweeps.make_epoch: a number", "make_step", lambda: sweeps.make_epoch(1))
+    yield Case("sweeps.make_epoch: transform of one", "transform",
+               lambda: sweeps.make_epoch(lambda: None, transform=lambda batch: batch))
+    yield Case("sweeps.halve: a matrix", "scores", lambda: sweeps.halve(np.ones((2, 2))))
+    yield Case("sweeps.halve: other groups", "groups", lambda: sweeps.halve([1.0, 2.0], groups=[0]))
+    for name, argument, wrong in (
+        ("a TrainState", "students", {"students": states}), ("one seed", "seeds", {"seeds": 0}),
+        ("a negative seed", "seed", {"seeds": [0, -1]}), ("values of three", "values",
+         {"students": sweeps.Students(states, {"alpha": np.ones(3)})}), ("no epochs", "epochs", {"epochs": 0}),
+        ("a chunk of none", "chunk", {"chunk": 0}), ("rungs without validation", "validate",
+         {"rungs": (1,), "epochs": 2}), ("rungs beyond", "rungs", {"rungs": (1,)}),
+    ):  # fmt: skip
+        given = {"students": students, "epoch": sweep, "data": BATCH, **options, **wrong}
+        yield Case(f"sweeps.fit: {name}", argument, functools.partial(sweeps.fit, **given))
 
 
 def of_teachers() -> Iterator[Case]:
