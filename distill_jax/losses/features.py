@@ -18,6 +18,7 @@ from distill_jax.losses._space import (
     direction,
     example_mask,
     feature_pair,
+    features_of,
     per_channel,
     pool_mean,
     total,
@@ -277,7 +278,8 @@ def cat_kd(
     """
     if resolution is not None:
         check_count("resolution", resolution)
-    valid = example_mask(where, jnp.shape(student)[0])
+    student = features_of("student", student)
+    valid = example_mask(where, student.shape[0])
     x = feature_pair(student, teacher, valid, space=False)
     space = common_space(x.student.shape, x.teacher.shape)
     if resolution is not None:

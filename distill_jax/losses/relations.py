@@ -367,8 +367,8 @@ def ickd(
     >>> f'{ickd(student, teacher)[0]:.4f}'  # rows (1, 0), (0, 1) and (√½, √½): 2 − √2
     '0.5858'
     """
-    shapes = jnp.shape(student), jnp.shape(teacher)
     flat_student, flat_teacher, valid = flatten(student, teacher, where)
+    shapes = jnp.shape(student), jnp.shape(teacher)
     channels = shapes[0][-1]
     if channels != shapes[1][-1]:
         raise ValueError(
