@@ -28,7 +28,6 @@ from distill_jax._checks import check_not_negative, check_positive, check_real, 
 Loss = Callable[..., Array]
 
 _NEAR = 0.5  # where a difference of logarithms is smaller than this, series replace formulas that cancel
-_LEAST = 2.0**-57
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -304,20 +303,33 @@ def _kl_terms(x: Pair, share: Array) -> _Terms:
     return _Terms(_forbidden(x, terms), jnp.where(near, x.p * (small - d), x.q - x.p), x.p * x.log_ratio)
 
 
+def _cross_terms(x: Pair, share: Array) -> _Terms:
+    """Of the cross-entropy −Σ p·log q."""
+    terms = -x.p * x.log_q
+    return _Terms(_forbidden(x, terms), _kl_terms(x, share).by_q, terms)
+
+
+def _variation_terms(x: Pair, share: Array) -> _Terms:
+    """Of the total variation distance ½·Σ |p − q|, whose derivative is 0 where p = q."""
+    gap = probability_difference(x)
+    sign = jnp.sign(gap) / 2
+    return _Terms(sign * gap, -sign * x.q, sign * x.p)
+
+
 def _skew_terms(x: Pair, share: Array) -> _Terms:
     """Of KL(p‖m) with m = share·p + (1 − share)·q."""
-    log_p_m, log_q_m = _over_mixture(x, share)
-    m = share * x.p + (1 - share) * x.q
-    of_q = jnp.where(x.has_q, (1 - share) * jnp.exp(log_q_m), 0.0)  # the part of m that is q's
-    gap = (1 - share) * probability_difference(x)
+    m, gap, log_p_m, _ = _mixture(x, share)
+    log_p_m = jnp.where(share > 0, log_p_m, x.log_ratio)
     terms = divergence_terms(log_p_m, x.p, m)
     terms = jnp.where(share > 0, terms, _forbidden(x, terms))
+    of_q = (1 - share) * x.q / jnp.where(m == 0, 1.0, m)  # the part of m that is q's
+    gap = (1 - share) * gap
     return _Terms(terms, -of_q * gap, x.p * log_p_m - (1 - of_q) * gap)
 
 
 def _jensen_shannon_terms(x: Pair, share: Array) -> _Terms:
     """Of share·KL(p‖m) + (1 − share)·KL(q‖m) with m = share·p + (1 − share)·q."""
-    log_p_m, log_q_m = _over_mixture(x, share)
+    _, _, log_p_m, log_q_m = _mixture(x, share)
     near = x.has_q & x.has_p & (jnp.abs(x.log_ratio) < _NEAR)
     a, b = jnp.where(near, log_p_m, 0.0), jnp.where(near, log_q_m, 0.0)
     by_q, by_p = (1 - share) * x.q * log_q_m, share * x.p * log_p_m
@@ -326,32 +338,25 @@ def _jensen_shannon_terms(x: Pair, share: Array) -> _Terms:
     return _Terms(jnp.where(near, small, by_p + by_q), by_q, by_p)
 
 
-def _over_mixture(x: Pair, share: Array) -> tuple[Array, Array]:
-    """Computes log(p/m) and log(q/m) with m = share·p + (1 − share)·q, accurate for every share."""
-    up = x.log_ratio > 0
-    d = jnp.where(up, x.log_ratio, -x.log_ratio)  # ≥ 0: of the larger probability over the smaller
-    of_large, of_small = jnp.where(up, share, 1 - share), jnp.where(up, 1 - share, share)
-    near = d < _NEAR
-    close, far = jnp.where(near, d, 0.0), jnp.where(near, 1.0, d)
-    fall = close - excess(close)  # 1 − e^(−d)
-    decay = jnp.exp(-far)
-    growth = 1 / jnp.maximum(decay, _LEAST)  # whose square is finite, for the derivatives
-    small_alone = of_large <= 0
-    mixed = jnp.where(small_alone, 1.0, of_large + of_small * decay)
-    large = jnp.where(near, jnp.log1p(-of_small * fall), jnp.where(small_alone, -far, jnp.log(mixed)))
-    small = jnp.log1p(of_large * jnp.where(near, fall / (1 - fall), growth - 1))
-    small += jnp.where(small_alone, 0.0, jnp.maximum(far + math.log(_LEAST), 0.0))
-    log_p_m, log_q_m = -jnp.where(up, large, small), -jnp.where(up, small, large)
-    # Where one of the two excludes a class, m holds only the other.
-    both = x.has_q & x.has_p
-    p_alone = -jnp.log(jnp.where(share > 0, share, 1.0))
-    q_alone = -jnp.log1p(-jnp.where(share < 1, share, 0.0))
-    return jnp.where(both, log_p_m, p_alone), jnp.where(both, log_q_m, q_alone)
+def _mixture(x: Pair, share: Array) -> tuple[Array, Array, Array, Array]:
+    """Computes m = share·p + (1 − share)·q, p − q, log(p/m) and log(q/m).
+
+    p/m = 1 + (1 − share)·(p − q)/m, and q/m likewise. Where p/m is below a rounding of 1, so is p·log(p/m).
+    """
+    m, gap = share * x.p + (1 - share) * x.q, probability_difference(x)
+    relative = gap / jnp.where(m == 0, 1.0, m)
+    least = jnp.finfo(m.dtype).eps - 1
+    log_p_m = jnp.log1p(jnp.maximum((1 - share) * relative, least))
+    return m, gap, log_p_m, jnp.log1p(jnp.maximum(-share * relative, least))
 
 
 _KINDS: dict[str, Callable[[Pair, Array], _Terms]] = {
-    "kl": _kl_terms, "skew": _skew_terms, "jensen_shannon": _jensen_shannon_terms
-}  # fmt: skip
+    "kl": _kl_terms,
+    "cross_entropy": _cross_terms,
+    "total_variation": _variation_terms,
+    "skew": _skew_terms,
+    "jensen_shannon": _jensen_shannon_terms,
+}
 
 
 def divergence(kind: str, x: Softened, axis: int, share: ArrayLike = 0.0) -> Array:
@@ -382,7 +387,7 @@ def _divergence_jvp(kind, axis, primals, tangents):
     ):
         if isinstance(kept, SymbolicZero):
             continue
-        if kind != "kl" or by_log is by_p:  # Σ (q − p) = 0
+        if kind not in ("kl", "cross_entropy") or by_log is by_p:  # Σ (q − p) = 0
             by_log = by_log - probability * jnp.sum(by_log, axis, keepdims=True)
         tangent += jnp.sum(jnp.where(has, by_log, 0.0) * kept, axis)
     if not isinstance(tangents[-1], SymbolicZero):

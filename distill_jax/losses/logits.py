@@ -17,13 +17,10 @@ from jax.typing import ArrayLike
 from distill_jax._checks import check_fraction, check_real
 from distill_jax.losses._numerics import (
     both_logits,
-    compare,
     divergence,
     log_total,
     logits_of,
     mask_of,
-    pair,
-    probability_difference,
     scalar,
     scale,
     soften,
@@ -218,7 +215,7 @@ def _scaled(
     temperature = temperature_of(temperature, student, axis)
     x = soften(student, teacher, temperature, axis, where)
     value = divergence(kind, x.swapped if swap else x, axis, scalar(*share, student.dtype))
-    return scale(temperature, value, axis)
+    return value if kind == "total_variation" else scale(temperature, value, axis)
 
 
 def total_variation(
@@ -255,9 +252,7 @@ def total_variation(
     >>> f'{total_variation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.2500'
     """
-    x = pair(student_logits, teacher_logits, temperature, axis, where)
-    difference = probability_difference(x)
-    return jnp.sum(jnp.sign(difference) * difference, axis) / 2
+    return _scaled("total_variation", student_logits, teacher_logits, temperature, axis, where)
 
 
 def soft_cross_entropy(
@@ -279,12 +274,7 @@ def soft_cross_entropy(
     >>> f'{soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.6931'
     """
-    student, teacher = both_logits(student_logits, teacher_logits, axis)
-    temperature = temperature_of(temperature, student, axis)
-    x = soften(student, teacher, temperature, axis, where)
-    p = compare(x, axis)
-    entropy = -jnp.sum(p.p * p.log_p, axis)
-    return scale(temperature, divergence("kl", x, axis) + entropy, axis)
+    return _scaled("cross_entropy", student_logits, teacher_logits, temperature, axis, where)
 
 
 def mean_squared_logits(
@@ -366,20 +356,21 @@ def cross_entropy(
             f"labels must be integers of shape {per_example} or probabilities of shape {logits.shape} for "
             f"logits of shape {logits.shape}, got {labels.dtype} of shape {labels.shape}"
         )
-    if integer:
-        bad = (labels < 0) | (labels >= classes)
-        targets = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)
-    else:
-        bad, targets = jnp.zeros(per_example, bool), labels.astype(logits.dtype)
-    counted = mask_of(where, logits)
     valid = valid_classes(logits, where)
+    if integer:
+        bad: Array | bool = (labels < 0) | (labels >= classes)
+        targets, mass = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype), jnp.ones(())
+    else:
+        bad, targets = False, labels.astype(logits.dtype)
+        mass = jnp.sum(jnp.where(valid, targets, 0.0), axis)
     smoothing = scalar("label_smoothing", label_smoothing, logits.dtype)
     if not isinstance(label_smoothing, int | float) or label_smoothing:
         count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
         targets = (1 - smoothing) * targets + smoothing * valid / count
-    impossible = jnp.any((targets > 0) & ~valid, axis)
-    targets = jnp.where(valid, targets, 0.0)
+        mass = (1 - smoothing) * mass + smoothing
     shifted, total = log_total(jnp.where(valid, logits, 0.0), valid, axis)
-    loss = jnp.sum(targets * (total - shifted), axis)
-    loss = jnp.where(bad, jnp.nan, jnp.where(impossible, jnp.inf, loss))
-    return jnp.where(jnp.any(counted, axis), loss, 0.0)
+    impossible = (targets > 0) & ~valid
+    terms = jnp.where(impossible, jnp.inf, -jnp.where(valid, targets, 0.0) * shifted)
+    loss = jnp.squeeze(total, axis) * mass + jnp.sum(terms, axis)
+    loss = jnp.where(bad, jnp.nan, loss)
+    return loss if where is None else jnp.where(jnp.any(mask_of(where, logits), axis), loss, 0.0)
