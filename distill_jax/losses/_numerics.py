@@ -99,16 +99,17 @@ def temperature_of(value: ArrayLike, logits: Array, axis: int) -> Array:
 
 
 def valid_classes(logits: Array, where: ArrayLike | None) -> Array:
-    """Says which classes exist: those of ``where`` whose logit is above −inf.
+    """Says which classes exist: those of ``where`` whose logit is above −inf."""
+    return masked(logits, where) != -jnp.inf  # a NaN is valid, so that it shows in the result
+
+
+def masked(logits: Array, where: ArrayLike | None) -> Array:
+    """Makes −inf of the logits of classes that ``where`` excludes.
 
     ``where`` is ``bool`` with one axis per axis of the logits, each of the same size or 1. So a mask of
     classes, ``[1, classes]``, and a mask of examples, ``[batch, 1]``, cannot be mistaken for each other.
     """
-    finite = logits != -jnp.inf  # a NaN is valid, so that it shows in the result
-    if where is None:
-        return finite
-    where = mask_of(where, logits)
-    return finite & where
+    return logits if where is None else jnp.where(mask_of(where, logits), logits, -jnp.inf)
 
 
 def mask_of(where: ArrayLike | None, logits: Array) -> Array:
@@ -129,33 +130,47 @@ def mask_of(where: ArrayLike | None, logits: Array) -> Array:
 # --- softmax ---------------------------------------------------------------------------------
 
 
-def log_total(logits: Array, valid: Array, axis: int) -> tuple[Array, Array]:
+def peak(logits: Array, axis: int) -> Array:
+    """Computes the maximum, a constant to the gradient; 0 where no class exists."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
+    return jnp.where(top == -jnp.inf, 0.0, top)
+
+
+def log_total(logits: Array, axis: int) -> tuple[Array, Array]:
     """Computes the logits less their maximum, 0 where no class exists, and the logarithm of Σ exp of them."""
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True, where=valid, initial=-jnp.inf))
-    shifted = jnp.where(valid, logits - jnp.where(peak == -jnp.inf, 0.0, peak), 0.0)
-    total = jnp.sum(jnp.exp(shifted), axis, keepdims=True, where=valid)
+    valid = logits != -jnp.inf
+    shifted = jnp.where(valid, logits - peak(logits, axis), 0.0)
+    total = jnp.sum(jnp.where(valid, jnp.exp(shifted), 0.0), axis, keepdims=True)
     return shifted, jnp.log(jnp.where(total > 0, total, 1.0))
 
 
 def log_softmax(logits: Array, valid: Array, axis: int) -> Array:
     """Computes log-probabilities; 0 (not −inf) at classes that do not exist, so their gradient is zero."""
-    shifted, total = log_total(jnp.where(valid, logits, 0.0), valid, axis)
+    shifted, total = log_total(jnp.where(valid, logits, -jnp.inf), axis)
     return jnp.where(valid, shifted - total, 0.0)
 
 
 class Softened(NamedTuple):
-    """Softened logits of student and teacher, each less its maximum; 0 at classes that do not exist."""
+    """Softened logits of student and teacher, each less its maximum; −inf at classes that do not exist."""
 
     student: Array
     teacher: Array
-    difference: Array  # teacher − student, from the difference of the logits
-    has_q: Array
-    has_p: Array
+    difference: Array  # teacher − student where both exist, from the difference of the logits, else 0
+
+    @property
+    def has_q(self) -> Array:
+        """The classes of the student."""
+        return self.student != -jnp.inf
+
+    @property
+    def has_p(self) -> Array:
+        """The classes of the teacher."""
+        return self.teacher != -jnp.inf
 
     @property
     def swapped(self) -> "Softened":
         """Student and teacher exchanged."""
-        return Softened(self.teacher, self.student, -self.difference, self.has_p, self.has_q)
+        return Softened(self.teacher, self.student, -self.difference)
 
 
 class Pair(NamedTuple):
@@ -174,22 +189,21 @@ def soften(
     student: Array, teacher: Array, temperature: Array, axis: int, where: ArrayLike | None
 ) -> Softened:
     """Divides checked logits by the temperature."""
-    has_q, has_p = valid_classes(student, where), valid_classes(teacher, where)
-    # Masked before the division, or the gradient for the temperature would be −inf·0
-    student, teacher = jnp.where(has_q, student, 0.0), jnp.where(has_p, teacher, 0.0)
-
-    def peak(logits, has):
-        top = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True, where=has, initial=-jnp.inf))
-        return jnp.where(top == -jnp.inf, 0.0, top)  # −inf: no class of the row exists
-
-    top_q, top_p = peak(student, has_q), peak(teacher, has_p)
+    student, teacher = masked(student, where), masked(teacher, where)
+    has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
+    top_q, top_p = peak(student, axis), peak(teacher, axis)
+    # 0 before the division, or the gradient for the temperature would be −inf·0
     x, y = jnp.where(has_q, student - top_q, 0.0), jnp.where(has_p, teacher - top_p, 0.0)
     # Two ways to the difference: between the networks first, or to the maximum first. The smaller numbers
     # lose fewer digits.
     across, along = teacher - student, top_p - top_q
     closer = jnp.abs(across) + jnp.abs(along) < jnp.abs(x) + jnp.abs(y)
     difference = jnp.where(has_q & has_p, jnp.where(closer, across - along, y - x), 0.0)
-    return Softened(x / temperature, y / temperature, difference / temperature, has_q, has_p)
+    return Softened(
+        jnp.where(has_q, x / temperature, -jnp.inf),
+        jnp.where(has_p, y / temperature, -jnp.inf),
+        difference / temperature,
+    )
 
 
 def pair(
@@ -207,14 +221,13 @@ def compare(x: Softened, axis: int) -> Pair:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _compare(axis, student, teacher, difference, has_q, has_p):
-    e_q = jnp.where(has_q, jnp.exp(student), 0.0)
-    e_p = jnp.where(has_p, jnp.exp(teacher), 0.0)
+def _compare(axis, student, teacher, difference):
+    e_q, e_p = jnp.exp(student), jnp.exp(teacher)
     sum_q, sum_p = jnp.sum(e_q, axis, keepdims=True), jnp.sum(e_p, axis, keepdims=True)
     sum_q, sum_p = jnp.where(sum_q == 0, 1.0, sum_q), jnp.where(sum_p == 0, 1.0, sum_p)
-    # log p − log q = δ − log Σ p·e^δ / Σ q, which is accurate by log1p where the sums almost agree
-    both = has_q & has_p
-    near = both & (jnp.abs(difference) < _NEAR)
+    # log p − log q = δ − log(Σ e^teacher / Σ e^student), by log1p where the sums almost agree
+    has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
+    near = has_q & has_p & (jnp.abs(difference) < _NEAR)
     grown = jnp.where(near, e_q * (difference + excess(-difference)), e_p - e_q)
     grown = jnp.sum(grown, axis, keepdims=True) / sum_q
     change = jnp.where(jnp.abs(grown) < _NEAR, jnp.log1p(grown), jnp.log(sum_p / sum_q))
@@ -223,13 +236,13 @@ def _compare(axis, student, teacher, difference, has_q, has_p):
         e_p / sum_p,
         jnp.where(has_q, student - jnp.log(sum_q), 0.0),
         jnp.where(has_p, teacher - jnp.log(sum_p), 0.0),
-        jnp.where(both, difference - change, 0.0),
+        jnp.where(has_q & has_p, difference - change, 0.0),
     )
 
 
 def _compare_jvp(axis, primals, tangents):
     q, p, *rest = _compare(axis, *primals)
-    has_q, has_p = primals[3:]
+    has_q, has_p = (x != -jnp.inf for x in primals[:2])
 
     def tangent_of_log(tangent, probability, has):
         if isinstance(tangent, SymbolicZero):
@@ -370,26 +383,22 @@ def divergence(kind: str, x: Softened, axis: int, share: ArrayLike = 0.0) -> Arr
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _divergence(kind, axis, student, teacher, difference, has_q, has_p, share):
-    x = compare(Softened(student, teacher, difference, has_q, has_p), axis)
-    return jnp.sum(_KINDS[kind](x, share).terms, axis)
+def _divergence(kind, axis, student, teacher, difference, share):
+    return jnp.sum(_KINDS[kind](compare(Softened(student, teacher, difference), axis), share).terms, axis)
 
 
 def _divergence_jvp(kind, axis, primals, tangents):
-    *inputs, share = primals
-    x = compare(Softened(*inputs), axis)
+    *logits, share = primals
+    x = compare(Softened(*logits), axis)
     terms, by_q, by_p = _KINDS[kind](x, share)
     value = jnp.sum(terms, axis)
     tangent = jnp.zeros_like(value)
-    for kept, probability, by_log, has in (
-        (tangents[0], x.q, by_q, x.has_q),
-        (tangents[1], x.p, by_p, x.has_p),
-    ):
+    for kept, probability, by_log in ((tangents[0], x.q, by_q), (tangents[1], x.p, by_p)):
         if isinstance(kept, SymbolicZero):
             continue
         if kind not in ("kl", "cross_entropy") or by_log is by_p:  # Σ (q − p) = 0
             by_log = by_log - probability * jnp.sum(by_log, axis, keepdims=True)
-        tangent += jnp.sum(jnp.where(has, by_log, 0.0) * kept, axis)
+        tangent += jnp.sum(by_log * kept, axis)
     if not isinstance(tangents[-1], SymbolicZero):
         tangent += jax.jvp(lambda s: jnp.sum(_KINDS[kind](x, s).terms, axis), (share,), (tangents[-1],))[1]
     return value, tangent

@@ -313,11 +313,11 @@ def _label_or_not(
 
     top_q, top_p = (jax.lax.stop_gradient(jnp.maximum(odds, 0.0)) for odds in (odds_q, odds_p))
     has_q, has_p = two(target_q, others_q), two(target_p, others_p)
-    x = jnp.where(has_q, two(odds_q - top_q, -top_q), 0.0)
-    y = jnp.where(has_p, two(odds_p - top_p, -top_p), 0.0)
+    x = jnp.where(has_q, two(odds_q - top_q, -top_q), -jnp.inf)
+    y = jnp.where(has_p, two(odds_p - top_p, -top_p), -jnp.inf)
     close = two(step - (top_p - top_q), top_q - top_p)
     difference = jnp.where(has_q & has_p, jnp.where(two(near, near), close, y - x), 0.0)
-    return Softened(x, y, difference, has_q, has_p)
+    return Softened(x, y, difference)
 
 
 def _finish(value: Array, exists: Array, bad: Array, axis: int) -> Array:

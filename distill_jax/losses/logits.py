@@ -21,6 +21,7 @@ from distill_jax.losses._numerics import (
     log_total,
     logits_of,
     mask_of,
+    masked,
     scalar,
     scale,
     soften,
@@ -356,10 +357,14 @@ def cross_entropy(
             f"labels must be integers of shape {per_example} or probabilities of shape {logits.shape} for "
             f"logits of shape {logits.shape}, got {labels.dtype} of shape {labels.shape}"
         )
-    valid = valid_classes(logits, where)
+    logits = masked(logits, where)
+    valid = logits != -jnp.inf
     if integer:
         bad: Array | bool = (labels < 0) | (labels >= classes)
-        targets, mass = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype), jnp.ones(())
+        targets, mass = (
+            jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype),
+            jnp.ones((), logits.dtype),
+        )
     else:
         bad, targets = False, labels.astype(logits.dtype)
         mass = jnp.sum(jnp.where(valid, targets, 0.0), axis)
@@ -368,7 +373,7 @@ def cross_entropy(
         count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
         targets = (1 - smoothing) * targets + smoothing * valid / count
         mass = (1 - smoothing) * mass + smoothing
-    shifted, total = log_total(jnp.where(valid, logits, 0.0), valid, axis)
+    shifted, total = log_total(logits, axis)
     impossible = (targets > 0) & ~valid
     terms = jnp.where(impossible, jnp.inf, -jnp.where(valid, targets, 0.0) * shifted)
     loss = jnp.squeeze(total, axis) * mass + jnp.sum(terms, axis)
