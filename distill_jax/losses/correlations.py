@@ -190,9 +190,9 @@ def mlkd(
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
       temperatures: one or more T > 0.
-      instance_weight: weight of the first term.
-      batch_weight: weight of the second term.
-      class_weight: weight of the third term.
+      instance_weight: weight of the first term, at least 0.
+      batch_weight: weight of the second term, at least 0.
+      class_weight: weight of the third term, at least 0.
       axis: the axis of the classes.
       where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes of
         which examples exist. A class whose
