@@ -378,7 +378,7 @@ def ickd(
     batch = shapes[0][0]
 
     def correlations(x):
-        channel_rows = jnp.swapaxes(x.reshape(batch, -1, channels), 1, 2)
+        channel_rows = jnp.swapaxes(x.reshape(batch, x.shape[1] // channels, channels), 1, 2)
         if not normalise:
             return product(channel_rows, channel_rows)
         return direction(product(scaled(channel_rows, -1), scaled(channel_rows, (-1, -2))), -1)
