@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from distill_jax import _checks, train
-from distill_jax.models import Model, build
+from distill_jax.models import Model, build, from_function
 from distill_jax.train.checkpoints import digest
 
 RNG = np.random.default_rng(0)
@@ -68,6 +68,14 @@ def test_validation_counts_every_example_once():
     assert figures["validation_errors"] == (logits.argmax(-1) != VALIDATION["label"]).sum()
     expected = -log_q[np.arange(13), VALIDATION["label"]].mean()
     assert figures["validation_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_errors_are_whole_numbers():
+    label = np.zeros(96, np.int32)
+    data = {"image": np.where(np.arange(96) < 29, -1.0, 1.0).astype(np.float32)[:, None], "label": label}
+    model = from_function(lambda w, x: jnp.concatenate([x * w, -x * w], -1), jnp.float32(1.0))
+    for size in (7, 31, 96):
+        assert train.make_validation(data, batch_size=size)(model)["validation_errors"] == 29
 
 
 def test_best_is_the_latest_epoch_of_fewest_validation_errors():
