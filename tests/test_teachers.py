@@ -471,7 +471,7 @@ def test_fingerprint_sees_values_shapes_dtypes_and_names():
         2**70,
         LOGITS.sum,
     ],
-    ids=str,
+    ids=["object", "array of objects", "set", "masked", "structured", "beyond int64", "function"],
 )
 def test_fingerprint_refuses_what_has_no_bytes(leaf):
     with pytest.raises(ValueError, match=r"^tree\['a'\]\[0\] is .*, whose bytes are no fingerprint") as error:

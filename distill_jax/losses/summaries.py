@@ -66,10 +66,10 @@ def attention_transfer(
         raise ValueError(f"p must be at least 1, got {p}")
     x = feature_pair(student, teacher, where, channels=False)
     if x.student.shape == x.teacher.shape:  # in one stack: apart, a compiler may sum up in two orders
-        student, teacher = jax.vmap(lambda f: _attention(f, p))(jnp.stack([x.student, x.teacher]))
+        a, b = jax.vmap(lambda f: _attention(f, p))(jnp.stack([x.student, x.teacher]))
     else:
-        student, teacher = _attention(x.student, p), _attention(x.teacher, p)
-    difference = direction_difference(student, teacher, 1)
+        a, b = _attention(x.student, p), _attention(x.teacher, p)
+    difference = direction_difference(a, b, 1)
     if not mean:
         return norm(difference, 1)
     return jnp.sum(jnp.square(difference), 1) / jnp.maximum(per_example(x.valid), 1)
