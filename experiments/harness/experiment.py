@@ -181,6 +181,7 @@ class Run:
         if seed is None:
             fit = train.sweeps.fit
             options["seeds"] = order
+            options["mesh"] = self.sharding and self.sharding.mesh  # type: ignore[attr-defined]
         else:
             options["seed"] = order
             options.setdefault("validate", self.validation)

@@ -5,7 +5,7 @@ colours (Okabe and Ito's) and lines that colour-blind readers and grey print kee
 """
 
 from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
-from harness.pictures.comparisons import code_widths, comparison, curves, tradeoffs
+from harness.pictures.comparisons import code_widths, comparison, curves, heat_map, tradeoffs
 from harness.pictures.insides import reconstructions
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "confusion",
     "curves",
     "gallery",
+    "heat_map",
     "learning_curves",
     "reconstructions",
     "reliability",

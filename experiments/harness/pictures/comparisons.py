@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from harness.pictures.style import LOOKS, check, log_ticks, looks_of, save, style
 
@@ -208,4 +209,65 @@ def code_widths(
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid()
     picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    save(path, picture)
+
+
+@style
+def heat_map(
+    path: str | Path,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    baseline: tuple[str, float],
+    chosen: tuple[int, int],
+    faint: np.ndarray,
+) -> None:
+    """Draws a matrix of errors in colours: blue below a baseline, red above.
+
+    Args:
+      path: the PNG file.
+      values: errors, ``[rows, columns]``.
+      rows: the names of the rows, the first at the bottom.
+      columns: the names of the columns.
+      xlabel: the label of the x axis.
+      ylabel: the label of the y axis.
+      label: what the values are.
+      baseline: the name of the baseline and its errors, which are white.
+      chosen: the row and the column that get a frame.
+      faint: bool ``[rows, columns]``: fields whose number is in brackets, and which have no colour.
+
+    Raises:
+      ValueError: if shapes do not fit.
+    """
+    values = np.asarray(values, np.float64)
+    for name, array in (("values", values), ("faint", faint)):
+        check(name, np.shape(array), "[rows, columns]", (len(rows), len(columns)))
+    picture = Figure((3.4, 0.32 * len(rows) + 1.1), layout="constrained")
+    axes = picture.subplots()
+    middle = baseline[1]
+    reach = max(np.abs(np.where(faint, 0, values - middle)).max(), 1e-9)
+    image = axes.imshow(
+        np.ma.masked_array(values, faint), cmap="RdBu_r", vmin=middle - reach, vmax=middle + reach,
+        origin="lower", aspect="auto",
+    )  # fmt: skip
+    for (i, j), value in np.ndenumerate(values):
+        dark = not faint[i, j] and abs(value - middle) > 0.6 * reach
+        axes.text(
+            j, i, f"({value:.3g})" if faint[i, j] else f"{value:.3g}", ha="center", va="center_baseline",
+            size=7, color="0.6" if faint[i, j] else "white" if dark else "black",
+        )  # fmt: skip
+    i, j = chosen
+    axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, linewidth=1.5, edgecolor="black"))
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    bar = picture.colorbar(image, ax=axes, label=label)
+    bar.ax.axhline(middle, color="0.3", linewidth=0.8)
+    bar.ax.set_title(f"{baseline[0]} {middle:.3g}", size=7)
     save(path, picture)
