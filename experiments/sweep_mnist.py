@@ -151,7 +151,8 @@ def train_students(
     done = run.fit(
         name, None, sweeps.Students(sweeps.init_states(sweeps.take(student, seeds), tx, keys), values),
         sweeps.make_epoch(make_step), examples, epochs=config.epochs, batch_size=config.batch_size,
-        order=seeds.tolist(), rows=rows[seeds], chunk=config.chunk or None, groups=np.arange(len(seeds)) // config.seeds,
+        order=seeds.tolist(), rows=rows[seeds], chunk=config.chunk or None,
+        groups=np.arange(len(seeds)) // config.seeds,  # the seeds of one T and α stay or go together
         rungs=config.rungs if len(temperatures) * len(alphas) > 1 else (),
         validate=train.make_validation(arrays(run.dataset.validation), prepare=prepare, stacked=True),
     )  # fmt: skip

@@ -103,6 +103,23 @@ def test_confusion_colours_errors_alone(tmp_path):
         pictures.confusion(tmp_path / "a.png", np.eye(3), ["a", "b"])
 
 
+def test_heat_map(tmp_path):
+    values, faint = np.array([[31.0, 8.3, 12], [9, 40, 31]]), np.zeros((2, 3), bool)
+
+    def coloured(faint, values=values):
+        pictures.heat_map(
+            tmp_path / "a.png", values, ["1", "4"], ["0", "0.5", "1"], xlabel="α", ylabel="T", label="errors",
+            baseline=("scratch", 31.0), chosen=(0, 1), faint=faint,
+        )  # fmt: skip
+        pixels = look(tmp_path / "a.png", (3.4, 1.74))[..., :3]
+        return np.mean(np.ptp(pixels[:, : int(0.7 * pixels.shape[1])], -1) > 0.1)
+
+    assert coloured(faint) > 0.2
+    assert coloured(~faint) == 0  # those that were stopped have no colour
+    with pytest.raises(ValueError, match=r"values must be \[rows, columns\] = \(2, 3\), got \(3, 2\)"):
+        coloured(faint, values.T)
+
+
 def make_gallery(n=12, classes=10, channels=1):
     labels, teacher = predictions(n, classes, 0.3)
     images = np.random.default_rng(1).integers(0, 256, (n, 9, 8, channels), np.uint8)
