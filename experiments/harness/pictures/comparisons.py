@@ -260,8 +260,9 @@ def heat_map(
             j, i, f"({value:.3g})" if faint[i, j] else f"{value:.3g}", ha="center", va="center_baseline",
             size=7, color="0.6" if faint[i, j] else "white" if dark else "black",
         )  # fmt: skip
-    i, j = chosen
-    axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, linewidth=1.5, edgecolor="black"))
+    for width, colour in ((3.5, "white"), (1.5, "black")):  # to be seen on every colour
+        place = chosen[1] - 0.46, chosen[0] - 0.46
+        axes.add_patch(Rectangle(place, 0.92, 0.92, fill=False, linewidth=width, edgecolor=colour))
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
