@@ -18,19 +18,23 @@ def test_json_lines_are_written_at_once(tmp_path):
     sink.close()
 
 
-def test_a_continued_training_replaces_the_epochs_that_it_repeats(tmp_path):
+@pytest.mark.parametrize("rest", ["", '{"epoch": 5, "lo', "{\n", "[]\n", '{"epoch": null}\n'])
+def test_a_continued_training_replaces_the_epochs_that_it_repeats(tmp_path, rest):
     path = tmp_path / "teacher.jsonl"
     first = logs.JsonLines(path)
     for epoch in (1, 2, 3, 4):
         first.write(epoch, {"loss": 1.0})
     first.close()
     with path.open("a") as file:
-        file.write('{"epoch": 5, "lo')  # what a killed run may leave
+        file.write(rest)
     second = logs.JsonLines(path)
-    for epoch in (3, 4, 5):  # from the checkpoint of epoch 3, which fit reports again
+    for epoch in (5, 6) if rest else (3, 4, 5):  # from the checkpoint of that epoch, which fit reports again
         second.write(epoch, {"loss": 2.0})
     second.close()
-    assert [(line["epoch"], line["loss"]) for line in lines(path)] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    kept = (
+        [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)] if rest else [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    )
+    assert [(line["epoch"], line["loss"]) for line in lines(path)] == kept
 
 
 def test_the_pulse_speaks_where_nothing_else_does(capsys, monkeypatch):

@@ -50,11 +50,19 @@ class JsonLines:
         self._file.flush()
 
     def _kept(self, epoch: int) -> int:
-        """Returns the number of bytes of the lines of earlier epochs; a killed run may leave half a line."""
+        """Returns the number of bytes of the lines of earlier epochs, up to one that a killed run left half written."""
         self._file.seek(0)
         size = 0
         for line in self._file:
-            if not line.endswith(b"\n") or json.loads(line)["epoch"] >= epoch:
+            try:
+                earlier = line.endswith(b"\n") and json.loads(line)["epoch"] < epoch
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+            ):  # a damaged line: the figures are in the checkpoint, too
+                earlier = False
+            if not earlier:
                 break
             size += len(line)
         return size
