@@ -205,6 +205,18 @@ def test_a_digest_changes_with_every_byte(dtype, size):
             data[position] ^= change
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int8])
+def test_a_digest_changes_if_the_signs_of_a_row_change(dtype):
+    """Changes of the highest bits alone must not cancel in a sum modulo a power of two."""
+    array = np.ones(4096 // np.dtype(dtype).itemsize, dtype)
+    first = digest(array)
+    for step in (1, 2, 4, 8):
+        for count in (2, 4, 64):
+            changed = array.copy()
+            changed[step - 1 :: step][:count] *= -1
+            assert digest(changed) != first
+
+
 def test_the_last_checkpoints_stay(tmp_path):
     tree = {"a": jnp.arange(3), "key": jax.random.key(5, impl="rbg"), "nested": [jnp.ones(2, jnp.bfloat16)]}
     with train.Checkpoints(tmp_path, keep=2) as checkpoints:
