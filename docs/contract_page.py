@@ -13,7 +13,7 @@ def write(file: Path) -> None:
         "# What holds for every loss",
         "",
         "These rules are tested for every public loss, eagerly, under `jax.jit` and under `jax.vmap`. This page is",
-        "made from the file that the test reads, and an exception that is none fails the test.",
+        "made from the file that the test reads. An exception that is no longer needed fails the test.",
         "",
         "| case | rule |",
         "| --- | --- |",
