@@ -33,8 +33,8 @@ def check_real(name: str, array: Any) -> None:
 def check_integers(name: str, array: ArrayLike) -> None:
     """Raises ``ValueError`` unless an array holds integers that int64 can hold."""
     _check_dtype(name, array, (jnp.integer,), "integers")
-    if isinstance(array, jax.core.Tracer):
-        return
+    if isinstance(array, jax.core.Tracer) or getattr(array, "dtype", np.uint64) != np.uint64:
+        return  # an array on a device is not copied
     array = np.asarray(array)
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must be integers of at most 63 bits, got {array.max()}")
@@ -139,7 +139,7 @@ def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
 
 def check_key(name: str, key: Any) -> None:
     """Raises ``ValueError`` unless a value is one random key, typed or of the older form uint32 ``[2]``."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         fits = shape == ()
     else:
@@ -156,7 +156,9 @@ def check_mapping(name: str, value: Any, of: str) -> None:
 
 
 def check_sequence(name: str, value: Any, of: str) -> None:
-    """Raises ``ValueError`` unless a value is a sequence, and no string; ``of`` says of what."""
+    """Raises ``ValueError`` unless a value is a sequence or an array ``[n]``, and no string; ``of`` says of what."""
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim == 1:
+        return
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"{name} must be a list of {of}, got {type(value).__name__}")
 
@@ -178,7 +180,8 @@ def check_function(name: str, function: Any, form: str) -> None:
         raise ValueError(f"{name} must be a function ({form}), got {got}") from None
     except ValueError:
         return  # a function of C, which has no signature
-    if type(function).__module__.startswith(("flax.", "distill_jax._model")):
+    wrapped = hasattr(function, "__wrapped__")  # such as the result of nnx.jit, a class of Flax
+    if not wrapped and type(function).__module__.startswith(("flax.", "distill_jax._model")):
         raise ValueError(f"{name} must be a function ({form}), got a {type(function).__name__}")
 
 

@@ -97,7 +97,7 @@ def from_function(fn: Callable[..., Any], params: PyTree) -> Model:
     >>> from_function(lambda w, x: x * w, jnp.float32(2.0))(jnp.float32(3.0))
     Array(6., dtype=float32)
     """
-    if isinstance(fn, Model) or "flax" in type(fn).__module__:
+    if isinstance(fn, Model) or ("flax" in type(fn).__module__ and not hasattr(fn, "__wrapped__")):
         raise ValueError(
             f"fn must be a function (params, x), got a {type(fn).__name__}: a Model is one already, and modules "
             "of Flax are wrapped by models.from_nnx and models.from_linen"

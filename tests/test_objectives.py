@@ -350,6 +350,8 @@ def test_several_teachers_errors():
         train.distill_each(weights=(1, 1, 1))(model, batch, key=None, step=0)
     with pytest.raises(ValueError, match="negative"):
         train.distill_each(weights=(1, -1))
+    for weights in (np.array([1.0, 2.0]), jnp.array([1.0, 2.0])):  # arrays are lists of numbers, too
+        train.distill_each(weights=weights)
     single = {**batch, "teacher": jnp.zeros((12, 3))}
     with pytest.raises(ValueError, match="tuple of logits"):
         train.distill_each()(model, single, key=None, step=0)

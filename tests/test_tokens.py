@@ -560,6 +560,9 @@ def test_labels_made_at_another_temperature_are_refused():
     for run in (compiled, lambda s, y: loss(s, y, tokens=MASK, temperature=2.0)):
         with pytest.raises(ValueError, match=r"made at temperature 1\.0, but temperature is 2\.0"):
             run(student, tokens.top_k(teacher, 3))
+    # A number and its rounding to float32 are the same, as they are for arrays
+    rounded = tokens.top_k(teacher, 3, temperature=np.float32(2.1))
+    loss(student, rounded, tokens=MASK, temperature=2.1)
     # Where one of the two is no known number, a difference shows as NaN
     traced = jax.jit(lambda t: tokens.top_k(teacher, 3, temperature=t))(2.0)
     np.testing.assert_allclose(compiled(student, traced), expected, rtol=1e-6)

@@ -130,7 +130,7 @@ def find_smallest(
     _check_budget(original, budget)
     real = [name for name in operators if name not in baselines]
     falling = [1.0, *shares, 0.0]
-    if not real or not shares or any(a <= b for a, b in itertools.pairwise(falling)):
+    if not real or not len(shares) or any(a <= b for a, b in itertools.pairwise(falling)):
         raise ValueError(
             "operators and shares: expected an operator that is no baseline, and shares that fall between 1 and 0, got "
             f"{list(operators)} and {list(shares)}"

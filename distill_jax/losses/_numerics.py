@@ -23,7 +23,13 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-from distill_jax._checks import check_not_negative, check_positive, check_real, warn_if_probabilities
+from distill_jax._checks import (
+    check_not_negative,
+    check_positive,
+    check_real,
+    is_integer,
+    warn_if_probabilities,
+)
 
 Loss = Callable[..., Array]
 
@@ -45,7 +51,7 @@ def logits_of(name: str, logits: ArrayLike, axis: int) -> Array:
     """Checks logits that a user gave, warns of probabilities, and converts to float32 or float64."""
     check_real(name, logits)
     shape = jnp.shape(logits)
-    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+    if not is_integer(axis) or not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis must be an integer that names an axis of {name}, of shape {shape}, got {axis!r}"
         )

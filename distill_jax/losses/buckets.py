@@ -286,7 +286,7 @@ def bucketed(loss: Loss) -> Loss:
 def _same_temperature(labels: float | Array, student: float | Array) -> bool | Array:
     if not (isinstance(labels, float) and isinstance(student, float)):
         return jnp.squeeze(jnp.asarray(labels, jnp.float32) == jnp.asarray(student, jnp.float32), -1)
-    if labels != student:
+    if np.float32(labels) != np.float32(student):  # as for arrays: 2.1 and its rounding are the same
         raise ValueError(
             f"the labels were made at temperature {labels}, but temperature is {student}: give the loss the "
             "labels' temperature, or make labels at this one"

@@ -63,7 +63,9 @@ def _check_leaf(name: str, leaf: Any, *, real: bool) -> None:
         )
         raise ValueError(f"{name} must be an array of numbers [n, ...], got {kind}")
     if not np.ndim(leaf):
-        raise ValueError(f"{name} must be an array [n, ...], got a single value")
+        raise ValueError(
+            f"{name} must be an array [n, ...], got a single value: turn a list into an array first"
+        )
 
 
 def _check_weight(name: str, weight: Any) -> None:

@@ -57,8 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = Path(__file__).parent
-    names = [name for name in SCRIPTS if (here / f"{name}.py").exists()]
-    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--only", nargs="*", choices=SCRIPTS, default=list(SCRIPTS), metavar="NAME")
     rows, failed = [], False
     for name in parser.parse_args().only:
         what, words = SCRIPTS[name]
