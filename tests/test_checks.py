@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from distill_jax import _checks, losses
+from distill_jax.compress import search
 from distill_jax.models import from_function
 
 
@@ -66,3 +67,14 @@ def test_an_axis_may_be_an_integer_of_numpy():
     assert losses.kl(x, x, axis=np.int64(1)).shape == (2,)
     with pytest.raises(ValueError, match="axis must be an integer"):
         losses.kl(x, x, axis=True)
+
+
+def test_shares_may_be_an_array():
+    def attempt(edit):
+        return 1 / edit.share, 100 * edit.share
+
+    options = {"operators": ["prune"], "budget": 2.0, "refinements": 0}
+    found = search.find_smallest(attempt, (1.0, 100.0), shares=np.array([0.5, 0.25]), **options)
+    assert list(found.trials) == ["prune 0.5", "prune 0.25"]
+    with pytest.raises(ValueError, match="operators and shares"):
+        search.find_smallest(attempt, (1.0, 100.0), shares=np.array([]), **options)
