@@ -137,14 +137,15 @@ def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
 
 
+def is_key(x: Any) -> bool:
+    """Says whether a value is a typed random key, or an array of such keys."""
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def check_key(name: str, key: Any) -> None:
     """Raises ``ValueError`` unless a value is one random key, typed or of the older form uint32 ``[2]``."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        fits = shape == ()
-    else:
-        fits = dtype == np.uint32 and shape in ((2,), (4,))
-    if not fits:
+    if not (shape == () if is_key(key) else dtype == np.uint32 and shape in ((2,), (4,))):
         got = type(key).__name__ if dtype is None else f"{dtype} of shape {shape}"
         raise ValueError(f"{name} must be one random key, such as jax.random.key(0), got {got}")
 

@@ -5,6 +5,7 @@ import hashlib
 import jax
 import numpy as np
 
+from distill_jax._checks import is_key
 from distill_jax._model import PyTree
 
 
@@ -32,7 +33,7 @@ def fingerprint(tree: PyTree) -> str:
         if leaf is None or isinstance(leaf, str):
             kind = type(leaf).__name__
             leaf = np.frombuffer((leaf or "").encode("utf-8", "surrogatepass"), np.uint8)
-        elif isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        elif is_key(leaf):
             kind, leaf = str(leaf.dtype), jax.random.key_data(leaf)
         array = _as_array(name, leaf)
         digest.update(f"{name} {kind or array.dtype} {array.shape};".encode())

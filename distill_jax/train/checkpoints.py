@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from distill_jax._checks import is_key
 from distill_jax._files import seal, unseal
 from distill_jax._model import PyTree
 from distill_jax.weights.structure import by_path
@@ -26,11 +27,7 @@ def _flat(tree: PyTree) -> dict[str, Any]:
     flat = by_path(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path when written with dots")
-    return {path: jax.random.key_data(x) if _is_key(x) else x for path, x in flat.items()}
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return {path: jax.random.key_data(x) if is_key(x) else x for path, x in flat.items()}
 
 
 def _describe(flat: dict[str, Any]) -> dict[str, str]:
@@ -194,7 +191,7 @@ class Checkpoints:
                 )
             leaves = [
                 jax.random.wrap_key_data(restored[path], impl=jax.random.key_impl(x))
-                if _is_key(x)
+                if is_key(x)
                 else restored[path]
                 for path, x in zip(flat, jax.tree.leaves(like), strict=True)
             ]

@@ -36,7 +36,7 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_count, check_function, check_tx
+from distill_jax._checks import check_count, check_function, check_tx, is_key
 from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.teachers import fingerprint
 from distill_jax.train._loop import Fit, check_options, checked_data, ranks, run_epochs
@@ -105,7 +105,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     """
     if not trees:
         raise ValueError("trees must be at least one pytree, got none")
-    return jax.tree.map(lambda *x: np.stack(x) if not _is_key(x[0]) else jnp.stack(x), *trees)
+    return jax.tree.map(lambda *x: np.stack(x) if not is_key(x[0]) else jnp.stack(x), *trees)
 
 
 def repeat(tree: PyTree, count: int, axes: PyTree = 0) -> PyTree:
@@ -154,13 +154,9 @@ def _map(function: Callable[[Any], Any], axes: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(part, axes, tree, is_leaf=lambda axis: axis is None)
 
 
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _on_host(tree: PyTree) -> PyTree:
     """Copies a pytree to NumPy arrays; random keys stay what they are."""
-    return jax.tree.map(lambda x: x if _is_key(x) else np.array(x), tree)
+    return jax.tree.map(lambda x: x if is_key(x) else np.array(x), tree)
 
 
 def init_states(models: Model, tx: optax.GradientTransformation, keys: jax.Array) -> TrainState:
@@ -180,7 +176,7 @@ def init_states(models: Model, tx: optax.GradientTransformation, keys: jax.Array
     check_model("models", models)
     check_tx("tx", tx)
     count = len(jax.tree.leaves(models.params)[0])
-    if not _is_key(keys) or keys.shape != (count,):
+    if not is_key(keys) or keys.shape != (count,):
         raise ValueError(f"keys must be {count} random keys, such as jax.random.split(key, {count})")
     make = jax.vmap(lambda model, key: init_state(model, tx, key))
     return _on_host(jax.jit(make)(models, keys))
@@ -464,7 +460,7 @@ def _put(whole: PyTree, chosen: np.ndarray, part: PyTree) -> PyTree:
     """Writes the arrays of some students, without those that fill up the last chunk, into those of all."""
 
     def one(x, y):
-        if _is_key(x):
+        if is_key(x):
             return x.at[chosen].set(y[: len(chosen)])
         x[chosen] = np.asarray(y)[: len(chosen)]
         return x
