@@ -24,6 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax._checks import (
+    check_bool,
     check_not_negative,
     check_positive,
     check_real,
@@ -122,13 +123,13 @@ def mask_of(where: ArrayLike | None, logits: Array) -> Array:
     """Checks ``where`` and expands it to the shape of the logits."""
     if where is None:
         return jnp.ones(logits.shape, bool)
+    check_bool("where", where)
     where, shape = where if isinstance(where, jax.Array) else np.asarray(where), logits.shape
     fits = where.ndim == len(shape) and all(a in (1, b) for a, b in zip(where.shape, shape, strict=True))
-    if where.dtype != bool or not fits:
+    if not fits:
         raise ValueError(
-            f"where must be bool with one axis per axis of the logits {shape}, each of the same size or 1 (for "
-            f"example where[None, :] for classes, where[:, None] for examples), got {where.dtype} of shape "
-            f"{where.shape}"
+            f"where must have one axis per axis of the logits {shape}, each of the same size or 1 (for example "
+            f"where[None, :] for classes, where[:, None] for examples), got shape {where.shape}"
         )
     return jnp.broadcast_to(where, shape)
 

@@ -1154,6 +1154,7 @@ def of_losses() -> Iterator[Case]:
                 yield Case(f"losses.{name}: labels {kind}", "label",
                            lambda f=loss, g=good, w=WRONG_LABELS[kind]: f(**g | {"labels": w}))
         wheres = {
+            "masked": np.ma.masked_array(np.ones_like(LOGITS, bool), LOGITS > 1),
             "floats": np.ones(8, np.float32), "strings": np.array(["a"] * 8), "another length": np.ones(5, bool),
             "a higher rank": np.ones((2, 8, 1, 1), bool), "complex": np.ones(8) * 1j,
         }
