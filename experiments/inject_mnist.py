@@ -250,7 +250,7 @@ def train_students(
             f"{setting}, {start}", None, sweeps.Students(states, values), epoch, examples, epochs=config.epochs,
             batch_size=config.batch_size, order=[0] * len(keys), rows=rows[values["seed"]], validate=validate,
         )  # fmt: skip
-        curves = np.rint(np.vstack([first, done.history["validation_errors"]])).T  # counts
+        curves = np.vstack([first, done.history["validation_errors"]]).T
         for i, rate in enumerate(rates):
             each = np.arange(i, len(keys), len(rates))  # the students of all seeds
             model = sweeps.take(done.model, each)

@@ -156,7 +156,7 @@ def train_students(
         rungs=config.rungs if len(temperatures) * len(alphas) > 1 else (),
         validate=train.make_validation(arrays(run.dataset.validation), prepare=prepare, stacked=True),
     )  # fmt: skip
-    history = np.rint(done.history["validation_errors"])
+    history = done.history["validation_errors"]
     epochs = np.isfinite(history).sum(0)
     errors = history[epochs - 1, np.arange(len(seeds))]
     shape = len(temperatures), len(alphas), config.seeds

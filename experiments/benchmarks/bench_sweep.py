@@ -3,8 +3,9 @@
 Each student is distilled from stored logits with its own temperature, α and learning rate (Adam). The images are drawn
 at random. Three ways are timed in turn, compilation counted: all students in one program ("together"); one after
 another in one compiled program that takes the hyper-parameters as arguments ("one program"); and one after another,
-each compiled anew, as separate processes would ("own programs"; their time to start is not counted). The persistent
-compilation cache is off.
+each compiled anew, as separate processes would ("own programs"). Of the last, some are timed and stand for all; the
+time in which a process starts is not counted. The persistent compilation cache is off. Beside the seconds of the wall
+clock stand those of the processors, on which other work on the machine weighs less.
 
     python experiments/benchmarks/bench_sweep.py
 """
@@ -33,6 +34,7 @@ class Config:
     sizes: tuple[str, ...] = ("8x8,mlp:32", "8x8,mlp:128", "28x28,mlp:32", "28x28,mlp:128")
     """image size and network of the student; ten classes"""
     students: int = 32  # number of students
+    compiled: int = 4  # number of students that are compiled anew, and stand for all
     steps: int = 1000  # number of steps of each student
     batch_size: int = 32  # number of examples per step
     own_batches: bool = False  # each student has its own order of examples, not one for all
@@ -50,7 +52,7 @@ def make_step(temperature: Any, alpha: Any, learning_rate: Any) -> train.Step:
 
 
 def ways(config: Config, size: str) -> dict[str, Callable[[], Any]]:
-    """Makes the trainings to be timed: name → a call that compiles, trains and returns all parameters."""
+    """Makes the trainings to be timed: name → a call that compiles, trains and returns the parameters."""
     image, network = size.split(",", 1)
     height, width = map(int, image.split("x"))
     shape, count = (height, width, 1), config.students
@@ -89,10 +91,10 @@ def ways(config: Config, size: str) -> dict[str, Callable[[], Any]]:
 
         return jax.lax.scan(step, state, order)[0].model.params
 
-    def one_after_another(anew: bool) -> Any:
+    def one_after_another(numbers: range, anew: bool) -> Any:
         jax.clear_caches()
         run, found = jax.jit(alone), []
-        for i in range(count):
+        for i in numbers:
             if anew:
                 jax.clear_caches()
                 run = jax.jit(alone)
@@ -101,8 +103,8 @@ def ways(config: Config, size: str) -> dict[str, Callable[[], Any]]:
 
     return {
         "together": together,
-        "one program": lambda: one_after_another(False),
-        "own programs": lambda: one_after_another(True),
+        "one program": lambda: one_after_another(range(count), False),
+        "own programs": lambda: one_after_another(range(config.compiled), True),
     }
 
 
@@ -111,25 +113,29 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     jax.config.update("jax_enable_compilation_cache", False)
     print(
-        f"{config.students} students, {config.steps} steps of batch {config.batch_size}; seconds, median of rounds"
+        f"{config.students} students, {config.steps} steps of batch {config.batch_size}; seconds of the wall clock / "
+        f"of the processors, medians of {config.rounds}; ratios to together of the processors' seconds"
     )
     print("| images, student | together | one program | own programs | ratios | largest difference |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for size in config.sizes:
         calls, results = ways(config, size), {}
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for _ in range(config.rounds):
             for name, call in calls.items():
-                begun = time.perf_counter()
+                begun = time.perf_counter(), time.process_time()
                 results[name] = jax.block_until_ready(call())
-                times[name].append(time.perf_counter() - begun)
-        median = {name: float(np.median(values)) for name, values in times.items()}
-        pairs = zip(*(jax.tree.leaves(results[name]) for name in ("together", "own programs")), strict=True)
+                took = time.perf_counter() - begun[0], time.process_time() - begun[1]
+                scale = config.students / config.compiled if name == "own programs" else 1
+                times[name].append((scale * took[0], scale * took[1]))
+        median = {name: np.median(values, 0) for name, values in times.items()}
+        pairs = zip(*(jax.tree.leaves(results[name]) for name in ("together", "one program")), strict=True)
         difference = max(float(np.abs(x - y).max()) for x, y in pairs)
-        ratios = " and ".join(
-            f"{median[n] / median['together']:.1f}" for n in ("one program", "own programs")
+        ratios = " / ".join(
+            f"{median[n][1] / median['together'][1]:.1f}" for n in ("one program", "own programs")
         )
-        print(f"| {size} | {' | '.join(f'{x:.2f}' for x in median.values())} | {ratios} | {difference:.0e} |")
+        cells = " | ".join(f"{wall:.1f} / {processors:.1f}" for wall, processors in median.values())
+        print(f"| {size} | {cells} | {ratios} | {difference:.0e} |", flush=True)
 
 
 if __name__ == "__main__":

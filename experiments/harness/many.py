@@ -9,6 +9,7 @@ import optax
 
 from distill_jax import train
 from distill_jax.models import Model
+from distill_jax.train import sweeps
 from harness.experiment import adam
 
 
@@ -43,12 +44,11 @@ def train_many(
     *,
     epochs: int,
     batch_size: int,
-    **options: Any,
+    seed: int,
+    transform: Callable[..., Any],
+    context: Any = None,
 ) -> Model:
-    """Trains many students, all from the same initial parameters, in the same order of examples.
-
-    The loss is the sum of the students' losses. No parameter of one student enters the loss of another, and
-    Adam treats each number by itself: each student learns what it would learn alone.
+    """Trains many students, all from the same initial parameters, on the same batches.
 
     Args:
       student: the student with its initial parameters.
@@ -57,34 +57,25 @@ def train_many(
       examples: the training arrays.
       epochs: the number of epochs.
       batch_size: the number of examples per step.
-      options: further options of :func:`fit`.
+      seed: as in :func:`fit`, and so are the others.
+      transform: prepares a batch, once for all students.
+      context: arrays for ``transform``.
 
     Returns:
       A model that gives the logits of all students, ``[batch, students, classes]``.
     """
-    values = {name: jnp.asarray(value, jnp.float32) for name, value in settings.items()}
-    rates = values["learning_rate"]
+    count = len(settings["learning_rate"])
 
-    def apply_fn(params, state, x, *, key=None):
-        def apply_one(params, state):
-            return student.apply_fn(params, state, x, key=key)
+    def tx(rate: Any) -> optax.GradientTransformation:  # its state does not depend on the rate
+        return optax.chain(adam(1.0, epochs, len(examples["label"]) // batch_size), optax.scale(rate))
 
-        return jax.vmap(apply_one, out_axes=(1, 0))(params, state)
+    def make_step(**setting: Any) -> train.Step:
+        return train.make_train_step(objective(setting), tx(setting["learning_rate"]))
 
-    def loss_fn(model, batch, *, key, step):
-        def loss_of_one(params, state, setting):
-            one = student.replace(params=params, state=state)
-            loss, (state, _) = objective(setting)(one, batch, key=key, step=step)
-            return loss, state
-
-        each, state = jax.vmap(loss_of_one)(model.params, model.state, values)
-        return each.sum(), (state, {})
-
-    def scale(updates, params):
-        return jax.tree.map(lambda x: x * rates.reshape(-1, *[1] * (x.ndim - 1)), updates)
-
-    repeated = jax.tree.map(lambda x: jnp.repeat(x[None], len(rates), 0), (student.params, student.state))
-    tx = optax.chain(adam(1.0, epochs, len(examples["label"]) // batch_size), optax.stateless(scale))
-    return fit(
-        Model(apply_fn, *repeated), loss_fn, tx, examples, epochs=epochs, batch_size=batch_size, **options
-    )
+    keys = jnp.stack([jax.random.key(seed, impl="rbg")] * count)
+    states = sweeps.init_states(sweeps.repeat(student, count), tx(1.0), keys)
+    done = sweeps.fit(
+        sweeps.Students(states, settings), sweeps.make_epoch(make_step, transform=transform, share=True), examples,
+        epochs=epochs, batch_size=batch_size, seeds=[seed] * count, context=context,
+    )  # fmt: skip
+    return sweeps.as_one(done.model)
