@@ -101,9 +101,9 @@ def assert_same(together, each, **tolerance):
 
 WAYS = {
     "at once": {},
-    "in chunks": {"chunk": 2},
+    "in chunks": {"chunk": 3},
     "on four devices": {"mesh": True},
-    "in chunks on two devices": {"chunk": 3, "mesh": 2},
+    "in chunks on two devices": {"chunk": 2, "mesh": 2},
 }
 
 
