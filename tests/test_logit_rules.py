@@ -93,7 +93,9 @@ def test_where_has_one_meaning(name):
     needed = {n: np.arange(1, 5) for n in NEEDED if n in inspect.signature(loss).parameters}
     call_ = functools.partial(loss, *given, *([] if name in WITHOUT_LABELS else [LABELS]), **needed)
     for where in (np.ones(4, bool), np.ones((1, 4, 4), bool), np.ones((4, 3), bool), np.ones((4, 4)), True):
-        with pytest.raises(ValueError, match="where must (be bool, got|have one axis per axis of the logits)"):
+        with pytest.raises(
+            ValueError, match=r"where must (be bool, got|have one axis per axis of the logits)"
+        ):
             call_(where=where)
     for where in (np.ones((4, 1), bool), np.ones((1, 4), bool), np.ones((1, 1), bool)):
         assert call_(where=where).shape == (4,)

@@ -32,7 +32,7 @@ def main():
     if sys.argv[1:]:
         Swallowing()
         print("lost", flush=True)
-        runs.check_stopped()
+        time.sleep(60)  # the exception comes again
     try:
         print("ready ±", flush=True)
         time.sleep(60)
@@ -72,11 +72,11 @@ def test_a_signal_ends_a_run_in_one_line_also_while_something_is_compiled(signal
     assert ("closed" in out) == closed
 
 
-def test_a_signal_whose_exception_is_lost_ends_the_run_after_the_epoch():
+def test_a_signal_whose_exception_is_lost_ends_the_run_in_one_line():
     out, error = (process := program("swallow")).communicate(timeout=60)
     assert "lost" in out
     assert process.returncode == 130
-    assert error.endswith("interrupted; the same command continues from the last checkpoint\n")
+    assert error == "interrupted; the same command continues from the last checkpoint\n"
 
 
 def test_damaged_checkpoints_and_run_files(tmp_path):

@@ -1,6 +1,7 @@
 """The directory of a run, the environment it ran in, and errors in plain words."""
 
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -200,7 +201,7 @@ _stopped: list[int] = []  # the signals that came
 
 
 def check_stopped() -> None:
-    """Raises ``Stopped`` if a signal came whose exception was lost, since it was raised where Python ignores it."""
+    """Raises ``Stopped`` if a signal came whose exception was lost, for example in a callback that C code made."""
     if _stopped:
         raise Stopped
 
@@ -210,6 +211,21 @@ def _stop(number: int, frame: Any) -> None:
     if len(_stopped) > 1:  # the second one does not wait for the checkpoint that is being saved
         _end(number)
     raise Stopped
+
+
+def _raise_again(number: int, frame: Any) -> None:
+    raise Stopped
+
+
+def _unraisable(default: Callable[[Any], Any], lost: Any) -> None:
+    """Raises the exception of a signal again, a moment later, if it was raised where Python ignores exceptions.
+
+    Such places are finalisers, and the callbacks of the garbage collector, of which JAX has one.
+    """
+    if isinstance(lost.exc_value, Stopped):
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    else:
+        default(lost)
 
 
 def _end(number: int) -> NoReturn:
@@ -255,17 +271,19 @@ def _surroundings() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")  # else a terminal without "±" would stop the report
     # A signal that is ignored, as that of Ctrl-C is in the background of a script, stays ignored
     before = {each: signal.getsignal(each) for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
-    format_before = warnings.formatwarning
+    format_before, hook_before = warnings.formatwarning, sys.unraisablehook
     for each in before:
         signal.signal(each, _stop)
+    alarm_before = signal.signal(signal.SIGALRM, _raise_again)
+    sys.unraisablehook = functools.partial(_unraisable, hook_before)
     warnings.formatwarning = lambda message, *args, **options: f"warning: {message}\n"
     try:
         yield
     finally:
         if _stopped:  # whatever other error came of it
             _end(_stopped[0])
-        warnings.formatwarning = format_before
-        for each, handler in before.items():
+        warnings.formatwarning, sys.unraisablehook = format_before, hook_before
+        for each, handler in (before | {signal.SIGALRM: alarm_before}).items():
             signal.signal(each, handler)
 
 

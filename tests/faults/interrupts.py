@@ -61,7 +61,8 @@ def interrupt(
             return None
     text = log.read_text()
     phase = "import" if not text else "start" if "Run:" not in text else "training"
-    phase = "report" if "Report" in text or (out / "learning_curves.png").exists() else phase
+    done = "Report with pictures" in text  # while Python ends, its own answer to SIGTERM holds
+    phase = "report" if done or (out / "learning_curves.png").exists() else phase
     began = time.monotonic()
     process.send_signal(number)
     if again is not None:
@@ -78,7 +79,7 @@ def interrupt(
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
     line = f"{word}; the same command continues from the last checkpoint"
     plain = "Traceback" not in text and "Fatal" not in text and text.endswith(line + "\n")
-    right = (status == 128 + number and plain) or (status == -number and phase == "import")
+    right = (status == 128 + number and plain) or (status == -number and (phase == "import" or done))
     return Ended(phase, right, time.monotonic() - began, f"status {status}: {text[-2000:]}")
 
 
