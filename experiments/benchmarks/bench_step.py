@@ -10,6 +10,7 @@ falls on all of them, and ratios that are taken round by round hold.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,50 +24,121 @@ import numpy as np
 import optax
 import tqdm
 import tyro
+from flax import nnx
 
-from distill_jax import _files, models, teachers, train
+from distill_jax import _files, metrics, models, teachers, train
+from distill_jax.models.convnet import max_pool_2x2
 
-PAIRS = {"mlp": ("mlp:1200,1200", "mlp:800,800"), "convnet": ("convnet:32,64", "convnet:8,16")}
-CLASSES, SHAPE, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, (28, 28, 1), 4096, 0.01, 0.9
+CLASSES, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, 1024, 0.01, 0.9
 VARIANTS = ("plain", "stored", "online", "teacher forward")
+# Pair → teacher, student, image shape, batch size
+PAIRS = {
+    "mlp": ("mlp:1200,1200", "mlp:800,800", (28, 28, 1), 128),
+    "characters": ("characters:512,128", "characters:512", (32, 32, 1), 128),
+    "vgg": ("vgg8:0.5", "vgg8:0.25", (32, 32, 1), 128),
+    "resnet": ("resnet32x4", "resnet8x4", (32, 32, 3), 32),
+    "transformer": ("transformer:256,4", "transformer:128,2", (32, 32, 1), 128),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of the benchmark."""
 
-    pair: Literal["mlp", "convnet", "both"] = "both"
-    """which teacher and student: MLPs of 1200-1200 and 800-800 units, convnets of 32-64 and 8-16 channels, or both"""
-    batch_size: int = 128  # number of examples per step
-    steps: int = 40  # number of steps in one timing
+    pair: Literal["mlp", "characters", "vgg", "resnet", "transformer", "all"] = "all"
+    """which teacher and student: MLPs of 1200-1200 and 800-800 units; two convolutions (32, 64) and dense layers; VGG-8
+    of half and a quarter of its width; ResNet-32×4 and 8×4; transformers of 4 and 2 layers, or all of them"""
+    batch_size: int | None = None  # number of examples per step; None for the pair's own
+    seconds: float = 0.5  # length of one timing; its number of steps follows from the first ones
     rounds: int = 9  # number of timings of each variant
-    peer: Literal["none", "torch"] = "none"  # also time the same steps in PyTorch, eager and compiled
+    peer: Literal["none", "torch-eager", "torch"] = "none"  # also time PyTorch: eager, or eager and compiled
     out: Path | None = None  # JSON file for the figures
 
 
-def make_arrays() -> dict[str, np.ndarray]:
+class Characters(nnx.Module):
+    """Two convolutions, max-pooling and dense layers, for characters of 32×32 pixels."""
+
+    def __init__(self, shape: tuple[int, int, int], hidden: list[int], rngs: nnx.Rngs):
+        options: dict[str, Any] = {"conv_general_dilated": models.conv_general_dilated, "rngs": rngs}
+        self.convolutions = nnx.List(nnx.Conv(a, b, (3, 3), **options) for a, b in ((shape[2], 32), (32, 64)))
+        sizes = [shape[0] // 2 * (shape[1] // 2) * 64, *hidden, CLASSES]
+        self.dense = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images to logits."""
+        for convolution in self.convolutions:
+            x = nnx.relu(convolution(x))
+        x = max_pool_2x2(x).reshape(x.shape[0], -1)
+        for layer in self.dense[:-1]:
+            x = nnx.relu(layer(x))
+        return self.dense[-1](x)
+
+
+class Block(nnx.Module):
+    """A transformer layer: attention and two dense layers, each after a normalisation and with a shortcut."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norms = nnx.List(nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(num_heads=4, in_features=width, decode=False, rngs=rngs)
+        self.dense = nnx.List(
+            nnx.Linear(a, b, rngs=rngs) for a, b in ((width, 4 * width), (4 * width, width))
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[batch, tokens, width]`` to the same shape."""
+        x = x + self.attention(self.norms[0](x))
+        return x + self.dense[1](nnx.relu(self.dense[0](self.norms[1](x))))
+
+
+class Transformer(nnx.Module):
+    """Rows of an image as tokens, transformer layers, and a dense layer on the mean over tokens."""
+
+    def __init__(self, shape: tuple[int, int, int], sizes: list[int], rngs: nnx.Rngs):
+        width, depth = sizes
+        self.embed = nnx.Linear(shape[1] * shape[2], width, rngs=rngs)
+        self.blocks = nnx.List(Block(width, rngs) for _ in range(depth))
+        self.head = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images to logits."""
+        x = self.embed(x.reshape(*x.shape[:2], -1))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def build(description: str, shape: tuple[int, int, int], seed: int) -> models.Model:
+    """Builds a network of a pair."""
+    family, _, sizes = description.partition(":")
+    ours = {"characters": Characters, "transformer": Transformer}
+    if family not in ours:
+        return models.build(description, shape, CLASSES, jax.random.key(seed))
+    return models.from_nnx(ours[family](shape, [int(size) for size in sizes.split(",")], nnx.Rngs(seed)))
+
+
+def make_arrays(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Draws random examples; the cost of a step does not depend on their values."""
     rng = np.random.default_rng(0)
     return {
-        "image": rng.random((EXAMPLES, *SHAPE), np.float32),
+        "image": rng.random((EXAMPLES, *shape), np.float32),
         "label": rng.integers(0, CLASSES, EXAMPLES).astype(np.int32),
         "teacher": rng.normal(size=(EXAMPLES, CLASSES)).astype(np.float32) * 3,
     }
 
 
-def jax_variants(pair: str, order: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Builds the timed functions: each makes ``len(order)`` steps and waits for them."""
-    teacher, student = (
-        models.build(name, SHAPE, CLASSES, jax.random.key(i)) for i, name in enumerate(PAIRS[pair])
-    )
-    arrays = jax.tree.map(jnp.asarray, make_arrays())
+def jax_variants(pair: str) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Builds the timed functions: each makes one step per row of ``order`` and waits for them."""
+    *descriptions, shape, _ = PAIRS[pair]
+    teacher, student = (build(name, shape, seed) for seed, name in enumerate(descriptions))
+    arrays = jax.tree.map(jnp.asarray, make_arrays(shape))
     tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
     soft = train.distill(temperature=4.0, alpha=0.0)
 
     def steps_of(step, state, transform=None, context=None):
         epoch = train.make_epoch(step, transform=transform)
+        state = jax.tree.map(jnp.copy, state)  # each variant donates its own
 
-        def run():
+        def run(order):
             nonlocal state
             state, _ = jax.block_until_ready(epoch(state, arrays, order, context))
 
@@ -90,33 +162,89 @@ def jax_variants(pair: str, order: np.ndarray) -> dict[str, Callable[[], Any]]:
     }
 
 
-def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """Builds the same in PyTorch, written as its users write it."""
-    import torch
+def torch_network(description: str, shape: tuple[int, int, int]) -> Any:
+    """Builds the same network in PyTorch, written as its users write it."""
     from torch import nn
     from torch.nn import functional as F  # noqa: N812
 
-    def network(description):
-        family, _, sizes = description.partition(":")
-        widths = [int(size) for size in sizes.split(",")]
-        if family == "mlp":
-            widths = [int(np.prod(SHAPE)), *widths]
-            layers: list[Any] = [nn.Flatten()]
-            for a, b in itertools.pairwise(widths):
-                layers += [nn.Linear(a, b), nn.ReLU()]
-            return nn.Sequential(*layers, nn.Linear(widths[-1], CLASSES))
-        channels, layers = [SHAPE[2], *widths], []
-        for a, b in itertools.pairwise(channels):
-            layers += [nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-        flat = (SHAPE[0] >> len(widths)) * (SHAPE[1] >> len(widths)) * widths[-1]
-        dense = [nn.Flatten(), nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, CLASSES)]
-        return nn.Sequential(*layers, *dense)
+    def dense(*sizes):
+        layers: list[Any] = []
+        for a, b in itertools.pairwise(sizes):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        return layers[:-1]
 
-    arrays = {name: torch.from_numpy(values) for name, values in make_arrays().items()}
+    def unit(a, b, stride=1, bias=False):
+        return [nn.Conv2d(a, b, 3, stride, 1, bias=bias), nn.BatchNorm2d(b), nn.ReLU()]
+
+    class Residual(nn.Module):
+        def __init__(self, a, b, stride):
+            super().__init__()
+            self.body = nn.Sequential(*unit(a, b, stride), *unit(b, b)[:-1])
+            self.shortcut = nn.Identity()
+            if stride != 1 or a != b:
+                self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b))
+
+        def forward(self, x):
+            return F.relu(self.body(x) + self.shortcut(x))
+
+    class Rows(nn.Module):
+        def __init__(self, width, depth):
+            super().__init__()
+            self.embed, self.head = nn.Linear(shape[1], width), nn.Linear(width, CLASSES)
+            self.blocks = nn.Sequential(
+                *(
+                    nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True)
+                    for _ in range(depth)
+                )
+            )
+
+        def forward(self, x):
+            return self.head(self.blocks(self.embed(x[:, 0])).mean(1))
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    family, _, sizes = description.partition(":")
+    height, width, channels = shape
+    if family.startswith("vgg"):
+        widths = [round(c * float(sizes)) for c in (64, 128, 256, 512, 512)]
+        layers: list[Any] = []
+        for i, (a, b) in enumerate(zip([channels, *widths], widths, strict=False)):
+            layers += [*([nn.MaxPool2d(2)] if 1 <= i <= 3 else []), *unit(a, b, bias=True)]
+        return nn.Sequential(*layers, Mean(), nn.Linear(widths[-1], CLASSES))
+    if family.startswith("resnet"):
+        layers, a = unit(channels, 32), 32
+        for i, b in enumerate((64, 128, 256)):
+            for j in range((int(family[6:-2]) - 2) // 6):
+                layers.append(Residual(a, b, 2 if i and not j else 1))
+                a = b
+        return nn.Sequential(*layers, Mean(), nn.Linear(a, CLASSES))
+    numbers = [int(size) for size in sizes.split(",")]
+    if family == "mlp":
+        return nn.Sequential(nn.Flatten(), *dense(height * width * channels, *numbers, CLASSES))
+    if family == "transformer":
+        return Rows(*numbers)
+    convolutions = [
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+    ]
+    flat = height // 2 * (width // 2) * 64
+    return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *dense(flat, *numbers, CLASSES))
+
+
+def torch_variants(pair: str, compiled: bool) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Builds the timed functions in PyTorch."""
+    import torch
+    from torch.nn import functional as F  # noqa: N812
+
+    *descriptions, shape, _ = PAIRS[pair]
+    arrays = {name: torch.from_numpy(values) for name, values in make_arrays(shape).items()}
     images = arrays["image"].permute(0, 3, 1, 2).contiguous()
     labels = arrays["label"].long()
-    batches = [torch.from_numpy(rows).long() for rows in order]
-    teacher = network(PAIRS[pair][0]).eval()
+    teacher = torch_network(descriptions[0], shape).eval()
 
     def kl(logits, targets, temperature=4.0):
         student = F.log_softmax(logits / temperature, -1)
@@ -125,7 +253,7 @@ def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Ca
         return temperature**2 * kl_div
 
     def variant(name):
-        student = network(PAIRS[pair][1])
+        student = torch_network(descriptions[1], shape)
         optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, momentum=MOMENTUM)
 
         def loss_of(x, y, stored):
@@ -138,8 +266,8 @@ def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Ca
 
         loss_of = torch.compile(loss_of) if compiled else loss_of
 
-        def run():
-            for rows in batches:
+        def run(order):
+            for rows in torch.from_numpy(order).long():
                 optimizer.zero_grad(set_to_none=True)
                 loss_of(images[rows], labels[rows], arrays["teacher"][rows]).backward()
                 optimizer.step()
@@ -148,24 +276,60 @@ def torch_variants(pair: str, order: np.ndarray, compiled: bool) -> dict[str, Ca
 
     forward = torch.compile(teacher) if compiled else teacher
 
-    def run_teacher():
+    def run_teacher(order):
         with torch.no_grad():
-            for rows in batches:
+            for rows in torch.from_numpy(order).long():
                 forward(images[rows]).mean()
 
     return {**{name: variant(name) for name in VARIANTS[:3]}, "teacher forward": run_teacher}
 
 
-def measure(variants: dict[str, Callable[[], Any]], config: Config) -> dict[str, np.ndarray]:
+def machine_limits() -> dict[str, float]:
+    """Measures what the machine can do at most: matrix products (GFLOP/s) and copies (GB/s read and written)."""
+    matrix, vector, product = jnp.ones((2048, 2048)), jnp.ones(2**25), jax.jit(jnp.matmul)
+    seconds = metrics.timings([lambda: product(matrix, matrix), lambda: jnp.copy(vector)], repeats=7).min(0)
+    return {"gflops": 2 * 2048**3 / seconds[0] / 1e9, "gigabytes": 2 * vector.nbytes / seconds[1] / 1e9}
+
+
+def ideal_milliseconds(pair: str, batch: int, gflops: float) -> dict[str, float]:
+    """The time per step if all products ran at the machine's rate: a gradient costs twice the forward pass."""
+    *descriptions, shape, _ = PAIRS[pair]
+    x = jnp.zeros((batch, *shape))
+    teacher, student = (
+        jax.jit(lambda m, x: m(x)).lower(build(name, shape, 0), x).compile().cost_analysis()["flops"]
+        / gflops
+        / 1e6
+        for name in descriptions
+    )
+    return {
+        "plain": 3 * student,
+        "stored": 3 * student,
+        "online": 3 * student + teacher,
+        "teacher forward": teacher,
+    }
+
+
+def measure(
+    variants: dict[str, Callable[[np.ndarray], Any]], batch: int, config: Config
+) -> dict[str, np.ndarray]:
     """Times every variant in turn: milliseconds per step, ``[rounds]`` each."""
+    rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    orders = {}
     for name in tqdm.tqdm(variants, desc="compiling", leave=False, disable=None):
-        variants[name]()
+        order = rng.integers(0, EXAMPLES, (1, batch)).astype(np.int32)
+        variants[name](order)
+        start = time.perf_counter()
+        variants[name](order)
+        steps = max(1, round(config.seconds / (time.perf_counter() - start)))
+        orders[name] = rng.integers(0, EXAMPLES, (steps, batch)).astype(np.int32)
+        variants[name](orders[name])
     for _ in tqdm.trange(config.rounds, desc="rounds", leave=False, disable=None):
         for name, run in variants.items():
+            time.sleep(0.05)  # PyTorch's threads spin for a while after their work
             start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) / config.steps * 1e3)
+            run(orders[name])
+            times[name].append((time.perf_counter() - start) / len(orders[name]) * 1e3)
     return {name: np.array(values) for name, values in times.items()}
 
 
@@ -185,41 +349,48 @@ def ratios(times: dict[str, np.ndarray], systems: list[str]) -> dict[str, np.nda
 def main() -> None:
     """Runs the benchmark."""
     config = tyro.cli(Config, description=__doc__)
-    if min(config.batch_size, config.steps, config.rounds) < 1 or config.batch_size > EXAMPLES:
-        sys.exit(f"error: --batch-size must be 1 to {EXAMPLES}, --steps and --rounds at least 1")
+    if not 1 <= (config.batch_size or 1) <= EXAMPLES or config.rounds < 1 or config.seconds <= 0:
+        sys.exit(f"error: --batch-size must be 1 to {EXAMPLES}, --rounds at least 1, --seconds above 0")
     if config.out is not None and not config.out.parent.is_dir():
         sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
     systems: list[str] = []
-    if config.peer == "torch":
+    versions = {"jax": jax.__version__}
+    if config.peer != "none":
         try:
             import torch
         except ImportError:
-            sys.exit("error: --peer torch needs PyTorch: pip install torch")
-        systems = ["torch eager", "torch compile"]
-        print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    rng = np.random.default_rng(0)
-    order = rng.integers(0, EXAMPLES, (config.steps, config.batch_size)).astype(np.int32)
-    report: dict[str, Any] = {
-        "environment": {"jax": jax.__version__, "device": jax.devices()[0].device_kind},
-        "pairs": {},
-    }
-    for pair in PAIRS if config.pair == "both" else (config.pair,):
-        timed = {f"jax {name}": run for name, run in jax_variants(pair, order).items()}
+            sys.exit(f"error: --peer {config.peer} needs PyTorch: pip install torch")
+        systems = ["torch eager", "torch compile"] if config.peer == "torch" else ["torch eager"]
+        versions |= {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
+    limits = machine_limits()
+    print(", ".join(f"{name} {version}" for name, version in versions.items()), end="; ")
+    print(f"products {limits['gflops']:.0f} GFLOP/s, copies {limits['gigabytes']:.0f} GB/s")
+    environment = {**versions, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+    report: dict[str, Any] = {"environment": environment, "limits": limits, "pairs": {}}
+    for pair in PAIRS if config.pair == "all" else (config.pair,):
+        teacher, student, _, batch = PAIRS[pair]
+        batch = config.batch_size or batch
+        timed = {f"jax {name}": run for name, run in jax_variants(pair).items()}
         for system in systems:
-            variants = torch_variants(pair, order, compiled=system == "torch compile")
+            variants = torch_variants(pair, compiled=system == "torch compile")
             timed |= {f"{system} {name}": run for name, run in variants.items()}
-        times = measure(timed, config)
+        times = measure(timed, batch, config)
         compared = ratios(times, systems)
-        teacher, student = PAIRS[pair]
-        print(f"\n{teacher} → {student}, batch {config.batch_size}: ms per step, median (min to max)")
+        ideal = ideal_milliseconds(pair, batch, limits["gflops"])
+        print(
+            f"\n{teacher} → {student}, batch {batch}: ms per step, median (min to max), share of the products' limit"
+        )
         for name, values in times.items():
-            print(f"  {name:30} {np.median(values):8.2f}  ({values.min():.2f} to {values.max():.2f})")
+            share = ideal[next(v for v in VARIANTS if name.endswith(v))] / np.median(values)
+            spread = f"({values.min():.2f} to {values.max():.2f})"
+            print(f"  {name:30} {np.median(values):8.2f}  {spread:22} {share:6.1%}")
         print("ratios, median of rounds (min to max)")
         for name, values in compared.items():
             print(f"  {name:36} {np.median(values):6.2f}  ({values.min():.2f} to {values.max():.2f})")
         report["pairs"][pair] = {
             "milliseconds": {name: values.tolist() for name, values in times.items()},
             "ratios": {name: values.tolist() for name, values in compared.items()},
+            "ideal milliseconds": ideal,
         }
     if config.out is not None:
         _files.write_json(config.out, report)
