@@ -1,6 +1,7 @@
 """A small convolutional network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,14 @@ from flax import nnx
 
 from distill_jax._checks import check_fraction
 from distill_jax.models.convolution import conv_general_dilated
-from distill_jax.models.layers import check
+from distill_jax.models.layers import BatchNorm, check
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """Halves the resolution: the maximum of each 2×2 block of pixels. Odd edges are dropped.
 
-    It is computed as the maximum of four strided slices. On a CPU its gradient then takes a seventh of
-    the time of ``reduce_window``'s, and equal values share the gradient.
+    It is computed as the maximum of four strided slices, and its gradient in one pass. On a CPU the gradient
+    takes a small part of the time of ``reduce_window``'s. Equal values share the gradient.
 
     Args:
       x: images ``[batch, height, width, channels]``.
@@ -24,10 +25,36 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
       An array ``[batch, height // 2, width // 2, channels]``.
     """
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = x[:, :height, :width]
-    a, b = x[:, ::2, ::2], x[:, ::2, 1::2]
-    c, d = x[:, 1::2, ::2], x[:, 1::2, 1::2]
+    return _max_pool(x[:, :height, :width])
+
+
+@jax.custom_jvp
+def _max_pool(x: jax.Array) -> jax.Array:
+    a, b, c, d = (x[:, i::2, j::2] for i in range(2) for j in range(2))
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative in blocks ``[batch, height, 2, width, 2, channels]``, whose transpose is elementwise.
+
+    A pixel's share follows from comparisons of pixels. (A comparison with their maximum may fail for all of them where
+    the compiler computes a pixel twice and rounds it differently.)
+    """
+    (x,), (dx,) = primals, tangents
+    a, b, c, d = (x[:, i::2, j::2] for i in range(2) for j in range(2))
+    above, below = jnp.maximum(a, b), jnp.maximum(c, d)
+
+    def share(p, q):
+        """The share of ``p`` in the gradient of max(p, q), for each pixel of a block."""
+        return jnp.where(p > q, 1, jnp.where(p == q, 0.5, 0)).astype(x.dtype)[:, :, None, :, None]
+
+    batch, height, width, channels = above.shape
+    blocks = (batch, height, 2, width, 2, channels)
+    first_row, first_column = (jax.lax.broadcasted_iota(jnp.int32, blocks, axis) == 0 for axis in (2, 4))
+    row, column = share(above, below), jnp.where(first_row, share(a, b), share(c, d))
+    part = jnp.where(first_row, row, 1 - row) * jnp.where(first_column, column, 1 - column)
+    return jnp.maximum(above, below), (part * dx.reshape(blocks)).sum((2, 4))
 
 
 class ConvNet(nnx.Module):
@@ -79,7 +106,7 @@ class ConvNet(nnx.Module):
             )
             for a, b in sizes
         )  # fmt: skip
-        self.norm = nnx.List(nnx.BatchNorm(b, axis_name=axis_name, rngs=rngs) for _, b in sizes if batch_norm)
+        self.norm = nnx.List(BatchNorm(b, axis_name=axis_name, rngs=rngs) for _, b in sizes if batch_norm)
         flat = (height >> pools) * (width >> pools) * channels[-1]
         self.hidden = nnx.Linear(flat, hidden, kernel_init=he, rngs=rngs)
         self.head = nnx.Linear(hidden, classes, kernel_init=he, rngs=rngs)

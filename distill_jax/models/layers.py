@@ -6,6 +6,7 @@ layer's path: ``stages.1`` is the output of a stage, ``stages.1.blocks.0`` that 
 embedding that the last layer receives.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +25,57 @@ HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 UNIFORM_FAN_IN = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean and the biased variance of each channel."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.maximum(0.0, jnp.square(x).mean(axes) - jnp.square(mean))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    mean, variance = _statistics(x)
+    return (x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias
+
+
+@_normalise.defjvp
+def _normalise_jvp(epsilon: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative, written so that its transpose has two sums over the batch.
+
+    These are the gradients of scale and bias, from which the input's gradient follows.
+    """
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = _statistics(x)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    standard = (x - mean) * inverse
+    factor = inverse * scale
+    dbias = dbias - factor * dx.mean(axes)
+    dscale = dscale - factor * (standard * dx).mean(axes)
+    return (x - mean) * factor + bias, factor * dx + dbias + standard * dscale
+
+
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation that computes in float32 (or float64) and returns the dtype of its input.
 
-    The running variance averages biased variances, like all of Flax; PyTorch multiplies each by
-    n / (n − 1). The running averages keep 0.9 of the past, which is PyTorch's default.
+    In training the gradient passes over the batch twice: once for the sums that are the gradients of scale
+    and bias, once for the input's gradient. The running variance averages biased variances, like all of
+    Flax; PyTorch multiplies each by n / (n − 1). The running averages of the reference networks keep 0.9 of the
+    past, which is PyTorch's default.
     """
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Normalises ``[batch, ..., channels]`` over all axes except the last."""
-        return super().__call__(x, *args, **kwargs).astype(x.dtype)
+        usual = self.axis_name is None and self.axis == -1 and self.use_fast_variance and self.dtype is None
+        if args or kwargs or self.use_running_average or not usual or self.scale is None or self.bias is None:
+            return super().__call__(x, *args, **kwargs).astype(x.dtype)
+        scale, bias = self.scale[...], self.bias[...]
+        wide = x.astype(jnp.result_type(x, scale, bias, self.mean[...], jnp.float32))
+        mean, variance = _statistics(wide)
+        self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
+        self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * variance
+        scale, bias = scale.astype(wide.dtype), bias.astype(wide.dtype)
+        return _normalise(wide, scale, bias, self.epsilon).astype(x.dtype)
 
 
 class Mark(nnx.Module):
