@@ -295,12 +295,13 @@ def ideal_milliseconds(pair: str, batch: int, gflops: float) -> dict[str, float]
     """The time per step if all products ran at the machine's rate: a gradient costs twice the forward pass."""
     *descriptions, shape, _ = PAIRS[pair]
     x = jnp.zeros((batch, *shape))
-    teacher, student = (
-        jax.jit(lambda m, x: m(x)).lower(build(name, shape, 0), x).compile().cost_analysis()["flops"]
-        / gflops
-        / 1e6
-        for name in descriptions
-    )
+
+    def ideal(description: str) -> float:
+        program = jax.jit(lambda model, x: model(x)).lower(build(description, shape, 0), x).compile()
+        costs: Any = program.cost_analysis()
+        return costs["flops"] / gflops / 1e6
+
+    teacher, student = map(ideal, descriptions)
     return {
         "plain": 3 * student,
         "stored": 3 * student,
