@@ -1293,6 +1293,9 @@ inject_mnist | --scales must | digits --scales nan
 interpolate_mnist | --rate must lie in | digits --rate 1.5
 interpolate_mnist | --points must be at least 2 | digits --points 1
 interpolate_mnist | --wide must exceed | digits --wide 1
+sweep_mnist | --temperatures must be positive | digits --temperatures 0
+sweep_mnist | --alphas must lie in | digits --alphas 2
+sweep_mnist | --rungs must rise | digits --rungs 20 10
 barrier_mnist | --points must | digits --points 1
 barrier_mnist | got 'nope' | digits --networks nope
 barrier_mnist | --networks must | digits --networks

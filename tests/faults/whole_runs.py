@@ -38,6 +38,10 @@ SETTINGS = {
         "digits_study --seeds 2 --hidden 8 --wide 12 --epochs 10 --few 100 --few-epochs 10 --points 3 "
         "--batch-size 50"
     ),
+    "sweep_mnist": (
+        "digits --seeds 2 --teacher mlp:8 --student mlp:4 --examples 100 --epochs 20 --teacher-epochs 10 "
+        "--temperatures 1 4 --alphas 0 0.5 1 --rungs 5 10 --chunk 5"
+    ),
     "barrier_mnist": (
         "digits --seeds 1 --networks mlp:32 convnet:4 --epochs 20 --points 5 --examples 200 --batch-size 50"
     ),
