@@ -288,8 +288,7 @@ def _surroundings() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-@quiet()
-def keep_memory() -> None:
+def _keep_memory() -> None:
     """Tells the C library to keep freed memory for the next program instead of giving it back to the system.
 
     XLA's CPU backend takes memory for each program anew. Where it comes from the system, each page of it costs an
@@ -303,12 +302,13 @@ def keep_memory() -> None:
                 mallopt(parameter, value)
 
 
+@quiet()
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     for name in ("absl", "asyncio"):  # Orbax logs what it raises as well, with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _keep_compiled()
-    keep_memory()
+    _keep_memory()
     try:
         with _surroundings(), logs.pulse.beating(needed=not sys.stderr.isatty()):
             status = main()
