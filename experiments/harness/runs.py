@@ -1,6 +1,5 @@
 """The directory of a run, the environment it ran in, and errors in plain words."""
 
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -288,27 +287,12 @@ def _surroundings() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _keep_memory() -> None:
-    """Tells the C library to keep freed memory for the next program instead of giving it back to the system.
-
-    XLA's CPU backend takes memory for each program anew. Where it comes from the system, each page of it costs an
-    interruption: a fifth of the processor time of a convolutional network's step. Linux with glibc only.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            # malloc.h: M_MMAP_MAX, M_ARENA_MAX, M_TRIM_THRESHOLD
-            for parameter, value in ((-4, 0), (-8, 1), (-1, 2**31 - 1)):
-                mallopt(parameter, value)
-
-
 @quiet()
 def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     for name in ("absl", "asyncio"):  # Orbax logs what it raises as well, with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _keep_compiled()
-    _keep_memory()
     try:
         with _surroundings(), logs.pulse.beating(needed=not sys.stderr.isatty()):
             status = main()
