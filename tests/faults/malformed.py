@@ -1391,11 +1391,13 @@ ROOMS: dict[str, Callable[[], Iterator[Case]]] = {
 def main() -> int:
     """Makes all calls, or those of some rooms, and prints the count of each outcome."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rooms", nargs="*", default=list(ROOMS), choices=[*ROOMS, []])
+    parser.add_argument("rooms", nargs="*", help=f"some of {', '.join(ROOMS)} (default: all)")
     parser.add_argument("--verbose", action="store_true", help="print the message of every call")
     given = parser.parse_args()
+    if unknown := set(given.rooms) - set(ROOMS):
+        parser.error(f"rooms must be from {', '.join(ROOMS)}, got {', '.join(sorted(unknown))}")
     total: Counter[str] = Counter()
-    for room in given.rooms:
+    for room in given.rooms or ROOMS:
         counts: Counter[str] = Counter()
         for case in ROOMS[room]():
             outcome, message = judge(case)
