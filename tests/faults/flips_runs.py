@@ -128,13 +128,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--flips", type=int, default=60, help="of each file")
+    parser.add_argument("--only", choices=("checkpoints", "files"), help="files: config.json and choice.json")
     options = parser.parse_args()
     tally = Tally()
     with tempfile.TemporaryDirectory() as directory:
         for name in ("checkpoints", "run"):
             (Path(directory) / name).mkdir()
-        flip_checkpoints(Path(directory) / "checkpoints", options.flips, tally)
-        flip_files(Path(directory) / "run", options.flips, tally)
+        if options.only != "files":
+            flip_checkpoints(Path(directory) / "checkpoints", options.flips, tally)
+        if options.only != "checkpoints":
+            flip_files(Path(directory) / "run", options.flips, tally)
     print(tally)
     raise SystemExit(bool(tally.bad))
 
