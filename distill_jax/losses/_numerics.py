@@ -41,11 +41,11 @@ _NEAR = 0.5  # where a difference of logarithms is smaller than this, series rep
 
 
 def to_float(x: ArrayLike) -> Array:
-    """Converts to float32, or keeps float64. A Python number stays weak: it widens nothing."""
+    """Converts to float32, or keeps float64 and complex numbers. A Python number stays weak: it widens nothing."""
     if isinstance(x, int | float):
         return jnp.asarray(float(x))
     x = jnp.asarray(x)
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x if x.dtype == jnp.float64 or jnp.iscomplexobj(x) else x.astype(jnp.float32)
 
 
 def logits_of(name: str, logits: ArrayLike, axis: int) -> Array:
