@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from faults import environment, flips_runs
 from faults.damage import Tally
+from harness import runs
 
 # A main function whose last act takes half a second, like the closing of checkpoints, while a thread compiles
 PROGRAM = """
@@ -77,6 +78,13 @@ def test_a_signal_whose_exception_is_lost_ends_the_run_in_one_line():
     assert "lost" in out
     assert process.returncode == 130
     assert error == "interrupted; the same command continues from the last checkpoint\n"
+
+
+def test_compiled_programs_that_a_killed_run_left_unfinished_are_deleted(tmp_path):
+    for name in ("whole-cache", "whole-atime", "half-cache", "other"):
+        (tmp_path / name).touch()
+    runs._delete_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole-cache", "whole-atime", "other"}
 
 
 def test_damaged_checkpoints_and_run_files(tmp_path):

@@ -258,9 +258,20 @@ def _keep_compiled() -> None:
         )
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK):
+            _delete_unfinished(directory)
             jax.config.update("jax_compilation_cache_dir", str(directory))
             jax.config.update("jax_compilation_cache_max_size", 2**30)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _delete_unfinished(directory: Path) -> None:
+    """Deletes programs whose writer was killed: JAX would neither use nor replace them, and warn at each new one.
+
+    JAX writes the time of the last use after the program itself.
+    """
+    for program in directory.glob("*-cache"):
+        if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+            program.unlink(missing_ok=True)
 
 
 @contextmanager
