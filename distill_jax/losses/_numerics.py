@@ -361,7 +361,8 @@ def _jensen_shannon_terms(x: Pair, share: Array) -> _Terms:
 def _mixture(x: Pair, share: Array) -> tuple[Array, Array, Array, Array]:
     """Computes m = share·p + (1 − share)·q, p − q, log(p/m) and log(q/m).
 
-    p/m = 1 + (1 − share)·(p − q)/m, and q/m likewise. Where p/m is below a rounding of 1, so is p·log(p/m).
+    The ratios are p/m = 1 + (1 − share)·(p − q)/m and q/m = 1 − share·(p − q)/m. A ratio is raised to the machine
+    epsilon at least, so that its logarithm is finite; this changes p·log(p/m) by the order of a rounding.
     """
     m, gap = share * x.p + (1 - share) * x.q, probability_difference(x)
     relative = gap / jnp.where(m == 0, 1.0, m)
