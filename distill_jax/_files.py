@@ -126,14 +126,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds ``"digest"`` to a JSON object, by which :func:`unseal` notices damage.
+def seal(value: Mapping[str, Any], name: str = "digest") -> dict[str, Any]:
+    """Adds a digest of this name to a JSON object, by which a reader, such as :func:`unseal`, notices damage.
 
     >>> unseal(seal({"epoch": 3}))
     {'epoch': 3}
     """
     value = json.loads(json.dumps(value))  # as it will be read: string keys, lists
-    return {**value, "digest": _digest(value)}
+    return {**value, name: _digest(value)}
 
 
 def unseal(value: Any) -> dict[str, Any]:

@@ -2,28 +2,20 @@
 
 import hashlib
 import itertools
-import json
-import mmap
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, check_function, check_integers, check_real, warn_if_probabilities
-from distill_jax._files import LOCK, locked, write_atomically
+from distill_jax._files import locked
+from distill_jax.teachers import _label_files
 from distill_jax.teachers._fingerprint import fingerprint
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-FORMAT = 2
-MANIFEST, IDS = "store.json", "ids.bin"
-_LEFT = re.compile(r"\.(store\.json|\w+\.bin)\.[0-9a-f]{8}\.tmp")  # what a process that is killed leaves
-CHUNK = 2**20  # bytes that are read at once to compute a checksum
+from distill_jax.teachers._label_files import DTYPES, FORMAT, brief
 
 
 class LabelStore:
@@ -46,11 +38,10 @@ class LabelStore:
         self.count: int = manifest["count"]
         self.classes: int = manifest["classes"]
         self.fingerprint: dict[str, str] = manifest["fingerprint"]
-        self._rows: int = manifest["shard_rows"]
-        self._dtype = np.dtype(DTYPES[manifest["dtype"]])
+        self._manifest = manifest
         self._folder = path.absolute()  # files are opened when they are read, in whatever directory that is
-        self._ids = np.memmap(path / IDS, np.int64, mode="r")
-        self._written = self._stamp()
+        self._ids = _label_files.map_ids(path)
+        self._written = _label_files.stamp(self._folder)
 
     def __getitem__(self, ids: ArrayLike) -> np.ndarray:
         """Reads the logits of examples.
@@ -78,34 +69,15 @@ class LabelStore:
                 f"instance ids {missing[:5].tolist()}: label them with the teacher first"
             )
         result = np.empty((wanted.size, self.classes), np.float32)
-        shards = rows // self._rows
+        shard_rows = self._manifest["shard_rows"]
+        shards = rows // shard_rows
         starts = [0, *(np.flatnonzero(np.diff(shards)) + 1), wanted.size] if wanted.size else []
         for start, end in itertools.pairwise(starts):
-            labels = self._map(int(shards[start]))
-            result[order[start:end]] = labels[rows[start:end] % self._rows]
-        if self._stamp() != self._written:  # a store that takes this one's place begins with its manifest
+            labels = _label_files.map_shard(self._folder, self._manifest, int(shards[start]))
+            result[order[start:end]] = labels[rows[start:end] % shard_rows]
+        if _label_files.stamp(self._folder) != self._written:
             raise ValueError(f"{self.path} was deleted or written anew since it was opened: open it again")
         return result.reshape(*wanted.shape, self.classes)
-
-    def _map(self, shard: int) -> np.ndarray:
-        """Maps one file of labels; only one is open at a time, since each takes a descriptor."""
-        file, rows = f"{self._folder}/{_shard_name(shard)}", min(self._rows, self.count - shard * self._rows)
-        try:
-            with open(file, "rb") as opened:
-                content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            return np.frombuffer(content, self._dtype, rows * self.classes).reshape(rows, self.classes)
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise ValueError(f"{file} is damaged: it has become shorter since the store was opened") from None
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Tells this store from another one in its place."""
-        try:
-            found = os.stat(f"{self._folder}/{MANIFEST}")
-        except OSError:
-            return ()
-        return found.st_ino, found.st_mtime_ns
 
 
 def write_labels(
@@ -152,7 +124,7 @@ def write_labels(
     """
     path, ids = _as_directory(path), _as_ids(ids)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {_brief(repr(dtype))}")
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {brief(repr(dtype))}")
     check_count("shard_rows", shard_rows)
     _check_entries("fingerprint", fingerprint)
     check_function("logits", logits, "positions")
@@ -174,13 +146,13 @@ def write_labels(
         "ids": hashlib.sha256(ids.data).hexdigest(),
         "fingerprint": dict(fingerprint),
     }
-    state = _find(path, described)
-    if state is not None and not _missing(path, state):
-        _verify(path, state)
+    state = _label_files.find(path, described)
+    if state is not None and not _label_files.missing_files(path, state):
+        _label_files.verify(path, state)
         return LabelStore(path, state)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        state = _find(path, described)  # again: another process may have written since
+        state = _label_files.find(path, described)  # again: another process may have written since
         return LabelStore(path, _complete(path, state, described, order, ids, logits, progress))
 
 
@@ -194,28 +166,22 @@ def _complete(
     progress: Callable[[int, int], Any],
 ) -> dict[str, Any]:
     """Writes the files that are missing, after verifying those that are there."""
-    for file in path.iterdir():
-        if _LEFT.fullmatch(file.name):
-            file.unlink()
+    _label_files.clear_left(path)
     if state is not None:
-        _verify(path, state, complete=False)
-    shards = [shard for shard in range(_shards(described)) if not (path / _shard_name(shard)).exists()]
-    done = len(ids) - sum(_rows_of(described, shard) for shard in shards)
+        _label_files.verify(path, state, complete=False)
+    shards = _label_files.missing_shards(path, described)
+    done = len(ids) - sum(_label_files.rows_of(described, shard) for shard in shards)
     for shard in shards:
         rows = order[shard * described["shard_rows"] :][: described["shard_rows"]]
         classes = None if state is None else state["classes"]
         stored = _to_store(logits(rows), len(rows), classes, described["dtype"])
         content = stored.view(np.uint8).data
         if state is None:
-            # The first labels set this store apart from others of the same description
-            first = hashlib.sha256(content).hexdigest()
-            state = _sealed({**described, "classes": stored.shape[1], "first": first})
-            _write(path / MANIFEST, _render(state))
-        _write(path / _shard_name(shard), content, _checksum(state, shard, [content]))
+            state = _label_files.begin(path, {**described, "classes": stored.shape[1]}, content)
+        _label_files.write_shard(path, state, shard, content)
         done += len(rows)
         progress(done, len(ids))
-    if not (path / IDS).exists():
-        _write(path / IDS, ids.data)
+    _label_files.finish(path, ids)
     assert state is not None  # there is at least one file
     return state
 
@@ -272,23 +238,23 @@ def open_labels(
         file is not as it was written.
     """
     path = _as_directory(path)
-    state = _read_manifest(path)
+    state = _label_files.read_manifest(path)
     if expect is not None:
         _check_entries("expect", expect)
-        _refuse_differences(path, state["fingerprint"], expect)
-    _verify(path, state, checksums=verify)
+        _label_files.refuse_differences(path, state["fingerprint"], expect)
+    _label_files.verify(path, state, checksums=verify)
     return LabelStore(path, state)
 
 
 def _as_directory(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError(f"path must name a directory, got {_brief(repr(path))}")
+        raise ValueError(f"path must name a directory, got {brief(repr(path))}")
     path = Path(path)
     try:
         os.fsencode(path)
         there = next((place for place in (path, *path.parents) if place.exists()), None)
     except (OSError, ValueError) as error:  # names that the system does not allow
-        raise ValueError(f"path must name a directory, got {_brief(repr(path))}: {error}") from None
+        raise ValueError(f"path must name a directory, got {brief(repr(path))}: {error}") from None
     if there is not None and not there.is_dir():
         raise ValueError(f"path must name a directory, got {path}, where {there} is a file")
     return path
@@ -308,7 +274,7 @@ def _check_entries(name: str, entries: Any) -> None:
         raise ValueError(f"{name} must map names to strings, got {type(entries).__name__}")
     for entry in entries.items():
         if not all(isinstance(part, str) for part in entry):
-            raise ValueError(f"{name} must map names to strings, got {_brief(entry)}")
+            raise ValueError(f"{name} must map names to strings, got {brief(entry)}")
 
 
 def _to_store(given: Any, rows: int, classes: int | None, dtype: str) -> np.ndarray:
@@ -334,161 +300,3 @@ def _to_store(given: Any, rows: int, classes: int | None, dtype: str) -> np.ndar
             f"{masked.all(-1).sum()} of {rows} examples have no class: all their logits are -inf"
         )
     return stored
-
-
-def _write(file: Path, *parts: Any) -> None:
-    """Writes bytes to a file."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as opened:
-            for part in parts:
-                opened.write(part)
-
-    write_atomically(file, write)
-
-
-def _shard_name(index: int) -> str:
-    return f"{index:05d}.bin"
-
-
-def _shards(state: Mapping[str, Any]) -> int:
-    """The number of files of labels."""
-    return -(-state["count"] // state["shard_rows"])
-
-
-def _rows_of(state: Mapping[str, Any], shard: int) -> int:
-    """The number of rows of a file: all have the same but the last."""
-    return min(state["shard_rows"], state["count"] - shard * state["shard_rows"])
-
-
-def _checksum(state: Mapping[str, Any], shard: int, content: Iterable[Any]) -> bytes:
-    """The SHA-256 of a file's labels, of its number, and of the store: no other file passes for it."""
-    digest = hashlib.sha256(f"{state['sha256']} {shard} ".encode())
-    for part in content:
-        digest.update(part)
-    return digest.digest()
-
-
-def _sealed(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds a checksum to a description."""
-    text = json.dumps(described, sort_keys=True)
-    return {**described, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _render(state: Mapping[str, Any]) -> bytes:
-    return json.dumps(state, indent=1).encode() + b"\n"
-
-
-def _find(path: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads the manifest of the store that is to be written, or returns None where there is none yet."""
-    if (path / MANIFEST).exists():
-        state = _read_manifest(path)
-        _refuse_differences(path, state, described)
-        return state
-    if path.exists() and any(x.name != LOCK and not _LEFT.fullmatch(x.name) for x in path.iterdir()):
-        raise ValueError(f"{path} is not empty and holds no label store: choose another directory")
-    return None
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} holds no soft-label store (no {MANIFEST})") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        state = json.loads(content)
-    except (ValueError, RecursionError):
-        state = None
-    if isinstance(state, dict) and state.get("format") == 1:
-        raise ValueError(
-            f"{path} was written by an earlier version (store format 1, expected {FORMAT}): write the labels again "
-            "into another directory"
-        )
-    if not isinstance(state, dict) or content != _render(
-        _sealed({k: state[k] for k in state if k != "sha256"})
-    ):
-        raise ValueError(
-            f"{file} is damaged, or belongs to another program: write the labels into another directory"
-        )
-    return state
-
-
-def _refuse_differences(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    found = dict(_leaves(found))
-    differing = [
-        f"{name} is {_brief(found.get(name))}, expected {_brief(value)}"
-        for name, value in _leaves(expected)
-        if found.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"the soft labels in {path} were made from something else: {'; '.join(differing)}. "
-            "Use another directory, or move this one away"
-        )
-
-
-def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        flat += _leaves(value) if isinstance(value, Mapping) else [(name, value)]
-    return flat
-
-
-def _brief(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 40 else text[:12] + "…"
-
-
-def _missing(path: Path, state: Mapping[str, Any]) -> list[str]:
-    """The names of the files that are not there."""
-    there = set(os.listdir(path))
-    return [name for name in (*map(_shard_name, range(_shards(state))), IDS) if name not in there]
-
-
-def _verify(path: Path, state: Mapping[str, Any], *, checksums: bool = True, complete: bool = True) -> None:
-    """Raises ValueError if a file is damaged or, for a store that should be complete, missing."""
-    missing = _missing(path, state)
-    absent = set(missing)
-    there = [shard for shard in range(_shards(state)) if _shard_name(shard) not in absent]
-    if missing and complete:
-        done = sum(_rows_of(state, shard) for shard in there)
-        raise ValueError(
-            f"{path} holds {done} of {state['count']} soft labels: its writing was interrupted, or files were "
-            f"deleted (no {_some(missing)}); write the labels again to finish it"
-        )
-    damaged = [_shard_name(shard) for shard in there if not _is_whole(path, state, shard, checksums)]
-    if IDS not in missing and not _ids_are_whole(path / IDS, state, checksums):
-        damaged.append(IDS)
-    if damaged:
-        raise ValueError(
-            f"damaged in {path}: {_some(damaged)}. Delete these files and write the labels again: only what is "
-            "missing is made anew"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _is_whole(path: Path, state: Mapping[str, Any], shard: int, checksums: bool) -> bool:
-    file = path / _shard_name(shard)
-    size = _rows_of(state, shard) * state["classes"] * np.dtype(DTYPES[state["dtype"]]).itemsize
-    if file.stat().st_size != size + hashlib.sha256().digest_size:
-        return False
-    if not checksums:
-        return True
-    with file.open("rb") as opened:
-        parts = (opened.read(min(CHUNK, size - start)) for start in range(0, size, CHUNK))
-        return _checksum(state, shard, parts) == opened.read()
-
-
-def _ids_are_whole(file: Path, state: Mapping[str, Any], checksums: bool) -> bool:
-    if file.stat().st_size != state["count"] * np.dtype(np.int64).itemsize:
-        return False
-    if not checksums:
-        return True
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() == state["ids"]
