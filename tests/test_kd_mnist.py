@@ -121,7 +121,7 @@ OPTIONS = {
     ),
     "batch not divisible": ("--batch-size 33 --devices 4", "--batch-size must be a multiple"),
     "too many devices": ("--devices 64 --batch-size 64", "64 CPU devices were asked for"),
-    "unknown teacher": ("--teacher resnet:3", "a model is described by a family (mlp, convnet)"),
+    "unknown teacher": ("--teacher resnet:3", "a model is described by a family (mlp, convnet, characters)"),
     "malformed student": ("--student mlp:", "got 'mlp:'"),
     "unknown class": ("--omit-classes 11", "--omit-classes must name some of 0 to 9"),
     "all classes left out": ("--omit-classes 0 1 2 3 4 5 6 7 8", "leave at least two"),

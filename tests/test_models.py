@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.make_models import CLASSES, draw, fingerprint, images, reference_name
 
 from distill_jax import train
-from distill_jax.models import VGG, build, feature_names, from_linen, from_nnx, nnx_module
+from distill_jax.models import VGG, Characters, build, feature_names, from_linen, from_nnx, nnx_module
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("models.json").read_text())
 SMALL = [
@@ -93,6 +93,57 @@ def test_parameter_count(description):
     params = nnx.state(abstract(description, (32, 32, 3), 100), nnx.Param)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == GOLDEN["parameters"][description]
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        ("characters:512,128", 320 + 18_496 + 16_384 * 512 + 512 + 512 * 128 + 128 + 128 * 62 + 62),
+        ("characters:512", 320 + 18_496 + 16_384 * 512 + 512 + 512 * 62 + 62),
+        ("mlp:64", 69_630),  # the small students of this task
+        ("convnet:8,16,24", 70_326),
+    ],
+)
+def test_parameter_count_of_networks_for_characters(description, expected):
+    params = nnx.state(abstract(description, (32, 32, 1), 62), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+
+
+def test_characters_is_two_convolutions_a_pool_and_dense_layers():
+    model = build("characters:5,4", (6, 8, 2), 3, jax.random.key(0), dropout=0.5)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8, 2))
+
+    @jax.jit
+    def both(model, x):
+        h = x
+        for layer in model.params["convolution"].values():
+            h = jax.lax.conv_general_dilated(
+                h, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            h = jnp.maximum(h + layer["bias"], 0)
+        h = h.reshape(2, 3, 2, 4, 2, 64).max((2, 4)).reshape(2, -1)
+        dense = list(model.params["dense"].values())
+        for layer in dense[:-1]:
+            h = jnp.maximum(h @ layer["kernel"] + layer["bias"], 0)
+        h = h @ dense[-1]["kernel"] + dense[-1]["bias"]
+        return model(x), h, model.apply_fn(model.params, model.state, x, key=jax.random.key(2))[0]
+
+    got, expected, dropped = both(model, x)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert not np.allclose(dropped, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 8, 1), {}, "at least 2, .* got 1×8"),
+        ((8, 8, 1), {"hidden": (4, 0)}, "all ≥ 1, got"),
+        ((8, 8, 1), {"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_characters_refuses(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        Characters(shape, 3, rngs=nnx.Rngs(0), **options)
 
 
 def original_weights(description, network):

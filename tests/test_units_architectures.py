@@ -111,7 +111,7 @@ def test_flatten_grouped_dilated_and_transposed_convolutions():
 
 NETWORKS = {
     "vgg8:0.05": 8, "resnet8:0.3": 8, "wrn10-1:0.3": 8, "mobilenetv2:0.12": 8, "shufflenetv2:0.05": 8,
-    "convnet:3,4": 8,
+    "convnet:3,4": 8, "characters:5": 8,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from distill_jax._model import ApplyFn, Model, from_function, predict
 from distill_jax.models.by_name import build, feature_names, nnx_module
+from distill_jax.models.characters import Characters
 from distill_jax.models.convert import compose, from_linen, from_nnx, side_by_side
 from distill_jax.models.convnet import ConvNet
 from distill_jax.models.convolution import conv_general_dilated
@@ -14,7 +15,7 @@ from distill_jax.models.vgg import VGG
 from distill_jax.models.wrn import WideResNet
 
 __all__ = [
-    "MLP", "VGG", "ApplyFn", "ConvNet", "MobileNetV2", "Model", "ResNet", "ShuffleNetV1", "ShuffleNetV2",
+    "MLP", "VGG", "ApplyFn", "Characters", "ConvNet", "MobileNetV2", "Model", "ResNet", "ShuffleNetV1", "ShuffleNetV2",
     "WideResNet", "build", "compose", "conv_general_dilated", "feature_names", "from_function", "from_linen",
     "from_nnx", "load", "nnx_module", "predict", "save", "side_by_side",
 ]  # fmt: skip

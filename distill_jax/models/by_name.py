@@ -10,6 +10,7 @@ from flax import nnx
 
 from distill_jax._checks import check_fraction, check_key
 from distill_jax._model import Model
+from distill_jax.models.characters import Characters
 from distill_jax.models.convert import from_nnx
 from distill_jax.models.convnet import ConvNet
 from distill_jax.models.layers import Network, check
@@ -30,8 +31,12 @@ def _convnet(widths: list[int], shape: tuple[int, int, int], classes: int, **opt
     return ConvNet(shape, classes, channels=widths, kernel=3 if min(shape[:2]) < 16 else 5, **options)
 
 
+def _characters(widths: list[int], shape: tuple[int, int, int], classes: int, **options: Any) -> Characters:
+    return Characters(shape, classes, hidden=widths, **options)
+
+
 # Networks that are described by their hidden sizes
-FAMILIES = {"mlp": _mlp, "convnet": _convnet}
+FAMILIES = {"mlp": _mlp, "convnet": _convnet, "characters": _characters}
 # Networks that are described by a name and a factor for the width. A pattern's groups are the numbers in
 # the name.
 NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
@@ -50,8 +55,9 @@ def nnx_module(
     """Makes the NNX module of a reference network from its description.
 
     Args:
-      description: a family and its hidden sizes, ``mlp:1200,1200`` or ``convnet:16,32`` (the channels of
-        the convolutions); or the name of a network, with or without a factor for its channels:
+      description: a family and its hidden sizes, ``mlp:1200,1200``, ``convnet:16,32`` (the channels of
+        the convolutions) or ``characters:512,128`` (the units of the dense layers); or the name of a
+        network, with or without a factor for its channels:
         ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5``
         (``mobilenetv2-t3:0.5`` expands 3 times instead of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
       shape: ``(height, width, channels)`` of an image.

@@ -27,7 +27,6 @@ import tyro
 from flax import nnx
 
 from distill_jax import _files, metrics, models, teachers, train
-from distill_jax.models.convnet import max_pool_2x2
 
 CLASSES, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, 1024, 0.01, 0.9
 VARIANTS = ("plain", "stored", "online", "teacher forward")
@@ -53,25 +52,6 @@ class Config:
     rounds: int = 9  # number of timings of each variant
     peer: Literal["none", "torch-eager", "torch"] = "none"  # also time PyTorch: eager, or eager and compiled
     out: Path | None = None  # JSON file for the figures
-
-
-class Characters(nnx.Module):
-    """Two convolutions, max-pooling and dense layers, for characters of 32×32 pixels."""
-
-    def __init__(self, shape: tuple[int, int, int], hidden: list[int], rngs: nnx.Rngs):
-        options: dict[str, Any] = {"conv_general_dilated": models.conv_general_dilated, "rngs": rngs}
-        self.convolutions = nnx.List(nnx.Conv(a, b, (3, 3), **options) for a, b in ((shape[2], 32), (32, 64)))
-        sizes = [shape[0] // 2 * (shape[1] // 2) * 64, *hidden, CLASSES]
-        self.dense = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to logits."""
-        for convolution in self.convolutions:
-            x = nnx.relu(convolution(x))
-        x = max_pool_2x2(x).reshape(x.shape[0], -1)
-        for layer in self.dense[:-1]:
-            x = nnx.relu(layer(x))
-        return self.dense[-1](x)
 
 
 class Block(nnx.Module):
@@ -110,10 +90,9 @@ class Transformer(nnx.Module):
 def build(description: str, shape: tuple[int, int, int], seed: int) -> models.Model:
     """Builds a network of a pair."""
     family, _, sizes = description.partition(":")
-    ours = {"characters": Characters, "transformer": Transformer}
-    if family not in ours:
+    if family != "transformer":
         return models.build(description, shape, CLASSES, jax.random.key(seed))
-    return models.from_nnx(ours[family](shape, [int(size) for size in sizes.split(",")], nnx.Rngs(seed)))
+    return models.from_nnx(Transformer(shape, [int(size) for size in sizes.split(",")], nnx.Rngs(seed)))
 
 
 def make_arrays(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
