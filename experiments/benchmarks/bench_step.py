@@ -1,19 +1,30 @@
 """Measures the cost of a training step: plain, distilled from stored labels, distilled online.
 
 All variants of a pair of networks are timed in turn, round after round, in one process. So what else the machine does
-falls on all of them, and ratios that are taken round by round hold.
+falls on all of them, and ratios that are taken round by round hold. The examples are in memory, every system gets the
+same batches, and its networks are written as its users write them:
+
+- distill_jax: one call of an epoch of ``train.make_epoch`` (``teacher forward``: the teacher's logits alone).
+- torch-eager, torch-compile: a loop of loss, ``backward`` and ``optimizer.step``, PyTorch's usual formula of KL.
+- keras: ``fit`` of ``keras.distillation.Distiller`` with ``LogitsDistillation``, on Keras' JAX backend, from a
+  generator of batches, online only. It is slower with ``train_on_batch``, and no faster from whole arrays.
+- torchdistill: a loop of ``DistillationBox.forward_process`` and ``post_forward_process`` with ``KDLoss``, online only,
+  without torchdistill's own data loader.
+
+The losses of the last two have other factors than ours. That changes what is learnt, and not what a step costs.
 
     python experiments/benchmarks/bench_step.py
-    python experiments/benchmarks/bench_step.py --peer torch --out bench.json    # where PyTorch is installed
+    python experiments/benchmarks/bench_step.py --peers torch-eager keras --out step.json
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +41,15 @@ from distill_jax import _files, metrics, models, teachers, train
 
 CLASSES, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, 1024, 0.01, 0.9
 VARIANTS = ("plain", "stored", "online", "teacher forward")
+OURS = "distill_jax"
+# Peer → the modules that it imports, and what pip installs
+PEERS = {
+    "torch-eager": ("torch", "torch"),
+    "torch-compile": ("torch", "torch"),
+    "keras": ("keras", "keras"),
+    "torchdistill": ("torchdistill.core.distillation", "torchdistill torchvision"),
+}
+Variants = dict[str, Callable[[np.ndarray], Any]]
 # Pair → teacher, student, image shape, batch size
 PAIRS = {
     "mlp": ("mlp:1200,1200", "mlp:800,800", (28, 28, 1), 128),
@@ -50,7 +70,8 @@ class Config:
     batch_size: int | None = None  # number of examples per step; None for the pair's own
     seconds: float = 0.5  # length of one timing; its number of steps follows from the first ones
     rounds: int = 9  # number of timings of each variant
-    peer: Literal["none", "torch-eager", "torch"] = "none"  # also time PyTorch: eager, or eager and compiled
+    peers: tuple[Literal["torch-eager", "torch-compile", "keras", "torchdistill"], ...] = ()
+    """other systems to time beside ours"""
     out: Path | None = None  # JSON file for the figures
 
 
@@ -105,7 +126,7 @@ def make_arrays(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     }
 
 
-def jax_variants(pair: str) -> dict[str, Callable[[np.ndarray], Any]]:
+def jax_variants(pair: str) -> Variants:
     """Builds the timed functions: each makes one step per row of ``order`` and waits for them."""
     *descriptions, shape, _ = PAIRS[pair]
     teacher, student = (build(name, shape, seed) for seed, name in enumerate(descriptions))
@@ -214,7 +235,7 @@ def torch_network(description: str, shape: tuple[int, int, int]) -> Any:
     return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *dense(flat, *numbers, CLASSES))
 
 
-def torch_variants(pair: str, compiled: bool) -> dict[str, Callable[[np.ndarray], Any]]:
+def torch_variants(pair: str, compiled: bool) -> Variants:
     """Builds the timed functions in PyTorch."""
     import torch
     from torch.nn import functional as F  # noqa: N812
@@ -263,6 +284,154 @@ def torch_variants(pair: str, compiled: bool) -> dict[str, Callable[[np.ndarray]
     return {**{name: variant(name) for name in VARIANTS[:3]}, "teacher forward": run_teacher}
 
 
+def torchdistill_variants(pair: str) -> Variants:
+    """Builds the timed function in torchdistill, whose configuration is a dict."""
+    import torch
+    from torchdistill.core.distillation import DistillationBox
+
+    teacher, student, shape, _ = PAIRS[pair]
+    arrays = make_arrays(shape)
+    images = torch.from_numpy(arrays["image"]).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(arrays["label"]).long()
+    where = {
+        f"{kind}_module_{part}": value
+        for kind in ("student", "teacher")
+        for part, value in (("path", "."), ("io", "output"))
+    }
+    loss = {"key": "KDLoss", "kwargs": {**where, "temperature": 4.0, "alpha": 0.0}}
+    box = DistillationBox(
+        torch_network(teacher, shape).eval(),
+        torch_network(student, shape),
+        dataset_dict={},
+        train_config={
+            "num_epochs": 1,
+            "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+            "student": {"forward_proc": "forward_batch_only"},
+            "optimizer": {"key": "SGD", "kwargs": {"lr": LEARNING_RATE, "momentum": MOMENTUM}},
+            "criterion": {
+                "key": "WeightedSumLoss",
+                "kwargs": {"sub_terms": {"kd": {"criterion": loss, "weight": 1.0}}},
+            },
+        },
+        device=torch.device("cpu"),
+        device_ids=None,
+        distributed=False,
+        lr_factor=1.0,
+    )
+
+    def run(order):
+        box.pre_epoch_process(epoch=0)
+        for rows in torch.from_numpy(order).long():
+            box.post_forward_process(box.forward_process(images[rows], labels[rows], supp_dict={}))
+
+    return {"online": run}
+
+
+def keras_network(description: str, shape: tuple[int, int, int]) -> Any:
+    """Builds the same network in Keras."""
+    import keras
+    from keras import layers
+
+    def unit(x, width, stride=1, bias=False):
+        x = layers.Conv2D(width, 3, stride, padding="same", use_bias=bias)(x)
+        return layers.BatchNormalization()(x)
+
+    family, _, sizes = description.partition(":")
+    x = inputs = keras.Input(shape)
+    if family.startswith("vgg"):
+        for i, width in enumerate(round(c * float(sizes)) for c in (64, 128, 256, 512, 512)):
+            x = layers.MaxPooling2D()(x) if 1 <= i <= 3 else x
+            x = layers.ReLU()(unit(x, width, bias=True))
+        x = layers.GlobalAveragePooling2D()(x)
+    elif family.startswith("resnet"):
+        x = layers.ReLU()(unit(x, 32))
+        for i, width in enumerate((64, 128, 256)):
+            for j in range((int(family[6:-2]) - 2) // 6):
+                stride = 2 if i and not j else 1
+                body = unit(layers.ReLU()(unit(x, width, stride)), width)
+                if not j:
+                    x = layers.Conv2D(width, 1, stride, use_bias=False)(x)
+                    x = layers.BatchNormalization()(x)
+                x = layers.ReLU()(layers.Add()([x, body]))
+        x = layers.GlobalAveragePooling2D()(x)
+    elif family == "transformer":
+        width, depth = (int(size) for size in sizes.split(","))
+        x = layers.Dense(width)(layers.Reshape((shape[0], shape[1] * shape[2]))(x))
+        for _ in range(depth):
+            y = layers.LayerNormalization()(x)
+            x = layers.Add()([x, layers.MultiHeadAttention(4, width // 4)(y, y)])
+            y = layers.Dense(4 * width, "relu")(layers.LayerNormalization()(x))
+            x = layers.Add()([x, layers.Dense(width)(y)])
+        x = layers.GlobalAveragePooling1D()(x)
+    else:
+        if family == "characters":
+            for width in (32, 64):
+                x = layers.Conv2D(width, 3, padding="same", activation="relu")(x)
+            x = layers.MaxPooling2D()(x)
+        x = layers.Flatten()(x)
+        for size in sizes.split(","):
+            x = layers.Dense(int(size), "relu")(x)
+    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+
+
+def keras_variants(pair: str) -> Variants:
+    """Builds the timed function in Keras."""
+    import keras
+
+    *descriptions, shape, _ = PAIRS[pair]
+    arrays = make_arrays(shape)
+    distiller = keras.distillation.Distiller(
+        *(keras_network(description, shape) for description in descriptions),
+        keras.distillation.LogitsDistillation(temperature=4.0),
+        student_loss_weight=0.0,
+    )
+    distiller.compile(
+        optimizer=keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+    def run(order):
+        batches = ((arrays["image"][rows], arrays["label"][rows]) for rows in order)
+        distiller.fit(batches, steps_per_epoch=len(order), shuffle=False, verbose=0)
+
+    return {"online": run}
+
+
+def peer_variants(peer: str, pair: str, batch: int) -> Variants:
+    """Builds the timed functions of another system, and calls each once."""
+    if peer == "keras":
+        variants = keras_variants(pair)
+    elif peer == "torchdistill":
+        variants = torchdistill_variants(pair)
+    else:
+        variants = torch_variants(pair, compiled=peer == "torch-compile")
+    for run in variants.values():
+        run(np.zeros((1, batch), np.int32))
+    return variants
+
+
+def attempt(peer: str, advice: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of a peer; one that fails, as libraries do in many ways, is named, and gives None."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        tqdm.tqdm.write(f"{peer} is left out: {type(error).__name__}: {reason}{advice}", file=sys.stderr)
+        return None
+
+
+def import_peers(peers: Iterable[str]) -> dict[str, str]:
+    """Imports the peers, and names those that cannot be imported: peer → version."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    versions = {}
+    for peer in peers:
+        module, packages = PEERS[peer]
+        if attempt(peer, f" (pip install {packages})", importlib.import_module, module):
+            package = module.partition(".")[0]
+            versions[peer] = f"{package} {importlib.metadata.version(package)}"
+    return versions
+
+
 def machine_limits() -> dict[str, float]:
     """Measures what the machine can do at most: matrix products (GFLOP/s) and copies (GB/s read and written)."""
     matrix, vector, product = jnp.ones((2048, 2048)), jnp.ones(2**25), jax.jit(jnp.matmul)
@@ -289,41 +458,77 @@ def ideal_milliseconds(pair: str, batch: int, gflops: float) -> dict[str, float]
     }
 
 
-def measure(
-    variants: dict[str, Callable[[np.ndarray], Any]], batch: int, config: Config
-) -> dict[str, np.ndarray]:
+def measure(variants: Variants, batch: int, config: Config) -> dict[str, np.ndarray]:
     """Times every variant in turn: milliseconds per step, ``[rounds]`` each."""
     rng = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in variants}
     orders = {}
-    for name in tqdm.tqdm(variants, desc="compiling", leave=False, disable=None):
-        order = rng.integers(0, EXAMPLES, (1, batch)).astype(np.int32)
-        variants[name](order)
-        start = time.perf_counter()
-        variants[name](order)
-        steps = max(1, round(config.seconds / (time.perf_counter() - start)))
+    for name, run in tqdm.tqdm(variants.items(), desc="compiling", leave=False, disable=None):
+        steps = 1
+        for _ in range(2):  # one step tells too much of what a call costs
+            order = rng.integers(0, EXAMPLES, (steps, batch)).astype(np.int32)
+            run(order)
+            start = time.perf_counter()
+            run(order)
+            steps = max(1, round(config.seconds * steps / (time.perf_counter() - start)))
         orders[name] = rng.integers(0, EXAMPLES, (steps, batch)).astype(np.int32)
-        variants[name](orders[name])
+        run(orders[name])
+    times: dict[str, list[float]] = {name: [] for name in orders}
     for _ in tqdm.trange(config.rounds, desc="rounds", leave=False, disable=None):
-        for name, run in variants.items():
+        for name, order in orders.items():
             time.sleep(0.05)  # PyTorch's threads spin for a while after their work
             start = time.perf_counter()
-            run(orders[name])
-            times[name].append((time.perf_counter() - start) / len(orders[name]) * 1e3)
+            variants[name](order)
+            times[name].append((time.perf_counter() - start) / len(order) * 1e3)
     return {name: np.array(values) for name, values in times.items()}
 
 
-def ratios(times: dict[str, np.ndarray], systems: list[str]) -> dict[str, np.ndarray]:
-    """Takes the ratios that are wanted, round by round."""
-    t = times
+def ratios(times: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes the ratios that are wanted, round by round: our own, and each time of a peer over ours."""
+    ours = {name: times[f"{OURS} {name}"] for name in VARIANTS}
     result = {
-        "stored / plain": t["jax stored"] / t["jax plain"],
-        "online / (plain + teacher forward)": t["jax online"] / (t["jax plain"] + t["jax teacher forward"]),
+        "stored / plain": ours["stored"] / ours["plain"],
+        "online / (plain + teacher forward)": ours["online"] / (ours["plain"] + ours["teacher forward"]),
     }
-    for system in systems:
-        for name in VARIANTS:
-            result[f"{system} / jax, {name}"] = t[f"{system} {name}"] / t[f"jax {name}"]
+    for key, values in times.items():
+        peer, _, name = key.partition(" ")
+        if peer != OURS:
+            result[f"{key} / {OURS}"] = values / ours[name]
     return result
+
+
+HEAD = f"""\
+Milliseconds per step, median; in brackets the share of the rate of matrix products of this machine; then, as a multiple
+of the time of {OURS}: median of the rounds (least to largest).
+
+| networks, batch | system | {" | ".join(VARIANTS)} |
+| --- | --- | {" | ".join(["---:"] * len(VARIANTS))} |"""
+
+
+def table_rows(found: Mapping[str, Any]) -> list[str]:
+    """Writes the rows of one pair of networks; ``found`` is its entry in the report."""
+
+    def spread(values: Any) -> str:
+        return f"{np.median(values):.2f} ({np.min(values):.2f} to {np.max(values):.2f})"
+
+    rows, title = [], found["networks"]
+    for system in dict.fromkeys(key.partition(" ")[0] for key in found["milliseconds"]):
+        cells = []
+        for name in VARIANTS:
+            key = f"{system} {name}"
+            values = found["milliseconds"].get(key)
+            if values is None:
+                cells.append("")
+                continue
+            share = found["ideal milliseconds"][name] / np.median(values)
+            ratio = found["ratios"].get(f"{key} / {OURS}")
+            cells.append(
+                f"{np.median(values):.2f} ({share:.0%})"
+                + (f" × {spread(ratio)}" if ratio is not None else "")
+            )
+        rows.append(f"| {title} | {system} | {' | '.join(cells)} |")
+        title = ""
+    own = [f"{name}: {spread(values)}" for name, values in found["ratios"].items() if not name.endswith(OURS)]
+    return [*rows, f"| | ratios of {OURS} | | {' | '.join(own)} | |"]
 
 
 def main() -> None:
@@ -333,47 +538,33 @@ def main() -> None:
         sys.exit(f"error: --batch-size must be 1 to {EXAMPLES}, --rounds at least 1, --seconds above 0")
     if config.out is not None and not config.out.parent.is_dir():
         sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
-    systems: list[str] = []
-    versions = {"jax": jax.__version__}
-    if config.peer != "none":
-        try:
-            import torch
-        except ImportError:
-            sys.exit(f"error: --peer {config.peer} needs PyTorch: pip install torch")
-        systems = ["torch eager", "torch compile"] if config.peer == "torch" else ["torch eager"]
-        versions |= {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
+    peers = import_peers(config.peers)
+    versions = {"jax": f"jax {jax.__version__}", **peers}
     limits = machine_limits()
-    print(", ".join(f"{name} {version}" for name, version in versions.items()), end="; ")
-    print(f"products {limits['gflops']:.0f} GFLOP/s, copies {limits['gigabytes']:.0f} GB/s")
     environment = {**versions, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
+    print(*dict.fromkeys(versions.values()), f"{environment['cores']} cores", sep=", ", end="; ")
+    print(
+        f"products {limits['gflops']:.0f} GFLOP/s, copies {limits['gigabytes']:.0f} GB/s.\n\n{HEAD}",
+        flush=True,
+    )
     report: dict[str, Any] = {"environment": environment, "limits": limits, "pairs": {}}
     for pair in PAIRS if config.pair == "all" else (config.pair,):
         teacher, student, _, batch = PAIRS[pair]
         batch = config.batch_size or batch
-        timed = {f"jax {name}": run for name, run in jax_variants(pair).items()}
-        for system in systems:
-            variants = torch_variants(pair, compiled=system == "torch compile")
-            timed |= {f"{system} {name}": run for name, run in variants.items()}
+        timed = {f"{OURS} {name}": run for name, run in jax_variants(pair).items()}
+        for peer in peers:
+            variants = attempt(peer, "", peer_variants, peer, pair, batch) or {}
+            timed |= {f"{peer} {name}": run for name, run in variants.items()}
         times = measure(timed, batch, config)
-        compared = ratios(times, systems)
-        ideal = ideal_milliseconds(pair, batch, limits["gflops"])
-        print(
-            f"\n{teacher} → {student}, batch {batch}: ms per step, median (min to max), share of the products' limit"
-        )
-        for name, values in times.items():
-            share = ideal[next(v for v in VARIANTS if name.endswith(v))] / np.median(values)
-            spread = f"({values.min():.2f} to {values.max():.2f})"
-            print(f"  {name:30} {np.median(values):8.2f}  {spread:22} {share:6.1%}")
-        print("ratios, median of rounds (min to max)")
-        for name, values in compared.items():
-            print(f"  {name:36} {np.median(values):6.2f}  ({values.min():.2f} to {values.max():.2f})")
         report["pairs"][pair] = {
+            "networks": f"{teacher} → {student}, {batch}",
             "milliseconds": {name: values.tolist() for name, values in times.items()},
-            "ratios": {name: values.tolist() for name, values in compared.items()},
-            "ideal milliseconds": ideal,
+            "ratios": {name: values.tolist() for name, values in ratios(times).items()},
+            "ideal milliseconds": ideal_milliseconds(pair, batch, limits["gflops"]),
         }
-    if config.out is not None:
-        _files.write_json(config.out, report)
+        print(*table_rows(report["pairs"][pair]), sep="\n", flush=True)
+        if config.out is not None:
+            _files.write_json(config.out, report)
 
 
 if __name__ == "__main__":
