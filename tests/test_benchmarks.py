@@ -1,7 +1,7 @@
 """The benchmarks: their tables of given figures, and the smallest runs."""
 
 import numpy as np
-from benchmarks import bench_step
+from benchmarks import bench_step, bench_store
 
 
 def test_table_of_steps():
@@ -27,3 +27,23 @@ def test_missing_peer_is_named(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("x is left out")
     assert line.endswith("(pip install such)")
+
+
+def test_store(tmp_path):
+    config = bench_store.Config(labels=1000, rounds=2)
+    found = bench_store.measure(10, "float16", tmp_path, config)
+    assert found["labels"] == 1000
+    assert found["bytes"] == 20_000
+    assert {len(times) for times in found["seconds"].values()} == {2}
+
+
+def test_table_of_the_store():
+    seconds = {"plain write": [0.1], "write": [0.4], "plain read": [0.1], "read": [0.2], "plain map": [0.05]}
+    seconds |= {"verify": [0.5], "random batches": [0.2], "plain random batches": [0.1]}
+    found = {"labels": 25_600, "bytes": 4_000_000, "from disk": False, "seconds": seconds}
+    assert bench_store.table_rows("10 float16", found) == [
+        "| 25,600 of 10 float16, 4 MB | write | 64,000 | 10 | 40 | 25% |",
+        "|  | read, from memory | 128,000 | 20 | 40, mapped 80 | 50% |",
+        "|  | verify | 51,200 | 8 |  |  |",
+        "|  | random batches of 128, 2.00 ms each | 64,000 | 10 | 20 | 50% |",
+    ]
