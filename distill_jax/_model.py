@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from distill_jax._checks import check_count, check_function
+from distill_jax._cpu import compiler_options
 
 PyTree = Any
 
@@ -169,9 +170,12 @@ def padded_batches(data: PyTree, batch_size: int) -> Iterator[tuple[PyTree, np.n
     return map(batch, range(0, count, size))
 
 
-@functools.partial(jax.jit, static_argnames="prepare")
-def _forward(model: Model, x: Any, prepare: Callable[[Any], Any]) -> Any:
-    return model(prepare(x))
+@functools.cache
+def _compiled_forward() -> Callable[..., Any]:
+    def forward(model: Model, x: Any, prepare: Callable[[Any], Any]) -> Any:
+        return model(prepare(x))
+
+    return jax.jit(forward, static_argnames="prepare", compiler_options=compiler_options())
 
 
 def predict(
@@ -202,8 +206,9 @@ def predict(
     check_model("model", model)
     check_function("prepare", prepare, "inputs")
     inputs = jax.tree.map(np.asarray, inputs)
+    forward = _compiled_forward()
     outputs = [
-        jax.tree.map(lambda y, c=counted: np.asarray(y)[: c.sum()], _forward(model, batch, prepare))
+        jax.tree.map(lambda y, c=counted: np.asarray(y)[: c.sum()], forward(model, batch, prepare))
         for batch, counted in padded_batches(inputs, batch_size)
     ]
     return jax.tree.map(whole, *outputs)

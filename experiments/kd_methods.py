@@ -236,7 +236,7 @@ def step_costs(config: Config, layers: Layers, student: models.Model, batch: Any
     for name in ("scratch", *config.methods):
         model, loss_fn = objective(config, name, student, layers, 0)
         tx = optax.sgd(1e-3)
-        step = jax.jit(train.make_train_step(loss_fn, tx))
+        step = jax.jit(train.make_train_step(loss_fn, tx), compiler_options=train.compiler_options())
         calls[name] = functools.partial(step, train.init_state(model, tx, jax.random.key(0)), batch)
     seconds = dict(zip(calls, metrics.timings(list(calls.values()), repeats=45).T, strict=True))
     return {name: float(np.median(seconds[name] / seconds["scratch"])) for name in calls}

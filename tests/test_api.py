@@ -20,7 +20,7 @@ from distill_jax import losses
 ROOT = Path(__file__).parents[1]
 # Imports point downwards only: a module may use those of the lines above its own.
 LAYERS = [
-    {"_checks", "_files"},
+    {"_checks", "_cpu", "_files"},
     {"losses", "data", "_jaxpr", "_model"},
     {"features", "weights", "metrics"},
     {"models"},

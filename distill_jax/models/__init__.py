@@ -5,7 +5,6 @@ from distill_jax.models.by_name import build, feature_names, nnx_module
 from distill_jax.models.characters import Characters
 from distill_jax.models.convert import compose, from_linen, from_nnx, side_by_side
 from distill_jax.models.convnet import ConvNet
-from distill_jax.models.convolution import conv_general_dilated
 from distill_jax.models.files import load, save
 from distill_jax.models.mlp import MLP
 from distill_jax.models.mobilenet import MobileNetV2
@@ -16,6 +15,6 @@ from distill_jax.models.wrn import WideResNet
 
 __all__ = [
     "MLP", "VGG", "ApplyFn", "Characters", "ConvNet", "MobileNetV2", "Model", "ResNet", "ShuffleNetV1", "ShuffleNetV2",
-    "WideResNet", "build", "compose", "conv_general_dilated", "feature_names", "from_function", "from_linen",
+    "WideResNet", "build", "compose", "feature_names", "from_function", "from_linen",
     "from_nnx", "load", "nnx_module", "predict", "save", "side_by_side",
 ]  # fmt: skip

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from distill_jax._checks import check_fraction
-from distill_jax.models.convolution import conv_general_dilated
 from distill_jax.models.layers import BatchNorm, check
 
 
@@ -102,7 +101,7 @@ class ConvNet(nnx.Module):
         self.convolution = nnx.List(
             nnx.Conv(
                 a, b, (kernel, kernel), padding="SAME", use_bias=not batch_norm, kernel_init=he,
-                conv_general_dilated=conv_general_dilated, rngs=rngs,
+                rngs=rngs,
             )
             for a, b in sizes
         )  # fmt: skip

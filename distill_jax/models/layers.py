@@ -17,7 +17,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from distill_jax._checks import check_count, check_fraction, check_positive, is_integer
-from distill_jax.models.convolution import conv_general_dilated
 
 # Normal with variance 2 / (outputs · kernel area), He et al. 2015, Eq. 14
 HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -124,7 +123,6 @@ class Layers:
             inputs, outputs, (kernel, kernel), stride, padding=kernel // 2,
             feature_group_count=groups, use_bias=bias, dtype=self.dtype,
             param_dtype=self.param_dtype, kernel_init=self.kernel_init, rngs=self.rngs,
-            conv_general_dilated=conv_general_dilated,
         )  # fmt: skip
 
     def norm(self, channels: int) -> BatchNorm:

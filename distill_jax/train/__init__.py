@@ -1,5 +1,6 @@
 """Training: objectives, the train step, the epoch, the loop with checkpoints, and several devices."""
 
+from distill_jax._cpu import compiler_options, keep_memory
 from distill_jax.train import interpolation, sweeps
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order, make_epoch, scan_is_fast
@@ -39,9 +40,9 @@ from distill_jax.train.step import (
 
 __all__ = [
     "Batch", "Checkpoints", "Fit", "History", "LossFn", "Metrics", "Schedule", "Stage", "Staged", "Step",
-    "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "converged", "data_mesh",
+    "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "compiler_options", "converged", "data_mesh",
     "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features", "encoder_decoder",
-    "epoch_order", "error_rate", "fit", "freeze", "init_state", "interpolation", "make_epoch",
+    "epoch_order", "error_rate", "fit", "freeze", "init_state", "interpolation", "keep_memory", "make_epoch",
     "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher", "mutual",
     "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
     "train_stages", "use_cpu_devices", "weighted_mean",

@@ -1,5 +1,6 @@
 """An epoch: many steps as one call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax._checks import check_count, check_function, check_integers, is_integer
+from distill_jax._cpu import compiler_options
 from distill_jax._jaxpr import primitives
 from distill_jax.train.step import Batch, Metrics, PyTree, Step, TrainState, step_key
 
@@ -85,8 +87,11 @@ def in_one_call(
     def scan(state, data, order, context):
         return jax.lax.scan(lambda state, rows: one(state, rows, data, context), state, order)
 
-    jitted_one = jax.jit(one, donate_argnums=0)
-    jitted_scan = jax.jit(scan, donate_argnums=0)
+    @functools.cache
+    def jitted(fn: Callable[..., Any], traced: bool) -> Callable[..., Any]:
+        # JAX refuses compiler options inside of another jitted function
+        return jax.jit(fn, donate_argnums=0, compiler_options=None if traced else compiler_options())
+
     fast: dict[Any, bool] = {}
 
     def epoch(state, data, order, context=None):
@@ -102,11 +107,12 @@ def in_one_call(
         program = structure, tuple(map(np.shape, leaves)), order.shape[1:]
         if program not in fast:
             fast[program] = scan_is_fast(one, state, order[0], data, context)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         if fast[program]:
-            return jitted_scan(state, data, order, context)
+            return jitted(scan, traced)(state, data, order, context)
         collected = []
         for rows in order:
-            state, metrics = jitted_one(state, rows, data, context)
+            state, metrics = jitted(one, traced)(state, rows, data, context)
             collected.append(metrics)
         return state, jax.tree.map(lambda *values: jnp.stack(values), *collected)
 

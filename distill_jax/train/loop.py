@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax._checks import check_function, need
+from distill_jax._cpu import compiler_options
 from distill_jax._model import Model, PyTree, check_model, example_count, identity, padded_batches
 from distill_jax.train._examples import as_arrays, complaint_about
 from distill_jax.train._loop import Fit, History, check_options, checked_data, run_epochs
@@ -59,7 +60,8 @@ def make_measure(
         weight = batch_weight(batch)
         return jax.tree.map(lambda m: m * weight, {**metrics, "loss": loss}), weight
 
-    compiled = jax.jit(jax.vmap(sums, in_axes=(0, None)) if stacked else sums)
+    sums_of_all = jax.vmap(sums, in_axes=(0, None)) if stacked else sums
+    compiled = jax.jit(sums_of_all, compiler_options=compiler_options())
 
     def measure(model: Model) -> dict[str, Any]:
         check_model("model", model)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import jax
 
 from distill_jax._files import seal, unseal, write_json
+from distill_jax.train import keep_memory
 from distill_jax.train.checkpoints import quiet
 from harness import logs
 
@@ -303,6 +304,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Calls the main function of an experiment; a mistake of the user ends in one line and exit status 2."""
     for name in ("absl", "asyncio"):  # Orbax logs what it raises as well, with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    keep_memory()
     _keep_compiled()
     try:
         with _surroundings(), logs.pulse.beating(needed=not sys.stderr.isatty()):
