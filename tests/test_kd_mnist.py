@@ -28,7 +28,7 @@ def test_a_whole_run(tmp_path, run):
     options = ["--out", out, "--patient", "--omit-classes", 3, 5]
     status, printed, _ = run(*options)
     assert status == 0
-    assert printed.startswith("Config: digits. Data: digits, scikit-learn's embedded digits")
+    assert "Config: digits. Data: digits, scikit-learn's embedded digits" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["dataset"] == {
         "name": "digits", "source": results["dataset"]["source"],
