@@ -1,7 +1,17 @@
 """Image data sets as NumPy arrays, and their augmentation as pure functions of a key."""
 
 from distill_jax.data._errors import DataError
-from distill_jax.data.augment import random_flip, random_shift
+from distill_jax.data.augment import (
+    random_affine,
+    random_elastic,
+    random_flip,
+    random_noise,
+    random_shift,
+    random_stroke,
+)
 from distill_jax.data.datasets import Dataset, Split, from_arrays, load
 
-__all__ = ["DataError", "Dataset", "Split", "from_arrays", "load", "random_flip", "random_shift"]
+__all__ = [
+    "DataError", "Dataset", "Split", "from_arrays", "load", "random_affine", "random_elastic",
+    "random_flip", "random_noise", "random_shift", "random_stroke",
+]  # fmt: skip
