@@ -1,10 +1,11 @@
 """Measures the cost of a training step: plain, distilled from stored labels, distilled online.
 
-All variants of a pair of networks are timed in turn, round after round, in one process. So what else the machine does
-falls on all of them, and ratios that are taken round by round hold. The examples are in memory, every system gets the
-same batches, and its networks are written as its users write them:
+All variants of a pair of networks are timed in turn, round after round. So what else the machine does falls on all of
+them, and ratios that are taken round by round hold. Each system has a process of its own, set up as its users have it.
+The examples are in memory, every system gets the same batches, and its networks are written as its users write them:
 
-- distill_jax: one call of an epoch of ``train.make_epoch`` (``teacher forward``: the teacher's logits alone).
+- distill_jax: one call of an epoch of ``train.make_epoch`` (``teacher forward``: the teacher's logits alone), after
+  ``train.keep_memory`` as in the experiments, unless ``--no-keep-memory``.
 - torch-eager, torch-compile: a loop of loss, ``backward`` and ``optimizer.step``, PyTorch's usual formula of KL.
 - keras: ``fit`` of ``keras.distillation.Distiller`` with ``LogitsDistillation``, on Keras' JAX backend, from a
   generator of batches, online only. It is slower with ``train_on_batch``, and no faster from whole arrays.
@@ -19,13 +20,17 @@ The losses of the last two have other factors than ours. That changes what is le
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,14 +47,15 @@ from distill_jax import _files, metrics, models, teachers, train
 CLASSES, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, 1024, 0.01, 0.9
 VARIANTS = ("plain", "stored", "online", "teacher forward")
 OURS = "distill_jax"
-# Peer → the modules that it imports, and what pip installs
+# Peer → its package, and what pip installs
 PEERS = {
     "torch-eager": ("torch", "torch"),
     "torch-compile": ("torch", "torch"),
     "keras": ("keras", "keras"),
-    "torchdistill": ("torchdistill.core.distillation", "torchdistill torchvision"),
+    "torchdistill": ("torchdistill", "torchdistill torchvision"),
 }
-Variants = dict[str, Callable[[np.ndarray], Any]]
+Variants = dict[str, Callable[[np.ndarray], Any]]  # name → makes a step for each row of numbers of examples
+Timed = dict[str, Callable[[np.ndarray], float]]  # system and name → the seconds that these steps take
 # Pair → teacher, student, image shape, batch size
 PAIRS = {
     "mlp": ("mlp:1200,1200", "mlp:800,800", (28, 28, 1), 128),
@@ -72,6 +78,7 @@ class Config:
     rounds: int = 9  # number of timings of each variant
     peers: tuple[Literal["torch-eager", "torch-compile", "keras", "torchdistill"], ...] = ()
     """other systems to time beside ours"""
+    keep_memory: bool = True  # whether our process keeps freed memory, as experiments do
     out: Path | None = None  # JSON file for the figures
 
 
@@ -397,38 +404,81 @@ def keras_variants(pair: str) -> Variants:
     return {"online": run}
 
 
-def peer_variants(peer: str, pair: str, batch: int) -> Variants:
-    """Builds the timed functions of another system, and calls each once."""
-    if peer == "keras":
-        variants = keras_variants(pair)
-    elif peer == "torchdistill":
-        variants = torchdistill_variants(pair)
-    else:
-        variants = torch_variants(pair, compiled=peer == "torch-compile")
-    for run in variants.values():
-        run(np.zeros((1, batch), np.int32))
-    return variants
+def variants_of(system: str, pair: str) -> Variants:
+    """Builds the timed functions of a system."""
+    if system == OURS:
+        return jax_variants(pair)
+    if system == "keras":
+        return keras_variants(pair)
+    if system == "torchdistill":
+        return torchdistill_variants(pair)
+    return torch_variants(pair, compiled=system == "torch-compile")
 
 
-def attempt(peer: str, advice: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of a peer; one that fails, as libraries do in many ways, is named, and gives None."""
+def complaint(error: Exception) -> str:
+    """Says in one line what an error says, of whatever library it is."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def serve(connection: Connection, system: str, pair: str, batch: int, keep_memory: bool) -> None:
+    """Runs in the process of a system: builds its timed functions, and then times whichever is asked for."""
     try:
-        return function(*arguments)
+        if keep_memory:
+            train.keep_memory()
+        variants = variants_of(system, pair)
+        for run in variants.values():
+            run(np.zeros((1, batch), np.int32))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        tqdm.tqdm.write(f"{peer} is left out: {type(error).__name__}: {reason}{advice}", file=sys.stderr)
-        return None
+        connection.send(complaint(error))
+        return
+    connection.send(list(variants))
+    for name, order in iter(connection.recv, None):
+        start = time.perf_counter()
+        variants[name](order)
+        connection.send(time.perf_counter() - start)
+
+
+@contextmanager
+def systems_at_work(systems: Iterable[str], pair: str, batch: int, keep_memory: bool) -> Iterator[Timed]:
+    """Starts a process for each system, and gives the functions that time its variants; one that fails is named."""
+    context = multiprocessing.get_context("spawn")
+    workers: list[tuple[Connection, Any]] = []
+    timed: Timed = {}
+    try:
+        for system in tqdm.tqdm(systems, desc="compiling", leave=False, disable=None):
+            ours, theirs = context.Pipe()
+            arguments = theirs, system, pair, batch, keep_memory and system == OURS
+            worker = context.Process(target=serve, args=arguments, daemon=True)
+            worker.start()
+            theirs.close()
+            workers.append((ours, worker))
+            answer = ours.recv()
+            if isinstance(answer, str):
+                tqdm.tqdm.write(f"{system} is left out: {answer}", file=sys.stderr)
+                continue
+
+            def seconds(order: np.ndarray, name: str, connection: Connection = ours) -> float:
+                connection.send((name, order))
+                return connection.recv()
+
+            timed |= {f"{system} {name}": functools.partial(seconds, name=name) for name in answer}
+        yield timed
+    finally:
+        for connection, worker in workers:
+            if worker.is_alive():
+                connection.send(None)
+            worker.join()
 
 
 def import_peers(peers: Iterable[str]) -> dict[str, str]:
-    """Imports the peers, and names those that cannot be imported: peer → version."""
-    os.environ["KERAS_BACKEND"] = "jax"
+    """Looks for the peers, and names those that are not installed: peer → version."""
     versions = {}
     for peer in peers:
-        module, packages = PEERS[peer]
-        if attempt(peer, f" (pip install {packages})", importlib.import_module, module):
-            package = module.partition(".")[0]
+        package, packages = PEERS[peer]
+        try:
             versions[peer] = f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{peer} is left out: pip install {packages}", file=sys.stderr)
     return versions
 
 
@@ -458,27 +508,23 @@ def ideal_milliseconds(pair: str, batch: int, gflops: float) -> dict[str, float]
     }
 
 
-def measure(variants: Variants, batch: int, config: Config) -> dict[str, np.ndarray]:
+def measure(variants: Timed, batch: int, config: Config) -> dict[str, np.ndarray]:
     """Times every variant in turn: milliseconds per step, ``[rounds]`` each."""
     rng = np.random.default_rng(0)
     orders = {}
-    for name, run in tqdm.tqdm(variants.items(), desc="compiling", leave=False, disable=None):
+    for name, run in tqdm.tqdm(variants.items(), desc="warming up", leave=False, disable=None):
         steps = 1
         for _ in range(2):  # one step tells too much of what a call costs
             order = rng.integers(0, EXAMPLES, (steps, batch)).astype(np.int32)
             run(order)
-            start = time.perf_counter()
-            run(order)
-            steps = max(1, round(config.seconds * steps / (time.perf_counter() - start)))
+            steps = max(1, round(config.seconds * steps / run(order)))
         orders[name] = rng.integers(0, EXAMPLES, (steps, batch)).astype(np.int32)
         run(orders[name])
     times: dict[str, list[float]] = {name: [] for name in orders}
     for _ in tqdm.trange(config.rounds, desc="rounds", leave=False, disable=None):
         for name, order in orders.items():
             time.sleep(0.05)  # PyTorch's threads spin for a while after their work
-            start = time.perf_counter()
-            variants[name](order)
-            times[name].append((time.perf_counter() - start) / len(order) * 1e3)
+            times[name].append(variants[name](order) / len(order) * 1e3)
     return {name: np.array(values) for name, values in times.items()}
 
 
@@ -539,6 +585,7 @@ def main() -> None:
     if config.out is not None and not config.out.parent.is_dir():
         sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
     peers = import_peers(config.peers)
+    os.environ["KERAS_BACKEND"] = "jax"
     versions = {"jax": f"jax {jax.__version__}", **peers}
     limits = machine_limits()
     environment = {**versions, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
@@ -551,11 +598,8 @@ def main() -> None:
     for pair in PAIRS if config.pair == "all" else (config.pair,):
         teacher, student, _, batch = PAIRS[pair]
         batch = config.batch_size or batch
-        timed = {f"{OURS} {name}": run for name, run in jax_variants(pair).items()}
-        for peer in peers:
-            variants = attempt(peer, "", peer_variants, peer, pair, batch) or {}
-            timed |= {f"{peer} {name}": run for name, run in variants.items()}
-        times = measure(timed, batch, config)
+        with systems_at_work([OURS, *peers], pair, batch, config.keep_memory) as timed:
+            times = measure(timed, batch, config)
         report["pairs"][pair] = {
             "networks": f"{teacher} → {student}, {batch}",
             "milliseconds": {name: values.tolist() for name, values in times.items()},
