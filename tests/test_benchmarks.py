@@ -1,7 +1,8 @@
 """The benchmarks: their tables of given figures, and the smallest runs."""
 
 import numpy as np
-from benchmarks import bench_step, bench_store
+import pytest
+from benchmarks import bench_start, bench_step, bench_store
 
 
 def test_table_of_steps():
@@ -46,3 +47,23 @@ def test_table_of_the_store():
         "|  | verify | 51,200 | 8 |  |  |",
         "|  | random batches of 128, 2.00 ms each | 64,000 | 10 | 20 | 50% |",
     ]
+
+
+def test_table_of_starts():
+    found = {
+        "import jax": [{"seconds": 1.0, "megabytes": 100.0}, {"seconds": 2.0, "megabytes": 100.0}],
+        "second start": [{"seconds": 3.0, "step": 0.5, "compiling": 0.1}] * 2,
+    }
+    assert bench_start.table_rows(found) == [
+        "| import jax | 1.50 (1.00 to 2.00) | 1.00 |  |  | 100 |",
+        "| second start | 3.00 (3.00 to 3.00) | 2.25 | 0.50 | 0.10 |  |",
+    ]
+
+
+def test_child_reports():
+    program = bench_start.REPORT + "report(x=len(sys.argv))"
+    found = bench_start.child(program, "an argument")
+    assert found["x"] == 2
+    assert 0 < found["seconds"] < 60
+    with pytest.raises(RuntimeError, match="no module named"):
+        bench_start.child("raise SystemExit('no module named x')")
