@@ -1,7 +1,12 @@
 """The benchmarks: their tables of given figures, and the smallest runs."""
 
+import json
+import pathlib
+import sys
+
 import numpy as np
 import pytest
+from benchmarks import all as all_benchmarks
 from benchmarks import bench_start, bench_step, bench_store
 
 
@@ -67,3 +72,30 @@ def test_child_reports():
     assert 0 < found["seconds"] < 60
     with pytest.raises(RuntimeError, match="no module named"):
         bench_start.child("raise SystemExit('no module named x')")
+
+
+def test_page_of_all_benchmarks(tmp_path, monkeypatch):
+    program = "import sys, pathlib; print('| a |'); pathlib.Path(sys.argv[2]).write_text('{}')"
+
+    def command(part, config, out):
+        if part == "store":
+            return [sys.executable, "-c", "print('| half |'); raise SystemExit(3)", "--out", str(out)]
+        return [sys.executable, "-c", program, "--out", str(out)]
+
+    monkeypatch.setattr(all_benchmarks, "command", command)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--out", str(tmp_path / "new"), "--only", "store", "start"])
+    assert all_benchmarks.main() == 1
+    page = (tmp_path / "new" / "benchmarks.md").read_text()
+    assert "failed with exit status 3:** what follows is not complete.\n\n| half |\n\n## Imports" in page
+    assert page.endswith("| a |\n")
+    parts = json.loads((tmp_path / "new" / "benchmarks.json").read_text())["parts"]
+    assert [parts[name]["figures"] for name in ("store", "start")] == [None, {}]
+
+
+def test_commands_of_all_benchmarks(tmp_path):
+    config = all_benchmarks.Config(out=tmp_path, peers=("keras",), quick=True)
+    for part in all_benchmarks.PARTS:
+        program, *options = all_benchmarks.command(part, config, tmp_path / "x.json")[1:]
+        assert pathlib.Path(program).exists()
+        assert options[-2:] == ["--out", str(tmp_path / "x.json")]
+        assert ("keras" in options) == (part == "step")

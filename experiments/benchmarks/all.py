@@ -65,7 +65,13 @@ class Config:
     """The options."""
 
     out: Path  # directory for benchmarks.md and benchmarks.json
-    only: tuple[Literal["step", "losses", "store", "start", "sweep"], ...] = tuple(PARTS)  # which benchmarks
+    only: tuple[Literal["step", "losses", "store", "start", "sweep"], ...] = (
+        "step",
+        "losses",
+        "store",
+        "start",
+        "sweep",
+    )  # which benchmarks
     peers: tuple[Literal["torch-eager", "torch-compile", "keras", "torchdistill"], ...] = ()
     """other systems whose steps are timed as well"""
     quick: bool = False  # few and short rounds, to see that all works: the figures mean little
@@ -129,8 +135,10 @@ def main() -> int:
         print(f"{number}/{len(config.only)} {PARTS[part].title}", flush=True)
         report["parts"][part] = found = run(part, config)
         print(f"bench_{part}: {found['seconds']:.0f} s, exit status {found['status']}\n", flush=True)
-        text = page(report)  # after each part, so that nothing is lost
-        _files.write_atomically(config.out / "benchmarks.md", lambda path, text=text: path.write_text(text))
+        # After each part, so that nothing is lost
+        _files.write_atomically(
+            config.out / "benchmarks.md", lambda path: path.write_text(page(report), encoding="utf-8")
+        )
         _files.write_json(config.out / "benchmarks.json", report)
     print(f"The tables: {config.out / 'benchmarks.md'}")
     return int(any(found["status"] for found in report["parts"].values()))

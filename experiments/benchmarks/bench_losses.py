@@ -194,18 +194,17 @@ def main() -> None:
     environment = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     report: dict[str, Any] = {"environment": environment, "losses": {}}
     work = [(name, shape) for name in config.losses for shape in sizes]
-    print("value and gradient as a multiple of the plain formula; largest relative errors, plain → ours")
-    print(f"{'loss':20} {'size':>11} {'ms':>8} {'time':>6} {'memory':>7}   value                gradient")
+    print("Value and gradient as a multiple of the plain formula; largest relative errors, plain → ours.\n")
+    print("| loss | size | ms | time | memory | value | gradient |")
+    print("| --- | ---: | ---: | ---: | ---: | --- | --- |")
     for name, shape in tqdm.tqdm(work, leave=False, disable=None):
         found = report["losses"].setdefault(name, {})["x".join(map(str, shape))] = measure(
             name, shape, config
         )
         errors = [[found["error"][n][part] for n in ("plain", "ours")] for part in ("value", "gradient")]
-        tqdm.tqdm.write(
-            f"{name:20} {'x'.join(map(str, shape)):>11} {np.median(found['seconds']['ours']) * 1e3:8.3f} "
-            f"{found['time_ratio']:6.2f} {found['temporaries_ratio']:7.2f}   "
-            + "    ".join(f"{a:.1e} → {b:.1e}" for a, b in errors)
-        )
+        cells = [f"{np.median(found['seconds']['ours']) * 1e3:.3f}", f"{found['time_ratio']:.2f}"]
+        cells += [f"{found['temporaries_ratio']:.2f}", *(f"{a:.1e} → {b:.1e}" for a, b in errors)]
+        tqdm.tqdm.write(f"| {name} | {'x'.join(map(str, shape))} | {' | '.join(cells)} |")
     if config.out is not None:
         _files.write_json(config.out, report)
 

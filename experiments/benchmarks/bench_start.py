@@ -118,7 +118,7 @@ def measure(rounds: int) -> dict[str, list[dict[str, float]]]:
 
 
 HEAD = """\
-| process | seconds, median (least to largest) | to `import jax` | first step, s | of it compiling, s | memory, MB |
+| process | seconds, median (least to largest) | × `import jax` | first step, s | of it compiling, s | memory, MB |
 | --- | ---: | ---: | ---: | ---: | ---: |"""
 
 

@@ -12,9 +12,11 @@ clock stand those of the processors, on which other work on the machine weighs l
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ import numpy as np
 import optax
 import tyro
 
-from distill_jax import models, train
+from distill_jax import _files, models, train
 from distill_jax.train import sweeps
 
 
@@ -39,6 +41,7 @@ class Config:
     batch_size: int = 32  # number of examples per step
     own_batches: bool = False  # each student has its own order of examples, not one for all
     rounds: int = 3  # number of timings of each way
+    out: Path | None = None  # JSON file for the figures
 
 
 def tx(learning_rate: Any = 1.0) -> optax.GradientTransformation:
@@ -111,13 +114,16 @@ def ways(config: Config, size: str) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Prints the table."""
     config = tyro.cli(Config, description=__doc__)
+    if config.out is not None and not config.out.parent.is_dir():
+        sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
     jax.config.update("jax_enable_compilation_cache", False)
     print(
         f"{config.students} students, {config.steps} steps of batch {config.batch_size}; seconds of the wall clock / "
-        f"of the processors, medians of {config.rounds}; ratios to together of the processors' seconds"
+        f"of the processors, medians of {config.rounds}; ratios to together of the processors' seconds\n"
     )
     print("| images, student | together | one program | own programs | ratios | largest difference |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    report = {}
     for size in config.sizes:
         calls, results = ways(config, size), {}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
@@ -136,6 +142,9 @@ def main() -> None:
         )
         cells = " | ".join(f"{wall:.1f} / {processors:.1f}" for wall, processors in median.values())
         print(f"| {size} | {cells} | {ratios} | {difference:.0e} |", flush=True)
+        report[size] = {"wall, processors": times, "difference": difference}
+    if config.out is not None:
+        _files.write_json(config.out, report)
 
 
 if __name__ == "__main__":
