@@ -1,5 +1,6 @@
-"""Image data sets as NumPy arrays, and their augmentation as pure functions of a key."""
+"""Image and sound data sets as NumPy arrays, and their augmentation as pure functions of a key."""
 
+from distill_jax.data import sound
 from distill_jax.data._errors import DataError
 from distill_jax.data.augment import (
     random_affine,
@@ -13,5 +14,5 @@ from distill_jax.data.datasets import Dataset, Split, from_arrays, load
 
 __all__ = [
     "DataError", "Dataset", "Split", "from_arrays", "load", "random_affine", "random_elastic",
-    "random_flip", "random_noise", "random_shift", "random_stroke",
+    "random_flip", "random_noise", "random_shift", "random_stroke", "sound",
 ]  # fmt: skip

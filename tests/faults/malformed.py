@@ -407,6 +407,52 @@ def of_data() -> Iterator[Case]:
     yield Case("data.random_flip: arguments exchanged", "key", lambda: data.random_flip(IMAGES, KEY))
 
 
+def of_sound() -> Iterator[Case]:
+    heard = RNG.normal(size=(2, 600)).astype(np.float32)
+    for argument in ("rate", "n_fft", "hop", "mels", "frames", "dynamic_range", "floor"):
+        for wrong in (0, -1, NAN, "2", True, [1, 2]):
+            yield Case(f"data.sound.log_mel: {argument} {wrong!r}", argument,
+                       lambda a=argument, w=wrong: data.sound.log_mel(heard, **{"rate": 8000, a: w}))
+    for wrong in (NAN, -1, 9000, "2", [1, 2]):
+        for argument in ("low", "high"):
+            yield Case(f"data.sound.log_mel: {argument} {wrong!r}", argument,
+                       lambda a=argument, w=wrong: data.sound.log_mel(heard, rate=8000, **{a: w}))
+    for wrong in ("bark", None, 3, []):
+        yield Case(f"data.sound.log_mel: scale {wrong!r}", "scale",
+                   lambda w=wrong: data.sound.log_mel(heard, rate=8000, scale=w))
+        yield Case(f"data.sound.log_mel: padding {wrong!r}", "padding",
+                   lambda w=wrong: data.sound.log_mel(heard, rate=8000, padding=w))
+    for wrong in (0, 1, 1.5, "32", None, 4000):
+        yield Case(f"data.sound.mel_image: width {wrong!r}", "width",
+                   lambda w=wrong: data.sound.mel_image(heard, rate=8000, width=w))
+    for name, call in {
+        "log_mel": lambda x: data.sound.log_mel(x, rate=8000),
+        "mel_image": lambda x: data.sound.mel_image(x, rate=8000),
+        "random_speed": lambda x: data.sound.random_speed(KEY, x, 1.1),
+        "random_shift": lambda x: data.sound.random_shift(KEY, x, 10),
+        "random_gain": lambda x: data.sound.random_gain(KEY, x, 3.0),
+        "random_noise": lambda x: data.sound.random_noise(KEY, x),
+    }.items():
+        for wrong in (np.zeros((2, 600), np.int16), np.zeros((2, 0), np.float32), np.zeros(600, complex), "x", None):
+            yield Case(f"data.sound.{name}: {type(wrong).__name__} {getattr(wrong, 'dtype', wrong)}", "waveform",
+                       lambda c=call, w=wrong: c(w))
+    for wrong in (0.9, NAN, "2", None):
+        yield Case(f"data.sound.random_speed: factor {wrong!r}", "factor",
+                   lambda w=wrong: data.sound.random_speed(KEY, heard, w))
+    for wrong in (-1, 1.5, True, None):
+        yield Case(f"data.sound.random_shift: samples {wrong!r}", "samples",
+                   lambda w=wrong: data.sound.random_shift(KEY, heard, w))
+    for wrong in (-1.0, NAN, "2", None):
+        yield Case(f"data.sound.random_gain: decibel {wrong!r}", "decibel",
+                   lambda w=wrong: data.sound.random_gain(KEY, heard, w))
+        yield Case(f"data.sound.random_noise: tilt {wrong!r}", "tilt",
+                   lambda w=wrong: data.sound.random_noise(KEY, heard, tilt=w))
+    yield Case("data.sound.random_noise: low above high", "low",
+               lambda: data.sound.random_noise(KEY, heard, low=50.0))
+    yield Case("data.sound.random_gain: arguments exchanged", "key",
+               lambda: data.sound.random_gain(heard, KEY, 3.0))
+
+
 def empty(path: Path) -> Path:
     path.mkdir()
     return path
@@ -1382,8 +1428,8 @@ class Outcome(NamedTuple):
 
 
 ROOMS: dict[str, Callable[[], Iterator[Case]]] = {
-    "models": of_models, "metrics": of_metrics, "data": of_data, "weights": of_weights, "train": of_training,
-    "teachers": of_teachers, "units": of_units, "compress": of_compression, "features": of_features,
+    "models": of_models, "metrics": of_metrics, "data": of_data, "sound": of_sound, "weights": of_weights,
+    "train": of_training, "teachers": of_teachers, "units": of_units, "compress": of_compression, "features": of_features,
     "losses": of_losses, "stores": of_stores, "commands": of_commands, "processes": of_processes,
 }
 
