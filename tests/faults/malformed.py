@@ -1428,9 +1428,10 @@ class Outcome(NamedTuple):
 
 
 ROOMS: dict[str, Callable[[], Iterator[Case]]] = {
-    "models": of_models, "metrics": of_metrics, "data": of_data, "sound": of_sound, "weights": of_weights,
-    "train": of_training, "teachers": of_teachers, "units": of_units, "compress": of_compression,
-    "features": of_features, "losses": of_losses, "stores": of_stores, "commands": of_commands, "processes": of_processes,
+    "models": of_models, "metrics": of_metrics, "data": of_data, "sound": of_sound,
+    "weights": of_weights, "train": of_training, "teachers": of_teachers, "units": of_units,
+    "compress": of_compression, "features": of_features, "losses": of_losses, "stores": of_stores,
+    "commands": of_commands, "processes": of_processes,
 }
 
 
