@@ -66,12 +66,9 @@ class Config:
 
     out: Path  # directory for benchmarks.md and benchmarks.json
     only: tuple[Literal["step", "losses", "store", "start", "sweep"], ...] = (
-        "step",
-        "losses",
-        "store",
-        "start",
-        "sweep",
-    )  # which benchmarks
+        "step", "losses", "store", "start", "sweep",
+    )  # fmt: skip
+    """which benchmarks"""
     peers: tuple[Literal["torch-eager", "torch-compile", "keras", "torchdistill"], ...] = ()
     """other systems whose steps are timed as well"""
     quick: bool = False  # few and short rounds, to see that all works: the figures mean little
