@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pwd
+import string
 import struct
 import subprocess
 import sys
@@ -271,7 +272,7 @@ def png(array):
     return file
 
 
-def prepare(folder, train, test=None, name="tiny_pictures", shape=(4, 5, 3), features=None):
+def prepare(folder, train, test=None, name="tiny_pictures", shape=(4, 5, 3), features=None, config=None):
     """Prepares a set with TFDS's own writer: lists of (image, label) for its splits."""
     features = features or {
         "image": tfds.features.Image(shape=shape),
@@ -282,7 +283,8 @@ def prepare(folder, train, test=None, name="tiny_pictures", shape=(4, 5, 3), fea
     with skip_registration():
 
         class Pictures(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
+            VERSION = tfds.core.Version("3.1.0" if config else "1.0.0")
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
             def _info(self):
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -316,6 +318,24 @@ def decoded(monkeypatch):
     decode = _tfds.decode
     monkeypatch.setattr(_tfds, "decode", lambda *a: calls.append(1) or decode(*a))
     return calls
+
+
+def test_emnist_is_turned_upright_and_its_classes_have_names(tmp_path, decoded):
+    examples = pictures(12, (28, 28, 1), 62)
+    features = {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=62),
+    }
+    folder = prepare(tmp_path / "t", examples, examples, "emnist", features=features, config="byclass")
+    for _ in range(2):  # decoded, and from the cache
+        dataset = data.load("emnist/byclass", data_dir=folder, size=32)
+        assert dataset.class_names == tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
+        assert dataset.test.image.shape == (12, 32, 32, 1)
+        turned = [
+            (np.pad(image.swapaxes(0, 1), ((2, 2), (2, 2), (0, 0))), label) for image, label in examples
+        ]
+        assert as_set(*dataset.test[1:]) == as_set(*zip(*turned, strict=True))
+    assert len(decoded) == 1
 
 
 def test_prepared_pictures(tmp_path, monkeypatch, capfd):

@@ -10,9 +10,9 @@ from distill_jax.data.augment import (
     random_shift,
     random_stroke,
 )
-from distill_jax.data.datasets import Dataset, Split, from_arrays, load
+from distill_jax.data.datasets import Dataset, Origins, Split, from_arrays, load
 
 __all__ = [
-    "DataError", "Dataset", "Split", "from_arrays", "load", "random_affine", "random_elastic",
+    "DataError", "Dataset", "Origins", "Split", "from_arrays", "load", "random_affine", "random_elastic",
     "random_flip", "random_noise", "random_shift", "random_stroke", "sound",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax._files import write_atomically
 from distill_jax.data._errors import one_line
 
-# train_image, train_label, test_image, test_label
+# train_image, train_label, test_image, test_label; glyphs has more
 Arrays = dict[str, np.ndarray]
 
 
@@ -24,7 +24,7 @@ def cached(folder: Path, what: str, version: str, build: Callable[[], Arrays]) -
       version: changes when the source does; a file of another version is built anew.
       build: makes the arrays.
     """
-    name = f"{what.split('/')[0]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
+    name = file_name(what)
     version = f"{what} {version}"
     # NumPy and zipfile raise errors of a dozen types for a damaged file; each means: build anew
     with (
@@ -48,6 +48,11 @@ def cached(folder: Path, what: str, version: str, build: Callable[[], Arrays]) -
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         warnings.warn(f"decoded data is not kept in {folder}: {one_line(error)}", stacklevel=5)
     return arrays
+
+
+def file_name(what: str) -> str:
+    """Returns the name of the file in which :func:`cached` keeps the data."""
+    return f"{what.split('/')[0]}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
 
 
 def _digest(version: str, arrays: Arrays) -> str:

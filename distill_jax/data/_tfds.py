@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import os
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,13 @@ from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, need, one_line
 from distill_jax.data._idx import FILES, check_arrays
 
+# The characters of EMNIST's classes; TFDS has their numbers only. Merged are those that are alike in both cases.
+_MERGED = tuple(string.digits + string.ascii_uppercase + "abdefghnqrt")
+_EMNIST = {
+    "emnist/byclass": tuple(string.digits + string.ascii_letters.swapcase()),
+    "emnist/bymerge": _MERGED,
+    "emnist/balanced": _MERGED,
+}
 MISSING = "TensorFlow Datasets is not installed: pip install 'distill_jax[data]'"
 
 
@@ -64,7 +72,8 @@ def look(name: str, data_dir: Path | None) -> Prepared:
         "a uint8 'image' and a 'label' that is a class",
         ", ".join(f"{key}: {type(part).__name__}" for key, part in sorted(parts.items())),
     )
-    return Prepared(Path(builder.data_path), bool(builder.info.splits), tuple(label.names), builder)  # type: ignore[union-attr]
+    names = _EMNIST.get(builder.info.full_name.rpartition("/")[0], tuple(label.names))  # type: ignore[union-attr]
+    return Prepared(Path(builder.data_path), bool(builder.info.splits), names, builder)
 
 
 def read(name: str, prepared: Prepared, cache: Path) -> Arrays:
@@ -72,11 +81,12 @@ def read(name: str, prepared: Prepared, cache: Path) -> Arrays:
     folder = prepared.folder
     stats = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir())
     what = f"{prepared.builder.info.full_name} {folder.resolve()}"
-    return cached(cache, what, json.dumps(stats), lambda: decode(name, prepared))
+    turned = ["upright"] if prepared.builder.name == "emnist" else []  # earlier versions cached it transposed
+    return cached(cache, what, json.dumps([*stats, *turned]), lambda: decode(name, prepared))
 
 
 def decode(name: str, prepared: Prepared) -> Arrays:
-    """Decodes the splits ``train`` and ``test``.
+    """Decodes the splits ``train`` and ``test``; EMNIST, which TFDS stores transposed, upright.
 
     Raises:
       DataError: if a split is missing, damaged or empty, or its images are not of one size.
@@ -104,7 +114,10 @@ def decode(name: str, prepared: Prepared) -> Arrays:
         except Exception as error:  # of many types, from TFDS, ArrayRecord or Pillow
             raise DataError(f"{where}: {split} cannot be read, {one_line(error)}") from error
         need(images, f"{where}, {split}", "images", "none")
-        arrays |= {f"{split}_image": np.stack(images), f"{split}_label": np.array(labels, np.int32)}
+        stacked = np.stack(images)
+        if prepared.builder.name == "emnist":
+            stacked = np.ascontiguousarray(stacked.swapaxes(1, 2))
+        arrays |= {f"{split}_image": stacked, f"{split}_label": np.array(labels, np.int32)}
     check_arrays(arrays, len(prepared.class_names), dict.fromkeys(FILES, prepared.folder))
     return arrays
 

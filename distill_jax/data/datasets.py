@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, is_integer
-from distill_jax.data import _idx, _tfds
+from distill_jax.data import _glyphs, _idx, _tfds
 from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, one_line
 
@@ -37,6 +37,27 @@ class Split(NamedTuple):
     label: np.ndarray
 
 
+class Origins(NamedTuple):
+    """Where the examples of a data set come from: the faces of fonts, of which each gave many examples.
+
+    ``origins.of[split.id]`` are the origins of a split's examples, ``origins.group[origins.of[split.id]]``
+    their groups. No group is in two splits.
+
+    Attributes:
+      of: int32 ``[examples]``, by example id: the number of the example's origin.
+      names: the names of the origins.
+      group: int32 ``[origins]``: the number of each origin's group.
+      group_names: the names of the groups.
+      dropped: one line for each origin that was left out: its name, and why.
+    """
+
+    of: np.ndarray
+    names: tuple[str, ...]
+    group: np.ndarray
+    group_names: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
 class Dataset(NamedTuple):
     """A data set in three splits.
 
@@ -48,6 +69,7 @@ class Dataset(NamedTuple):
       test: the test data.
       classes: number of classes.
       class_names: the names of the classes.
+      origins: where the examples come from; None where that is not known.
     """
 
     name: str
@@ -57,6 +79,7 @@ class Dataset(NamedTuple):
     test: Split
     classes: int
     class_names: tuple[str, ...]
+    origins: Origins | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -72,6 +95,7 @@ def load(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     download: bool = True,
+    size: int | None = None,
 ) -> Dataset:
     """Loads a data set of images with one label each.
 
@@ -86,22 +110,27 @@ def load(
           the test data.
         - ``"mnist"``, ``"fashion_mnist"`` or ``"kmnist"``: from IDX files, from data that TFDS has
           prepared, or by download.
+        - ``"glyphs"``: the characters 0-9, A-Z and a-z, rendered from the fonts in ``data_dir`` or of the
+          system. Test and validation data are font families that are not in the training data. With few
+          fonts it falls back on the three designs that matplotlib ships; ``source`` then says so.
         - any other image classification of TFDS that has been prepared, such as ``"cifar10"`` or
-          ``"emnist/byclass"``.
+          ``"emnist/byclass"``. (TFDS stores EMNIST's pictures transposed; here they are upright.)
         - ``"auto"``: MNIST where it can be had, else digits; ``source`` then says why.
         - a path that ends in ``.npz``: your own data, a file of ``numpy.savez`` with the arrays
           ``x_train``, ``y_train``, ``x_test``, ``y_test`` and optionally ``class_names``;
           :func:`from_arrays` says what they must look like.
       data_dir: the folder to read from: one with the IDX files (plain or ``.gz``; also in ``<name>`` or
-        ``<name>/raw`` below it), or one with data that TFDS has prepared. If it is given and does not
+        ``<name>/raw`` below it), one with data that TFDS has prepared, or one with fonts. If it is given and does not
         hold the data set, that is an error: nothing is downloaded or taken from elsewhere. By default
         ``TFDS_DATA_DIR`` or TFDS's own folder, then a download.
       validation: number of training examples to take as validation data; by default a sixth of them, at
-        most 5,000.
+        most 5,000. Of glyphs, whole groups of families are taken until there are so many.
       seed: chooses which training examples these are.
-      cache_dir: where decoded and downloaded data is kept; by default ``distill_jax`` in
+      cache_dir: where decoded, rendered and downloaded data is kept; by default ``distill_jax`` in
         ``XDG_CACHE_HOME`` or ``~/.cache``.
       download: whether MNIST, Fashion-MNIST and KMNIST may be downloaded.
+      size: height and width of the images. Glyphs are rendered in that size, by default 32; other images are
+        centred in that size and surrounded by 0, by default they are kept as they are.
 
     Returns:
       The data set; the examples of each split are in the order of their ids.
@@ -115,6 +144,8 @@ def load(
     >>> digits.train.image.shape, digits.validation.image.shape, digits.test.image.shape
     ((1081, 8, 8, 1), (216, 8, 8, 1), (500, 8, 8, 1))
     """
+    if size is not None:
+        check_count("size", size, least=8)
     if data_dir is not None:
         data_dir = _expand(data_dir)
         if not data_dir.is_dir():
@@ -130,9 +161,12 @@ def load(
             f"data_dir must not be given for {str(name)!r}, which {where}; got {str(data_dir)!r}"
         )
     if own:
-        return _load_npz(_expand(name), validation=validation, seed=seed)
+        return _centred(_load_npz(_expand(name), validation=validation, seed=seed), size)
 
     name = str(name)
+    if name == "glyphs":
+        source, arrays = _glyphs.find(data_dir, cache, size or _glyphs.SIZE)
+        return _split(name, source, arrays, _glyphs.CHARACTERS, validation, seed)
     tried: list[str] = []
     wanted = "mnist" if name == "auto" else name
     found = None if name == "digits" else _find(wanted, data_dir, cache, download, tried)
@@ -143,7 +177,24 @@ def load(
         tried = ["MNIST was not found: " + "; ".join(tried)] if tried else []
     source, arrays, class_names = found
     source += f" ({'; '.join(tried)})" if tried else ""
-    return _split(wanted, source, arrays, class_names, validation, seed)
+    return _centred(_split(wanted, source, arrays, class_names, validation, seed), size)
+
+
+def _centred(dataset: Dataset, size: int | None) -> Dataset:
+    """Surrounds the images by 0, so that they have ``size`` rows and columns."""
+    height, width, _ = dataset.image_shape
+    if size is None or height == width == size:
+        return dataset
+    if max(height, width) > size:
+        raise ValueError(
+            f"size must be at least that of {dataset.name}'s images, {height}×{width}, got {size}"
+        )
+    above, before = (size - height) // 2, (size - width) // 2
+    pad = ((0, 0), (above, size - height - above), (before, size - width - before), (0, 0))
+    splits = {part: getattr(dataset, part) for part in ("train", "validation", "test")}
+    return dataset._replace(
+        **{part: split._replace(image=np.pad(split.image, pad)) for part, split in splits.items()}
+    )
 
 
 def from_arrays(
@@ -323,15 +374,29 @@ def _split(
     if not (is_integer(k) and 0 < k < n):
         raise ValueError(f"validation must be from 1 to {n - 1} of the {n} train examples, got {k}")
     # NumPy promises the stream of its legacy generator for ever: ids must not move between splits
-    order = np.random.RandomState(seed).permutation(n)
+    random, origins = np.random.RandomState(seed), None
+    if "origin" in arrays:
+        names = {key: tuple(map(str, arrays[key])) for key in ("origins", "groups", "dropped")}
+        origins = Origins(
+            arrays["origin"], names["origins"], arrays["group"], names["groups"], names["dropped"]
+        )
+        group = origins.group[origins.of[:n]]
+        numbers, sizes = np.unique(group, return_counts=True)
+        turn = random.permutation(len(numbers))
+        last = min(int(np.searchsorted(np.cumsum(sizes[turn]), k)), len(turn) - 2)
+        held_out = np.isin(group, numbers[turn[: last + 1]])
+    else:
+        held_out = np.zeros(n, bool)
+        held_out[random.permutation(n)[:k]] = True
     return Dataset(
         name=name,
         source=source,
-        train=Split(*(field[np.sort(order[k:])] for field in train)),
-        validation=Split(*(field[np.sort(order[:k])] for field in train)),
+        train=Split(*(field[~held_out] for field in train)),
+        validation=Split(*(field[held_out] for field in train)),
         test=Split(np.arange(n, n + m), arrays["test_image"], arrays["test_label"]),
         classes=len(class_names),
         class_names=class_names,
+        origins=origins,
     )
 
 

@@ -115,10 +115,10 @@ class Options(RunOptions):
     """The options of every experiment on a data set: also the data and the number of repetitions."""
 
     dataset: str = "mnist"
-    """data set: digits, mnist, fashion_mnist, kmnist, another image classification data set of TensorFlow Datasets,
-    or the path of an .npz file with x_train, y_train, x_test and y_test"""
+    """data set: digits, mnist, fashion_mnist, kmnist, glyphs (characters in fonts), another image
+    classification data set of TensorFlow Datasets, or the path of an .npz file with x_train, y_train, x_test, y_test"""
     data_dir: Path | None = None
-    """directory of the data, prepared by TensorFlow Datasets or as IDX files (default: TFDS_DATA_DIR)"""
+    """directory of the data, prepared by TensorFlow Datasets or as IDX files, or with fonts (default: TFDS_DATA_DIR)"""
     validation: Count | None = None
     """number of training examples held out for validation (default: a sixth of them, at most 5,000)"""
     seeds: Count = 5
