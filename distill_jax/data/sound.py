@@ -85,7 +85,13 @@ def log_mel(
     (2, 32, 32)
     """
     sound = _checked(waveform)
-    numbers: dict[str, Any] = {"rate": rate, "low": low, "high": high, "dynamic_range": dynamic_range, "floor": floor}
+    numbers: dict[str, Any] = {
+        "rate": rate,
+        "low": low,
+        "high": high,
+        "dynamic_range": dynamic_range,
+        "floor": floor,
+    }
     for name, number in numbers.items():
         if np.ndim(number):
             raise ValueError(f"{name} must be one number, got {shown(number)}")
