@@ -22,7 +22,7 @@ MADE_OF = {"teacher": "t1", "preprocessing": "x/255", "data": "d1"}
 
 
 def write(path, **changes):
-    options = {"logits": lambda rows: LOGITS[rows], "fingerprint": MADE_OF, "shard_rows": 3} | changes
+    options = {"outputs": lambda rows: LOGITS[rows], "fingerprint": MADE_OF, "shard_rows": 3} | changes
     return teachers.write_labels(path, IDS, **options)
 
 
@@ -151,7 +151,7 @@ def test_a_store_that_changes_while_it_is_open(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"00001\.bin cannot be read: No such file"):
         store[IDS]
     shutil.rmtree(tmp_path / "s")
-    write(tmp_path / "s", logits=lambda rows: LOGITS[rows] + 1)
+    write(tmp_path / "s", outputs=lambda rows: LOGITS[rows] + 1)
     with pytest.raises(ValueError, match="s was deleted or written anew since it was opened: open it again"):
         store[IDS]
 
@@ -166,7 +166,7 @@ def test_no_damage_of_stores_caches_and_saved_models_is_silent(tmp_path):
 
 def test_a_file_of_another_store_is_damage(tmp_path):
     write(tmp_path / "a")
-    write(tmp_path / "b", logits=lambda rows: LOGITS[rows] + 1)
+    write(tmp_path / "b", outputs=lambda rows: LOGITS[rows] + 1)
     for name in ("00001.bin", "store.json"):
         write(tmp_path / "a")
         kept = (tmp_path / "a" / name).read_bytes()
@@ -329,7 +329,7 @@ def test_ids_of_any_shape(tmp_path):
         ({"shard_rows": 2.5}, "shard_rows must be an integer of at least 1"),
         ({"shard_rows": 0}, "shard_rows must be an integer of at least 1"),
         ({"progress": None}, r"progress must be a function \(done, total\), got a NoneType"),
-        ({"logits": LOGITS}, r"logits must be a function \(positions\), got a ndarray"),
+        ({"outputs": LOGITS}, r"outputs must be a function \(positions\), got a ndarray"),
         ({"path": None}, "path must name a directory, got None"),
         ({"path": "x" * 5000}, "path must name a directory, got PosixPath.*File name too long"),
         ({"path": "\ud800"}, "path must name a directory, got PosixPath"),
@@ -339,7 +339,7 @@ def test_ids_of_any_shape(tmp_path):
 )
 def test_malformed_arguments_are_refused(tmp_path, changes, message):
     arguments = {
-        "path": tmp_path / "s", "ids": IDS, "logits": lambda rows: LOGITS[rows], "fingerprint": MADE_OF,
+        "path": tmp_path / "s", "ids": IDS, "outputs": lambda rows: LOGITS[rows], "fingerprint": MADE_OF,
     } | changes  # fmt: skip
     with pytest.raises(ValueError, match=message) as error:
         teachers.write_labels(**arguments)

@@ -128,6 +128,7 @@ def run_epochs(
       on_epoch: called with the number of epochs done and the figures.
     """
     state, best, history, seconds = start
+    context = jax.tree.map(jnp.asarray, context)  # once, and not at each step
     done = len(history.get("epoch", ()))
     lowest = ranks(history, best_by).min(0).tolist() if done and validate else math.inf
     info: dict[str, Any] = {"epoch": done, "best": lowest, "history": history, "seconds": seconds, **identity}

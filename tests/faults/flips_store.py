@@ -31,20 +31,38 @@ IDS = np.random.default_rng(0).permutation(1000)[:ROWS]
 LOGITS = np.random.default_rng(1).normal(size=(ROWS, CLASSES)).astype(np.float32)
 
 
-def write(path: Path, logits: np.ndarray = LOGITS) -> teachers.LabelStore:
-    made_of = {"teacher": "t", "data": "d"}
-    return teachers.write_labels(
-        path, IDS, lambda rows: logits[rows], fingerprint=made_of, dtype="float16", shard_rows=SHARD
-    )
+def write(path: Path, logits: np.ndarray = LOGITS, **options: Any) -> teachers.LabelStore:
+    options = {
+        "fingerprint": {"teacher": "t", "data": "d"},
+        "dtype": "float16",
+        "shard_rows": SHARD,
+    } | options
+    return teachers.write_labels(path, IDS, lambda rows, *keys: logits[rows], **options)
 
 
-def store_files(folder: Path, flips: int, seed: int, tally: Tally) -> None:
+def plain_store(folder: Path, flips: int, seed: int, tally: Tally) -> None:
+    """Damages a store of logits."""
+    names = {"store.json": "description", "ids.bin": "ids", "00001.bin": "labels"}
+    store_files(folder / "plain", names, "store", flips, seed, tally)
+
+
+def head_store(folder: Path, flips: int, seed: int, tally: Tally) -> None:
+    """Damages a store of the hidden states of views, with the teacher's head."""
+    views = teachers.Views(lambda key, image: image, count=2)
+    kind = teachers.kinds.Hidden(LOGITS[:CLASSES, :3])
+    names = {"store.json": "description", "head.bin": "head", "00001.bin": "labels"}
+    store_files(folder / "head", names, "store of views", flips, seed, tally, kind=kind, views=views)
+
+
+def store_files(
+    folder: Path, names: dict[str, str], store: str, flips: int, seed: int, tally: Tally, **options: Any
+) -> None:
     """Damages a store, and opens it or writes it again; what opens must give the labels."""
     path = folder / "store"
-    expected = write(path)[IDS]
-    write(folder / "other", LOGITS + 1)  # another teacher, of whom the same is said
-    kinds = {"store.json": "store: description", "ids.bin": "store: ids", "00001.bin": "store: labels"}
-    for name, what in kinds.items():
+    expected = write(path, **options)[IDS]
+    write(folder / "other", LOGITS + 1, **options)  # another teacher, of whom the same is said
+    for name, part in names.items():
+        what = f"{store}: {part}"
         file = path / name
         others = [folder / "other" / name, path / "00000.bin", path / "00002.bin"]
         for kind in damages(file, flips, seed=seed, others=others):
@@ -58,7 +76,9 @@ def store_files(folder: Path, flips: int, seed: int, tally: Tally) -> None:
             )  # fmt: skip
             if unchecked[0] == "raw":
                 tally.add(f"{what}, opened with verify=False", kind, unchecked)
-            rewritten = outcome(lambda: write(path), lambda store: same(store, expected), names=str(path))
+            rewritten = outcome(
+                lambda: write(path, **options), lambda store: same(store, expected), names=str(path)
+            )
             tally.add(f"{what}, written again", kind, rewritten)
     assert same(teachers.open_labels(path), expected)
 
@@ -109,7 +129,7 @@ def model_file(folder: Path, flips: int, seed: int, tally: Tally) -> None:
         tally.add("saved model", kind, result)
 
 
-PARTS: tuple[Callable[[Path, int, int, Tally], Any], ...] = (store_files, cache_file, model_file)
+PARTS: tuple[Callable[[Path, int, int, Tally], Any], ...] = (plain_store, head_store, cache_file, model_file)
 
 
 def run(folder: Path, flips: int, seed: int = 0) -> Tally:

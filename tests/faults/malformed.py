@@ -1255,8 +1255,8 @@ def of_stores() -> Iterator[Case]:
     }
     for name, wrong in wrong_logits.items():
         yield Case(f"teachers.write_labels: logits {name}", "logits", lambda w=wrong: write(logits=lambda rows: w))
-    yield Case("teachers.write_labels: an array", "logits", lambda: write(logits=LOGITS))
-    yield Case("teachers.write_labels: a Model", "logits", lambda: write(logits=MODEL))
+    yield Case("teachers.write_labels: an array", "outputs", lambda: write(logits=LOGITS))
+    yield Case("teachers.write_labels: a Model", "outputs", lambda: write(logits=MODEL))
     yield Case("teachers.write_labels: dtype unknown", "dtype", lambda: write(dtype="int8"))
     yield Case("teachers.write_labels: dtype a type", "dtype", lambda: write(dtype=np.float32))
     for wrong in (0, -1, 1.5, "8", NAN, None):
@@ -1266,6 +1266,29 @@ def of_stores() -> Iterator[Case]:
     }.items():
         yield Case(f"teachers.write_labels: fingerprint {name}", "fingerprint", lambda w=wrong: write(fingerprint=w))
     yield Case("teachers.write_labels: progress a number", "progress", lambda: write(progress=3))
+    for wrong in ("top", 3, None, teachers.kinds.Top):
+        yield Case(f"teachers.write_labels: kind {wrong!r}", "kind", lambda w=wrong: write(kind=w))
+    for wrong in (4, "two", [0, 1], teachers.Views):
+        yield Case(f"teachers.write_labels: views {wrong!r}", "views", lambda w=wrong: write(views=w))
+    yield Case("store[ids, views]: unknown", "no view 3", lambda: store_of_views()[[1], 3])
+    yield Case("store[ids, views]: a float", "views", lambda: store_of_views()[[1], 0.5])
+    yield Case("teachers.open_labels: other views", "views_seed",
+               lambda: teachers.open_labels(store_of_views().path, views=teachers.Views(VIEWS.augment, 2, seed=1)))
+    for wrong in (0, -1, 1.5, "8", NAN, None):
+        yield Case(f"kinds.Top: k {wrong!r}", r"\bk\b", lambda w=wrong: teachers.kinds.Top(w))
+        yield Case(f"kinds.Sampled: draws {wrong!r}", "draws", lambda w=wrong: teachers.kinds.Sampled(w))
+        yield Case(f"teachers.Views: count {wrong!r}", "count", lambda w=wrong: teachers.Views(VIEWS.augment, w))
+    for wrong in (0.0, -1.0, NAN, "4", None, [1.0, 2.0]):
+        yield Case(f"kinds.Top: temperature {wrong!r}", "temperature",
+                   lambda w=wrong: teachers.kinds.Top(2, temperature=w))
+        yield Case(f"kinds.Sampled: temperature {wrong!r}", "temperature",
+                   lambda w=wrong: teachers.kinds.Sampled(2, temperature=w))
+    for name, wrong in WRONG_NUMBERS.items():
+        yield Case(f"kinds.Hidden: kernel {name}", "kernel", lambda w=wrong: teachers.kinds.Hidden(w))
+        yield Case(f"kinds.Hidden: bias {name}", "bias", lambda w=wrong: teachers.kinds.Hidden(LOGITS, w))
+        yield Case(f"kinds.Features: {name}", "outputs", lambda w=wrong: teachers.kinds.Features().encode(w))
+    yield Case("Views.apply: no keys", "keys", lambda: VIEWS.apply(ids, LOGITS))
+    yield Case("Views.transform: no fields", "'row'", lambda: VIEWS.transform(LOGITS, {"image": X}, jax.random.key(0)))
     yield Case("teachers.write_labels: too large for float16", "float16",
                lambda: write(logits=lambda rows: LOGITS[rows] * 1e9, dtype="float16"))
     yield Case("teachers.write_labels: other labels", "made from something else",
@@ -1284,6 +1307,15 @@ def of_stores() -> Iterator[Case]:
 def store() -> teachers.LabelStore:
     path = folder() / "store"
     return teachers.write_labels(path, np.arange(8), lambda rows: LOGITS[rows], fingerprint={"teacher": "t"})
+
+
+VIEWS = teachers.Views(lambda key, image: image, count=2)
+
+
+@functools.cache
+def store_of_views() -> teachers.LabelStore:
+    path, ids = folder() / "views", np.arange(8)
+    return teachers.write_labels(path, ids, lambda rows, keys: LOGITS[rows], fingerprint={}, views=VIEWS)
 
 
 # Wrong command lines: experiment, words of the message, the options after the config
