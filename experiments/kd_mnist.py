@@ -42,6 +42,7 @@ from harness import (
     read,
     results,
     run_main,
+    shifted_views,
 )
 
 from distill_jax import data, models, teachers, train
@@ -70,7 +71,8 @@ class Config(Options):
     the image; online: shifted images in each step"""
     student_jitter: Whole = 2  # largest random shift of images that are labelled online, in pixels
     force: bool = False  # with the config choose, distil even if no teacher leads
-    patient: bool = False  # also train a student on shifted images that the teacher labels online
+    patient: bool = False  # also train a student on shifted images that the teacher labels
+    patient_views: Whole = 0  # number of shifts per image, whose labels are stored; 0: any, labelled online
     omit_classes: tuple[int, ...] = ()  # also distil without these classes, then shift their bias
     devices: Count = 1  # number of devices that share each batch (on a CPU: one per core)
     check: bool = False  # exit with status 1 unless distillation lowers the test errors
@@ -204,13 +206,24 @@ def train_students(
     else:
         found["distilled"] = learn("distilled", "soft", soft_labels)
     if config.patient:
-        found["patient"] = learn("patient", "online", examples, teacher)
+        if config.patient_views:
+            views = patient_views(config)
+            shifted = examples | views.fields(run.dataset.train.id)
+            stored = run.store_labels(seed, teacher, views=views)
+            found["patient"] = learn("patient", "views", shifted, stored)
+        else:
+            found["patient"] = learn("patient", "online", examples, teacher)
     if config.omit_classes:
         kept = ~np.isin(run.dataset.train.label, config.omit_classes)
         name = "without " + ", ".join(map(str, config.omit_classes))
         found[name] = learn(name, "partial", {field: values[kept] for field, values in soft_labels.items()})
         found[f"{name}, shifted"] = shift_bias(config, run, found[name])
     return found
+
+
+def patient_views(config: Config) -> teachers.Views:
+    """Makes the views of the images that the patient student learns from."""
+    return shifted_views(config.student_jitter, max(1, config.patient_views))
 
 
 def shift_bias(config: Config, run: Run, student: Trained) -> Trained:
@@ -258,6 +271,7 @@ def main() -> int:
         "augmented": recipe(run, "student", hard, len(labels), shifted),
         "soft": recipe(run, "student", soft, len(labels)),
         "online": recipe(run, "student", soft, len(labels), labelled(shifted)),
+        "views": recipe(run, "student", soft, len(labels), patient_views(config).transform),
         "partial": recipe(run, "student", soft, kept),
     }
     trained = []

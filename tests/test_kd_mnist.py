@@ -25,7 +25,7 @@ def files_of(directory):
 
 def test_a_whole_run(tmp_path, run):
     out = tmp_path / "run"
-    options = ["--out", out, "--patient", "--omit-classes", 3, 5]
+    options = ["--out", out, "--patient", "--patient-views", 2, "--omit-classes", 3, 5]
     status, printed, _ = run(*options)
     assert status == 0
     assert "Config: digits. Data: digits, scikit-learn's embedded digits" in printed

@@ -47,6 +47,15 @@ def jittered(pixels: int) -> Callable[..., dict[str, Any]]:
     return transform
 
 
+def shifted_views(pixels: int, count: int) -> teachers.Views:
+    """Makes views of images that are shifted as in :func:`jittered`, for labels that are stored."""
+
+    def augment(key, image):
+        return prepare(data.random_shift(key, image[None], pixels)[0])
+
+    return teachers.Views(augment, count)
+
+
 def labelled(transform: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Makes a ``transform`` whose context is a teacher, which labels the transformed images online."""
     return lambda teacher, batch, key: teachers.label(teacher, transform(None, batch, key))
@@ -255,17 +264,28 @@ class Run:
         logits = predict(model, self.dataset.validation.image, prepare=prepare)
         return Trained(model, history or {}, seconds, logits, opt_state)
 
-    def store_labels(self, seed: int, teacher: Model, *, dtype: str = "float32") -> np.ndarray:
+    def store_labels(
+        self, seed: int, teacher: Model, *, views: teachers.Views | None = None, dtype: str = "float32"
+    ) -> np.ndarray:
         """Stores the teacher's soft labels for the training images, and reads them back by example id.
 
         Args:
           seed: the number of the repetition; the store is in ``seed0/labels`` and so on.
           teacher: the teacher.
+          views: the views to label in the place of the images; their store is in ``seed0/views``.
           dtype: of the stored numbers.
 
         Returns:
-          Logits, float32 ``[examples, classes]``, in the order of the training images.
+          Logits, float32 ``[examples, classes]`` or ``[examples, views, classes]``, in the order of the
+          training images.
         """
+
+        def logits(rows, keys=None):
+            images = split.image[rows]
+            if views is None:
+                return predict(teacher, images, prepare=prepare)
+            return predict(teacher, views.apply(keys, images))
+
         split = self.dataset.train
         described = {
             "teacher": teachers.fingerprint((teacher.params, teacher.state)),
@@ -273,10 +293,11 @@ class Run:
             "data": teachers.fingerprint({"id": split.id, "image": split.image}),
         }
         store = teachers.write_labels(
-            self.directory / f"seed{seed}" / "labels",
+            self.directory / f"seed{seed}" / ("labels" if views is None else "views"),
             split.id,
-            lambda rows: predict(teacher, split.image[rows], prepare=prepare),
+            logits,
             fingerprint=described,
+            views=views,
             dtype=dtype,
         )
         return store[split.id]
