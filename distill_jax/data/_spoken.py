@@ -26,12 +26,14 @@ CHARACTERS = tuple(string.digits + string.ascii_uppercase)
 RATE = 8000  # samples per second, as the recordings have
 SAMPLES = 7936  # 0.992 s: 32 frames of hop 256
 SIZE = 32  # pixels of a picture, by default
-_VERSION = 2  # to be raised when the same programs and recordings give other sounds
-_TIMEOUT = 20.0  # seconds for one character
+_VERSION = 1  # to be raised when the same programs and recordings give other sounds
+_TIMEOUT = 30.0  # seconds for one character, which takes 10 ms
+_TRIES = 3  # for a machine that stands still now and then
 _TEST = 0.2  # the share of espeak-ng's variants that are test voices
 # Silence is what is weaker than so many decibels below the loudest 10 ms: as low as the noise of the sound allows,
 # since the f of "eff" may be at -38
 _QUIET = (-40.0, -25.0)
+_LOUD = -14.0  # decibels: up to this, what is called silence grows until the sound is short enough
 _ABOVE_NOISE = 10.0  # decibels
 _MARGIN = 0.03  # seconds that are kept beyond
 # espeak-ng speaks a character for itself as its name; flite must be given words, as "a" is an article to it
@@ -160,8 +162,8 @@ def _voices() -> tuple[list[str], list[Voice], list[str]]:
     espeak, flite = shutil.which("espeak-ng"), shutil.which("flite")
     if espeak is None:
         raise DataError(f"the data set spoken is synthesised by espeak-ng, which is not installed: {INSTALL}")
-    versions = [" ".join(_output([espeak, "--version"]).split()[:4]).removesuffix(" Data")]
-    listed = _output([espeak, "--voices=variant"]).splitlines()
+    versions = [" ".join(_run([espeak, "--version"])[1].split()[:4]).removesuffix(" Data")]
+    listed = _run([espeak, "--voices=variant"])[1].splitlines()
     variants = sorted({line.rpartition("!v/")[2].strip() for line in listed if "!v/" in line})
     variants = [name.partition("  ")[0] for name in variants]
     voices = []
@@ -173,8 +175,8 @@ def _voices() -> tuple[list[str], list[Voice], list[str]]:
             voices.append(Voice(f"espeak-ng {name}", f"espeak-ng {group}", (espeak, "-v", name), False))
     if flite is None:
         return versions, voices, ["flite: not installed; apt-get install flite"]
-    versions.append("flite " + " ".join(re.findall(r"flite-(\S+)", _output([flite, "--version"]))[:1]))
-    present = _output([flite, "-lv"]).split()
+    versions.append("flite " + " ".join(re.findall(r"flite-(\S+)", _run([flite, "--version"])[1])[:1]))
+    present = _run([flite, "-lv"])[1].split()
     for name, person in _FLITE.items():
         if name in present:
             voices.append(Voice(f"flite {name}", f"flite {person}", (flite, "-voice", name), True))
@@ -182,18 +184,26 @@ def _voices() -> tuple[list[str], list[Voice], list[str]]:
     return versions, voices, [f"flite {name}: flite does not have this voice" for name in absent]
 
 
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise DataError(f"{command[0]} cannot be run, {one_line(error)}: {INSTALL}") from error
-    return done.stdout
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Runs a program: its exit status, output and errors."""
+    for left in reversed(range(_TRIES)):
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                timeout=_TIMEOUT, check=False,
+            )  # fmt: skip
+            return done.returncode, done.stdout, done.stderr
+        except (OSError, subprocess.SubprocessError) as error:
+            if not left or not isinstance(error, subprocess.TimeoutExpired):
+                # A fault of the machine, and not of a voice, so it must not end up in the cache
+                raise DataError(f"{command[0]} cannot be run, {one_line(error)}: {INSTALL}") from error
+    raise AssertionError
 
 
 def _render(voices: list[Voice], missing: list[str]) -> Arrays:
-    dropped, first, heard = list(missing), {}, {}
+    dropped = list(missing)
+    first: dict[bytes, Voice] = {}  # by the digest of all sounds
+    heard: dict[str, list[tuple[int, np.ndarray]]] = {}
     joined: dict[str, str] = {}  # groups of which two voices sound the same
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
         # The programs run as processes, so threads are enough
@@ -212,7 +222,8 @@ def _render(voices: list[Voice], missing: list[str]) -> Arrays:
     test = _test_groups([voice.group for voice in voices])
     order = sorted(range(len(voices)), key=lambda i: voices[i].group in test)  # stable
     columns: dict[str, list[tuple[int, int, np.ndarray]]] = {"train": [], "test": [], "people": []}
-    names, groups = [], []
+    names: list[str] = []
+    groups: list[str] = []
     for i in order:
         column = columns["test" if voices[i].group in test else "train"]
         column += [(len(names), label, sound) for label, sound in heard[voices[i].name]]
@@ -226,9 +237,9 @@ def _render(voices: list[Voice], missing: list[str]) -> Arrays:
             groups.append(person.name)
     known = sorted(set(groups))
     arrays: Arrays = {}
-    for column, rows in columns.items():
-        arrays[f"{column}_image"] = np.array([sound for *_, sound in rows], np.int16).reshape(-1, SAMPLES)
-        arrays[f"{column}_label"] = np.array([label for _, label, _ in rows], np.int32)
+    for key, rows in columns.items():
+        arrays[f"{key}_image"] = np.array([sound for *_, sound in rows], np.int16).reshape(-1, SAMPLES)
+        arrays[f"{key}_label"] = np.array([label for _, label, _ in rows], np.int32)
     return arrays | {
         "origin": np.array([origin for rows in columns.values() for origin, *_ in rows], np.int32),
         "origins": np.array(names),
@@ -258,18 +269,14 @@ def _speak(voice: Voice, path: Path) -> tuple[list[tuple[int, np.ndarray]], list
     for label, character in enumerate(CHARACTERS):
         try:
             command = voice.say(character, path)
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False
-            )
-            said = " ".join(done.stderr.decode(errors="replace").split())[:100]
-            if done.returncode or not path.is_file():
-                raise UnusableError(f"{Path(command[0]).name} failed with status {done.returncode} {said}".strip())
+            path.unlink(missing_ok=True)  # what a program does not write is not the character before
+            status, _, said = _run(command)
+            if status or not path.is_file():
+                said = " ".join(said.split())[:100]
+                raise UnusableError(f"{Path(command[0]).name} failed with status {status} {said}".strip())
             sounds.append((label, prepare(*read(path))))
-        except (UnusableError, OSError, subprocess.SubprocessError) as error:
-            why = str(error) if isinstance(error, UnusableError) else one_line(error)
+        except UnusableError as why:
             dropped.append(f"{voice.name} {character}: {why}")
-        finally:
-            path.unlink(missing_ok=True)  # or the next character would be this one if the program wrote nothing
     return sounds, dropped
 
 
@@ -348,23 +355,28 @@ def prepare(sound: np.ndarray, rate: int) -> np.ndarray:
         raise UnusableError(f"recorded at {rate} Hz; at least {RATE} are needed")
     if not np.isfinite(sound).all():
         raise UnusableError("it has values that are not finite")
-    if len(sound) and not (sound - sound.mean()).any():
+    if len(sound) and np.ptp(sound) == 0:
         raise UnusableError("silent")
     common = np.gcd(rate, RATE)
+    sound = sound - (sound.mean() if len(sound) else 0)  # first, or the filter sees a step at each end
     if rate != RATE and len(sound):
         sound = scipy.signal.resample_poly(sound, RATE // common, rate // common)
     frame = RATE // 100
     frames = len(sound) // frame
     if frames < 5:
         raise UnusableError(f"too short: {len(sound) / RATE:.3f} s")
-    sound = sound - sound.mean()
     power = np.square(sound[: frames * frame]).reshape(frames, frame).mean(1)
     noise = 10 * np.log10(max(np.percentile(power, 5) / power.max(), 1e-9))
-    loud = np.flatnonzero(power > power.max() * 10 ** (np.clip(noise + _ABOVE_NOISE, *_QUIET) / 10))
-    margin = int(_MARGIN * RATE)
-    sound = sound[max(loud[0] * frame - margin, 0) : (loud[-1] + 1) * frame + margin]
-    if len(sound) > SAMPLES:
-        raise UnusableError(f"too long: {len(sound) / RATE:.2f} s without the silence, of at most {SAMPLES / RATE:.2f}")
+    margin, whole = int(_MARGIN * RATE), sound
+    for quiet in np.arange(np.clip(noise + _ABOVE_NOISE, *_QUIET), _LOUD, 3):
+        loud = np.flatnonzero(power > power.max() * 10 ** (quiet / 10))
+        sound = whole[max(loud[0] * frame - margin, 0) : (loud[-1] + 1) * frame + margin]
+        if len(sound) <= SAMPLES:
+            break
+    else:
+        raise UnusableError(
+            f"too long: {len(sound) / RATE:.2f} s without the silence, of at most {SAMPLES / RATE:.2f}"
+        )
     if len(loud) < 5:
         raise UnusableError(f"too short: {len(loud) / 100:.2f} s without the silence")
     before = (SAMPLES - len(sound)) // 2

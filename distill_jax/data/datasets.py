@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, is_integer
-from distill_jax.data import _glyphs, _idx, _tfds
+from distill_jax.data import _glyphs, _idx, _spoken, _tfds
 from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, one_line
 
@@ -28,7 +28,8 @@ class Split(NamedTuple):
 
     Attributes:
       id: int64 ``[n]``, unique over the splits of a data set.
-      image: ``[n, height, width, channels]``, uint8, or float32 from 0 to 1.
+      image: ``[n, height, width, channels]``, uint8, or float32 from 0 to 1. Of sound as waveforms: float32
+        ``[n, samples]``, from −1 to 1.
       label: int32 ``[n]``, from 0 to the number of classes − 1.
     """
 
@@ -38,7 +39,7 @@ class Split(NamedTuple):
 
 
 class Origins(NamedTuple):
-    """Where the examples of a data set come from: the faces of fonts, of which each gave many examples.
+    """Where the examples of a data set come from: faces of fonts or voices, of which each gave many examples.
 
     ``origins.of[split.id]`` are the origins of a split's examples, ``origins.group[origins.of[split.id]]``
     their groups. No group is in two splits.
@@ -48,7 +49,7 @@ class Origins(NamedTuple):
       names: the names of the origins.
       group: int32 ``[origins]``: the number of each origin's group.
       group_names: the names of the groups.
-      dropped: one line for each origin that was left out: its name, and why.
+      dropped: one line for each origin or example that was left out: its name, and why.
     """
 
     of: np.ndarray
@@ -70,6 +71,7 @@ class Dataset(NamedTuple):
       classes: number of classes.
       class_names: the names of the classes.
       origins: where the examples come from; None where that is not known.
+      people: more test data, recordings of people, where the other splits are synthetic; else None.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Dataset(NamedTuple):
     classes: int
     class_names: tuple[str, ...]
     origins: Origins | None = None
+    people: Split | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -113,6 +116,11 @@ def load(
         - ``"glyphs"``: the characters 0-9, A-Z and a-z, rendered from the fonts in ``data_dir`` or of the
           system. Test and validation data are font families that are not in the training data. With few
           fonts it falls back on the three designs that matplotlib ships; ``source`` then says so.
+        - ``"spoken"``: the characters 0-9 and A-Z, spoken by the voices of espeak-ng and flite; test and
+          validation data are voices that are not in the training data, and ``people`` are recordings of real
+          people, as far as their packages are installed. Each sound is resampled to 8 kHz, freed of silence at
+          both ends, scaled to the peak 1, centred among zeros in 7,936 samples (0.992 s), and drawn by
+          :func:`sound.mel_image`. ``"spoken/waveform"`` gives the 7,936 samples.
         - any other image classification of TFDS that has been prepared, such as ``"cifar10"`` or
           ``"emnist/byclass"``. (TFDS stores EMNIST's pictures transposed; here they are upright.)
         - ``"auto"``: MNIST where it can be had, else digits; ``source`` then says why.
@@ -124,12 +132,12 @@ def load(
         hold the data set, that is an error: nothing is downloaded or taken from elsewhere. By default
         ``TFDS_DATA_DIR`` or TFDS's own folder, then a download.
       validation: number of training examples to take as validation data; by default a sixth of them, at
-        most 5,000. Of glyphs, whole groups of families are taken until there are so many.
+        most 5,000. Of glyphs and voices, whole groups are taken until there are so many.
       seed: chooses which training examples these are.
       cache_dir: where decoded, rendered and downloaded data is kept; by default ``distill_jax`` in
         ``XDG_CACHE_HOME`` or ``~/.cache``.
       download: whether MNIST, Fashion-MNIST and KMNIST may be downloaded.
-      size: height and width of the images. Glyphs are rendered in that size, by default 32; other images are
+      size: height and width of the images. Glyphs and spectrograms are drawn in that size, by default 32; other images are
         centred in that size and surrounded by 0, by default they are kept as they are.
 
     Returns:
@@ -146,6 +154,8 @@ def load(
     """
     if size is not None:
         check_count("size", size, least=8)
+        if name == "spoken/waveform":
+            raise ValueError(f"size must not be given for 'spoken/waveform', which are no pictures; got {size}")
     if data_dir is not None:
         data_dir = _expand(data_dir)
         if not data_dir.is_dir():
@@ -154,9 +164,9 @@ def load(
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill_jax"
     cache = Path(cache_dir)
 
-    own = str(name).endswith(".npz")
-    if data_dir is not None and (own or name == "digits"):
-        where = "is a file" if own else "comes with scikit-learn"
+    own, spoken = str(name).endswith(".npz"), name in ("spoken", "spoken/waveform")
+    if data_dir is not None and (own or spoken or name == "digits"):
+        where = "is a file" if own else "is synthesised" if spoken else "comes with scikit-learn"
         raise ValueError(
             f"data_dir must not be given for {str(name)!r}, which {where}; got {str(data_dir)!r}"
         )
@@ -167,6 +177,11 @@ def load(
     if name == "glyphs":
         source, arrays = _glyphs.find(data_dir, cache, size or _glyphs.SIZE)
         return _split(name, source, arrays, _glyphs.CHARACTERS, validation, seed)
+    if spoken:
+        source, arrays = _spoken.find(cache)
+        draw = _spoken.floats if name != "spoken" else lambda x: _spoken.pictures(x, size or _spoken.SIZE)
+        arrays |= {key: draw(arrays[key]) for key in ("train_image", "test_image", "people_image")}
+        return _split(name, source, arrays, _spoken.CHARACTERS, validation, seed)
     tried: list[str] = []
     wanted = "mnist" if name == "auto" else name
     found = None if name == "digits" else _find(wanted, data_dir, cache, download, tried)
@@ -374,7 +389,7 @@ def _split(
     if not (is_integer(k) and 0 < k < n):
         raise ValueError(f"validation must be from 1 to {n - 1} of the {n} train examples, got {k}")
     # NumPy promises the stream of its legacy generator for ever: ids must not move between splits
-    random, origins = np.random.RandomState(seed), None
+    random, origins, people = np.random.RandomState(seed), None, None
     if "origin" in arrays:
         names = {key: tuple(map(str, arrays[key])) for key in ("origins", "groups", "dropped")}
         origins = Origins(
@@ -388,6 +403,9 @@ def _split(
     else:
         held_out = np.zeros(n, bool)
         held_out[random.permutation(n)[:k]] = True
+    if len(arrays.get("people_label", ())):
+        ids = np.arange(n + m, n + m + len(arrays["people_label"]))
+        people = Split(ids, arrays["people_image"], arrays["people_label"])
     return Dataset(
         name=name,
         source=source,
@@ -397,6 +415,7 @@ def _split(
         classes=len(class_names),
         class_names=class_names,
         origins=origins,
+        people=people,
     )
 
 
