@@ -205,7 +205,11 @@ def test_a_program_that_hangs_is_not_a_dropped_voice(programs, tmp_path, monkeyp
     [
         ("spoken", {"data_dir": "."}, "data_dir must not be given for 'spoken', which is synthesised"),
         ("spoken", {"size": 4}, "size must be an integer of at least 8, got 4"),
-        ("spoken/waveform", {"size": 32}, "size must not be given for 'spoken/waveform', which are no pictures"),
+        (
+            "spoken/waveform",
+            {"size": 32},
+            "size must not be given for 'spoken/waveform', which are no pictures",
+        ),
         ("spoken", {"validation": 0}, "validation must be from 1 to"),
     ],
 )

@@ -155,7 +155,9 @@ def load(
     if size is not None:
         check_count("size", size, least=8)
         if name == "spoken/waveform":
-            raise ValueError(f"size must not be given for 'spoken/waveform', which are no pictures; got {size}")
+            raise ValueError(
+                f"size must not be given for 'spoken/waveform', which are no pictures; got {size}"
+            )
     if data_dir is not None:
         data_dir = _expand(data_dir)
         if not data_dir.is_dir():
