@@ -137,8 +137,8 @@ def load(
       cache_dir: where decoded, rendered and downloaded data is kept; by default ``distill_jax`` in
         ``XDG_CACHE_HOME`` or ``~/.cache``.
       download: whether MNIST, Fashion-MNIST and KMNIST may be downloaded.
-      size: height and width of the images. Glyphs and spectrograms are drawn in that size, by default 32; other images are
-        centred in that size and surrounded by 0, by default they are kept as they are.
+      size: height and width of the images. Glyphs and spectrograms are drawn in that size, by default 32; other
+        images are centred in that size and surrounded by 0, by default they are kept as they are.
 
     Returns:
       The data set; the examples of each split are in the order of their ids.
