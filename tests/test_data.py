@@ -14,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -320,6 +321,86 @@ def decoded(monkeypatch):
     return calls
 
 
+def prepare_sounds(folder, splits, rate=8000, shape=(None,)):
+    """Prepares sounds as TFDS stores speech_commands: lists of (samples, label) for its splits."""
+    dtype = mock.patch.object(tfds.features.Audio, "dtype", property(lambda self: self.np_dtype))
+    with _tfds._without_tensorflow(), dtype, skip_registration():
+        features = tfds.features.FeaturesDict({
+            "audio": tfds.features.Audio(file_format="wav", sample_rate=rate, dtype=np.int16, shape=shape),
+            "label": tfds.features.ClassLabel(names=["yes", "no", "_silence_"]),
+        })  # fmt: skip
+
+        class Sounds(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+            name = "tiny_sounds"
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(split) for split in splits}
+
+            def _generate_examples(self, split):
+                for i, (sound, label) in enumerate(splits[split]):
+                    yield i, {"audio": sound, "label": label}
+
+        Sounds(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def sounds(n, seed):
+    """Tones of 500 and 2,000 Hz and silence, of unequal lengths."""
+    rng, found = np.random.default_rng(seed), []
+    for i in range(n):
+        time = np.arange(rng.integers(3000, 8001)) / 8000
+        tone = 0 if i % 3 == 2 else 8000 * np.sin(2 * np.pi * (500, 2000)[i % 3] * time)
+        found.append(((tone + 0 * time).astype(np.int16), i % 3))
+    return found
+
+
+def test_prepared_sounds(tmp_path, decoded):
+    splits = {"train": sounds(30, 0), "validation": sounds(9, 1), "test": sounds(12, 2)}
+    folder = prepare_sounds(tmp_path / "t", splits)
+    dataset = data.load("tiny_sounds", data_dir=folder)
+    assert (dataset.classes, dataset.class_names) == (3, ("yes", "no", "_silence_"))
+    assert [len(split.id) for split in dataset[2:5]] == [30, 9, 12]
+    np.testing.assert_array_equal(np.concatenate([split.id for split in dataset[2:5]]), np.arange(51))
+    for part, split in zip(("train", "validation", "test"), dataset[2:5], strict=True):
+        assert (split.image.dtype, split.image.shape[1:]) == (np.uint8, (32, 32, 1))
+        expected = []
+        for sound, label in splits[part]:
+            padded = np.zeros(8000, np.float32)
+            before = (8000 - len(sound)) // 2
+            padded[before : before + len(sound)] = sound / 32768
+            picture = data.sound.mel_image(padded, rate=8000)
+            expected.append((np.round(255 * np.asarray(picture)).astype(np.uint8), label))
+        assert as_set(*split[1:]) == as_set(*zip(*expected, strict=True))
+        assert not split.image[split.label == 2].any()
+    assert data.load("tiny_sounds", data_dir=folder, size=16).test.image.shape == (12, 16, 16, 1)
+    data.load("tiny_sounds", data_dir=folder)
+    assert len(decoded) == 2  # one of each size
+    with pytest.raises(
+        ValueError, match="validation must not be given for 'tiny_sounds', which has its own; got 5"
+    ):
+        data.load("tiny_sounds", data_dir=folder, validation=5)
+
+
+def test_prepared_sounds_without_validation_data_and_too_long(tmp_path):
+    folder = prepare_sounds(tmp_path / "t", {"train": sounds(12, 0), "test": sounds(6, 2)})
+    assert [len(s.id) for s in data.load("tiny_sounds", data_dir=folder, validation=4)[2:5]] == [8, 4, 6]
+    long = [(np.ones(8001, np.int16), 0)]
+    folder = prepare_sounds(tmp_path / "u", {"train": sounds(6, 0), "test": long})
+    with pytest.raises(
+        data.DataError, match="test: expected sounds of at most a second, 8000 samples, found 8001"
+    ):
+        data.load("tiny_sounds", data_dir=folder)
+    folder = prepare_sounds(tmp_path / "v", {"train": sounds(6, 0), "test": sounds(6, 1)}, rate=None)
+    with pytest.raises(
+        data.DataError, match=r"or an 'audio' of one channel and a known rate, .* found audio: Audio"
+    ):
+        data.load("tiny_sounds", data_dir=folder)
+
+
 def test_emnist_is_turned_upright_and_its_classes_have_names(tmp_path, decoded):
     examples = pictures(12, (28, 28, 1), 62)
     features = {
@@ -386,8 +467,8 @@ NO_CLASS = {
 @pytest.mark.parametrize(
     ("prepared", "message"),
     [
-        (((FEW, FEW), NO_IMAGE), "is not image classification: .* found label: ClassLabel"),
-        (((FEW, FEW), NO_CLASS), "is not image classification: .* found image: Image, label: Sca"),
+        (((FEW, FEW), NO_IMAGE), "is not image classification, .* found label: ClassLabel"),
+        (((FEW, FEW), NO_CLASS), "is not image classification, .* found image: Image, label: Sca"),
         (((FEW + TALL, FEW), ANY_SIZE), r"train: expected images of one size, found .*, 3\) and "),
         (((FEW, TALL), ANY_SIZE), r"images' shape \(4, 5, 3\), found \(6, 5, 3\)"),
         (((FEW,), {}), r"expected split test, found \['train'\]"),
@@ -430,6 +511,7 @@ def test_damaged_prepared_data(tmp_path):
         ("emnist/byclass", "emnist/byclass was not found: not prepared .*emnist/byclass/3"),
         ("mnist", "no IDX files .train-images-idx3-ubyte.gz and three more. in .*; not prepared.* put t"),
         ("ag_news_subset", "is not image classification"),
+        ("speech_commands", "speech_commands was not found: not prepared .*speech_commands/"),
     ],
 )
 def test_a_name_that_cannot_be_had(tmp_path, name, message):

@@ -123,6 +123,9 @@ def load(
           :func:`sound.mel_image`. ``"spoken/waveform"`` gives the 7,936 samples.
         - any other image classification of TFDS that has been prepared, such as ``"cifar10"`` or
           ``"emnist/byclass"``. (TFDS stores EMNIST's pictures transposed; here they are upright.)
+        - any classification of sounds of at most a second of TFDS that has been prepared, such as
+          ``"speech_commands"``, centred in one second and drawn by :func:`sound.mel_image`. Validation data is
+          TFDS's own, where it has some.
         - ``"auto"``: MNIST where it can be had, else digits; ``source`` then says why.
         - a path that ends in ``.npz``: your own data, a file of ``numpy.savez`` with the arrays
           ``x_train``, ``y_train``, ``x_test``, ``y_test`` and optionally ``class_names``;
@@ -132,7 +135,8 @@ def load(
         hold the data set, that is an error: nothing is downloaded or taken from elsewhere. By default
         ``TFDS_DATA_DIR`` or TFDS's own folder, then a download.
       validation: number of training examples to take as validation data; by default a sixth of them, at
-        most 5,000. Of glyphs and voices, whole groups are taken until there are so many.
+        most 5,000. Of glyphs and voices, whole groups are taken until there are so many. It cannot be given
+        where the source has validation data of its own.
       seed: chooses which training examples these are.
       cache_dir: where decoded, rendered and downloaded data is kept; by default ``distill_jax`` in
         ``XDG_CACHE_HOME`` or ``~/.cache``.
@@ -186,7 +190,9 @@ def load(
         return _split(name, source, arrays, _spoken.CHARACTERS, validation, seed)
     tried: list[str] = []
     wanted = "mnist" if name == "auto" else name
-    found = None if name == "digits" else _find(wanted, data_dir, cache, download, tried)
+    found = (
+        None if name == "digits" else _find(wanted, data_dir, cache, download, tried, size or _spoken.SIZE)
+    )
     if found is None and (data_dir is not None or name not in ("auto", "digits")):
         raise DataError(f"{wanted} was not found: {'; '.join(tried)}. {_advice(wanted)}")
     if found is None:
@@ -402,6 +408,12 @@ def _split(
         turn = random.permutation(len(numbers))
         last = min(int(np.searchsorted(np.cumsum(sizes[turn]), k)), len(turn) - 2)
         held_out = np.isin(group, numbers[turn[: last + 1]])
+    elif "held_out" in arrays:
+        if validation is not None:
+            raise ValueError(
+                f"validation must not be given for {name!r}, which has its own; got {validation}"
+            )
+        held_out = arrays["held_out"]
     else:
         held_out = np.zeros(n, bool)
         held_out[random.permutation(n)[:k]] = True
@@ -438,7 +450,9 @@ def _digits() -> Found:
     return "scikit-learn's embedded digits", arrays, tuple("0123456789")
 
 
-def _find(name: str, data_dir: Path | None, cache: Path, download: bool, tried: list[str]) -> Found | None:
+def _find(
+    name: str, data_dir: Path | None, cache: Path, download: bool, tried: list[str], size: int
+) -> Found | None:
     """Looks in every place for ``name``, noting in ``tried`` where it is not; damage is an error."""
     family = _idx.FAMILY.get(name)
     if family and data_dir is not None and (found := _idx.find(name, data_dir)):
@@ -446,7 +460,7 @@ def _find(name: str, data_dir: Path | None, cache: Path, download: bool, tried: 
     if _tfds.installed():
         prepared = _tfds.look(name, data_dir)
         if prepared.ready:
-            arrays = _tfds.read(name, prepared, cache)
+            arrays = _tfds.read(name, prepared, cache, size)
             return f"prepared by TensorFlow Datasets in {prepared.folder}", arrays, prepared.class_names
         missing = f"not prepared by TensorFlow Datasets in {prepared.folder}"
     elif family:
