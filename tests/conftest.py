@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -5,13 +6,20 @@ from importlib.metadata import version
 
 # Most of the suite's time is compilation: XLA does it fast rather than well, unless told otherwise
 # (XLA_FLAGS= pytest compiles as users' programs are compiled).
-FLAGS = ["--xla_backend_optimization_level=0"]
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # small programs are not worth several modules of code
+]
 if version("jax").startswith("0.10."):  # later versions stop at flags they do not know, as this one
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Tracing makes many objects and little garbage: it is collected more rarely than by default.
+gc.set_threshold(100_000, 50, 50)
 
 # Before anything else uses JAX: the suite runs on four CPU devices, also on a machine with one core.
 jax.config.update("jax_num_cpu_devices", 4)

@@ -47,14 +47,20 @@ def draw(shapes, seed=0):
 
 def build(name, student, teacher, seed=0):
     part = BUILDERS[name]()
-    return part, part.init(jax.random.key(seed), NETS[student], NETS[teacher])
+    init = jax.jit(lambda key: part.init(key, NETS[student], NETS[teacher]))
+    return part, init(jax.random.key(seed))
 
 
 @parametrize(BUILDERS)
 def test_any_network_into_any_other(name):
     """Finite, a gradient for the student, and a value that a step against the gradient lowers."""
-    parts = {pair: build(name, *pair) for pair in PAIRS}
-    params = {pair: params for pair, (_, params) in parts.items()}
+    parts = {pair: BUILDERS[name]() for pair in PAIRS}
+
+    @jax.jit
+    def init(key):
+        return {(s, t): part.init(key, NETS[s], NETS[t]) for (s, t), part in parts.items()}
+
+    params = init(KEY)
     students = {pair: draw(NETS[pair[0]]) for pair in PAIRS}
     teachers = {pair: draw(NETS[pair[1]], seed=1) for pair in PAIRS}
 
@@ -65,23 +71,24 @@ def test_any_network_into_any_other(name):
                 pair: part.apply(
                     variables[0][pair], variables[1][pair], teachers[pair], key=jax.random.key(1)
                 )
-                for pair, (part, _) in parts.items()
+                for pair, part in parts.items()
             }
             return sum(v.mean() for v in values.values()), values
 
         (_, values), gradients = jax.value_and_grad(total, has_aux=True)((params, students))
         return values, gradients
 
-    values, (by_params, by_student) = step(params, students)
+    values, (by_params, by_student) = jax.device_get(step(params, students))
+    params = jax.device_get(params)
 
     def lowered(pair):
         gradients = by_params[pair], by_student[pair]
-        size = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
+        size = np.sqrt(sum(float(np.sum(g**2)) for g in jax.tree.leaves(gradients)))
         variables = params[pair], students[pair]
-        return jax.tree.map(lambda x, g: x - 3e-3 / size * g, variables, gradients)
+        return jax.tree.map(lambda x, g: x - np.float32(3e-3 / size) * g, variables, gradients)
 
     moved = {pair: lowered(pair) for pair in PAIRS}
-    after, _ = step(*({pair: m[i] for pair, m in moved.items()} for i in (0, 1)))
+    after, _ = jax.device_get(step(*({pair: m[i] for pair, m in moved.items()} for i in (0, 1))))
     for pair in PAIRS:
         assert values[pair].shape == (B,)
         assert values[pair].dtype == jnp.float32
@@ -95,8 +102,8 @@ def test_any_network_into_any_other(name):
 def test_parameters(name):
     part = BUILDERS[name]()
     shapes = [[(n, *s[1:]) for s in NETS["cnn"]] for n in (1, 256)]
-    small, large = (part.init(KEY, s, NETS["mixed"]) for s in shapes)  # no batch size in them
-    other = part.init(jax.random.key(1), shapes[0], NETS["mixed"])
+    init = jax.jit(lambda key: [part.init(key, s, NETS["mixed"]) for s in shapes])  # no batch size in them
+    (small, large), (other, _) = jax.device_get([init(KEY), init(jax.random.key(1))])
     assert jax.tree.structure(small) == jax.tree.structure(large)
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -111,14 +118,14 @@ def test_parameters(name):
 def test_examples_that_do_not_count(name):
     """They have value 0, and neither reach the others nor get a gradient; bfloat16 comes in."""
     part, params = build(name, "cnn", "mixed")
-    student = [jnp.asarray(x, jnp.bfloat16) for x in draw(NETS["cnn"])]
-    teacher = [jnp.asarray(x, jnp.bfloat16) for x in draw(NETS["mixed"], seed=1)]
+    student = [x.astype(jnp.bfloat16) for x in draw(NETS["cnn"])]
+    teacher = [x.astype(jnp.bfloat16) for x in draw(NETS["mixed"], seed=1)]
     where = np.arange(B) < B - 2
     shorter = [[x[: B - 2] for x in features] for features in (student, teacher)]
     kept = {}
     if name == "mgd":
         kept = {"masks": [np.ones((1, 1)), np.ones((1, 1)), np.array([[1.0] * 5 + [0.0] * 5])]}
-    expected = part.apply(params, *shorter, **kept)
+    expected = jax.jit(functools.partial(part.apply, **kept))(params, *shorter)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
@@ -126,8 +133,9 @@ def test_examples_that_do_not_count(name):
         values = part.apply(params, student, teacher, where=where, **kept)
         return values.sum(), values
 
-    bad = [[x.at[B - 2 :].set(jnp.nan) for x in features] for features in (student, teacher)]
-    (_, values), gradients = total(params, *bad)
+    for x in (*student, *teacher):
+        x[B - 2 :] = np.nan
+    (_, values), gradients = jax.device_get(total(params, student, teacher))
     np.testing.assert_allclose(values[: B - 2], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(values[B - 2 :], 0)
     assert values.dtype == jnp.float32
@@ -162,14 +170,15 @@ def test_padded_sequences(name):
     """One mask per layer: what is cut off and what is masked are the same."""
     part = BUILDERS[name]()
     shapes = [[(2, 9, 3)], [(2, 9, 4)]]
-    params = part.init(KEY, *shapes)
+    params = jax.jit(lambda key: part.init(key, *shapes))(KEY)
     student, teacher = (draw(shape, seed=i) for i, shape in enumerate(shapes))
     options = {"masks": [np.ones((2, 1, 1))]} if name == "mgd" else {}
-    expected = part.apply(params, [student[0][:, :6]], [teacher[0][:, :6]], **options)
+    apply = functools.partial(part.apply, **options)
+    expected = jax.jit(apply)(params, [student[0][:, :6]], [teacher[0][:, :6]])
     student[0][:, 6:] = np.nan
     teacher[0][:, 6:] = np.nan
     where = [(np.arange(9) < 6)[None]]
-    values = part.apply(params, student, teacher, where=where, **options)
+    values = jax.jit(functools.partial(apply, where=where))(params, student, teacher)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 

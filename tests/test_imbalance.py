@@ -56,41 +56,50 @@ def test_value_and_gradient_to_six_digits(name):
 def test_axis_extremes_and_dtypes(name):
     loss, reference = ALL[name]
     logits, _ = draw(3, 1)
-    value = loss(logits, LABELS)
-    np.testing.assert_allclose(loss(logits.T, LABELS, axis=0), value, rtol=1e-6)
-    blocks = loss(logits.reshape(2, 4, 10), LABELS.reshape(2, 4))
-    np.testing.assert_allclose(blocks, value.reshape(2, 4), rtol=1e-6)
+
+    @jax.jit
+    def run(logits, far):
+        columns = loss(logits.T, LABELS, axis=0)
+        blocks = loss(logits.reshape(2, 4, 10), LABELS.reshape(2, 4))
+        of_far = jax.value_and_grad(lambda z: loss(z, LABELS).sum())(far)
+        half = loss(logits.astype(jnp.bfloat16), LABELS)
+        return loss(logits, LABELS), columns, blocks, of_far, half, loss(logits, LABELS * 0 + 10)
+
     far = np.where(np.eye(10)[:8] > 0, 1e4, 0).astype(np.float32)
-    value, gradient = jax.value_and_grad(lambda z: loss(z, LABELS).sum())(far)
-    np.testing.assert_allclose(value, reference(far.astype(float), LABELS).sum(), rtol=1e-6)
+    value, columns, blocks, (of_far, gradient), half, bad = run(logits, far)
+    np.testing.assert_allclose(columns, value, rtol=1e-6)
+    np.testing.assert_allclose(blocks, value.reshape(2, 4), rtol=1e-6)
+    np.testing.assert_allclose(of_far, reference(far.astype(float), LABELS).sum(), rtol=1e-6)
     assert np.isfinite(gradient).all()
-    assert loss(jnp.asarray(logits, jnp.bfloat16), LABELS).dtype == jnp.float32
-    assert np.isnan(loss(logits, LABELS * 0 + 10)).all()
+    assert half.dtype == jnp.float32
+    assert np.isnan(bad).all()
     with jax.enable_x64(True):
-        wide = loss(logits.astype(float), LABELS)
+        wide = jax.jit(lambda z: loss(z, LABELS))(logits.astype(float))
         np.testing.assert_allclose(wide, reference(logits.astype(float), LABELS), rtol=1e-9)
 
 
 def test_a_class_never_seen():
     logits, _ = draw(3, 1)
     prior = COUNTS * (np.arange(10) != 9)
-    value, gradient = jax.value_and_grad(lambda z: losses.logit_adjusted(z, LABELS % 9, prior=prior).sum())(
-        logits
-    )
-    rest = losses.logit_adjusted(logits[:, :9], LABELS % 9, prior=prior[:9])
-    np.testing.assert_allclose(value, rest.sum(), rtol=1e-6)
+
+    @jax.jit
+    def run(logits):
+        total = lambda z: losses.logit_adjusted(z, LABELS % 9, prior=prior).sum()  # noqa: E731
+        rest = losses.logit_adjusted(logits[:, :9], LABELS % 9, prior=prior[:9])
+        return *jax.value_and_grad(total)(logits), rest.sum()
+
+    value, gradient, rest = run(logits)
+    np.testing.assert_allclose(value, rest, rtol=1e-6)
     np.testing.assert_array_equal(gradient[:, 9], 0)
     assert losses.logit_adjusted(logits[0], np.array(9), prior=prior) == np.inf
 
 
 def test_traced_counts():
     logits, _ = draw(3, 1)
+    run = jax.jit(lambda z, n, b: losses.class_balanced(z, LABELS, counts=n, beta=b))
     for beta in (0.0, 0.9, 1.0):
-        traced = jax.jit(lambda z, n, b: losses.class_balanced(z, LABELS, counts=n, beta=b))(
-            logits, jnp.asarray(COUNTS), beta
-        )
         fixed = losses.class_balanced(logits, LABELS, counts=COUNTS, beta=beta)
-        np.testing.assert_allclose(traced, fixed, rtol=1e-5)
+        np.testing.assert_allclose(run(logits, jnp.asarray(COUNTS), beta), fixed, rtol=1e-5)
     prior = jax.jit(lambda z, n: losses.logit_adjusted(z, LABELS, prior=n))(logits, COUNTS)
     np.testing.assert_allclose(prior, losses.logit_adjusted(logits, LABELS, prior=COUNTS), rtol=1e-6)
 
