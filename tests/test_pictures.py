@@ -171,6 +171,15 @@ def test_comparison(tmp_path):
         pictures.comparison(tmp_path / "b.png", errors | {"unclear": [1, 2]}, baseline="scratch")
 
 
+def test_by_bytes(tmp_path):
+    sizes = {"logits": [40, 20], "top-k": [8]}
+    figures = {"errors, %": {"logits": np.ones((2, 3)), "top-k": np.full((1, 3), 2.0)}}
+    pictures.by_bytes(tmp_path / "a.png", sizes, figures, levels={"scratch": {"errors, %": 3.0}})
+    look(tmp_path / "a.png", (7, 2.7))
+    with pytest.raises(ValueError, match=r"errors, % of top-k must be \[points, seeds\] = "):
+        pictures.by_bytes(tmp_path / "a.png", sizes | {"top-k": [8, 9]}, figures, levels={})
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("lowest", [0.02, 0.9])
 def test_curves(tmp_path, seeds, lowest):

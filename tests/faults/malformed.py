@@ -1377,6 +1377,8 @@ sweep_mnist | --rungs must rise | digits --rungs 20 10
 barrier_mnist | --points must | digits --points 1
 barrier_mnist | got 'nope' | digits --networks nope
 barrier_mnist | --networks must | digits --networks
+label_kinds | --top must be at most | digits --top 99
+label_kinds | --draws must be at least 1 | digits --draws 0
 linear_code | --ranks must be at least 1 | matrix --ranks 0
 linear_code | --ranks must be at most | matrix --ranks 1000000
 linear_code | --condition must be at least 1 | matrix --condition 0.5

@@ -22,6 +22,9 @@ SETTINGS = {
         "digits --seeds 1 --methods kd fitnet rkd --teacher convnet:4,8 --student convnet:2,4 --examples 400 "
         "--teacher-epochs 10 --epochs 20"
     ),
+    "label_kinds": (
+        "digits --seeds 1 --teacher 16 --student 8 --teacher-epochs 20 --epochs 20 --top 2 --draws 4"
+    ),
     "kd_vgg": (
         "digits --seeds 1 --teacher mlp:16 --student convnet:4,4 --teacher-epochs 20 --epochs 20 "
         "--fine-tune-epochs 10 --prune-every 3"

@@ -5,10 +5,11 @@ colours (Okabe and Ito's) and lines that colour-blind readers and grey print kee
 """
 
 from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
-from harness.pictures.comparisons import code_widths, comparison, curves, heat_map, tradeoffs
+from harness.pictures.comparisons import by_bytes, code_widths, comparison, curves, heat_map, tradeoffs
 from harness.pictures.insides import reconstructions
 
 __all__ = [
+    "by_bytes",
     "code_widths",
     "comparison",
     "confusion",

@@ -150,6 +150,48 @@ def tradeoffs(
     save(path, picture)
 
 
+@style
+def by_bytes(
+    path: str | Path,
+    sizes: Mapping[str, Sequence[float]],
+    figures: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    levels: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Draws figures of students against the bytes of their labels: means over seeds, bars one standard deviation.
+
+    Args:
+      path: the PNG file.
+      sizes: series → bytes per label, ``[points]``, on a logarithmic axis.
+      figures: label of the vertical axis → series → values ``[points, seeds]``; one panel each.
+      levels: name → label of the axis → a value, drawn as a horizontal line.
+
+    Raises:
+      ValueError: if a series has not as many figures as sizes.
+    """
+    picture = Figure((7, 2.7), layout="constrained")
+    looks = looks_of([*sizes, *levels])
+    for axes, (label, series) in zip(
+        picture.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True
+    ):
+        for name, values in series.items():
+            x, y = np.asarray(sizes[name]), np.asarray(values, np.float64)
+            check(f"{label} of {name}", y.shape[:1], "[points, seeds]", x.shape)
+            sd = y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
+            order = np.argsort(x)
+            axes.errorbar(
+                x[order], y.mean(1)[order], sd[order], label=name, marker=".", elinewidth=0.6, **looks[name]
+            )
+        for name, level in levels.items():
+            axes.axhline(level[label], label=name, **looks[name])
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, *axes.get_xlim())
+        axes.set(xlabel="bytes per label", ylabel=label)
+        axes.grid(axis="y")
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    save(path, picture)
+
+
 def _log_ticks(axis: Any, low: float, high: float) -> None:
     """Gives a logarithmic axis from ``low`` to ``high`` at least three ticks, and keeps its limits."""
     marks = [mark for mark in log_ticks(low, high) if low <= mark <= high]
