@@ -351,3 +351,26 @@ def test_random_flip_mirrors_about_half_of_the_images():
     mirrored = np.isclose(flipped, images[:, :, ::-1], atol=1e-6).all((1, 2, 3))
     assert (same ^ mirrored).all()
     assert 160 < mirrored.sum() < 240
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_nothing_is_traced_after_the_first_call(kind):
+    """Epochs of other lengths than the first, other batches, and the validation: each program is traced once."""
+    text = {"dense": "mlp:4", "convolution": "convnet:2"}[kind]
+    model, tx = build(text, (4, 4, 1), 3, jax.random.key(0)), optax.adam(1e-3)
+    data = {"image": np.ones((9, 4, 4, 1), np.float32), "label": np.zeros(9, np.int32)}
+    traced = []
+
+    def loss_fn(model, batch, *, key, step):
+        traced.append(batch["image"].shape)
+        return train.supervised()(model, batch, key=key, step=step)
+
+    epoch = train.make_epoch(train.make_train_step(loss_fn, tx), transform=lambda teacher, batch, key: batch)
+    measure = train.make_measure(loss_fn, data, batch_size=4)
+    state = train.init_state(model, tx, jax.random.key(0))
+    counts = []
+    for seed in range(3):
+        state, _ = epoch(state, data, train.epoch_order(0, seed, 9, 4), model)
+        measure(state.model)
+        counts.append(len(traced))
+    assert counts[0] == counts[1] == counts[2] > 0

@@ -4,8 +4,9 @@ All variants of a pair of networks are timed in turn, round after round. So what
 them, and ratios that are taken round by round hold. Each system has a process of its own, set up as its users have it.
 The examples are in memory, every system gets the same batches, and its networks are written as its users write them:
 
-- distill_jax: one call of an epoch of ``train.make_epoch`` (``teacher forward``: the teacher's logits alone), after
-  ``train.keep_memory`` as in the experiments, unless ``--no-keep-memory``.
+- distill_jax: one call of an epoch of ``train.make_epoch`` (``teacher forward``: the logits alone; ``captured``:
+  these and the values of a layer in the middle), after ``train.keep_memory`` as in the experiments, unless
+  ``--no-keep-memory``.
 - torch-eager, torch-compile: a loop of loss, ``backward`` and ``optimizer.step``, PyTorch's usual formula of KL.
 - keras: ``fit`` of ``keras.distillation.Distiller`` with ``LogitsDistillation``, on Keras' JAX backend, from a
   generator of batches, online only. It is slower with ``train_on_batch``, and no faster from whole arrays.
@@ -42,7 +43,7 @@ import tqdm
 import tyro
 from flax import nnx
 
-from distill_jax import _files, metrics, models, teachers, train
+from distill_jax import _files, features, metrics, models, teachers, train
 
 CLASSES, EXAMPLES, LEARNING_RATE, MOMENTUM = 10, 1024, 0.01, 0.9
 VARIANTS = ("plain", "stored", "online", "teacher forward")
@@ -158,6 +159,14 @@ def jax_variants(pair: str) -> Variants:
     def forward(state, batch):
         return state, {"mean": jnp.mean(teachers.label(state.model, batch)["teacher"])}
 
+    def captured(state, batch):
+        logits, values = state.model(batch["image"])
+        return state, {"mean": jnp.mean(logits), "value": jnp.mean(values[middle][0])}
+
+    shapes = features.layer_shapes(teacher, arrays["image"][:1])
+    middle = list(shapes)[len(shapes) // 2]
+    capturing = features.capture(teacher, middle)
+
     def online(teacher, batch, key):
         return teachers.label(teacher, batch)
 
@@ -166,6 +175,7 @@ def jax_variants(pair: str) -> Variants:
         "stored": steps_of_student(soft),
         "online": steps_of_student(soft, transform=online, context=teacher),
         "teacher forward": steps_of(forward, train.init_state(teacher, optax.identity(), jax.random.key(0))),
+        "captured": steps_of(captured, train.init_state(capturing, optax.identity(), jax.random.key(0))),
     }
 
 
@@ -534,6 +544,7 @@ def ratios(times: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     result = {
         "stored / plain": ours["stored"] / ours["plain"],
         "online / (plain + teacher forward)": ours["online"] / (ours["plain"] + ours["teacher forward"]),
+        "captured / teacher forward": times[f"{OURS} captured"] / ours["teacher forward"],
     }
     for key, values in times.items():
         peer, _, name = key.partition(" ")
