@@ -131,21 +131,27 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@functools.cache
+def compiled(name):
+    loss, _ = REFERENCES[name]
+    return jax.jit(lambda student, teacher, temperature: loss(student, teacher, temperature=temperature))
+
+
 @parametrize(REFERENCES)
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10**6), shift=st.floats(-50, 50), temperature=st.floats(0.5, 20),
-    classes=st.integers(2, 12),
+    classes=st.sampled_from([2, 3, 7, 12]),  # every number is a program of its own
 )  # fmt: skip
 def test_invariant_to_shifts_and_order(name, seed, shift, temperature, classes):
-    loss, _ = REFERENCES[name]
+    loss = compiled(name)
     student, teacher = draw(3, 1, (4, classes), seed)
-    value = loss(student, teacher, temperature=temperature)
+    value = loss(student, teacher, temperature)
     assert (np.asarray(value) >= 0).all()
-    moved = loss(student + np.float32(shift), teacher - np.float32(shift), temperature=temperature)
+    moved = loss(student + np.float32(shift), teacher - np.float32(shift), temperature)
     np.testing.assert_allclose(moved, value, rtol=1e-3, atol=1e-4)
     order = np.random.default_rng(seed).permutation(classes)
-    permuted = loss(student[:, order], teacher[:, order], temperature=temperature)
+    permuted = loss(student[:, order], teacher[:, order], temperature)
     np.testing.assert_allclose(permuted, value, rtol=1e-4, atol=1e-5)
 
 
