@@ -803,7 +803,7 @@ def test_auto_without_anything_is_digits_and_says_why(tmp_path):
 
 def test_what_to_install_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert_is(data.load("mnist", data_dir=write(tmp_path / "d", tiny())), tiny())
     with pytest.raises(ModuleNotFoundError, match=r"'cifar10' would be read .* pip install 'distill_jax\[d"):
         data.load("cifar10")

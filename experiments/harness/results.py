@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from distill_jax import _files, data, metrics
-from harness import pictures
 
 Results = Mapping[str, Any]
 
@@ -331,6 +330,8 @@ def draw(
     Returns:
       Caption → file name.
     """
+    from harness import pictures  # here, as Matplotlib takes its time, and a training need not wait for it
+
     first, test, seeds = trained[0], dataset.test, len(trained)
     # A model that was made from another by hand shares its history
     own = {id(model.history): name for name, model in list(first.items())[::-1]}.values()
