@@ -366,7 +366,7 @@ def test_the_list_of_packages(monkeypatch, capsys):
     fonts.main()
     command = capsys.readouterr().out.split()
     assert command[:4] == ["apt-get", "install", "--yes", "--no-install-recommends"]
-    assert len(set(command[4:])) == len(fonts.PACKAGES.split()) == 185
+    assert len(set(command[4:])) == len(fonts.PACKAGES.split()) == 179
     assert all(name.startswith("fonts-") for name in command[4:])
 
     monkeypatch.setattr(fonts.shutil, "which", lambda name: name)
