@@ -585,7 +585,7 @@ def table_rows(found: Mapping[str, Any]) -> list[str]:
         rows.append(f"| {title} | {system} | {' | '.join(cells)} |")
         title = ""
     own = [f"{name}: {spread(values)}" for name, values in found["ratios"].items() if not name.endswith(OURS)]
-    return [*rows, f"| | ratios of {OURS} | | {' | '.join(own)} | |"]
+    return [*rows, f"| | ratios of {OURS} | | {' | '.join(own)} |"]
 
 
 def main() -> None:
