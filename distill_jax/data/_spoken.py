@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.signal
 
 from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, need, one_line
@@ -360,7 +359,9 @@ def prepare(sound: np.ndarray, rate: int) -> np.ndarray:
     common = np.gcd(rate, RATE)
     sound = sound - (sound.mean() if len(sound) else 0)  # first, or the filter sees a step at each end
     if rate != RATE and len(sound):
-        sound = scipy.signal.resample_poly(sound, RATE // common, rate // common)
+        from scipy import signal  # takes a second to import
+
+        sound = signal.resample_poly(sound, RATE // common, rate // common)
     frame = RATE // 100
     frames = len(sound) // frame
     if frames < 5:

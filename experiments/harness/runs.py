@@ -262,7 +262,7 @@ def _keep_compiled() -> None:
             _delete_unfinished(directory)
             jax.config.update("jax_compilation_cache_dir", str(directory))
             jax.config.update("jax_compilation_cache_max_size", 2**30)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _delete_unfinished(directory: Path) -> None:
