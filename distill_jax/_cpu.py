@@ -18,9 +18,9 @@ def compiler_options() -> dict[str, str] | None:
 
     XLA hands convolutions on a CPU to the library YNNPACK by default. Its own convolutions take a third to all of
     that time, above all for the gradient with respect to the kernel. These options keep YNNPACK for matrix
-    products and sums alone. The functions of this library that compile programs use them by themselves:
-    :func:`fit`, :func:`make_epoch`, :func:`make_measure` and :func:`distill_jax.models.predict`. Results differ from
-    those without the options in their last digits.
+    products and sums alone. :func:`fit`, :func:`make_epoch`, :func:`make_measure` and
+    :func:`distill_jax.models.predict` use them by themselves. Results differ from those without the options in their
+    last digits.
 
     JAX accepts compiler options for the outermost ``jit`` only.
 
@@ -45,9 +45,8 @@ def keep_memory() -> bool:
 
     XLA asks the C library for the buffers of a program at each call. For large buffers the C library asks the
     system, which has to clear each page anew: this can be a quarter of the time of a step. After this call, freed
-    memory stays with the process until it ends; the largest amount in use at one time does not grow.
-    Call it before the first computation. It changes the whole process, so the library never calls it by itself;
-    the experiments do. It works on Linux with the GNU C library.
+    memory stays with the process until it ends. Call it before the first computation. It changes the whole process,
+    so the library never calls it by itself; the experiments do. It works on Linux with the GNU C library.
 
     Returns:
       Whether the C library took the settings.

@@ -100,3 +100,19 @@ def test_commands_of_all_benchmarks(tmp_path):
         assert pathlib.Path(program).exists()
         assert options[-2:] == ["--out", str(tmp_path / "x.json")]
         assert ("keras" in options) == (part == "step")
+
+
+def test_systems_work_in_processes_of_their_own(capsys):
+    with bench_step.systems_at_work(["distill_jax", "keras"], "mlp", 2, keep_memory=False) as timed:
+        assert {f"distill_jax {name}" for name in (*bench_step.VARIANTS, "captured")} <= set(timed)
+        assert timed["distill_jax plain"](np.zeros((3, 2), np.int32)) > 0
+    if "keras online" not in timed:
+        assert capsys.readouterr().err.startswith("keras is left out: ModuleNotFoundError: No module named")
+
+
+def test_operations_of_a_step():
+    """The gradient with respect to the images is not counted: nobody computes it."""
+    found = bench_step.ideal_milliseconds("mlp", 128, gflops=1.0)
+    forward, first = 784 * 800 + 800 * 800 + 800 * 10, 784 * 800
+    assert found["plain"] == pytest.approx(2e-6 * 128 * (3 * forward - first), rel=0.02)
+    assert found["teacher forward"] == pytest.approx(2e-6 * 128 * (784 * 1200 + 1200**2 + 12000), rel=0.02)

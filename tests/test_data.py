@@ -24,6 +24,7 @@ from tensorflow_datasets.core.registered import skip_registration
 
 from distill_jax import data
 from distill_jax.data import _cache, _idx, _tfds
+from distill_jax.data._groups import join
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tfds"
 STEMS = _idx.FILES
@@ -957,3 +958,10 @@ def test_a_fresh_interpreter_says_nothing(tmp_path, prepared):
         timeout=60,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "pairs", [["ba", "cb"], ["cb", "ba"], ["ca", "cb"], ["cb", "ca"], ["ab", "ab", "bc"]]
+)
+def test_groups_are_joined_through_others(pairs):
+    assert join("abcd", map(tuple, pairs)) == {"a": "a", "b": "a", "c": "a", "d": "d"}

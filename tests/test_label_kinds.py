@@ -374,3 +374,11 @@ def test_keys_of_views_do_not_depend_on_the_batch():
     assert (keys != jax.random.key_data(VIEWS.keys(IDS, 0))).any(-1).all()
     # High and low halves of an id both count
     assert len(np.unique(jax.random.key_data(VIEWS.keys([1, 1 + 2**32, -1, 2**32 - 1], 0)), axis=0)) == 4
+
+
+def test_labels_of_too_few_examples_are_no_labels_of_others(tmp_path):
+    """Fields of all examples beside the labels of some: NaN, and not the labels of the last one."""
+    batch = {"image": IMAGES} | PATIENT.fields(IMAGE_IDS)
+    labels = PATIENT.transform(np.zeros((40, 4, 3), np.float32), batch, jax.random.key(0))["teacher"]
+    assert not np.isnan(labels[:40]).any()
+    assert np.isnan(labels[40:]).all()

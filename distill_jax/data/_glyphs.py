@@ -20,11 +20,12 @@ import numpy as np
 from distill_jax._files import write_atomically
 from distill_jax.data._cache import Arrays, cached, file_name
 from distill_jax.data._errors import DataError, need, one_line
+from distill_jax.data._groups import join
 
 CHARACTERS = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
 SIZE = 32  # pixels, by default
 _ENDINGS = (".ttf", ".otf", ".ttc", ".otc")
-_VERSION = 2  # to be raised when other pictures come from the same fonts
+_VERSION = 3  # to be raised when other pictures or groups come from the same fonts
 # Parts of a picture's height: capital letters, and the base line, from above
 _CAPITAL, _BASE = 18 / 32, 23 / 32
 _TEST = 0.2  # the share of the groups
@@ -318,6 +319,8 @@ def _compared(
         return [], []
     stacked = _standard(np.stack([_pooled(face) for face in pictures])).reshape(len(faces), -1)
     near = np.asarray(jnp.dot(stacked, stacked.T, precision="highest")) > _NEAR * len(CHARACTERS)
+    words = [re.split(r"[\s_-]", face.family)[0].casefold() for face in faces]
+    alike: list[tuple[str, str]] = []  # first words of faces with the same or nearly the same pictures
     kept: list[int] = []
     for i, face in enumerate(faces):
         same = (j for j in kept if near[i, j] and _difference(pictures[i], pictures[j]) < _SAME)
@@ -326,7 +329,7 @@ def _compared(
             kept.append(i)
         else:
             dropped.append(f"{face}: duplicate, the same pictures as {faces[twin]}")
-    words = [re.split(r"[\s_-]", face.family)[0].casefold() for face in faces]
+            alike.append((words[i], words[twin]))
     readable = _readable([pictures[i] for i in kept], [words[i] for i in kept])
     for i, count in zip(kept, readable, strict=True):
         if count < _READABLE:
@@ -336,17 +339,9 @@ def _compared(
             )
     kept = [i for i, count in zip(kept, readable, strict=True) if count >= _READABLE]
 
-    leader = {word: word for word in words}  # of each word, a word of its group that comes no later
-
-    def find(word: str) -> str:
-        while leader[word] != word:
-            word = leader[word]
-        return word
-
-    for i, j in np.argwhere(np.triu(near[np.ix_(kept, kept)])):
-        first, second = sorted((find(words[kept[i]]), find(words[kept[j]])))
-        leader[second] = first
-    return kept, [find(words[i]) for i in kept]
+    alike += [(words[kept[i]], words[kept[j]]) for i, j in np.argwhere(np.triu(near[np.ix_(kept, kept)]))]
+    group_of = join(words, alike)
+    return kept, [group_of[words[i]] for i in kept]
 
 
 def _pooled(pictures: np.ndarray) -> np.ndarray:

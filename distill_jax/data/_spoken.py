@@ -19,13 +19,14 @@ import numpy as np
 
 from distill_jax.data._cache import Arrays, cached
 from distill_jax.data._errors import DataError, need, one_line
+from distill_jax.data._groups import join
 from distill_jax.data.sound import mel_image
 
 CHARACTERS = tuple(string.digits + string.ascii_uppercase)
 RATE = 8000  # samples per second, as the recordings have
 SAMPLES = 7936  # 0.992 s: 32 frames of hop 256
 SIZE = 32  # pixels of a picture, by default
-_VERSION = 1  # to be raised when the same programs and recordings give other sounds
+_VERSION = 2  # to be raised when the same programs and recordings give other sounds or groups
 _TIMEOUT = 30.0  # seconds for one character, which takes 10 ms
 _TRIES = 3  # for a machine that stands still now and then
 _TEST = 0.2  # the share of espeak-ng's variants that are test voices
@@ -203,7 +204,7 @@ def _render(voices: list[Voice], missing: list[str]) -> Arrays:
     dropped = list(missing)
     first: dict[bytes, Voice] = {}  # by the digest of all sounds
     heard: dict[str, list[tuple[int, np.ndarray]]] = {}
-    joined: dict[str, str] = {}  # groups of which two voices sound the same
+    same: list[tuple[str, str]] = []  # groups of which two voices sound the same
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
         # The programs run as processes, so threads are enough
         spoken = pool.map(lambda i: _speak(voices[i], Path(folder) / str(i)), range(len(voices)))
@@ -216,8 +217,9 @@ def _render(voices: list[Voice], missing: list[str]) -> Arrays:
                     heard[voice.name] = sounds
                 else:
                     dropped.append(f"{voice.name}: sounds as {twin.name} does")
-                    joined[voice.group] = joined.get(twin.group, twin.group)
-    voices = [v._replace(group=joined.get(v.group, v.group)) for v in voices if v.name in heard]
+                    same.append((voice.group, twin.group))
+    group_of = join((voice.group for voice in voices), same)
+    voices = [v._replace(group=group_of[v.group]) for v in voices if v.name in heard]
     test = _test_groups([voice.group for voice in voices])
     order = sorted(range(len(voices)), key=lambda i: voices[i].group in test)  # stable
     columns: dict[str, list[tuple[int, int, np.ndarray]]] = {"train": [], "test": [], "people": []}

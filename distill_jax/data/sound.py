@@ -217,11 +217,12 @@ def mel_image(waveform: ArrayLike, *, rate: float, height: int = 32, width: int 
     # The lowest band is the narrowest; its two sides must span one of the FFT's frequencies
     lowest = float(_hertz(_mel(np.array(rate / 2), "slaney") / (height + 1), "slaney"))
     n_fft = 2 ** math.ceil(math.log2(max(2 * hop, rate / lowest)))
+    loudest = jnp.max(jnp.abs(sound), axis=-1, keepdims=True)
+    sound = sound / jnp.where(loudest > 0, loudest, 1)
     decibel = log_mel(
         sound, rate=rate, n_fft=n_fft, hop=hop, mels=height, frames=width, peak=True, dynamic_range=80.0
     )
-    heard = jnp.any(sound != 0, axis=-1)[..., None, None, None]
-    return jnp.where(heard, 1 + decibel[..., None] / 80, 0)
+    return jnp.where(loudest[..., None, None] > 0, 1 + decibel[..., None] / 80, 0)
 
 
 def random_speed(key: jax.Array, waveform: jax.Array, factor: float) -> jax.Array:

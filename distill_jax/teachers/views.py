@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -124,7 +125,11 @@ class Views:
                     f"the labels must have shape [examples, {self.count}, ...], one entry per view, got "
                     f"{np.shape(leaf)}"
                 )
-        return {**made, "teacher": jax.tree.map(lambda labels: labels[row, view], context)}
+
+        def chosen(labels):
+            return jnp.asarray(labels).at[row, view].get(mode="fill")  # NaN for a row that is not there
+
+        return {**made, "teacher": jax.tree.map(chosen, context)}
 
 
 @functools.partial(jax.jit, static_argnums=0)

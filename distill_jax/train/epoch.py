@@ -107,7 +107,9 @@ def in_one_call(
         program = structure, tuple(map(np.shape, leaves)), order.shape[1:]
         if program not in fast:
             fast[program] = scan_is_fast(one, state, order[0], data, context)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        traced = isinstance(
+            jnp.zeros(()), jax.core.Tracer
+        )  # inside of a jitted function even a constant is traced
         if fast[program]:
             return jitted(scan, traced)(state, data, order, context)
         collected = []

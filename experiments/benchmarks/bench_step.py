@@ -448,6 +448,14 @@ def serve(connection: Connection, system: str, pair: str, batch: int, keep_memor
         connection.send(time.perf_counter() - start)
 
 
+def received(connection: Connection, what: str) -> Any:
+    """Waits for what a process sends; where it has ended instead, so does the benchmark. Earlier pairs are kept."""
+    try:
+        return connection.recv()
+    except EOFError:
+        sys.exit(f"error: the process that worked on {what} has ended: leave that system or pair out")
+
+
 @contextmanager
 def systems_at_work(systems: Iterable[str], pair: str, batch: int, keep_memory: bool) -> Iterator[Timed]:
     """Starts a process for each system, and gives the functions that time its variants; one that fails is named."""
@@ -462,14 +470,16 @@ def systems_at_work(systems: Iterable[str], pair: str, batch: int, keep_memory: 
             worker.start()
             theirs.close()
             workers.append((ours, worker))
-            answer = ours.recv()
+            answer = received(ours, system)
             if isinstance(answer, str):
+                if system == OURS:
+                    sys.exit(f"error: {answer}")
                 tqdm.tqdm.write(f"{system} is left out: {answer}", file=sys.stderr)
                 continue
 
             def seconds(order: np.ndarray, name: str, connection: Connection = ours) -> float:
                 connection.send((name, order))
-                return connection.recv()
+                return received(connection, name)
 
             timed |= {f"{system} {name}": functools.partial(seconds, name=name) for name in answer}
         yield timed
@@ -500,22 +510,19 @@ def machine_limits() -> dict[str, float]:
 
 
 def ideal_milliseconds(pair: str, batch: int, gflops: float) -> dict[str, float]:
-    """The time per step if all products ran at the machine's rate: a gradient costs twice the forward pass."""
-    *descriptions, shape, _ = PAIRS[pair]
-    x = jnp.zeros((batch, *shape))
+    """The time per step if the operations of logits and of gradients ran at the machine's rate of products."""
+    teacher, student = (build(description, PAIRS[pair][2], 0) for description in PAIRS[pair][:2])
+    x = jnp.zeros((batch, *PAIRS[pair][2]))
 
-    def ideal(description: str) -> float:
-        program = jax.jit(lambda model, x: model(x)).lower(build(description, shape, 0), x).compile()
-        costs: Any = program.cost_analysis()
+    def ideal(fn: Callable[..., Any], model: models.Model) -> float:
+        costs: Any = jax.jit(fn).lower(model, x).compile().cost_analysis()
         return costs["flops"] / gflops / 1e6
 
-    teacher, student = map(ideal, descriptions)
-    return {
-        "plain": 3 * student,
-        "stored": 3 * student,
-        "online": 3 * student + teacher,
-        "teacher forward": teacher,
-    }
+    def gradient(model: models.Model, x: jax.Array) -> Any:
+        return jax.grad(lambda params: jnp.sum(model.replace(params=params)(x) ** 2))(model.params)
+
+    step, forward = ideal(gradient, student), ideal(lambda model, x: model(x), teacher)
+    return {"plain": step, "stored": step, "online": step + forward, "teacher forward": forward}
 
 
 def measure(variants: Timed, batch: int, config: Config) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ A row's share is the rate of the store as a part of that of the plain file.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import resource
@@ -100,15 +101,17 @@ def measure(classes: int, dtype: str, folder: Path, config: Config) -> dict[str,
         plain.unlink(missing_ok=True)
         timed("plain write", write_plain)
         store = timed("write", write)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-        forget(plain.parent)
-        timed("plain read", np.fromfile, plain, dtype)
-        blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before
-        from_disk.append(blocks * 512 > content.nbytes / 2)
         forget(plain.parent)
         timed("plain map", lambda: np.array(np.memmap(plain, dtype, mode="r")))
-        forget(path)
-        timed("read", store.__getitem__, ids)
+        for name, folder, read in (
+            ("plain read", plain.parent, functools.partial(np.fromfile, plain, dtype)),
+            ("read", path, functools.partial(store.__getitem__, ids)),
+        ):
+            forget(folder)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+            timed(name, read)
+            blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before
+            from_disk.append(blocks * 512 > content.nbytes / 2)
         timed("verify", teachers.open_labels, path)  # its pages are in memory now
         timed("random batches", take_batches, store)
         mapped = np.memmap(plain, dtype, mode="r", shape=content.shape)
