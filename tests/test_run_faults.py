@@ -18,6 +18,8 @@ import os, signal, sys, threading, time
 import jax
 from harness import runs
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
+
 def compiled(x):
     for i in range(3000):
         x = jax.numpy.sin(x) * i

@@ -112,7 +112,8 @@ def test_a_process_without_the_networks_code_runs_and_tunes_them(tmp_path):
     tx = optax.sgd(0.1)
     step = jax.jit(train.make_train_step(train.supervised(), tx))
     for name, model in made.items():
-        found = np.load(tmp_path / f"{name}.npz")
+        with np.load(tmp_path / f"{name}.npz") as file:
+            found = dict(file)
         np.testing.assert_allclose(found["outputs"], model(X), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found["two"], model(X[:2]), rtol=1e-5, atol=1e-6)
         start = train.init_state(model, tx, jax.random.key(3))
