@@ -63,7 +63,7 @@ class Kind:
         """Computes labels from what is stored.
 
         Args:
-          arrays: as :meth:`encode` makes them, with any leading axes in the place of ``n``.
+          arrays: as ``encode`` makes them, with any leading axes in the place of ``n``.
 
         Returns:
           The labels, a pytree of NumPy arrays with the same leading axes. Floating-point numbers are float32.
