@@ -207,6 +207,15 @@ def test_families_of_one_name_and_near_copies_are_one_group(tmp_path):
     }
 
 
+def test_families_are_linked_through_faces_that_are_dropped(tmp_path):
+    fonts = folder(tmp_path / "fonts")
+    changed(fonts, "cmr10", "zz Roman")
+    changed(fonts, "cmss10", "zz Sans")
+    origins = data.load("glyphs", data_dir=fonts).origins
+    assert len([line for line in origins.dropped if line.startswith("zz")]) == 2
+    assert sorted(origins.group_names) == ["cmr10", "cmtt10", "stixgeneral"]
+
+
 def test_the_order_of_files_does_not_matter(tmp_path, monkeypatch):
     fonts = folder(tmp_path / "fonts")
     first = data.load("glyphs", data_dir=fonts)

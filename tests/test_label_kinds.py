@@ -20,6 +20,12 @@ HIDDEN = RNG.normal(size=(10, 3)).astype(np.float32)
 KERNEL, BIAS = RNG.normal(size=(3, 5)).astype(np.float32), RNG.normal(size=5).astype(np.float32)
 FEATURES = {"stage.1": RNG.normal(size=(10, 2, 2)), "a/b": RNG.normal(size=(10, 4))}
 MADE_OF = {"teacher": "t", "count": "fingerprints may have entries that are named as the store's own"}
+
+
+class Own(kinds.Logits):
+    """A kind that no store could read back."""
+
+
 VIEWS = teachers.Views(lambda key, image: image + jax.random.uniform(key), count=2, seed=5)
 
 
@@ -254,6 +260,7 @@ def test_views_of_unequal_form_are_refused(tmp_path):
         (lambda: VIEWS.keys(IDS + 0.5, 1), "ids must be integers"),
         (lambda: VIEWS.apply(VIEWS.keys(IDS[:3], 1), LOGITS), r"keys must be random keys \[n\], one per image"),
         (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, kind="top"), "kind must be a kind of labels"),
+        (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, kind=Own()), "kind must be a kind of labels"),
         (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, views=2), "views must be teachers.Views or None"),
         (lambda: teachers.write_labels("s", IDS, lambda rows: LOGITS, fingerprint={}, views=VIEWS),
          r"outputs must be a function \(positions, keys\)"),
@@ -382,3 +389,10 @@ def test_labels_of_too_few_examples_are_no_labels_of_others(tmp_path):
     labels = PATIENT.transform(np.zeros((40, 4, 3), np.float32), batch, jax.random.key(0))["teacher"]
     assert not np.isnan(labels[:40]).any()
     assert np.isnan(labels[40:]).all()
+
+
+def test_many_draws_are_read_back_in_float32():
+    kind = kinds.Sampled(70_000)
+    labels = kind.decode(kind.encode(LOGITS[:1], ids=IDS[:1]))
+    assert labels.log_probs.dtype == np.float32
+    np.testing.assert_allclose(np.exp(labels.log_probs).sum(-1), 1, rtol=1e-5)

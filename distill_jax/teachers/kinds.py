@@ -10,6 +10,7 @@ A kind is an argument of :func:`distill_jax.teachers.write_labels`. By itself it
 stored or sent (``encode``), and these into labels (``decode``), without any file.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -31,8 +32,8 @@ __all__ = ["Features", "Hidden", "Kind", "Logits", "Sampled", "Top"]
 PART = 2**22  # the number of logits that are worked on at once
 
 
-class Kind:
-    """What is kept of a teacher's outputs: the class of all kinds."""
+class Kind(abc.ABC):
+    """What is kept of a teacher's outputs: the class of all kinds, which are those of this module."""
 
     def encode(
         self, outputs: PyTree, *, dtype: str = "float32", ids: ArrayLike | None = None, view: int = 0
@@ -59,6 +60,7 @@ class Kind:
         check_dtype(dtype)
         return self._encode(outputs, dtype, None if ids is None else as_ids(ids), view)
 
+    @abc.abstractmethod
     def decode(self, arrays: Mapping[str, np.ndarray]) -> PyTree:
         """Computes labels from what is stored.
 
@@ -68,7 +70,6 @@ class Kind:
         Returns:
           The labels, a pytree of NumPy arrays with the same leading axes. Floating-point numbers are float32.
         """
-        raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
         """Describes the kind by its name and its numbers."""
@@ -82,10 +83,10 @@ class Kind:
         """Counts the classes of a teacher's outputs; None where they have none."""
         return np.shape(outputs)[-1]
 
+    @abc.abstractmethod
     def _encode(
         self, outputs: PyTree, dtype: str, ids: np.ndarray | None, view: int
-    ) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+    ) -> dict[str, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Sampled(Kind):
         counts: Any = arrays["counts"]
         indices: Any = arrays.get("indices", np.arange(counts.shape[-1]))
         with np.errstate(divide="ignore"):
-            log_probs: Any = np.log(counts / np.float32(self.draws))
+            log_probs: Any = np.log(_wide(counts) / np.float32(self.draws))
         log_probs = np.append(log_probs, np.full_like(log_probs[..., :1], -np.inf), -1)
         indices = np.broadcast_to(indices.astype(np.int32), counts.shape)
         return TopK(indices, log_probs, self.temperature)
@@ -303,13 +304,16 @@ class Features(Kind):
         return None if logits is None else np.shape(logits)[-1]
 
 
+KINDS = (Logits, Top, Sampled, Hidden, Features)
+
+
 def kind_of(described: Mapping[str, Any], head: bytes) -> Kind:
     """Makes the kind that a store describes: the reverse of :meth:`Kind.described`."""
     name = described["kind"]
     if name == "hidden":
         weights, (hidden, classes) = np.frombuffer(head, np.float32), described["head_shape"]
         return Hidden(weights[: hidden * classes].reshape(hidden, classes), weights[hidden * classes :])
-    kind = {"logits": Logits, "top": Top, "sampled": Sampled, "features": Features}[name]
+    kind = next(kind for kind in KINDS if kind.__name__.lower() == name)
     return kind(**{field.name: described[field.name] for field in dataclasses.fields(kind)})
 
 
