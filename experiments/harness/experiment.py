@@ -61,16 +61,20 @@ def labelled(transform: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
     return lambda teacher, batch, key: teachers.label(teacher, transform(None, batch, key))
 
 
-def adam(learning_rate: float, epochs: int, steps: int) -> optax.GradientTransformation:
+def adam(
+    learning_rate: float, epochs: int, steps: int, *, warmup: int | None = None
+) -> optax.GradientTransformation:
     """Makes Adam with a learning rate that rises over the first epoch and then falls as a cosine to 0.
 
     Args:
       learning_rate: the highest learning rate.
       epochs: the number of epochs.
       steps: the number of steps per epoch.
+      warmup: the number of steps over which the rate rises (default: those of an epoch).
     """
+    warmup, total = (steps, max(epochs, 2) * steps) if warmup is None else (warmup, epochs * steps)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup_steps=steps, decay_steps=max(epochs, 2) * steps
+        0.0, learning_rate, warmup_steps=min(warmup, total - 1), decay_steps=total
     )
     return optax.adam(schedule)
 

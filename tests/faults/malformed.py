@@ -1379,6 +1379,11 @@ barrier_mnist | got 'nope' | digits --networks nope
 barrier_mnist | --networks must | digits --networks
 label_kinds | --top must be at most | digits --top 99
 label_kinds | --draws must be at least 1 | digits --draws 0
+kd_characters | --labelled must be below | smoke --labelled 100000
+kd_characters | --curve must be at most | smoke --curve 10 100000
+kd_characters | --temperatures must be positive | smoke --temperatures 1 0
+kd_characters | --students must name | smoke --students mlp:8 mlp:8
+kd_characters | --teacher-distortion must be at most | smoke --teacher-distortion 9
 linear_code | --ranks must be at least 1 | matrix --ranks 0
 linear_code | --ranks must be at most | matrix --ranks 1000000
 linear_code | --condition must be at least 1 | matrix --condition 0.5

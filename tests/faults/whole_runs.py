@@ -25,6 +25,9 @@ SETTINGS = {
     "label_kinds": (
         "digits --seeds 1 --teacher 16 --student 8 --teacher-epochs 20 --epochs 20 --top 2 --draws 4"
     ),
+    "kd_characters": (
+        "smoke --seeds 2 --teacher mlp:16 --teacher-epochs 30 --epochs 30 --curve 50 --temperatures 1 4"
+    ),
     "kd_vgg": (
         "digits --seeds 1 --teacher mlp:16 --student convnet:4,4 --teacher-epochs 20 --epochs 20 "
         "--fine-tune-epochs 10 --prune-every 3"

@@ -4,6 +4,7 @@ PNG files, 200 dots an inch, as wide as a column (3.4 inches) or a page (7 inche
 colours (Okabe and Ito's) and lines that colour-blind readers and grey print keep apart.
 """
 
+from harness.pictures.characters import hesitation, lookalikes
 from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
 from harness.pictures.comparisons import by_bytes, code_widths, comparison, curves, heat_map, tradeoffs
 from harness.pictures.insides import reconstructions
@@ -16,7 +17,9 @@ __all__ = [
     "curves",
     "gallery",
     "heat_map",
+    "hesitation",
     "learning_curves",
+    "lookalikes",
     "reconstructions",
     "reliability",
     "tradeoffs",

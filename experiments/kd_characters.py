@@ -1,0 +1,453 @@
+"""Distils networks that read single characters, in fonts (or by voices) that none of them has met in training.
+
+For each seed the program trains a teacher on distorted pictures of all training faces, and stores its soft labels.
+Then it trains students, each from the same initial parameters, with the same number of steps:
+
+- "scratch": on the true labels of the labelled faces;
+- "distilled": on the teacher's soft labels of all training faces;
+- where only some faces are labelled, also "labelled faces": on the soft labels of these alone; and "hard labels": on
+  all training faces, with the true label where it is known, else with the class that the teacher names.
+
+The temperature is the one with the fewest errors of the first seed's student on validation data, whose groups of fonts
+are neither in the training data nor in the test data.
+
+    python experiments/data/fonts.py                     # prints how to install fonts on Debian
+    python experiments/kd_characters.py                  # pair: two large networks, all faces labelled; an hour
+    python experiments/kd_characters.py few              # two small students, 40 labelled faces
+    python experiments/kd_characters.py smoke            # seconds, embedded digits: whether it runs, no benchmark
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from harness import (
+    Amount,
+    Count,
+    Options,
+    Positive,
+    Run,
+    Share,
+    Trained,
+    Whole,
+    adam,
+    pictures,
+    plain,
+    prepare,
+    read,
+    results,
+    run_main,
+)
+
+from distill_jax import data, metrics, models, train
+
+LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
+WORST = 10  # number of faces that are left out of one of the columns
+FEW_GROUPS = 10  # test data of fewer groups of fonts say nothing about others
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """The options of the experiment."""
+
+    dataset: str = "glyphs"
+    """data set: glyphs (characters in the fonts of this machine, or in those of --data-dir), or another one that
+    data.load knows, such as emnist/byclass or digits"""
+    teacher: str = "characters:512,128"  # teacher network
+    students: tuple[str, ...] = ("characters:512",)  # student networks, such as mlp:64 or convnet:8,16,24
+    labelled: Whole = (
+        0  # number of training faces whose labels are known; 0: all (without faces: of examples)
+    )
+    curve: tuple[Count, ...] = ()  # numbers of faces on which the students are also trained, for a picture
+    temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0)  # temperatures T, of which validation chooses one
+    every_temperature: bool = False  # train all seeds at all temperatures, and show all in the table
+    alpha: Share = 0.0  # weight of the labels in the loss of distillation; the soft labels have 1 - alpha
+    epochs: Count = 2  # number of epochs to train each student, as long as those of all training faces
+    learning_rate: Positive = 1e-3  # highest learning rate of the students (Adam, cosine schedule)
+    distortion: Amount = (
+        0.0  # strength of the distortion of the students' pictures; 0 leaves them as they are
+    )
+    teacher_epochs: Count = 2  # number of epochs to train the teacher
+    teacher_learning_rate: Positive = 1e-3  # highest learning rate of the teacher (Adam, cosine schedule)
+    teacher_distortion: Amount = 0.25  # strength of the distortion of the teacher's pictures
+    batch_size: Count = 128  # number of examples per step
+    warmup: Whole = 100  # number of steps over which the learning rate rises
+    check: bool = False  # exit with status 1 unless each student is better distilled than from scratch
+
+
+FEW = Config(
+    students=("mlp:64", "convnet:8,16,24"), labelled=40, epochs=20, temperatures=(1.0, 2.0, 4.0, 8.0),
+    every_temperature=True, learning_rate=3e-3,
+)  # fmt: skip
+CONFIGS = {
+    "pair": ("Networks of 8.4 million parameters, all faces labelled; an hour on two cores.", Config()),
+    "few": ("Students of 70,000 parameters, 40 labelled faces, the teacher's labels for all.", FEW),
+    "smoke": (
+        "Embedded digits and small networks: shows in seconds that the program runs, and nothing else.",
+        Config(dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), labelled=100, batch_size=64),
+    ),
+}
+
+
+def print_(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Distorts printed characters: width of the strokes, an affine map, and smooth displacements."""
+    keys = jax.random.split(key, 3)
+    x = data.random_stroke(keys[0], images, pixels=strength)
+    x = data.random_affine(
+        keys[1], x, rotation=10 * strength, shear=0.2 * strength, scale=0.2 * strength, shift=2 * strength
+    )
+    return data.random_elastic(keys[2], x, pixels=strength)
+
+
+# The distortion of pictures by the name of the data set: (key, floats from 0 to 1, strength) -> pictures
+DISTORTIONS: Mapping[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"glyphs": print_}
+STRONGEST = 4.0  # beyond it the change of size would be more than 80 %
+
+
+def distorted(dataset: data.Dataset, strength: float) -> Callable[..., dict[str, Any]]:
+    """Makes a ``transform`` that prepares the pictures of a batch and distorts each at random."""
+    if not strength:
+        return plain
+    distort = DISTORTIONS.get(dataset.name, print_)
+    return lambda context, batch, key: {**batch, "image": distort(key, prepare(batch["image"]), strength)}
+
+
+def check(config: Config, dataset: data.Dataset) -> None:
+    """Refuses options that do not fit the data, before anything is trained or written."""
+    config.at_most(len(dataset.train.id), "batch_size")
+    for name in ("temperatures", "students"):
+        config.need(
+            name,
+            len(set(getattr(config, name))) == len(getattr(config, name)) > 0,
+            "name one or more, each once",
+        )
+    for name in ("distortion", "teacher_distortion"):
+        config.need(name, getattr(config, name) <= STRONGEST, f"be at most {STRONGEST:g}")
+    for network in (config.teacher, *config.students):
+        build(dataset, network, 0, False)
+    faces = len(np.unique(origins(dataset, dataset.train)))
+    config.need(
+        "labelled", config.labelled < faces, f"be below the number of training faces, {faces}; 0 takes all"
+    )
+    config.need(
+        "curve", all(n <= faces for n in config.curve), f"be at most the number of training faces, {faces}"
+    )
+
+
+def origins(dataset: data.Dataset, split: data.Split) -> np.ndarray:
+    """Returns the number of each example's face (or voice); where these are not known, the example's own."""
+    return split.id if dataset.origins is None else dataset.origins.of[split.id]
+
+
+def build(dataset: data.Dataset, network: str, seed: int, student: bool) -> models.Model:
+    """Builds the teacher or a student with the initial parameters of a seed."""
+    key = jax.random.fold_in(jax.random.key(seed), student)
+    return models.build(network, dataset.image_shape, dataset.classes, key)
+
+
+class Trainer:
+    """Trains models; step and epoch are made once for each loss, so that they are compiled once for all seeds."""
+
+    def __init__(self, run: Run):
+        self.run, self.config = run, run.config
+        self.made: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        name: str,
+        seed: int,
+        network: str,
+        examples: Mapping[str, Any],
+        temperature: float | None = None,
+    ) -> Trained:
+        """Trains one model, or takes it from the checkpoint of the run.
+
+        Args:
+          name: the name of the model; ``"teacher"`` is trained as the teacher.
+          seed: the number of the repetition.
+          network: the name of the network.
+          examples: the training arrays; with ``"teacher"``, the logits to learn from.
+          temperature: that of the soft labels; None: the loss is that of the labels alone.
+        """
+        config, dataset, student = self.config, self.run.dataset, name != "teacher"
+        prefix = "" if student else "teacher_"
+        rate, epochs, strength = (
+            getattr(config, prefix + option) for option in ("learning_rate", "epochs", "distortion")
+        )
+        if (student, temperature) not in self.made:
+            loss = (
+                train.supervised()
+                if temperature is None
+                else train.distill(temperature=temperature, alpha=config.alpha)
+            )
+            tx = adam(rate, epochs, len(examples["label"]) // config.batch_size, warmup=config.warmup)
+            step = train.make_train_step(loss, tx)  # (state, batch) -> (state, metrics)
+            self.made[student, temperature] = (
+                tx,
+                train.make_epoch(step, transform=distorted(dataset, strength)),
+            )
+        tx, epoch = self.made[student, temperature]
+        order = (20_000 if student else 10_000) + seed
+        state = train.init_state(build(dataset, network, seed, student), tx, self.run.key(seed, order))
+        done = self.run.fit(
+            name, seed, state, epoch, examples, epochs=epochs, batch_size=config.batch_size, order=order
+        )
+        return self.run.judge(done.model, done.history, done.seconds)
+
+
+class Lesson:
+    """The models of one seed, and what its students learn from.
+
+    Args:
+      trainer: trains the models.
+      seed: the number of the repetition.
+      chosen: name of a student → its temperature; those that are missing are chosen, and added.
+
+    Attributes:
+      found: name → trained model; the teacher is there from the beginning.
+    """
+
+    def __init__(self, trainer: Trainer, seed: int, chosen: dict[str, float]):
+        run, split = trainer.run, trainer.run.dataset.train
+        self.trainer, self.seed, self.chosen, self.config = trainer, seed, chosen, trainer.config
+        self.images, self.true, self.of = split.image, split.label, origins(run.dataset, split)
+        # The faces in the order in which they are labelled
+        self.faces = np.random.default_rng(seed).permutation(np.unique(self.of))
+        teacher = trainer("teacher", seed, self.config.teacher, {"image": self.images, "label": self.true})
+        self.found = {"teacher": teacher}
+        self.soft = run.store_labels(seed, teacher.model)
+
+    def examples(self, faces: int, labelled: int) -> dict[str, np.ndarray]:
+        """Takes the examples of the first ``faces`` faces (0: of all), repeated to the number of all examples.
+
+        So every student makes the same number of steps, and is validated equally often. Without the true label of a
+        face, that is beyond the first ``labelled`` (0: all), the label is the class that the teacher names.
+        """
+        taken, known = (np.isin(self.of, self.faces[: count or None]) for count in (faces, labelled))
+        answers = np.where(known, self.true, self.soft.argmax(-1)).astype(np.int32)
+        rows = np.resize(np.flatnonzero(taken), len(self.of))
+        return {"image": self.images[rows], "label": answers[rows], "teacher": self.soft[rows]}
+
+    def learn(self, name: str, network: str, faces: int, labelled: int) -> None:
+        """Trains a student on labels."""
+        self.found[name] = self.trainer(name, self.seed, network, self.examples(faces, labelled))
+
+    def distil(self, name: str, network: str, faces: int, labelled: int, every: bool = False) -> None:
+        """Trains a student on soft labels, at the temperature that was chosen or at every one."""
+        examples, first = self.examples(faces, labelled), name not in self.chosen
+        students = {
+            t: self.trainer(f"{name}, T = {t:g}", self.seed, network, examples, t)
+            for t in (self.config.temperatures if first or every else (self.chosen[name],))
+        }
+        if first:
+            label = self.trainer.run.dataset.validation.label
+            errors = {t: int((s.validation_logits.argmax(-1) != label).sum()) for t, s in students.items()}
+            self.chosen[name] = min(errors, key=lambda t: errors[t])
+            print(
+                f"{name}: of the temperatures with validation errors {errors}, {self.chosen[name]:g} is chosen"
+            )
+        self.found[name] = students[self.chosen[name]]
+        if every:
+            self.found |= {f"{name}, T = {t:g}": student for t, student in students.items()}
+
+
+def train_seed(trainer: Trainer, seed: int, chosen: dict[str, float]) -> dict[str, Trained]:
+    """Trains all models of one seed."""
+    config, lesson = trainer.config, Lesson(trainer, seed, chosen)
+    n = config.labelled
+    for network in config.students:
+        of = prefix(config, network)
+        lesson.learn(f"{of}scratch", network, n, n)
+        if n:
+            lesson.distil(f"{of}labelled faces", network, n, n)
+            lesson.learn(f"{of}hard labels", network, 0, n)
+        lesson.distil(f"{of}distilled", network, 0, n, config.every_temperature)
+        for count in config.curve:
+            lesson.learn(f"{of}scratch on {count}", network, count, count)
+            lesson.distil(f"{of}distilled on {count}", network, count, count)
+    return lesson.found
+
+
+def prefix(config: Config, network: str) -> str:
+    """Returns what the names of a student's models begin with."""
+    return f"{network}, " if len(config.students) > 1 else ""
+
+
+def by_face(
+    dataset: data.Dataset, found: Mapping[str, Any], logits: Sequence[Mapping[str, np.ndarray]]
+) -> list[str]:
+    """Adds to each model's test figures the mean accuracy over groups, and that without the worst faces.
+
+    The worst faces are those that the teachers of all seeds together read worst.
+
+    Returns:
+      The names of the worst faces, none where there are no more faces than these.
+    """
+    assert dataset.origins is not None
+    faces, of = np.unique(dataset.origins.of[dataset.test.id], return_inverse=True)
+    groups, group = np.unique(dataset.origins.group[faces], return_inverse=True)
+    right = {
+        name: [seed[name].argmax(-1) == dataset.test.label for seed in logits] for name in found["models"]
+    }
+    read = np.bincount(of, np.mean(right["teacher"], 0)) / np.bincount(of)
+    worst = np.argsort(read, kind="stable")[: WORST if len(faces) > WORST else 0]
+    for name, seeds in right.items():
+        figures = found["models"][name]["test"]
+        figures["group_accuracy"] = [
+            float(np.mean(np.bincount(group[of], x, len(groups)) / np.bincount(group[of]))) for x in seeds
+        ]
+        if len(worst):
+            figures["readable_accuracy"] = [float(x[~np.isin(of, worst)].mean()) for x in seeds]
+    return [dataset.origins.names[faces[i]] for i in worst]
+
+
+def on_people(run: Run, found: Mapping[str, Any], trained: Sequence[Mapping[str, Trained]]) -> None:
+    """Adds the accuracy on recordings of people to each model's test figures."""
+    people = run.dataset.people
+    if people is None:
+        return
+    for name, entry in found["models"].items():
+        said = [
+            models.predict(seed[name].model, people.image, prepare=prepare).argmax(-1) for seed in trained
+        ]
+        entry["test"]["people_accuracy"] = [float((x == people.label).mean()) for x in said]
+
+
+def lookalikes(dataset: data.Dataset) -> list[str]:
+    """Lists the groups of characters that look alike, as far as they are classes of the data."""
+    return [group for group in LOOKALIKES if set(group) <= set(dataset.class_names)]
+
+
+def mistaken(dataset: data.Dataset, logits: np.ndarray) -> int:
+    """Counts test pictures that are taken for another character of their group of look-alikes."""
+    names = np.array(dataset.class_names)
+    true, said = names[dataset.test.label], names[logits.argmax(-1)]
+    return sum(
+        int((np.isin(true, list(g)) & np.isin(said, list(g)) & (true != said)).sum())
+        for g in lookalikes(dataset)
+    )
+
+
+COLUMNS: Mapping[str, results.Column] = {
+    "parameters": results.count("parameters"),
+    "accuracy %": results.score("accuracy", percent=True),
+    "by group %": results.score("group_accuracy", percent=True),
+    f"without {WORST} worst faces %": results.score("readable_accuracy", percent=True),
+    "people %": results.score("people_accuracy", percent=True),
+    "agreement %": results.score("agreement", percent=True),
+    "ECE %": results.score("ece", percent=True),
+    "look-alikes": results.score("lookalikes"),
+}
+
+
+def points(a: Sequence[float], b: Sequence[float]) -> str:
+    """Writes the mean paired difference of accuracies b − a in points, with its standard error."""
+    difference = results.paired(a, b)
+    error = f" ± {100 * difference.error:.2f}" if len(a) > 1 else ""
+    return f"{100 * difference.mean:+.2f}{error}".replace("-", "−")
+
+
+def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float]) -> str:
+    """Says what distillation did to the test accuracy of each student."""
+    accuracy = {name: model["test"]["accuracy"] for name, model in found["models"].items()}
+    said = []
+    for network in config.students:
+        of = prefix(config, network)
+        scratch, distilled = accuracy[f"{of}scratch"], accuracy[f"{of}distilled"]
+        lead, gain = (np.mean(accuracy[name]) - np.mean(scratch) for name in ("teacher", f"{of}distilled"))
+        share = (
+            f"{100 * gain / lead:.0f} % of its distance to the teacher" if lead > 0 else "no teacher leads"
+        )
+        own, all_ = (found["models"][name]["parameters"] for name in (f"{of}distilled", "teacher"))
+        said.append(
+            f"Distillation at T = {chosen[f'{of}distilled']:g} changed the test accuracy of {network} (parameters: "
+            f"{100 * own / all_:.3g} % of the teacher's) by {points(scratch, distilled)} points ({share})."
+        )
+        if config.labelled:
+            hard = points(accuracy[f"{of}hard labels"], distilled)
+            said.append(f"Soft labels against the teacher's hard labels: {hard} points.")
+    errors = " Errors are standard errors of paired differences." if config.seeds > 1 else ""
+    return " ".join(said) + errors
+
+
+def draw_all(
+    run: Run, trained: Sequence[Mapping[str, Trained]], logits: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, str]:
+    """Draws the pictures of the teacher and the first student; returns caption → file name."""
+    config, dataset, of = run.config, run.dataset, prefix(run.config, run.config.students[0])
+    shown = ("teacher", f"{of}scratch", f"{of}distilled")
+    drawn = results.draw(run.directory, dataset, trained, logits, shown)
+    test, names = dataset.test, dataset.class_names
+    if alike := lookalikes(dataset):
+        counts = {
+            name.removeprefix(of): np.mean([metrics.confusion(seed[name], test.label) for seed in logits], 0)
+            for name in shown
+        }
+        pictures.lookalikes(run.directory / "lookalikes.png", counts, names, alike)
+        drawn["How often a test picture of the row's character is taken for the column's, per cent"] = (
+            "lookalikes.png"
+        )
+    probabilities = np.asarray(jax.nn.softmax(logits[0]["teacher"]))
+    pictures.hesitation(run.directory / "hesitation.png", test.image, test.label, probabilities, names)
+    caption = "The test pictures on which the first teacher hesitates most, with its two likeliest classes, per cent"
+    drawn[caption] = "hesitation.png"
+    if config.curve:
+
+        def errors(name):
+            return [100 * np.mean(seed[of + name].argmax(-1) != test.label) for seed in logits]
+
+        series = {
+            name: np.transpose([errors(f"{name} on {n}") for n in config.curve])
+            for name in ("scratch", "distilled")
+        }
+        series["all faces, teacher's labels"] = np.transpose([errors("distilled")] * len(config.curve))
+        pictures.curves(
+            run.directory / "faces.png", config.curve, series, xlabel="labelled faces", ylabel="test errors, %",
+            log_x=True,
+        )  # fmt: skip
+        drawn["Test errors of the first student against the number of faces that it learns from"] = (
+            "faces.png"
+        )
+    return drawn
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    name, config = read(CONFIGS, __doc__, "pair")
+    run = Run.start("kd_characters", name, config, check)
+    trainer = Trainer(run)
+    chosen: dict[str, float] = {}
+    trained = [train_seed(trainer, seed, chosen) for seed in range(config.seeds)]
+    logits = run.test_logits(trained)
+    found = run.evaluate(trained, logits)
+    found["temperatures"], dataset = chosen, run.dataset
+    on_people(run, found, trained)
+    notes = []
+    if dataset.origins is not None:
+        worst = by_face(dataset, found, logits)
+        groups = len(np.unique(dataset.origins.group[origins(dataset, dataset.test)]))
+        notes.append(f"By group: mean over the {groups} groups of the test data.")
+        if worst:
+            notes.append(f"The {WORST} faces that the teachers read worst: {'; '.join(worst)}.")
+    if alike := lookalikes(dataset):
+        for model, entry in found["models"].items():
+            entry["test"]["lookalikes"] = [mistaken(dataset, seed[model]) for seed in logits]
+        notes.append(f"Look-alikes: test pictures taken for another character of {', '.join(alike)}.")
+    headline = verdict(config, found, chosen)
+    if dataset.name == "digits" or (dataset.origins is not None and groups < FEW_GROUPS):
+        headline = f"A smoke test, whose figures say nothing about unseen fonts or voices. {headline}"
+    run.finish(found, draw_all(run, trained, logits), headline=headline, notes=notes, columns=COLUMNS)
+    accuracy = {name: np.mean(model["test"]["accuracy"]) for name, model in found["models"].items()}
+    worse = [
+        network for network in config.students
+        if accuracy[f"{prefix(config, network)}distilled"] <= accuracy[f"{prefix(config, network)}scratch"]
+    ]  # fmt: skip
+    return run.check(not worse, f"distillation does not raise the test accuracy of {', '.join(worse)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,231 @@
+"""Distillation of networks that read characters: small runs, what the students learn from, the figures by face."""
+
+import json
+from pathlib import Path
+
+import kd_characters
+import matplotlib
+import numpy as np
+import pytest
+from harness import experiment, pictures, runs
+
+from distill_jax import data
+
+EXPERIMENT = kd_characters
+SMALL = [
+    *("smoke", "--teacher", "mlp:8", "--students", "mlp:4", "--temperatures", "1", "4", "--labelled", "70"),
+    *("--epochs", "1", "--teacher-epochs", "1", "--save-seconds", "0", "--warmup", "2"),
+]
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_whole_run_on_fonts(tmp_path, run):
+    pytest.importorskip("PIL")
+    out = tmp_path / "run"
+    few = [
+        *(
+            "few",
+            "--data-dir",
+            str(FONTS),
+            "--seeds",
+            "1",
+            "--teacher",
+            "mlp:8",
+            "--students",
+            "mlp:4",
+            "mlp:5",
+        ),
+        *("--temperatures", "1", "4", "--labelled", "2", "--curve", "1", "2", "--epochs", "1"),
+        *("--teacher-epochs", "1", "--save-seconds", "0"),
+    ]
+    status, printed, error = run("--out", out, small=few)
+    assert status == 0, error
+    results = json.loads((out / "results.json").read_text())
+    one = ["scratch", "labelled faces", "hard labels", "distilled", "distilled, T = 1", "distilled, T = 4"]
+    one += ["scratch on 1", "distilled on 1", "scratch on 2", "distilled on 2"]
+    names = [f"{network}, {name}" for network in ("mlp:4", "mlp:5") for name in one]
+    assert list(results["models"]) == ["teacher", *names]
+    # The chosen temperature is one of the two
+    for network in ("mlp:4", "mlp:5"):
+        chosen = results["temperatures"][f"{network}, distilled"]
+        same = results["models"][f"{network}, distilled, T = {chosen:g}"]["test"]
+        assert results["models"][f"{network}, distilled"]["test"] == same
+        # On as many faces as are labelled, the student of the curve is the one of the table
+        pair = (results["models"][f"{network}, {name}"]["test"] for name in ("scratch", "scratch on 2"))
+        assert next(pair) == next(pair)
+    for model in results["models"].values():
+        assert {"group_accuracy", "lookalikes"} <= model["test"].keys()
+        assert all(len(values) == 1 for values in model["test"].values())
+    assert "A smoke test" in printed
+    assert "Soft labels against the teacher's hard labels" in printed
+    for name in ("lookalikes", "hesitation", "faces"):
+        assert (out / f"{name}.png").stat().st_size > 500
+    assert runs.files_of_run(out)[1] == []  # --restart may delete everything
+
+
+def test_all_labels_known(tmp_path, run):
+    """Without unlabelled examples there is nothing but scratch and distilled."""
+    status, printed, error = run("--labelled", "0", "--out", tmp_path / "run")
+    assert status == 0, error
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "scratch", "distilled"]
+    assert "hard labels" not in printed
+    assert "group_accuracy" not in results["models"]["teacher"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--labelled", "5000"), "--labelled must be below the number of training faces, 1081"),
+        (("--curve", "3", "5000"), "--curve must be at most the number of training faces, 1081"),
+        (("--temperatures",), "--temperatures must name one or more"),
+        (("--students", "mlp:4", "mlp:4"), "--students must name one or more, each once"),
+        (("--students", "mlp:0"), "mlp:0"),
+        (("--teacher-distortion", "9"), "--teacher-distortion must be at most 4"),
+        (("--temperatures", "0"), "--temperatures must be positive"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, run, words, message):
+    status, _, error = run(*words, "--out", tmp_path / "run")
+    assert (status, len(error.strip().splitlines())) == (2, 1)
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def small_data(people=None):
+    """Nine examples of three faces and two groups; the first six are the training data."""
+    image = np.zeros((9, 2, 2, 1), np.uint8)
+    label = np.array([0, 1, 0, 1, 0, 1, 0, 1, 0], np.int32)
+    parts = [data.Split(np.arange(a, b), image[a:b], label[a:b]) for a, b in ((0, 6), (6, 6), (6, 9))]
+    of = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4], np.int32)
+    origins = data.Origins(of, tuple("abcde"), np.array([0, 1, 2, 3, 4]), tuple("ABCDE"), ())
+    return data.Dataset("glyphs", "here", *parts, 2, ("0", "O"), origins, people)
+
+
+class FakeTrainer:
+    """Notes what each model would learn from; labels come from a teacher that always names class 1."""
+
+    def __init__(self, **options):
+        self.config, self.given = kd_characters.Config(students=("mlp:1",), **options), {}
+        self.run = self
+        self.dataset = small_data()
+
+    def __call__(self, name, seed, network, examples, temperature=None):
+        self.given[name] = examples
+        validation = np.zeros((0, 2))
+        return experiment.Trained(None, {}, 0.0, validation)
+
+    def store_labels(self, seed, model):
+        return np.tile(np.float32([0, 1]), (6, 1))
+
+
+def test_what_students_learn_from():
+    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0), curve=(2,))
+    found = kd_characters.train_seed(trainer, 0, chosen := {})
+    given = trainer.given
+    assert list(found) == [
+        "teacher",
+        "scratch",
+        "labelled faces",
+        "hard labels",
+        "distilled",
+        "scratch on 2",
+        "distilled on 2",
+    ]
+    assert chosen == {"labelled faces": 1.0, "distilled": 1.0, "distilled on 2": 1.0}
+    assert all(len(examples["label"]) == 6 for examples in given.values())
+    # One face has the labels 0 and 1; of the others the teacher says 1
+    np.testing.assert_array_equal(given["scratch"]["label"], [0, 1, 0, 1, 0, 1])
+    assert sorted(given["hard labels"]["label"]) == [0, 1, 1, 1, 1, 1]
+    np.testing.assert_array_equal(given["distilled, T = 1"]["label"], given["hard labels"]["label"])
+    assert sorted(given["distilled on 2, T = 2"]["label"]) == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(given["teacher"]["label"], [0, 1, 0, 1, 0, 1])
+    # The next seed is trained at the chosen temperature alone
+    trainer.given = {}
+    kd_characters.train_seed(trainer, 1, {"labelled faces": 2.0, "distilled": 2.0, "distilled on 2": 2.0})
+    assert [name for name in trainer.given if "T =" in name] == [
+        "labelled faces, T = 2", "distilled, T = 2", "distilled on 2, T = 2",
+    ]  # fmt: skip
+
+
+def test_accuracy_by_face(monkeypatch):
+    """Two test pictures of one face, one right, and one of another, right: 2 of 3, by group 3 of 4."""
+    monkeypatch.setattr(kd_characters, "WORST", 1)
+    found = {"models": {"teacher": {"test": {}}}}
+    logits = np.eye(2)[[0, 0, 0]]
+    worst = kd_characters.by_face(small_data(), found, [{"teacher": logits}])
+    assert worst == ["d"]
+    assert found["models"]["teacher"]["test"] == {"group_accuracy": [0.75], "readable_accuracy": [1.0]}
+    assert kd_characters.mistaken(small_data()._replace(class_names=("0", "O")), logits) == 0  # without "o"
+
+
+def test_the_verdict():
+    def entry(parameters, *accuracy):
+        return {"parameters": parameters, "test": {"accuracy": list(accuracy)}}
+
+    found = {
+        "models": {
+            "teacher": entry(1000, 0.9, 0.92),
+            "scratch": entry(100, 0.8, 0.82),
+            "hard labels": entry(100, 0.84, 0.85),
+            "distilled": entry(100, 0.85, 0.88),
+        }
+    }
+    config = kd_characters.Config(students=("mlp:1",), labelled=4, seeds=2)
+    said = kd_characters.verdict(config, found, {"distilled": 2.0})
+    assert (
+        "T = 2 changed the test accuracy of mlp:1 (parameters: 10 % of the teacher's) by +5.50 ± 0.50 points"
+        in said
+    )
+    assert "(55 % of its distance to the teacher)" in said
+    assert "hard labels: +2.00 ± 1.00 points" in said
+
+
+def test_people_are_a_column(tmp_path):
+    class Run:
+        dataset = small_data(data.Split(np.arange(2), np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1])))
+
+    model = kd_characters.build(Run.dataset, "mlp:2", 0, False)
+    found = {"models": {"teacher": {"test": {}}}}
+    kd_characters.on_people(Run, found, [{"teacher": experiment.Trained(model, {}, 0.0, np.zeros(0))}])
+    assert found["models"]["teacher"]["test"] == {"people_accuracy": [0.5]}
+
+
+def test_distortion_is_mild_and_depends_on_the_key():
+    import jax
+
+    images = np.zeros((2, 16, 16, 1), np.uint8)
+    images[:, 6:10, 6:10] = 255
+    batch = {"image": images, "label": np.zeros(2)}
+    dataset = small_data()
+    moved = [
+        kd_characters.distorted(dataset, 0.5)(None, batch, jax.random.key(k))["image"] for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(moved[0], moved[1])
+    assert np.abs(moved[0] - moved[2]).max() > 0.1
+    assert 0 <= moved[0].min() <= moved[0].max() <= 1
+    assert 8 < moved[0][0].sum() < 40
+    np.testing.assert_array_equal(
+        kd_characters.distorted(dataset, 0.0)(None, batch, jax.random.key(0))["image"], images / 255
+    )
+
+
+def test_pictures_of_characters(tmp_path):
+    names, groups = list("0Oo1"), ["0Oo"]
+    counts = {"scratch": np.eye(4) * 8 + 1, "distilled": np.eye(4)}
+    pictures.lookalikes(tmp_path / "a.png", counts, names, groups)
+    probabilities = np.full((9, 4), 0.25)
+    images, labels = np.zeros((9, 8, 8, 1)), np.arange(9) % 4
+    pictures.hesitation(tmp_path / "b.png", images, labels, probabilities, names)
+    assert min((tmp_path / f"{name}.png").stat().st_size for name in "ab") > 500
+    with pytest.raises(ValueError, match="groups must be made of class names, got 'x'"):
+        pictures.lookalikes(tmp_path / "a.png", counts, names, ["0x"])
+    with pytest.raises(ValueError, match=r"counts of distilled must be \[classes, classes\]"):
+        pictures.lookalikes(tmp_path / "a.png", counts | {"distilled": np.eye(3)}, names, groups)
+    with pytest.raises(ValueError, match=r"probabilities must be \[n, classes\]"):
+        pictures.hesitation(tmp_path / "b.png", images, labels, probabilities[:, :3], names)
