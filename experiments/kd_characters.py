@@ -59,18 +59,16 @@ class Config(Options):
     data.load knows, such as emnist/byclass or digits"""
     teacher: str = "characters:512,128"  # teacher network
     students: tuple[str, ...] = ("characters:512",)  # student networks, such as mlp:64 or convnet:8,16,24
-    labelled: Whole = (
-        0  # number of training faces whose labels are known; 0: all (without faces: of examples)
-    )
+    labelled: Whole = 0
+    """number of training faces whose labels are known, or of examples where the data have no faces; 0 means all"""
     curve: tuple[Count, ...] = ()  # numbers of faces on which the students are also trained, for a picture
     temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0)  # temperatures T, of which validation chooses one
     every_temperature: bool = False  # train all seeds at all temperatures, and show all in the table
     alpha: Share = 0.0  # weight of the labels in the loss of distillation; the soft labels have 1 - alpha
-    epochs: Count = 2  # number of epochs to train each student, as long as those of all training faces
+    epochs: Count = 1  # number of epochs to train each student, as long as those of all training faces
     learning_rate: Positive = 1e-3  # highest learning rate of the students (Adam, cosine schedule)
-    distortion: Amount = (
-        0.0  # strength of the distortion of the students' pictures; 0 leaves them as they are
-    )
+    distortion: Amount = 0.0
+    """strength of the distortion of the pictures that a student is shown; 0 leaves them as they are"""
     teacher_epochs: Count = 2  # number of epochs to train the teacher
     teacher_learning_rate: Positive = 1e-3  # highest learning rate of the teacher (Adam, cosine schedule)
     teacher_distortion: Amount = 0.25  # strength of the distortion of the teacher's pictures
