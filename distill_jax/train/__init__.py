@@ -1,7 +1,7 @@
 """Training: objectives, the train step, the epoch, the loop with checkpoints, and several devices."""
 
 from distill_jax._cpu import compiler_options, keep_memory
-from distill_jax.train import interpolation, sweeps
+from distill_jax.train import federated, interpolation, sweeps
 from distill_jax.train.checkpoints import Checkpoints
 from distill_jax.train.epoch import epoch_order, make_epoch, scan_is_fast
 from distill_jax.train.feature_objectives import attach_learned, detach_learned, distill_features
@@ -42,8 +42,8 @@ __all__ = [
     "Batch", "Checkpoints", "Fit", "History", "LossFn", "Metrics", "Schedule", "Stage", "Staged", "Step",
     "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "compiler_options", "converged", "data_mesh",
     "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features", "encoder_decoder",
-    "epoch_order", "error_rate", "fit", "freeze", "init_state", "interpolation", "keep_memory", "make_epoch",
-    "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher", "mutual",
-    "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
+    "epoch_order", "error_rate", "federated", "fit", "freeze", "init_state", "interpolation", "keep_memory",
+    "make_epoch", "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher",
+    "mutual", "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
     "train_stages", "use_cpu_devices", "weighted_mean",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ from flax import linen, nnx
 
 from distill_jax import data, features, losses, metrics, models, teachers, train, weights
 from distill_jax.compress import codes, linear_codes, low_rank, search, sparsity, units
-from distill_jax.train import interpolation, sweeps
+from distill_jax.train import federated, interpolation, sweeps
 
 ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
@@ -817,6 +817,59 @@ def of_training() -> Iterator[Case]:
         yield Case(f"sweeps.fit: {name}", argument, functools.partial(sweeps.fit, **given))
 
 
+def of_federated() -> Iterator[Case]:
+    shards, labels = [np.arange(3), np.arange(3, 8)], np.arange(8) % 2
+    order = {"steps": 1, "batch_size": 2, "seed": 0, "number": 0}
+    divide = functools.partial(federated.dirichlet_shards, seed=0)
+    yield Case("federated.dirichlet_shards: fractions", "labels", lambda: divide(labels / 2, 2, 0.1))
+    yield Case("federated.dirichlet_shards: one-hot", "labels", lambda: divide(np.eye(8, dtype=int), 2, 0.1))
+    yield Case("federated.dirichlet_shards: no clients", "clients", lambda: divide(labels, 0, 0.1))
+    yield Case("federated.dirichlet_shards: too many clients", "labels", lambda: divide(labels, 9, 0.1))
+    yield Case("federated.dirichlet_shards: concentration 0", "concentration", lambda: divide(labels, 2, 0))
+    yield Case("federated.dirichlet_shards: too few each", "client", lambda: divide(labels, 4, 1e-3, least=2))
+    for name, wrong in (("steps", 0), ("batch_size", 0), ("seed", -1), ("number", 0.5)):
+        yield Case(f"federated.client_order: {name} {wrong}", name,
+                   functools.partial(federated.client_order, shards, **{**order, name: wrong}))
+    yield Case("federated.client_order: an empty shard", "client 1",
+               lambda: federated.client_order([*shards[:1], np.array([], int)], **order))
+    yield Case("federated.client_order: masks", "shards",
+               lambda: federated.client_order([labels > 0], **order))
+    yield Case("federated.make_local_training: a number", "tx",
+               lambda: federated.make_local_training(lambda state, batch: None, 0.1))
+    yield Case("federated.make_local_training: an objective", "step",
+               lambda: federated.make_local_training(train.supervised(), TX))
+    z = np.zeros((4, 3))
+    for wrong in (np.nan, np.inf):
+        yield Case(f"federated.average_predictions: {wrong}", "client 1 sent",
+                   lambda w=wrong: federated.average_predictions([z, z + w]))
+    yield Case("federated.average_predictions: other classes", "client 1",
+               lambda: federated.average_predictions([z, z[:, :2]]))
+    yield Case("federated.average_predictions: other examples", "client 1",
+               lambda: federated.average_predictions([z, z[:3]]))
+    yield Case("federated.average_predictions: class lists", "client 1",
+               lambda: federated.average_predictions([z, z], class_names=["abc", "abd"]))
+    yield Case("federated.average_predictions: of", "of",
+               lambda: federated.average_predictions([z, z], of="scores"))
+    yield Case("federated.average_predictions: no clients", "client", lambda: federated.average_predictions([]))
+    yield Case("federated.average_models: NaN", "client 1 sent",
+               lambda: federated.average_models([MODEL, jax.tree.map(lambda x: x * jnp.nan, MODEL)], [1, 1]))
+    yield Case("federated.average_models: other widths", "client 1",
+               lambda: federated.average_models([MODEL, model(7)], [1, 1]))
+    yield Case("federated.average_models: no examples", "client 0",
+               lambda: federated.average_models([MODEL, MODEL], [0, 1]))
+    yield Case("federated.average_models: sizes of three", "sizes",
+               lambda: federated.average_models([MODEL, MODEL], [1, 1, 1]))
+    yield Case("federated.sound: invalid", "invalid", lambda: federated.sound([z], invalid="drop"))
+    yield Case("federated.sound: names", "names", lambda: federated.sound([z], names=["a", "b"]))
+    yield Case("federated.dense: other classes", "labels", lambda: federated.dense(z, 4))
+    yield Case("federated.with_public: 0", "batch_size", lambda: federated.with_public(0))
+    yield Case("federated.with_public: no consensus", "teacher",
+               lambda: federated.with_public(2)({"image": X}, BATCH, KEY))
+    yield Case("federated.co_distill: weight", "weight", lambda: federated.co_distill(weight=-1))
+    yield Case("federated.co_distill: temperature", "temperature", lambda: federated.co_distill(temperature=0))
+    yield Case("federated.co_distill: no public examples", "public", lambda: step(federated.co_distill(), BATCH))
+
+
 def of_teachers() -> Iterator[Case]:
     yield Case("teachers.label: no image", "image", lambda: teachers.label(MODEL, {"x": X}))
     yield Case("teachers.label: an array", "batch", lambda: teachers.label(MODEL, X))
@@ -942,6 +995,14 @@ def of_units() -> Iterator[Case]:
     yield Case("units.match_activations: another batch", r"\bx\b",
                lambda: units.match_activations(graph(), MODEL, MODEL, X[:3]))
     yield Case("units.bring: the student is wider", "wider", lambda: units.bring(wide(), model(8), graph(), MODEL))
+    yield Case("units.put_back: other units", "small: ",
+               lambda: units.put_back(graph(), MODEL, {"a": [0]}, MODEL))
+    yield Case("units.average_widths: kept of none", "kept",
+               lambda: units.average_widths(graph(), MODEL, [MODEL], [], [1]))
+    yield Case("units.average_widths: sizes of two", "weights",
+               lambda: units.average_widths(graph(), MODEL, [MODEL], [{}], [1, 1]))
+    yield Case("units.match_widths: a module", "from_nnx",
+               lambda: units.match_widths(graph(), MODEL, {}, MODULE))
     yield Case("units.activations: a module", "from_nnx", lambda: units.activations(graph(), MODULE, X))
 
 
@@ -1468,7 +1529,7 @@ class Outcome(NamedTuple):
 
 ROOMS: dict[str, Callable[[], Iterator[Case]]] = {
     "models": of_models, "metrics": of_metrics, "data": of_data, "sound": of_sound,
-    "weights": of_weights, "train": of_training, "teachers": of_teachers, "units": of_units,
+    "weights": of_weights, "train": of_training, "federated": of_federated, "teachers": of_teachers, "units": of_units,
     "compress": of_compression, "features": of_features, "losses": of_losses, "stores": of_stores,
     "commands": of_commands, "processes": of_processes,
 }

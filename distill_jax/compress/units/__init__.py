@@ -6,6 +6,7 @@ other functions take its result.
 
 from distill_jax.compress.units import costs, scores
 from distill_jax.compress.units.alignment import Brought, bring, match_activations, match_weights
+from distill_jax.compress.units.averaging import Matched, average_widths, match_widths, put_back
 from distill_jax.compress.units.costs import architecture, report
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph
 from distill_jax.compress.units.injection import Injected, inject
@@ -17,7 +18,8 @@ from distill_jax.compress.units.tracing import trace
 from distill_jax.compress.units.values import activations
 
 __all__ = [
-    "Brought", "Group", "Injected", "Slice", "UnitGraph", "activations", "architecture", "bring",
-    "costs", "inject", "keep", "match_activations", "match_weights", "merge", "permutable", "permute",
-    "position_masks", "prune", "report", "scores", "select", "shrink", "silence", "trace",
+    "Brought", "Group", "Injected", "Matched", "Slice", "UnitGraph", "activations", "architecture",
+    "average_widths", "bring", "costs", "inject", "keep", "match_activations", "match_weights", "match_widths", "merge",
+    "permutable", "permute", "position_masks", "prune", "put_back", "report", "scores", "select", "shrink", "silence",
+    "trace",
 ]  # fmt: skip
