@@ -40,14 +40,14 @@ def test_a_whole_run_on_fonts(tmp_path, run):
             "mlp:4",
             "mlp:5",
         ),
-        *("--temperatures", "1", "4", "--labelled", "2", "--curve", "1", "2", "--epochs", "1"),
+        *("--temperatures", "1", "4", "--labelled", "2", "--curve", "2", "0", "--epochs", "1"),
         *("--teacher-epochs", "1", "--save-seconds", "0"),
     ]
     status, printed, error = run("--out", out, small=few)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     one = ["scratch", "labelled faces", "hard labels", "distilled", "distilled, T = 1", "distilled, T = 4"]
-    one += ["scratch on 1", "distilled on 1", "scratch on 2", "distilled on 2"]
+    one += ["scratch on 2", "distilled on 2", "scratch on all", "distilled on all"]
     names = [f"{network}, {name}" for network in ("mlp:4", "mlp:5") for name in one]
     assert list(results["models"]) == ["teacher", *names]
     # The chosen temperature is one of the two

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from harness.pictures.style import check, save, style
 
+SERIF = "DejaVu Serif"  # in which I and l differ
+
 
 @style
 def lookalikes(
@@ -33,9 +35,9 @@ def lookalikes(
     names, sizes = list(class_names), [len(group) for group in groups]
     if unknown := [name for group in groups for name in group if name not in names]:
         raise ValueError(f"groups must be made of class names, got {unknown[0]!r}")
-    picture = Figure((7, 1.35 * len(counts) + 0.2))
+    picture = Figure((7, 1.05 * len(counts) + 0.1))
     grid = picture.subplots(len(counts), len(groups), squeeze=False, width_ratios=[s**0.7 for s in sizes])
-    picture.subplots_adjust(0.1, 0.03, 0.995, 1 - 0.35 / picture.get_figheight(), wspace=0.3, hspace=0.25)
+    picture.subplots_adjust(0.06, 0.02, 0.995, 1 - 0.2 / picture.get_figheight(), wspace=0.3, hspace=0.25)
     for line, (model, matrix) in zip(grid, counts.items(), strict=True):
         check(f"counts of {model}", np.shape(matrix), "[classes, classes]", (len(names), len(names)))
         shares = 100 * np.asarray(matrix) / np.maximum(np.sum(matrix, 1, keepdims=True), 1)
@@ -48,10 +50,11 @@ def lookalikes(
             for (i, j), value in np.ndenumerate(part):
                 axes.text(j, i, f"{value:.0f}", size=7, ha="center", va="center_baseline",
                           color="white" if i != j and value > 40 else "black")  # fmt: skip
-            axes.set_xticks(range(len(rows)), group, size=7)
-            axes.set_yticks(range(len(rows)), group, size=7)
+            axes.set_xticks(range(len(rows)), group, size=7, family=SERIF)
+            axes.set_yticks(range(len(rows)), group, size=7, family=SERIF)
             axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
             axes.spines[:].set_visible(False)
+            axes.set_anchor("N")
         line[0].set_ylabel(model, size=8)
     save(path, picture)
 
@@ -94,26 +97,18 @@ def hesitation(
         if len(chosen) < rows * columns and sum(labels[j] == labels[i] for j in chosen) < 2:
             chosen.append(i)
     used = -(-len(chosen) // columns)
-    picture = Figure((7, 0.95 * used + 0.05))
+    picture = Figure((7, 0.86 * used))
     grid = picture.subplots(used, columns, squeeze=False)
-    picture.subplots_adjust(0.005, 0.15 / used, 0.995, 1 - 0.2 / used, wspace=0.08, hspace=0.75)
+    picture.subplots_adjust(0.005, 0.16 / used, 0.995, 1 - 0.18 / used, wspace=0.08, hspace=0.6)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, i in zip(grid.flat, chosen, strict=False):
         axes.imshow(images[i], cmap="gray_r")
         first, second = np.argsort(-p[i], kind="stable")[:2]
-        axes.set_title(
-            f"{class_names[first]} {100 * p[i, first]:.0f}  {class_names[second]} {100 * p[i, second]:.0f}",
-            size=6,
-            pad=2,
-        )
+        guesses = "  ".join(f"{class_names[c]}: {100 * p[i, c]:.0f}" for c in (first, second))
+        axes.set_title(guesses, size=6, pad=2, family=SERIF)
         axes.text(
-            0.5,
-            -0.05,
-            f"true: {class_names[labels[i]]}",
-            size=6,
-            ha="center",
-            va="top",
+            0.5, -0.05, f"true: {class_names[labels[i]]}", size=6, ha="center", va="top", family=SERIF,
             transform=axes.transAxes,
-        )
+        )  # fmt: skip
     save(path, picture)
