@@ -419,8 +419,8 @@ def draw_all(
         series["all faces, teacher's labels"] = np.transpose([errors("distilled")] * len(config.curve))
         faces = len(np.unique(origins(dataset, dataset.train)))
         pictures.curves(
-            run.directory / "faces.png", [n or faces for n in config.curve], series, xlabel="labelled faces", ylabel="test errors, %",
-            log_x=True,
+            run.directory / "faces.png", [n or faces for n in config.curve], series, xlabel="labelled faces",
+            ylabel="test errors, %", log_x=True,
         )  # fmt: skip
         drawn["Test errors of the first student against the number of faces that it learns from"] = (
             "faces.png"
