@@ -205,3 +205,126 @@ def test_noise_has_the_ratio_and_the_tilt_that_were_asked_for():
 def test_augmentation_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.zeros((2, 50)))
+
+
+# Augmentation of pictures
+
+ON_PICTURES = {
+    "warp": functools.partial(sound.random_warp, time=1.2, frequency=1.1, shift=2.0),
+    "response": functools.partial(sound.random_response, decibel=6.0),
+    "background": sound.random_background,
+    "mask": functools.partial(sound.random_mask, time=4, frequency=4),
+}
+SAME = {
+    "warp": sound.random_warp,
+    "response": functools.partial(sound.random_response, decibel=0.0),
+    "background": functools.partial(sound.random_background, low=200.0, high=200.0),
+    "mask": sound.random_mask,
+}
+
+
+@pytest.mark.parametrize("name", ON_PICTURES)
+def test_an_augmentation_of_pictures_is_a_pure_function_of_its_key(name):
+    change = ON_PICTURES[name]
+    picture = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 24, 20, 1)).astype(np.float32)
+    picture[..., 5, 5, 0] = 1.0  # the loudest pixel
+    out = change(KEY, picture)
+    assert (out.shape, out.dtype) == (picture.shape, picture.dtype)
+    assert (out.min() >= 0, out.max() <= 1) == (True, True)
+    np.testing.assert_array_equal(out, change(KEY, picture))
+    assert not np.array_equal(out, change(jax.random.key(1), picture))
+    changes = np.asarray(out - picture).reshape(6, -1)
+    assert len(np.unique(changes, axis=0)) == 6  # each picture is changed for itself
+    np.testing.assert_allclose(SAME[name](KEY, picture), picture, atol=1e-5)
+    silent = change(KEY, jnp.zeros((2, 24, 20, 1), jnp.bfloat16))
+    assert silent.dtype == jnp.bfloat16
+    assert not silent.any()
+    gradient = jax.jit(jax.grad(lambda x: change(KEY, x).sum()))(picture)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_warp_stretches_time_about_the_middle_and_frequency_from_the_lowest_band():
+    picture = jnp.zeros((300, 32, 33, 1)).at[:, 15, 16].set(1.0)  # band 16, counted from 1, in the middle
+    bands, frames = np.arange(1, 33)[:, None], np.arange(33)
+
+    def centres(**options):
+        warped = np.asarray(sound.random_warp(KEY, picture, **options))[..., 0]
+        total = warped.sum((1, 2))
+        return ((warped * bands).sum((1, 2)) / total, (warped * frames).sum((1, 2)) / total)
+
+    band, frame = centres(frequency=1.5, time=1.5)
+    assert np.abs(frame - 16).max() < 0.01
+    assert (16 / 1.5 - 0.5 < band.min() < 11.2, 23 < band.max() < 24.5) == (True, True)
+    band, frame = centres(shift=3.0)
+    assert np.abs(band - 16).max() < 0.01
+    assert (12.99 < frame.min() < 13.2, 18.8 < frame.max() < 19.01) == (True, True)
+    # A sound from frame 8 to frame 24 lasts at most 1.5 times as long, and at least that part
+    long = jnp.zeros((300, 4, 33, 1)).at[:, :, 8:25].set(1.0)
+    lasts = np.asarray(sound.random_warp(KEY, long, time=1.5))[:, 0, :, 0].sum(1) / 17
+    assert (0.65 < lasts.min() < 0.7, 1.43 < lasts.max() < 1.51) == (True, True)
+
+
+def test_a_response_is_a_smooth_curve_over_the_bands():
+    picture = jnp.full((2000, 32, 4, 1), 0.5).at[:, 0, 0].set(0.0)
+    curve = 80 * np.asarray(sound.random_response(KEY, picture, 6.0))[..., 1, 0]
+    curve -= curve.mean(1, keepdims=True)
+    assert 5.7 < curve.std() < 6.3
+    assert np.abs(np.diff(curve, 2, axis=1)).max() < 3
+    assert (
+        np.abs(sound.random_response(KEY, picture, 6.0)).max((1, 2, 3)).min() > 0.9
+    )  # the loudest is 1 again
+    assert not sound.random_response(KEY, picture, 6.0)[:, 0, 0].any()
+
+
+def test_a_background_is_as_loud_as_was_asked_for_and_its_power_is_added():
+    picture = jnp.zeros((500, 16, 16, 1)).at[:, 3, 3].set(0.7)
+    out = np.asarray(sound.random_background(KEY, picture, low=10.0, high=30.0, colour=0.0))[..., 0]
+    np.testing.assert_allclose(out.max((1, 2)), 1, atol=1e-6)
+    power = 10 ** (8 * (out - 1))
+    power[:, 3, 3] = np.nan
+    below = -10 * np.log10(np.nanmean(power, (1, 2)))  # the pixel itself is louder by the noise in it
+    assert (9.5 < below.min() < 11.5, 28.5 < below.max() < 31) == (True, True)
+    # χ² of four degrees of freedom: the standard deviation is 1/√2 of the mean
+    assert np.nanstd(power, (1, 2)).mean() / np.nanmean(power, (1, 2)).mean() == pytest.approx(
+        0.707, abs=0.05
+    )
+    # As loud as the sound itself, it doubles the mean power, and leaves the least pixel about as it is
+    both = 10 ** (
+        8 * np.asarray(sound.random_background(KEY, jnp.ones((64, 32, 32, 1)), low=0.0, high=0.0, colour=0))
+    )
+    assert np.mean(both.mean((1, 2, 3)) / both.min((1, 2, 3))) == pytest.approx(2, abs=0.1)
+
+
+def test_a_mask_is_one_run_of_frames_and_one_of_bands():
+    out = np.asarray(sound.random_mask(KEY, jnp.ones((400, 8, 10, 1)), time=3, frequency=8))[..., 0]
+    frames, bands = ~out.any(1), ~out.any(2)
+    kept = bands.sum(1) < 8  # else every frame is silent
+    assert set(frames[kept].sum(1)) == {0, 1, 2, 3}
+    assert set(bands.sum(1)) == set(range(9))
+    np.testing.assert_array_equal(out, ~(frames[:, None, :] | bands[:, :, None]))
+    for lost in (frames[kept], bands):  # one run has one beginning
+        assert (np.diff(np.pad(lost, ((0, 0), (1, 0))).astype(int)) == 1).sum(1).max() == 1
+    assert frames[kept].any(0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: sound.random_warp(KEY, x, time=0.8), "time must be at least 1, got 0.8"),
+        (lambda x: sound.random_warp(KEY, x, frequency=0.5), "frequency must be at least 1, got 0.5"),
+        (lambda x: sound.random_warp(KEY, x, shift=-1.0), "shift must not be negative"),
+        (lambda x: sound.random_response(KEY, x, -1.0), "decibel must not be negative"),
+        (lambda x: sound.random_background(KEY, x, low=9.0, high=8.0), "low must be at most high, got 9.0 and 8.0"),
+        (lambda x: sound.random_background(KEY, x, colour=-1.0), "colour must not be negative"),
+        (lambda x: sound.random_mask(KEY, x, time=9), "time must be at most the size of the picture, 8, got 9"),
+        (lambda x: sound.random_mask(KEY, x, frequency=1.5), "frequency must be an integer of at least 0"),
+        (lambda x: sound.random_mask(KEY, x[0, :, :, 0]), "image must be"),
+        (lambda x: sound.random_mask(KEY, x[:0]), "image must be"),
+        (lambda x: sound.random_response(KEY, (255 * x).astype(jnp.uint8), 1.0), "image must be floats, got uint8"),
+        (lambda x: sound.random_response(KEY, [1.0], 1.0), "image must be floats, got list"),
+        (lambda x: sound.random_background(3, x), "key must be one random key"),
+    ],
+)  # fmt: skip
+def test_augmentation_of_pictures_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros((2, 8, 8, 1)))

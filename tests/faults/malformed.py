@@ -449,6 +449,15 @@ def of_sound() -> Iterator[Case]:
                    lambda w=wrong: data.sound.random_noise(KEY, heard, tilt=w))
     yield Case("data.sound.random_noise: low above high", "low",
                lambda: data.sound.random_noise(KEY, heard, low=50.0))
+    for name, call in {
+        "random_warp": lambda x: data.sound.random_warp(KEY, x, time=1.1),
+        "random_response": lambda x: data.sound.random_response(KEY, x, 3.0),
+        "random_background": lambda x: data.sound.random_background(KEY, x),
+        "random_mask": lambda x: data.sound.random_mask(KEY, x, time=2),
+    }.items():
+        for wrong in (np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 8, 8, 3), np.float32), heard, "x", None):
+            yield Case(f"data.sound.{name}: {type(wrong).__name__} {getattr(wrong, 'dtype', wrong)}", "image",
+                       lambda c=call, w=wrong: c(w))
     yield Case("data.sound.random_gain: arguments exchanged", "key",
                lambda: data.sound.random_gain(heard, KEY, 3.0))
 
