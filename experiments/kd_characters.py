@@ -41,15 +41,12 @@ from harness import (
     plain,
     prepare,
     read,
+    readers,
     results,
     run_main,
 )
 
-from distill_jax import data, metrics, models, train
-
-LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
-WORST = 10  # number of faces that are left out of one of the columns
-FEW_GROUPS = 10  # test data of fewer groups of fonts say nothing about others
+from distill_jax import data, models, train
 
 
 @dataclass(frozen=True)
@@ -141,18 +138,13 @@ def check(config: Config, dataset: data.Dataset) -> None:
         config.need(name, getattr(config, name) <= STRONGEST, f"be at most {STRONGEST:g}")
     for network in (config.teacher, *config.students):
         build(dataset, network, 0, False)
-    faces = len(np.unique(origins(dataset, dataset.train)))
+    faces = len(np.unique(readers.origins(dataset, dataset.train)))
     config.need(
         "labelled", config.labelled < faces, f"be below the number of training faces, {faces}; 0 takes all"
     )
     config.need(
         "curve", all(n <= faces for n in config.curve), f"be at most the number of training faces, {faces}"
     )
-
-
-def origins(dataset: data.Dataset, split: data.Split) -> np.ndarray:
-    """Returns the number of each example's face (or voice); where these are not known, the example's own."""
-    return split.id if dataset.origins is None else dataset.origins.of[split.id]
 
 
 def build(dataset: data.Dataset, network: str, seed: int, student: bool) -> models.Model:
@@ -226,7 +218,7 @@ class Lesson:
     def __init__(self, trainer: Trainer, seed: int, chosen: dict[str, float]):
         run, split = trainer.run, trainer.run.dataset.train
         self.trainer, self.seed, self.chosen, self.config = trainer, seed, chosen, trainer.config
-        self.images, self.true, self.of = split.image, split.label, origins(run.dataset, split)
+        self.images, self.true, self.of = split.image, split.label, readers.origins(run.dataset, split)
         # The faces in the order in which they are labelled
         self.faces = np.random.default_rng(seed).permutation(np.unique(self.of))
         teacher = trainer("teacher", seed, self.config.teacher, {"image": self.images, "label": self.true})
@@ -289,73 +281,6 @@ def prefix(config: Config, network: str) -> str:
     return f"{network}, " if len(config.students) > 1 else ""
 
 
-def by_face(
-    dataset: data.Dataset, found: Mapping[str, Any], logits: Sequence[Mapping[str, np.ndarray]]
-) -> list[str]:
-    """Adds to each model's test figures the mean accuracy over groups, and that without the worst faces.
-
-    The worst faces are those that the teachers of all seeds together read worst.
-
-    Returns:
-      The names of the worst faces, none where there are no more faces than these.
-    """
-    assert dataset.origins is not None
-    faces, of = np.unique(dataset.origins.of[dataset.test.id], return_inverse=True)
-    groups, group = np.unique(dataset.origins.group[faces], return_inverse=True)
-    right = {
-        name: [seed[name].argmax(-1) == dataset.test.label for seed in logits] for name in found["models"]
-    }
-    read = np.bincount(of, np.mean(right["teacher"], 0)) / np.bincount(of)
-    worst = np.argsort(read, kind="stable")[: WORST if len(faces) > WORST else 0]
-    for name, seeds in right.items():
-        figures = found["models"][name]["test"]
-        figures["group_accuracy"] = [
-            float(np.mean(np.bincount(group[of], x, len(groups)) / np.bincount(group[of]))) for x in seeds
-        ]
-        if len(worst):
-            figures["readable_accuracy"] = [float(x[~np.isin(of, worst)].mean()) for x in seeds]
-    return [dataset.origins.names[faces[i]] for i in worst]
-
-
-def on_people(run: Run, found: Mapping[str, Any], trained: Sequence[Mapping[str, Trained]]) -> None:
-    """Adds the accuracy on recordings of people to each model's test figures."""
-    people = run.dataset.people
-    if people is None:
-        return
-    for name, entry in found["models"].items():
-        said = [
-            models.predict(seed[name].model, people.image, prepare=prepare).argmax(-1) for seed in trained
-        ]
-        entry["test"]["people_accuracy"] = [float((x == people.label).mean()) for x in said]
-
-
-def lookalikes(dataset: data.Dataset) -> list[str]:
-    """Lists the groups of characters that look alike, as far as they are classes of the data."""
-    return [group for group in LOOKALIKES if set(group) <= set(dataset.class_names)]
-
-
-def mistaken(dataset: data.Dataset, logits: np.ndarray) -> int:
-    """Counts test pictures that are taken for another character of their group of look-alikes."""
-    names = np.array(dataset.class_names)
-    true, said = names[dataset.test.label], names[logits.argmax(-1)]
-    return sum(
-        int((np.isin(true, list(g)) & np.isin(said, list(g)) & (true != said)).sum())
-        for g in lookalikes(dataset)
-    )
-
-
-COLUMNS: Mapping[str, results.Column] = {
-    "parameters": results.count("parameters"),
-    "accuracy %": results.score("accuracy", percent=True),
-    "by group %": results.score("group_accuracy", percent=True),
-    f"without {WORST} worst faces %": results.score("readable_accuracy", percent=True),
-    "people %": results.score("people_accuracy", percent=True),
-    "agreement %": results.score("agreement", percent=True),
-    "ECE %": results.score("ece", percent=True),
-    "look-alikes": results.score("lookalikes"),
-}
-
-
 def points(a: Sequence[float], b: Sequence[float]) -> str:
     """Writes the mean paired difference of accuracies b − a in points, with its standard error."""
     difference = results.paired(a, b)
@@ -386,46 +311,26 @@ def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float
     return " ".join(said) + errors
 
 
-def draw_all(
-    run: Run, trained: Sequence[Mapping[str, Trained]], logits: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, str]:
-    """Draws the pictures of the teacher and the first student; returns caption → file name."""
-    config, dataset, of = run.config, run.dataset, prefix(run.config, run.config.students[0])
-    shown = ("teacher", f"{of}scratch", f"{of}distilled")
-    drawn = results.draw(run.directory, dataset, trained, logits, shown)
-    test, names = dataset.test, dataset.class_names
-    if alike := lookalikes(dataset):
-        counts = {
-            name.removeprefix(of): np.mean([metrics.confusion(seed[name], test.label) for seed in logits], 0)
-            for name in shown
-        }
-        pictures.lookalikes(run.directory / "lookalikes.png", counts, names, alike)
-        drawn["How often a test picture of the row's character is taken for the column's, per cent"] = (
-            "lookalikes.png"
-        )
-    probabilities = np.asarray(jax.nn.softmax(logits[0]["teacher"]))
-    pictures.hesitation(run.directory / "hesitation.png", test.image, test.label, probabilities, names)
-    caption = "The test pictures on which the first teacher hesitates most, with its two likeliest classes, per cent"
-    drawn[caption] = "hesitation.png"
-    if config.curve:
+def draw_curve(run: Run, logits: Sequence[Mapping[str, np.ndarray]], of: str) -> dict[str, str]:
+    """Draws the errors of a student against the number of faces, if that was wanted; returns caption → file name."""
+    counts, dataset = run.config.curve, run.dataset
+    if not counts:
+        return {}
 
-        def errors(name):
-            return [100 * np.mean(seed[of + name].argmax(-1) != test.label) for seed in logits]
+    def errors(name):
+        return [100 * np.mean(seed[of + name].argmax(-1) != dataset.test.label) for seed in logits]
 
-        series = {
-            name: np.transpose([errors(f"{name} on {n or 'all'}") for n in config.curve])
-            for name in ("scratch", "distilled")
-        }
-        series["all faces, teacher's labels"] = np.transpose([errors("distilled")] * len(config.curve))
-        faces = len(np.unique(origins(dataset, dataset.train)))
-        pictures.curves(
-            run.directory / "faces.png", [n or faces for n in config.curve], series, xlabel="labelled faces",
-            ylabel="test errors, %", log_x=True,
-        )  # fmt: skip
-        drawn["Test errors of the first student against the number of faces that it learns from"] = (
-            "faces.png"
-        )
-    return drawn
+    series = {
+        name: np.transpose([errors(f"{name} on {n or 'all'}") for n in counts])
+        for name in ("scratch", "distilled")
+    }
+    series["teacher's labels, all faces"] = np.transpose([errors("distilled")] * len(counts))
+    faces = len(np.unique(readers.origins(dataset, dataset.train)))
+    pictures.curves(
+        run.directory / "faces.png", [n or faces for n in counts], series, xlabel="faces", ylabel="test errors, %",
+        log_x=True,
+    )  # fmt: skip
+    return {"Test errors of the first student against the number of faces that it learns from": "faces.png"}
 
 
 def main() -> int:
@@ -438,22 +343,16 @@ def main() -> int:
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits)
     found["temperatures"], dataset = chosen, run.dataset
-    on_people(run, found, trained)
-    notes = []
-    if dataset.origins is not None:
-        worst = by_face(dataset, found, logits)
-        groups = len(np.unique(dataset.origins.group[origins(dataset, dataset.test)]))
-        notes.append(f"By group: mean over the {groups} groups of the test data.")
-        if worst:
-            notes.append(f"The {WORST} faces that the teachers read worst: {'; '.join(worst)}.")
-    if alike := lookalikes(dataset):
-        for model, entry in found["models"].items():
-            entry["test"]["lookalikes"] = [mistaken(dataset, seed[model]) for seed in logits]
-        notes.append(f"Look-alikes: test pictures taken for another character of {', '.join(alike)}.")
+    notes = readers.add_figures(dataset, found, trained, logits)
     headline = verdict(config, found, chosen)
-    if dataset.name == "digits" or (dataset.origins is not None and groups < FEW_GROUPS):
+    if readers.is_small(dataset):
         headline = f"A smoke test, whose figures say nothing about unseen fonts or voices. {headline}"
-    run.finish(found, draw_all(run, trained, logits), headline=headline, notes=notes, columns=COLUMNS)
+    of = prefix(config, config.students[0])
+    drawn = results.draw(
+        run.directory, dataset, trained, logits, ("teacher", f"{of}scratch", f"{of}distilled")
+    )
+    drawn |= readers.draw(run.directory, dataset, logits, of) | draw_curve(run, logits, of)
+    run.finish(found, drawn, headline=headline, notes=notes, columns=readers.COLUMNS)
     accuracy = {name: np.mean(model["test"]["accuracy"]) for name, model in found["models"].items()}
     worse = [
         network for network in config.students

@@ -7,7 +7,7 @@ import kd_characters
 import matplotlib
 import numpy as np
 import pytest
-from harness import experiment, pictures, runs
+from harness import experiment, pictures, readers, runs
 
 from distill_jax import data
 
@@ -155,13 +155,13 @@ def test_what_students_learn_from():
 
 def test_accuracy_by_face(monkeypatch):
     """Two test pictures of one face, one right, and one of another, right: 2 of 3, by group 3 of 4."""
-    monkeypatch.setattr(kd_characters, "WORST", 1)
+    monkeypatch.setattr(readers, "WORST", 1)
     found = {"models": {"teacher": {"test": {}}}}
     logits = np.eye(2)[[0, 0, 0]]
-    worst = kd_characters.by_face(small_data(), found, [{"teacher": logits}])
+    worst = readers.by_face(small_data(), found, [{"teacher": logits}])
     assert worst == ["d"]
     assert found["models"]["teacher"]["test"] == {"group_accuracy": [0.75], "readable_accuracy": [1.0]}
-    assert kd_characters.mistaken(small_data()._replace(class_names=("0", "O")), logits) == 0  # without "o"
+    assert readers.mistaken(small_data()._replace(class_names=("0", "O")), logits) == 0  # without "o"
 
 
 def test_the_verdict():
@@ -186,13 +186,11 @@ def test_the_verdict():
     assert "hard labels: +2.00 ± 1.00 points" in said
 
 
-def test_people_are_a_column(tmp_path):
-    class Run:
-        dataset = small_data(data.Split(np.arange(2), np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1])))
-
-    model = kd_characters.build(Run.dataset, "mlp:2", 0, False)
+def test_people_are_a_column():
+    dataset = small_data(data.Split(np.arange(2), np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1])))
+    model = kd_characters.build(dataset, "mlp:2", 0, False)
     found = {"models": {"teacher": {"test": {}}}}
-    kd_characters.on_people(Run, found, [{"teacher": experiment.Trained(model, {}, 0.0, np.zeros(0))}])
+    readers.on_people(dataset, found, [{"teacher": experiment.Trained(model, {}, 0.0, np.zeros(0))}])
     assert found["models"]["teacher"]["test"] == {"people_accuracy": [0.5]}
 
 
