@@ -19,7 +19,9 @@ LOGITS = RNG.normal(size=(10, 5)).astype(np.float32) * 3
 HIDDEN = RNG.normal(size=(10, 3)).astype(np.float32)
 KERNEL, BIAS = RNG.normal(size=(3, 5)).astype(np.float32), RNG.normal(size=5).astype(np.float32)
 FEATURES = {"stage.1": RNG.normal(size=(10, 2, 2)), "a/b": RNG.normal(size=(10, 4))}
-MADE_OF = {"teacher": "t", "count": "fingerprints may have entries that are named as the store's own"}
+MADE_OF = {
+    "teacher": "t", "count": "fingerprints may have entries that are named as the store's own", "augmentation": "a",
+}  # fmt: skip
 
 
 class Own(kinds.Logits):
@@ -262,7 +264,9 @@ def test_views_of_unequal_form_are_refused(tmp_path):
         (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, kind="top"), "kind must be a kind of labels"),
         (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, kind=Own()), "kind must be a kind of labels"),
         (lambda: teachers.write_labels("s", IDS, len, fingerprint={}, views=2), "views must be teachers.Views or None"),
-        (lambda: teachers.write_labels("s", IDS, lambda rows: LOGITS, fingerprint={}, views=VIEWS),
+        (lambda: teachers.write_labels("s", IDS, lambda rows, keys: LOGITS, fingerprint={}, views=VIEWS),
+         "fingerprint must have an entry 'augmentation' where views are labelled"),
+        (lambda: teachers.write_labels("s", IDS, lambda rows: LOGITS, fingerprint=MADE_OF, views=VIEWS),
          r"outputs must be a function \(positions, keys\)"),
     ],
 )  # fmt: skip
@@ -277,12 +281,13 @@ def test_other_labels_views_and_ids_are_refused_by_name(tmp_path):
     for refused, message in [
         (lambda: write(tmp_path / "s", "sampled", VIEWS), "kind is top, expected sampled"),
         (lambda: write(tmp_path / "s", "top"), "views is 2, expected 0"),
-        (lambda: teachers.open_labels(tmp_path / "s", views=other), "views_seed is 5, expected 0"),
+        (lambda: teachers.open_labels(tmp_path / "s", views=other, expect=MADE_OF), "views_seed is 5, expected 0"),
+        (lambda: teachers.open_labels(tmp_path / "s", views=VIEWS), "expect must have an entry 'augmentation'"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message) as error:
             refused()
         assert "\n" not in str(error.value)
-    teachers.open_labels(tmp_path / "s", views=VIEWS)
+    teachers.open_labels(tmp_path / "s", views=VIEWS, expect={"augmentation": "a"})
     for ids, message in [
         ((IDS, 2), "has the views 0 to 1, and no view 2"),
         ((4, 0), "no soft label in .*ids .4."),
@@ -294,6 +299,32 @@ def test_other_labels_views_and_ids_are_refused_by_name(tmp_path):
         teachers.write_labels(
             hidden.path, IDS, lambda rows: HIDDEN[rows], fingerprint=MADE_OF, kind=kinds.Hidden(KERNEL), shard_rows=4
         )  # fmt: skip
+
+
+def test_labels_of_another_augmentation_are_refused(tmp_path):
+    images = RNG.normal(size=(10, 5)).astype(np.float32)
+    more = teachers.Views(lambda key, image: image + 2 * jax.random.uniform(key), count=2, seed=5)
+    marks = [
+        views.fingerprint(IDS, images) for views in (VIEWS, more, teachers.Views(VIEWS.augment, 2, seed=4))
+    ]
+    assert len(set(marks)) == 3
+    assert VIEWS.fingerprint(IDS[::-1], images[::-1]) == marks[0]
+    write(tmp_path / "s", "logits", VIEWS, fingerprint={"augmentation": marks[0]})
+    with pytest.raises(ValueError, match=r"augmentation is .*…, expected .*…"):
+        write(tmp_path / "s", "logits", more, fingerprint={"augmentation": marks[1]})
+    with pytest.raises(ValueError, match=r"augmentation is .*…, expected .*…"):
+        teachers.open_labels(tmp_path / "s", views=more, expect={"augmentation": marks[1]})
+
+
+def test_a_store_made_of_more_than_was_said_is_refused(tmp_path):
+    store, less = write(tmp_path / "s", "top"), {k: v for k, v in MADE_OF.items() if k != "augmentation"}
+    for missing in ("00001.bin", None):  # an interrupted store and a complete one
+        if missing:
+            (store.path / missing).unlink()
+        with pytest.raises(ValueError, match=r"made from something else: augmentation is a, expected None\."):
+            write(tmp_path / "s", "top", fingerprint=less)
+        write(tmp_path / "s", "top")
+    assert teachers.open_labels(tmp_path / "s", expect=less).fingerprint == MADE_OF
 
 
 def network(width, seed):
@@ -326,7 +357,7 @@ def distance(a, b):
 def test_the_patient_student_of_stored_views_is_the_one_taught_online(tmp_path):
     store = teachers.write_labels(
         tmp_path / "s", IMAGE_IDS, lambda rows, keys: models.predict(TEACHER, PATIENT.apply(keys, IMAGES[rows])),
-        fingerprint={}, views=PATIENT, shard_rows=20,
+        fingerprint={"augmentation": "shifts"}, views=PATIENT, shard_rows=20,
     )  # fmt: skip
     examples = {"image": IMAGES} | PATIENT.fields(IMAGE_IDS)
     objective = train.distill(alpha=0.0)
@@ -342,7 +373,7 @@ def test_the_patient_student_of_stored_views_is_the_one_taught_online(tmp_path):
 def test_top_k_views_reach_the_loss_as_top_k_labels(tmp_path):
     store = teachers.write_labels(
         tmp_path / "s", IMAGE_IDS, lambda rows, keys: models.predict(TEACHER, PATIENT.apply(keys, IMAGES[rows])),
-        fingerprint={}, views=PATIENT, kind=kinds.Top(3, temperature=2.0),
+        fingerprint={"augmentation": "shifts"}, views=PATIENT, kind=kinds.Top(3, temperature=2.0),
     )  # fmt: skip
     labels = store[IMAGE_IDS]
     assert isinstance(labels, TopK)

@@ -159,6 +159,18 @@ def test_speed_changes_the_pitch_by_at_most_the_factor():
     assert ((power * ~near).sum(1) / power.sum(1)).max() < 1e-3
 
 
+def test_speed_finds_its_place_in_a_long_sound():
+    """Among 2²⁰ samples, float32 numbers are an eighth of a sample apart."""
+    samples, cycles = 2**20, 0.1
+    tone = jnp.sin(2 * jnp.pi * (jnp.arange(samples) % 10) * cycles)
+    draw = jax.random.uniform(KEY, (1,), minval=-1, maxval=1)
+    middle = (samples - 1) / 2
+    place = middle + (np.arange(samples) - middle) * np.exp(np.log(1.1) * np.float64(draw))
+    inside = (place > 4) & (place < samples - 5)
+    found = sound.random_speed(KEY, tone, 1.1)
+    np.testing.assert_allclose(found[inside], np.sin(2 * np.pi * place * cycles)[inside], atol=0.01)
+
+
 def test_shift_moves_by_whole_samples():
     click = jnp.zeros((200, 41)).at[:, 20].set(1)
     moved = np.asarray(sound.random_shift(KEY, click, 5))

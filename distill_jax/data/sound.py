@@ -261,14 +261,21 @@ def random_speed(key: jax.Array, waveform: jax.Array, factor: float) -> jax.Arra
 @jax.jit
 def _random_speed(key, waveform, factor):
     samples, taps = waveform.shape[-1], np.arange(-3, 5)
-    speed = jnp.exp(jnp.log(factor) * jax.random.uniform(key, (*waveform.shape[:-1], 1), minval=-1, maxval=1))
-    middle = (samples - 1) / 2
-    place = middle + (jnp.arange(samples) - middle) * speed
-    before = jnp.floor(place)
-    index = before.astype(jnp.int32)[..., None] + taps
+    faster = jnp.expm1(
+        jnp.log(factor) * jax.random.uniform(key, (*waveform.shape[:-1], 1), minval=-1, maxval=1)
+    )
+    # Sample i is taken from i + (i − middle) · faster. In a long sound float32 cannot hold that place, so its whole
+    # part is a sum of integers: i − middle = 4096 · coarse + fine, and faster = steps / 4096 + rest
+    i = jnp.arange(samples)
+    coarse, fine = jnp.divmod(i - samples // 2, 4096)
+    fine = fine + (0.0 if samples % 2 else 0.5)
+    steps = jnp.round(4096 * faster)
+    moved = fine * faster + 4096 * coarse * (faster - steps / 4096)
+    before = jnp.floor(moved)
+    index = (i + coarse * steps.astype(jnp.int32) + before.astype(jnp.int32))[..., None] + taps
     # The kernel sinc(d) sinc(d / 4) at the distances d = part − taps, by the sine of a difference: one pair of sines
     # per sample and not per neighbour
-    part = (place - before)[..., None]
+    part = (moved - before)[..., None]
     distance = jnp.pi * (part - taps)
     wave, slow = jnp.sin(jnp.pi * part) * np.cos(jnp.pi * taps), jnp.pi / 4
     slow = jnp.sin(slow * part) * np.cos(slow * taps) - jnp.cos(slow * part) * np.sin(slow * taps)

@@ -242,8 +242,9 @@ def refuse_differences(path: Path, found: Mapping[str, Any], expected: Mapping[s
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
     for name, value in expected.items():
-        if isinstance(value, Mapping):
-            yield from _differences(found[name], value)
+        if isinstance(value, Mapping):  # with what is found there and not expected
+            also = dict.fromkeys(sorted(found[name].keys() - value.keys()))
+            yield from _differences(found[name], {**value, **also})
         elif found.get(name) != value:
             yield f"{name} is {brief(found.get(name))}, expected {brief(value)}"
 

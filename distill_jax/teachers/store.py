@@ -138,7 +138,7 @@ def write_labels(
         are those with which ``views.apply`` makes the view.
       fingerprint: names → strings that say what the labels depend on, for example
         ``{"teacher": fingerprint(model), "preprocessing": "x / 255", "data": fingerprint(images)}``. With views it
-        should name the augmentation.
+        must have an entry ``"augmentation"``, such as :meth:`Views.fingerprint`.
       kind: what is kept of the outputs; see :mod:`distill_jax.teachers.kinds`.
       views: labels the views of the examples in the place of the examples themselves.
       dtype: the dtype of floating-point numbers on disk: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -172,6 +172,7 @@ def write_labels(
     if type(kind) not in KINDS:  # a store must know how to read what it has written
         raise ValueError(f"kind must be a kind of labels, such as kinds.Top(k=10), got {brief(repr(kind))}")
     of_views = _described(views)
+    _name_augmentation("fingerprint", fingerprint, views)
     check_function("outputs", outputs, "positions" if views is None else "positions, keys")
     check_function("progress", progress, "done, total")
     if ids.ndim != 1 or not len(ids):
@@ -212,6 +213,15 @@ def _described(views: Any) -> dict[str, Any]:
     if not isinstance(views, Views):
         raise ValueError(f"views must be teachers.Views or None, got {brief(repr(views))}")
     return {"views": int(views.count), "views_seed": int(views.seed)}
+
+
+def _name_augmentation(name: str, entries: Mapping[str, str], views: Views | None) -> None:
+    """Raises ValueError if entries do not say how views are made, which count and seed leave open."""
+    if views is not None and "augmentation" not in entries:
+        raise ValueError(
+            f"{name} must have an entry 'augmentation' where views are labelled: give views.fingerprint(ids, images), "
+            "or name it in words"
+        )
 
 
 def _encode(
@@ -325,8 +335,9 @@ def open_labels(
 
     Args:
       path: the directory.
-      expect: entries that the store's fingerprint must have.
-      views: the views whose labels the store must have; by default it may have any.
+      expect: entries that the store's fingerprint must have; it may have others.
+      views: the views whose labels the store must have; by default it may have any. ``expect`` must then have the
+        entry ``"augmentation"``.
       verify: whether every file is read once, to compare its checksum. Without it only ``store.json`` and the
         sizes of the files are checked.
 
@@ -339,6 +350,7 @@ def open_labels(
     """
     path = _as_directory(path)
     state = _label_files.read_manifest(path)
+    _name_augmentation("expect", {} if expect is None else expect, views)
     if expect is not None:
         _check_entries("expect", expect)
         _label_files.refuse_differences(path, state["fingerprint"], expect)

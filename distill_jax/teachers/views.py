@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, check_function, is_key, need
 from distill_jax._model import Model, PyTree, example_count
+from distill_jax.teachers._fingerprint import fingerprint
 from distill_jax.teachers._ids import IMPL, VIEWS, as_ids, check_seed, fold_view, keys_of
 from distill_jax.teachers.labelling import label
 
@@ -96,6 +97,29 @@ class Views:
         """
         keys = keys_of(self.seed, VIEWS, as_ids(ids))
         return {"row": np.arange(len(keys), dtype=np.int32), "key": np.asarray(jax.random.key_data(keys))}
+
+    def fingerprint(self, ids: ArrayLike, images: PyTree) -> str:
+        """Computes a checksum of some views: it differs for another augmentation, other settings or another seed.
+
+        It is meant as the entry ``"augmentation"`` of a store's fingerprint. It is a checksum of rounded numbers: for
+        a store that several kinds of machines read, describe the augmentation in words.
+
+        Args:
+          ids: the ids of the examples, integers ``[n]``; the first view of the 16 smallest is taken.
+          images: an array, or a pytree of arrays, ``[n, ...]``.
+
+        Returns:
+          64 hexadecimal digits.
+
+        Raises:
+          ValueError: if the ids are no integers, or there is not one per image.
+        """
+        ids, count = as_ids(ids), example_count("images", images)
+        if ids.shape != (count,):
+            raise ValueError(f"ids must be [{count}], one per image, got shape {ids.shape}")
+        first = np.argsort(ids)[:16]
+        some = jax.tree.map(lambda x: x[first], images)
+        return fingerprint(self.apply(self.keys(ids[first], 0), some))
 
     def transform(self, context: PyTree, batch: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
         """Draws a view of each example and makes it: the ``transform`` of :func:`distill_jax.train.make_epoch`.

@@ -296,6 +296,8 @@ class Run:
             "preprocessing": teachers.fingerprint(prepare(PROBE))[:16],
             "data": teachers.fingerprint({"id": split.id, "image": split.image}),
         }
+        if views is not None:
+            described["augmentation"] = views.fingerprint(split.id, split.image)
         store = teachers.write_labels(
             self.directory / f"seed{seed}" / ("labels" if views is None else "views"),
             split.id,

@@ -33,7 +33,7 @@ LOGITS = np.random.default_rng(1).normal(size=(ROWS, CLASSES)).astype(np.float32
 
 def write(path: Path, logits: np.ndarray = LOGITS, **options: Any) -> teachers.LabelStore:
     options = {
-        "fingerprint": {"teacher": "t", "data": "d"},
+        "fingerprint": {"teacher": "t", "data": "d", "augmentation": "a"},
         "dtype": "float16",
         "shard_rows": SHARD,
     } | options
@@ -84,7 +84,9 @@ def store_files(
 
 
 def same(store: teachers.LabelStore, expected: np.ndarray) -> bool:
-    return store.fingerprint == {"teacher": "t", "data": "d"} and np.array_equal(store[IDS], expected)
+    return store.fingerprint == {"teacher": "t", "data": "d", "augmentation": "a"} and np.array_equal(
+        store[IDS], expected
+    )
 
 
 def cache_file(folder: Path, flips: int, seed: int, tally: Tally) -> None:

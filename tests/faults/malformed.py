@@ -1343,7 +1343,16 @@ def of_stores() -> Iterator[Case]:
     yield Case("store[ids, views]: unknown", "no view 3", lambda: store_of_views()[[1], 3])
     yield Case("store[ids, views]: a float", "views", lambda: store_of_views()[[1], 0.5])
     yield Case("teachers.open_labels: other views", "views_seed",
-               lambda: teachers.open_labels(store_of_views().path, views=teachers.Views(VIEWS.augment, 2, seed=1)))
+               lambda: teachers.open_labels(store_of_views().path, expect={"augmentation": "a"},
+                                            views=teachers.Views(VIEWS.augment, 2, seed=1)))
+    yield Case("teachers.open_labels: another augmentation", "augmentation is a, expected b",
+               lambda: teachers.open_labels(store_of_views().path, expect={"augmentation": "b"}, views=VIEWS))
+    yield Case("teachers.open_labels: no augmentation", "expect must have an entry 'augmentation'",
+               lambda: teachers.open_labels(store_of_views().path, views=VIEWS))
+    yield Case("teachers.write_labels: no augmentation", "fingerprint must have an entry 'augmentation'",
+               lambda: write(views=VIEWS))
+    yield Case("teachers.write_labels: less than the store says", "teacher is t, expected None",
+               lambda: write(path=store().path, fingerprint={}))
     for wrong in (0, -1, 1.5, "8", NAN, None):
         yield Case(f"kinds.Top: k {wrong!r}", r"\bk\b", lambda w=wrong: teachers.kinds.Top(w))
         yield Case(f"kinds.Sampled: draws {wrong!r}", "draws", lambda w=wrong: teachers.kinds.Sampled(w))
@@ -1358,6 +1367,8 @@ def of_stores() -> Iterator[Case]:
         yield Case(f"kinds.Hidden: bias {name}", "bias", lambda w=wrong: teachers.kinds.Hidden(LOGITS, w))
         yield Case(f"kinds.Features: {name}", "outputs", lambda w=wrong: teachers.kinds.Features().encode(w))
     yield Case("Views.apply: no keys", "keys", lambda: VIEWS.apply(ids, LOGITS))
+    for name, wrong in {"too few": ids[:3], "floats": ids + 0.5, "strings": ids.astype(str)}.items():
+        yield Case(f"Views.fingerprint: ids {name}", r"\bids\b", lambda w=wrong: VIEWS.fingerprint(w, LOGITS))
     yield Case("Views.transform: no fields", "'row'", lambda: VIEWS.transform(LOGITS, {"image": X}, jax.random.key(0)))
     yield Case("teachers.write_labels: too large for float16", "float16",
                lambda: write(logits=lambda rows: LOGITS[rows] * 1e9, dtype="float16"))
@@ -1385,7 +1396,7 @@ VIEWS = teachers.Views(lambda key, image: image, count=2)
 @functools.cache
 def store_of_views() -> teachers.LabelStore:
     path, ids = folder() / "views", np.arange(8)
-    return teachers.write_labels(path, ids, lambda rows, keys: LOGITS[rows], fingerprint={}, views=VIEWS)
+    return teachers.write_labels(path, ids, lambda rows, keys: LOGITS[rows], fingerprint={"augmentation": "a"}, views=VIEWS)
 
 
 # Wrong command lines: experiment, words of the message, the options after the config
