@@ -81,14 +81,15 @@ def scalar(name: str, value: ArrayLike, dtype: DTypeLike) -> Array:
     return jnp.asarray(value, dtype)
 
 
-def weight(name: str, value: ArrayLike, values: Array) -> Array:
-    """Converts the weight of a term, a number or an array that broadcasts to the ``values`` of the term."""
+def weight(name: str, value: ArrayLike, logits: Array, axis: int) -> Array:
+    """Converts the weight of a term, a number or an array that broadcasts to the values, one per row of logits."""
     check_not_negative(name, value)
-    given = jnp.shape(value)
-    tail = zip(given[::-1], values.shape[::-1], strict=False)
-    if len(given) > values.ndim or any(a not in (1, b) for a, b in tail):
-        raise ValueError(f"{name} must be a number or broadcast to {values.shape}, got shape {given}")
-    return jnp.asarray(value, values.dtype)
+    given, axis = jnp.shape(value), axis % logits.ndim
+    wanted = logits.shape[:axis] + logits.shape[axis + 1 :]
+    tail = zip(given[::-1], wanted[::-1], strict=False)
+    if len(given) > len(wanted) or any(a not in (1, b) for a, b in tail):
+        raise ValueError(f"{name} must be a number or broadcast to {wanted}, got shape {given}")
+    return jnp.asarray(value, logits.dtype)
 
 
 def temperature_of(value: ArrayLike, logits: Array, axis: int) -> Array:

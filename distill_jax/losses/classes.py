@@ -78,15 +78,16 @@ def dkd(
     '3.7785'
     """
     student, teacher = both_logits(student_logits, teacher_logits, axis)
+    alpha, beta = weight("alpha", alpha, student, axis), weight("beta", beta, student, axis)
     temperature = temperature_of(temperature, student, axis)
-    target, bad = _one_hot(labels, student.shape, axis)
     exists = mask_of(where, student)
+    target, bad = _one_hot(labels, student.shape, axis)
     rest = _soften(student, teacher, temperature, axis, exists & ~target)
     binary = _label_or_not(student, teacher, target, compare(rest, axis), temperature, axis, exists)
     is_it = divergence("kl", binary, -1)
     which = divergence("kl", rest, axis)
     which = jnp.where(jnp.any(rest.has_p, axis), which, 0.0)
-    value = is_it * weight("alpha", alpha, is_it) + which * weight("beta", beta, which)
+    value = is_it * alpha + which * beta
     return _finish(scale(temperature, value, axis), exists, bad, axis)
 
 
@@ -116,9 +117,10 @@ def nkd(
     '1.9104'
     """
     student, teacher = both_logits(student_logits, teacher_logits, axis)
+    gamma = weight("gamma", gamma, student, axis)
     temperature = temperature_of(temperature, student, axis)
-    target, bad = _one_hot(labels, student.shape, axis)
     exists = mask_of(where, student)
+    target, bad = _one_hot(labels, student.shape, axis)
     rest = _soften(student, teacher, temperature, axis, exists & ~target)
     odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
     odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
@@ -128,7 +130,7 @@ def nkd(
     others = compare(rest, axis)
     entropy = -jnp.sum(others.p * others.log_p, axis)
     second = jnp.where(jnp.any(rest.has_p, axis), divergence("kl", rest, axis) + entropy, 0.0)
-    value = jnp.squeeze(first, axis) + scale(temperature, second, axis) * weight("gamma", gamma, second)
+    value = jnp.squeeze(first, axis) + scale(temperature, second, axis) * gamma
     return _finish(value, exists, bad, axis)
 
 
@@ -158,12 +160,13 @@ def wsld(
     >>> f'{wsld(student, teacher, jnp.array([0]), temperature=1.0)[0]:.4f}'
     '0.6165'
     """
+    student, teacher = both_logits(student_logits, teacher_logits, axis)
+    temperature = temperature_of(temperature, student, axis)
+    exists = mask_of(where, student)
+    target, bad = _one_hot(labels, student.shape, axis)
     value = soft_cross_entropy(
         student_logits, teacher_logits, temperature=temperature, axis=axis, where=where
     )
-    student, teacher = both_logits(student_logits, teacher_logits, axis)
-    target, bad = _one_hot(labels, student.shape, axis)
-    exists = mask_of(where, student)
     odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
     odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
     by_student = _surprise(odds_q, target_q, others_q)
@@ -233,6 +236,7 @@ def teacher_free(
     student_temperature = scalar("student_temperature", student_temperature, logits.dtype)
     if soften not in ("power", "softmax"):
         raise ValueError(f"soften must be 'power' or 'softmax', got {soften!r}")
+    exists = mask_of(where, logits)
     target, bad = _one_hot(labels, logits.shape, axis)
     valid = valid_classes(logits, where)
     others = jnp.maximum(jnp.sum(valid | target, axis, keepdims=True) - 1, 1)
@@ -246,7 +250,7 @@ def teacher_free(
     value = jnp.square(student_temperature) * divergence(
         "kl", _soften(cooled, teacher, jnp.ones((), logits.dtype), axis, None), axis
     )
-    return _finish(value, mask_of(where, logits), bad, axis)
+    return _finish(value, exists, bad, axis)
 
 
 # --- parts -----------------------------------------------------------------------------------

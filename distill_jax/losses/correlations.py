@@ -6,6 +6,7 @@ gradient, and no influence on other examples), and a ``where`` over classes leav
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -134,6 +135,7 @@ def dist(
     '3.7630'
     """
     student, teacher = both_logits(student_logits, teacher_logits, axis)
+    beta, gamma = weight("beta", beta, student, axis), weight("gamma", gamma, student, axis)
     shape = jnp.moveaxis(student, axis, -1).shape
     temperature = temperature_of(temperature, student, axis)
     if temperature.ndim:
@@ -158,7 +160,7 @@ def dist(
     within = jnp.where(flat_a == flat_b, jnp.where(flat_a, 0.0, within), per_member)
     used = jnp.maximum(jnp.sum(members > 0), 1)
     within = jnp.sum(jnp.where(exists, within, 0.0), 1).reshape(shape[:-1]) / used
-    value = weight("beta", beta, between) * between + weight("gamma", gamma, within) * within
+    value = beta * between + gamma * within
     return jnp.where(counted.reshape(shape[:-1]), value, 0.0)
 
 
@@ -223,6 +225,8 @@ def mlkd(
     student, teacher = both_logits(student_logits, teacher_logits, axis)
     for temperature in temperatures:
         check_positive("temperature", temperature)
+    given = {"instance_weight": instance_weight, "batch_weight": batch_weight, "class_weight": class_weight}
+    weights = [weight(*each, student, axis) for each in given.items()]
     shape = jnp.moveaxis(student, axis, -1).shape[:-1]
     exists = _rows(mask_of(where, student), axis)
     student, teacher = _rows(student, axis), _rows(teacher, axis)
@@ -240,11 +244,7 @@ def mlkd(
         return [jnp.where(jnp.any(some, 1), term, 0.0).reshape(shape) for term in terms]
 
     terms = [jnp.sum(term, 0) for term in jax.vmap(at_one)(jnp.asarray(temperatures, student.dtype))]
-    names = {"instance_weight": instance_weight, "batch_weight": batch_weight, "class_weight": class_weight}
-    return sum(
-        (weight(*each, term) * term for each, term in zip(names.items(), terms, strict=True)),
-        jnp.zeros(shape, student.dtype),
-    )
+    return sum(map(operator.mul, weights, terms), jnp.zeros(shape, student.dtype))
 
 
 # --- parts -----------------------------------------------------------------------------------

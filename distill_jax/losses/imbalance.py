@@ -58,6 +58,7 @@ def logit_adjusted(
     """
     logits = logits_of("logits", logits, axis)
     check_finite("tau", tau)
+    where = mask_of(where, logits)
     prior = _per_class("prior", prior, logits.shape, axis)
     if not isinstance(prior, jax.core.Tracer):
         concrete = np.asarray(prior)
@@ -67,7 +68,6 @@ def logit_adjusted(
             )
     seen = jnp.asarray(~(prior <= 0))  # a NaN, traced, is to show
     shift = scalar("tau", tau, logits.dtype) * jnp.log(jnp.where(seen, prior, 1.0)).astype(logits.dtype)
-    where = mask_of(where, logits)
     # A class that was never seen has the logit −inf, and not `where` false: a row of such classes is no padding.
     shifted = jnp.where(seen & where, jnp.where(seen & where, logits, 0.0) + shift, -jnp.inf)
     return cross_entropy(shifted, labels, label_smoothing=label_smoothing, axis=axis, where=where)

@@ -213,9 +213,10 @@ def _scaled(
     """Computes T² times a divergence of softened logits."""
     check_fraction(*share)
     student, teacher = both_logits(student, teacher, axis)
+    of_teacher = scalar(*share, student.dtype)
     temperature = temperature_of(temperature, student, axis)
     x = soften(student, teacher, temperature, axis, where)
-    value = divergence(kind, x.swapped if swap else x, axis, scalar(*share, student.dtype))
+    value = divergence(kind, x.swapped if swap else x, axis, of_teacher)
     return value if kind == "total_variation" else scale(temperature, value, axis)
 
 
@@ -347,6 +348,7 @@ def cross_entropy(
     check_real("labels", labels)
     logits, labels = logits_of("logits", logits, axis), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
+    smoothing = scalar("label_smoothing", label_smoothing, logits.dtype)
     axis = axis % logits.ndim
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
@@ -368,7 +370,6 @@ def cross_entropy(
     else:
         bad, targets = False, labels.astype(logits.dtype)
         mass = jnp.sum(jnp.where(valid, targets, 0.0), axis)
-    smoothing = scalar("label_smoothing", label_smoothing, logits.dtype)
     if not isinstance(label_smoothing, int | float) or label_smoothing:
         count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
         targets = (1 - smoothing) * targets + smoothing * valid / count

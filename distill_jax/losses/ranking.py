@@ -56,12 +56,14 @@ def ranking_hinge(
     >>> f'{ranking_hinge(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.5000'
     """
+    if margin is not None:
+        check_not_negative("margin", margin)
+        margin = scalar("margin", margin, jnp.result_type(float))
     x = pair(student_logits, teacher_logits, temperature, axis, where)
     if margin is None:  # m − (q_k − q_l) is the difference of p − q
         values, short = probability_difference(x), jnp.zeros((), x.q.dtype)
     else:
-        check_not_negative("margin", margin)
-        values, short = -x.q, scalar("margin", margin, x.q.dtype)
+        values, short = -x.q, margin.astype(x.q.dtype)
 
     def hinge(difference):
         wanting = short + difference

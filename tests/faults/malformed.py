@@ -1395,8 +1395,8 @@ VIEWS = teachers.Views(lambda key, image: image, count=2)
 
 @functools.cache
 def store_of_views() -> teachers.LabelStore:
-    path, ids = folder() / "views", np.arange(8)
-    return teachers.write_labels(path, ids, lambda rows, keys: LOGITS[rows], fingerprint={"augmentation": "a"}, views=VIEWS)
+    path, ids, made_of = folder() / "views", np.arange(8), {"augmentation": "a"}
+    return teachers.write_labels(path, ids, lambda rows, keys: LOGITS[rows], fingerprint=made_of, views=VIEWS)
 
 
 # Wrong command lines: experiment, words of the message, the options after the config
