@@ -6,10 +6,19 @@ colours (Okabe and Ito's) and lines that colour-blind readers and grey print kee
 
 from harness.pictures.characters import hesitation, lookalikes
 from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
-from harness.pictures.comparisons import by_bytes, code_widths, comparison, curves, heat_map, tradeoffs
+from harness.pictures.comparisons import (
+    against_bytes,
+    by_bytes,
+    code_widths,
+    comparison,
+    curves,
+    heat_map,
+    tradeoffs,
+)
 from harness.pictures.insides import reconstructions
 
 __all__ = [
+    "against_bytes",
     "by_bytes",
     "code_widths",
     "comparison",

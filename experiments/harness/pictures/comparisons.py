@@ -192,6 +192,44 @@ def by_bytes(
     save(path, picture)
 
 
+@style
+def against_bytes(
+    path: str | Path,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    ylabel: str,
+    levels: Mapping[str, float],
+) -> None:
+    """Draws what a method reaches against the bytes that it has sent: means over seeds, bands one standard deviation.
+
+    Args:
+      path: the PNG file.
+      curves: name → (bytes sent until then ``[points]``, all positive; values ``[points, seeds]``).
+      ylabel: the label of the vertical axis.
+      levels: name → a value, drawn as a horizontal line.
+
+    Raises:
+      ValueError: if a curve has not as many values as bytes.
+    """
+    picture = Figure((7, 3.6), layout="constrained")
+    axes = picture.subplots()
+    looks = looks_of([*curves, *levels])
+    for name, (sent, values) in curves.items():
+        x, y = np.asarray(sent, np.float64) / 1e6, np.asarray(values, np.float64)
+        check(name, y.shape[:1], "[points, seeds]", x.shape)
+        mean, sd = y.mean(1), y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
+        axes.plot(x, mean, label=name, marker=".", markersize=3, **looks[name])
+        axes.fill_between(x, mean - sd, mean + sd, color=looks[name]["color"], alpha=0.12, linewidth=0)
+    for name, level in levels.items():
+        axes.axhline(level, label=name, zorder=0, **looks[name])
+    axes.set_xscale("log")
+    _log_ticks(axes.xaxis, *axes.get_xlim())
+    axes.set(xlabel="megabytes sent", ylabel=ylabel)
+    axes.grid(axis="y")
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    save(path, picture)
+
+
 def _log_ticks(axis: Any, low: float, high: float) -> None:
     """Gives a logarithmic axis from ``low`` to ``high`` at least three ticks, and keeps its limits."""
     marks = [mark for mark in log_ticks(low, high) if low <= mark <= high]
