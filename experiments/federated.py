@@ -21,23 +21,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from harness import (
-    Amount,
-    Count,
-    Options,
-    Positive,
-    Run,
-    adam,
-    arrays,
-    mnist_or_digits,
-    pictures,
-    plain,
-    prepare,
-    read,
-    results,
-    run_main,
-)
+from harness import pictures, results
+from harness.clients import Sent, State, World, as_epoch, in_turn, make_programs, mlp
+from harness.experiment import Run, adam, mnist_or_digits, plain, prepare
+from harness.options import Amount, Count, Options, Positive, read
+from harness.runs import run_main
 
 from distill_jax import data, metrics, models, train
 from distill_jax.compress import units
@@ -55,30 +43,25 @@ class Config(Options):
     public: Count = 4000  # number of training images that are public, without their labels
     rounds: Count = 20  # number of rounds
     steps: Count = 50  # number of steps of each client per round
-    batch_size: Count = (
-        32  # number of private images per step, and of public ones where these are learned too
-    )
+    batch_size: Count = 32  # number of private images per step, and of public ones beside them
     learning_rate: Positive = 1e-3  # learning rate (Adam, which begins anew in each round)
     weight: Amount = 1.0  # weight of the consensus in the loss of co-distillation
     top: Count = 2  # number of classes of the top-k predictions
     hidden: tuple[Count, ...] = (200, 200)  # widths of the hidden layers of a client
-    mixed: tuple[str, ...] = (
-        "mlp:200,200",
-        "mlp:300",
-        "mlp:100,100,100",
-    )  # networks of clients that differ, in turn
-    widths: tuple[Positive, ...] = (
-        1.0,
-        0.5,
-        0.25,
-    )  # shares of the units that clients of unequal widths have, in turn
+    mixed: tuple[str, ...] = ("mlp:200,200", "mlp:300", "mlp:100,100,100")
+    """networks of clients whose architectures differ, in turn"""
+    widths: tuple[Positive, ...] = (1.0, 0.5, 0.25)
+    """shares of the hidden units that clients of unequal widths have, in turn"""
     central_epochs: Count = 20  # number of epochs of the central training, on all private images
     methods: tuple[str, ...] = ()  # the methods to compare; none: all
     invalid: Literal["refuse", "leave out"] = "refuse"
     """what to do about a client that sends NaN: refuse the round, which can be repeated from the last checkpoint, or
     leave the client out of it"""
     save_seconds: Amount = 0.0  # shortest time between two checkpoints, in seconds; 0: one after each round
-    PRACTICAL: ClassVar = (*Options.PRACTICAL, "invalid")  # a run that was not refused has left out nobody
+    PRACTICAL: ClassVar[Any] = (
+        *Options.PRACTICAL,
+        "invalid",
+    )  # a run that was not refused has left out nobody
 
 
 CONFIGS = {
@@ -103,95 +86,6 @@ METHODS = (
     "co-distilled", "co-distilled, top-k", "co-distilled, top-k, mixed", "widths", "widths, own starts",
     "widths, own starts, matched",
 )  # fmt: skip
-
-
-class State(NamedTuple):
-    """What is kept from round to round: a training state, so that ``train.fit`` trains it and keeps checkpoints."""
-
-    step: jax.Array  # the number of rounds done
-    key: jax.Array
-    model: dict[str, Any]  # "server": a model; "clients": stacked models, one stack per architecture
-    extra: Any = ()  # the consensus and its weights; or the units that each client has
-
-
-Sent = tuple[Any, float, float]  # the new state, bytes up, bytes down
-
-
-@dataclass
-class World:
-    """The clients of one seed."""
-
-    run: Run
-    seed: int
-    programs: Mapping[str, Any]
-    private: dict[str, np.ndarray]
-    public: np.ndarray
-    shards: list[np.ndarray]
-
-    @classmethod
-    def of(cls, run: Run, seed: int, programs: Mapping[str, Any]) -> World:
-        """Sets the public images aside, and divides the others."""
-        config, examples = run.config, arrays(run.dataset.train)
-        order = np.random.default_rng([7, seed]).permutation(len(examples["label"]))
-        private = {name: x[order[config.public :]] for name, x in examples.items()}
-        shards = federated.dirichlet_shards(
-            private["label"], config.clients, config.concentration, seed=seed, least=config.least
-        )
-        return cls(run, seed, programs, private, examples["image"][order[: config.public]], shards)
-
-    @property
-    def sizes(self) -> list[int]:
-        """The number of examples of each client."""
-        return [len(rows) for rows in self.shards]
-
-    @functools.cached_property
-    def graph(self) -> units.UnitGraph:
-        """The units of the widest network."""
-        return units.trace(self.network(), prepare(self.public[:1]))
-
-    def network(self, client: int | None = None, spec: str = "") -> models.Model:
-        """Builds a network with the initial parameters of the server (None) or of a client."""
-        number = self.run.config.clients if client is None else client
-        key = jax.random.fold_in(jax.random.key(self.seed), number)
-        shape, classes = self.run.dataset.image_shape, self.run.dataset.classes
-        return models.build(spec or mlp(self.run.config.hidden), shape, classes, key)
-
-    def train(
-        self, state: State, clients: models.Model, members: Sequence[int], *, context: Any = None
-    ) -> Any:
-        """Trains the stacked clients of one architecture on their own images; in ``context`` is the consensus."""
-        config, number = self.run.config, int(state.step)
-        order = federated.client_order(
-            self.shards, steps=config.steps, batch_size=config.batch_size, seed=self.seed, number=number
-        )
-        key = jax.random.fold_in(jax.random.fold_in(state.key, number), members[0])
-        how = "own" if context is None else "both"
-        return self.programs[how](clients, self.private, order[:, list(members)], key, context)[0]
-
-    def learn(self, state: State, how: str, learners: models.Model, consensus: Any) -> models.Model:
-        """Trains stacked models on the consensus alone."""
-        config, count = self.run.config, len(jax.tree.leaves(learners)[0])
-        order = federated.client_order(
-            [np.arange(len(self.public))] * count, steps=config.steps, batch_size=config.batch_size,
-            seed=1_000 + self.seed, number=int(state.step),
-        )  # fmt: skip
-        data = {"image": self.public, "teacher": consensus}
-        return self.programs[how](learners, data, order, state.key)[0]
-
-    def predict(self, clients: Sequence[models.Model]) -> np.ndarray:
-        """Computes the logits of stacks of clients for the public images: ``[clients, images, classes]``."""
-        outputs = [models.predict(sweeps.as_one(each), self.public, prepare=prepare) for each in clients]
-        return np.concatenate(outputs, 1).swapaxes(0, 1)
-
-
-def mlp(widths: Sequence[int], share: float = 1.0) -> str:
-    """Names an MLP with a share of the widths."""
-    return "mlp:" + ",".join(str(math.ceil(share * width)) for width in widths)
-
-
-def in_turn(clients: int, choices: Sequence[Any]) -> dict[Any, list[int]]:
-    """Gives each client one of the choices in turn: choice → clients."""
-    return {choice: list(range(i, clients, len(choices))) for i, choice in enumerate(choices[:clients])}
 
 
 def average_parameters(
@@ -241,7 +135,7 @@ def average_widths(world: World, state: State, *, own: bool = False, matched: bo
         server = clients[max(widest, key=lambda i: world.sizes[i])]
         for i in sound:
             clients[i], kept[i] = units.match_widths(world.graph, clients[i], kept[i], server)
-    chosen = [[values[i] for i in sound] for values in (clients, kept, world.sizes)]
+    chosen: list[Any] = [[values[i] for i in sound] for values in (clients, kept, world.sizes)]
     server = units.average_widths(world.graph, server, *chosen)
     return state._replace(model={"server": server}, extra=jax.tree.map(jnp.asarray, kept)), up, down
 
@@ -260,6 +154,10 @@ def exchange_predictions(
         stacks[place] = world.train(state, stacks[place], members, context=context)
     predictions = world.predict(stacks)
     sound = federated.sound(predictions, invalid=config.invalid)
+    for place, (members, before) in enumerate(zip(groups.values(), state.model["clients"], strict=True)):
+        stacks[place] = choose(
+            np.isin(members, sound), stacks[place], before
+        )  # others go on from where they were
     sent = [kind.encode(predictions[i], dtype="float16") for i in sound]
     received = [federated.dense(kind.decode(each), classes) for each in sent]
     of: Any = "probabilities" if isinstance(kind, kinds.Top) else "logits"
@@ -269,6 +167,11 @@ def exchange_predictions(
     extra = {"teacher": jnp.asarray(consensus), "weight": jnp.ones(len(consensus))}
     new = state._replace(model={"server": server, "clients": tuple(stacks)}, extra=extra)
     return new, federated.payload_bytes(sent), config.clients * federated.payload_bytes(back)
+
+
+def choose(which: np.ndarray, new: models.Model, old: models.Model) -> models.Model:
+    """Takes some of the stacked clients from one stack, and the others from another."""
+    return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (np.ndim(x) - 1)), x, y), new, old)
 
 
 def train_alone(world: World, state: State) -> Sent:
@@ -322,19 +225,8 @@ def methods(world: World) -> dict[str, tuple[Callable[..., Sent], State]]:
 class Trained(NamedTuple):
     """What a method made, and its figures for each round."""
 
-    model: dict[str, Any]
+    model: Any  # as in State
     history: Mapping[str, Any]
-
-
-def as_epoch(world: World, one_round: Callable[..., Sent]) -> Callable[..., Any]:
-    """Makes an epoch of ``train.fit`` of a round."""
-
-    def epoch(state, data, order, context=None):
-        new, up, down = one_round(world, state)
-        figures = {"loss": 0.0, "bytes_up": up, "bytes_down": down}
-        return new._replace(step=state.step + 1), {name: np.array([value]) for name, value in figures.items()}
-
-    return epoch
 
 
 def train_all(run: Run, seed: int, programs: Mapping[str, Any]) -> dict[str, Trained]:
@@ -359,40 +251,12 @@ def train_all(run: Run, seed: int, programs: Mapping[str, Any]) -> dict[str, Tra
             found[name] = Trained({"server": federated.average_models(each, world.sizes)}, {})
     tx = adam(config.learning_rate, config.central_epochs, len(world.private["label"]) // config.batch_size)
     epoch = train.make_epoch(train.make_train_step(train.supervised(), tx), transform=plain)
-    state = train.init_state(world.network(), tx, run.key(seed, 0))
+    start = train.init_state(world.network(), tx, run.key(seed, 0))
     done = run.fit(
-        "central", seed, state, epoch, world.private, epochs=config.central_epochs, batch_size=config.batch_size,
+        "central", seed, start, epoch, world.private, epochs=config.central_epochs, batch_size=config.batch_size,
         order=seed,
     )  # fmt: skip
     return found | {"central": Trained({"server": done.model}, {})}
-
-
-def make_programs(run: Run) -> dict[str, Any]:
-    """Makes what is compiled once for all seeds and methods: the trainings, and the validation."""
-    config = run.config
-    tx = optax.adam(config.learning_rate)
-    transforms = {"both": federated.with_public(config.batch_size, prepare=prepare)}
-    objectives = {
-        "own": train.supervised(),
-        "both": federated.co_distill(weight=config.weight),
-        "public": train.distill(temperature=1.0, alpha=0.0),
-        # FedMD's program: the mean absolute difference of logits
-        "scores": train.distill(temperature=None, alpha=0.0, soft=lambda s, t: jnp.abs(s - t).mean(-1)),
-    }
-    together = train.make_validation(arrays(run.dataset.validation), prepare=prepare, stacked=True)
-
-    def validate(model):
-        of_clients = [e for each in model.get("clients", ()) for e in together(each)["validation_errors"]]
-        figures = {"client_errors": float(np.mean(of_clients))} if of_clients else {}
-        if "server" in model:
-            return figures | run.validation(model["server"])
-        return figures | {"validation_errors": figures["client_errors"]}
-
-    programs: dict[str, Any] = {"validation": validate}
-    for name, loss_fn in objectives.items():
-        step = train.make_train_step(loss_fn, tx)
-        programs[name] = federated.make_local_training(step, tx, transform=transforms.get(name, plain))
-    return programs
 
 
 def test(run: Run, trained: Sequence[Mapping[str, Trained]]) -> dict[str, Any]:
@@ -454,21 +318,21 @@ def check(config: Config, dataset: data.Dataset) -> None:
 
 
 def draw(run: Run, table: Mapping[str, Any]) -> dict[str, str]:
-    """Draws validation accuracy against the bytes sent."""
-    seeds = run.config.seeds
-    curves = {
-        name: (entry["bytes_sent"], np.array(entry["rounds"]))
-        for name, entry in table.items()
-        if "rounds" in entry and entry["bytes_sent"][-1]
-    }
-    levels = {"alone": np.mean(table["alone"]["rounds"][-1])} if "alone" in table else {}
-    pictures.against_bytes(
-        run.directory / "bytes.png", curves, ylabel="validation accuracy, %", levels=levels
-    )
-    return {
-        f"Validation accuracy after each round against all bytes sent until then, up and down: means over {seeds} "
-        "seeds, bands one standard deviation; the horizontal line is the mean of clients that send nothing": "bytes.png"
-    }
+    """Draws validation accuracy against the bytes sent: what is sent, and how parameters are averaged."""
+    seeds, drawn = run.config.seeds, {}
+    for file, about, names in (
+        ("bytes.png", "parameters and predictions", ("FedAvg", "FedDF", "FedMD", *METHODS[7:11])),
+        ("starts.png", "averages of parameters", (*METHODS[1:5], *METHODS[10:])),
+    ):
+        curves = {n: (table[n]["bytes_sent"], np.array(table[n]["rounds"])) for n in names if n in table}
+        levels = {"alone": np.mean(table["alone"]["rounds"][-1])} if "alone" in table else {}
+        if curves:
+            pictures.against_bytes(
+                run.directory / file, curves, ylabel="validation accuracy, %", levels=levels
+            )
+            caption = f"Validation accuracy after each round against all bytes sent until then, up and down, {about}"
+            drawn[f"{caption}: means over {seeds} seeds, bands one standard deviation"] = file
+    return drawn
 
 
 def headline(table: Mapping[str, Any]) -> str:

@@ -189,7 +189,9 @@ def make_local_training(
     return train_clients
 
 
-def sound(updates: Sequence[PyTree], *, invalid: Invalid = "refuse", names: Sequence[str] = ()) -> list[int]:
+def sound(
+    updates: Sequence[PyTree] | np.ndarray, *, invalid: Invalid = "refuse", names: Sequence[str] = ()
+) -> list[int]:
     """Finds the clients whose numbers are all finite.
 
     Args:
@@ -219,7 +221,7 @@ def sound(updates: Sequence[PyTree], *, invalid: Invalid = "refuse", names: Sequ
     return [i for i in range(len(updates)) if i not in wrong]
 
 
-def _names(updates: Sequence[Any], names: Sequence[str]) -> Sequence[str]:
+def _names(updates: Sequence[Any] | np.ndarray, names: Sequence[str]) -> Sequence[str]:
     if isinstance(updates, str) or not hasattr(updates, "__len__") or not len(updates):
         raise ValueError(f"expected what at least one client sent, a list, got {shown(updates)}")
     names = names or [f"client {i}" for i in range(len(updates))]
@@ -228,7 +230,7 @@ def _names(updates: Sequence[Any], names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _sizes(sizes: ArrayLike, names: Sequence[str]) -> np.ndarray:
+def _sizes(sizes: ArrayLike | Sequence[float], names: Sequence[str]) -> np.ndarray:
     check_real("sizes", sizes)
     array = np.asarray(sizes, np.float64)
     if array.shape != (len(names),):
@@ -240,7 +242,11 @@ def _sizes(sizes: ArrayLike, names: Sequence[str]) -> np.ndarray:
 
 
 def average_models(
-    models: Sequence[PyTree], sizes: ArrayLike, *, invalid: Invalid = "refuse", names: Sequence[str] = ()
+    models: Sequence[PyTree],
+    sizes: ArrayLike | Sequence[float],
+    *,
+    invalid: Invalid = "refuse",
+    names: Sequence[str] = (),
 ) -> PyTree:
     """Averages the models of clients, weighted by their numbers of examples: FedAvg, Σ n_k·θ_k / Σ n_k.
 
@@ -271,8 +277,8 @@ def average_models(
 
 
 def average_predictions(
-    predictions: Sequence[ArrayLike],
-    sizes: ArrayLike | None = None,
+    predictions: Sequence[ArrayLike] | np.ndarray,
+    sizes: ArrayLike | Sequence[float] | None = None,
     *,
     of: Literal["logits", "probabilities"] = "logits",
     class_names: Sequence[Sequence[str]] | None = None,

@@ -1465,6 +1465,9 @@ kd_characters | --curve must be at most | smoke --curve 10 100000
 kd_characters | --temperatures must be positive | smoke --temperatures 1 0
 kd_characters | --students must name | smoke --students mlp:8 mlp:8
 kd_characters | --teacher-distortion must be at most | smoke --teacher-distortion 9
+federated | --clients must be at least 1 | digits --clients 0
+federated | --public must leave | digits --public 1000000
+federated | --methods must be from | digits --methods FedSGD
 linear_code | --ranks must be at least 1 | matrix --ranks 0
 linear_code | --ranks must be at most | matrix --ranks 1000000
 linear_code | --condition must be at least 1 | matrix --condition 0.5

@@ -28,6 +28,10 @@ SETTINGS = {
     "kd_characters": (
         "smoke --seeds 2 --teacher mlp:16 --teacher-epochs 30 --epochs 30 --curve 50 --temperatures 1 4"
     ),
+    "federated": (
+        "digits --seeds 1 --clients 3 --rounds 4 --steps 5 --hidden 8 4 --mixed mlp:8,4 mlp:6 --widths 1 0.5 "
+        "--central-epochs 4 --public 50 --methods FedAvg FedMD co-distilled alone"
+    ),
     "kd_vgg": (
         "digits --seeds 1 --teacher mlp:16 --student convnet:4,4 --teacher-epochs 20 --epochs 20 "
         "--fine-tune-epochs 10 --prune-every 3"

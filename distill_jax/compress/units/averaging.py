@@ -115,7 +115,11 @@ def match_widths(graph: UnitGraph, small: Model, kept: Kept, reference: Model, *
 
 
 def average_widths(
-    graph: UnitGraph, model: Model, clients: Sequence[Model], kept: Sequence[Kept], sizes: ArrayLike
+    graph: UnitGraph,
+    model: Model,
+    clients: Sequence[Model],
+    kept: Sequence[Kept],
+    sizes: ArrayLike | Sequence[float],
 ) -> Model:
     """Averages networks of unequal widths: each number over those networks that have it, Σ n_k·θ_k / Σ n_k.
 

@@ -1,0 +1,152 @@
+"""Clients that keep their examples: those of one seed, their training, and a round of them as an epoch."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distill_jax import models, train
+from distill_jax.compress import units
+from distill_jax.train import federated, sweeps
+from harness.experiment import Run, arrays, plain, prepare
+
+
+class State(NamedTuple):
+    """What is kept from round to round: a training state, so that ``train.fit`` trains it and keeps checkpoints."""
+
+    step: jax.Array  # the number of rounds done
+    key: jax.Array
+    model: dict[str, Any]  # "server": a model; "clients": stacked models, one stack per architecture
+    extra: Any = ()  # the consensus and its weights; or the units that each client has
+
+
+Sent = tuple[Any, float, float]  # the new state, bytes up, bytes down
+
+
+@dataclass
+class World:
+    """The clients of one seed."""
+
+    run: Run
+    seed: int
+    programs: Mapping[str, Any]
+    private: dict[str, np.ndarray]
+    public: np.ndarray
+    shards: list[np.ndarray]
+    losses: list[float] = field(default_factory=list)  # of the clients in this round
+
+    @classmethod
+    def of(cls, run: Run, seed: int, programs: Mapping[str, Any]) -> "World":
+        """Sets the public images aside, and divides the others."""
+        config, examples = run.config, arrays(run.dataset.train)
+        order = np.random.default_rng([7, seed]).permutation(len(examples["label"]))
+        private = {name: x[order[config.public :]] for name, x in examples.items()}
+        shards = federated.dirichlet_shards(
+            private["label"], config.clients, config.concentration, seed=seed, least=config.least
+        )
+        return cls(run, seed, programs, private, examples["image"][order[: config.public]], shards)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of examples of each client."""
+        return [len(rows) for rows in self.shards]
+
+    @functools.cached_property
+    def graph(self) -> units.UnitGraph:
+        """The units of the widest network."""
+        return units.trace(self.network(), prepare(self.public[:1]))
+
+    def network(self, client: int | None = None, spec: str = "") -> models.Model:
+        """Builds a network with the initial parameters of the server (None) or of a client."""
+        number = self.run.config.clients if client is None else client
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        shape, classes = self.run.dataset.image_shape, self.run.dataset.classes
+        return models.build(spec or mlp(self.run.config.hidden), shape, classes, key)
+
+    def train(
+        self, state: State, clients: models.Model, members: Sequence[int], *, context: Any = None
+    ) -> Any:
+        """Trains the stacked clients of one architecture on their own images; in ``context`` is the consensus."""
+        config, number = self.run.config, int(state.step)
+        order = federated.client_order(
+            self.shards, steps=config.steps, batch_size=config.batch_size, seed=self.seed, number=number
+        )
+        key = jax.random.fold_in(jax.random.fold_in(state.key, number), members[0])
+        how = "own" if context is None else "both"
+        new, figures = self.programs[how](clients, self.private, order[:, list(members)], key, context)
+        self.losses.extend(figures["loss"].tolist())
+        return new
+
+    def learn(self, state: State, how: str, learners: models.Model, consensus: Any) -> models.Model:
+        """Trains stacked models on the consensus alone."""
+        config, count = self.run.config, len(jax.tree.leaves(learners)[0])
+        order = federated.client_order(
+            [np.arange(len(self.public))] * count, steps=config.steps, batch_size=config.batch_size,
+            seed=1_000 + self.seed, number=int(state.step),
+        )  # fmt: skip
+        data = {"image": self.public, "teacher": consensus}
+        return self.programs[how](learners, data, order, state.key)[0]
+
+    def predict(self, clients: Sequence[models.Model]) -> np.ndarray:
+        """Computes the logits of stacks of clients for the public images: ``[clients, images, classes]``."""
+        outputs = [models.predict(sweeps.as_one(each), self.public, prepare=prepare) for each in clients]
+        return np.concatenate(outputs, 1).swapaxes(0, 1)
+
+
+def mlp(widths: Sequence[int], share: float = 1.0) -> str:
+    """Names an MLP with a share of the widths."""
+    return "mlp:" + ",".join(str(math.ceil(share * width)) for width in widths)
+
+
+def in_turn(clients: int, choices: Sequence[Any]) -> dict[Any, list[int]]:
+    """Gives each client one of the choices in turn: choice → clients."""
+    return {choice: list(range(i, clients, len(choices))) for i, choice in enumerate(choices[:clients])}
+
+
+def as_epoch(world: World, one_round: Callable[..., Sent]) -> Callable[..., Any]:
+    """Makes an epoch of ``train.fit`` of a round."""
+
+    def epoch(state, data, order, context=None):
+        new, up, down = one_round(world, state)
+        finite = [
+            loss for loss in world.losses if math.isfinite(loss)
+        ]  # others are those of clients left out
+        figures = {"loss": np.mean(finite), "bytes_up": up, "bytes_down": down}
+        world.losses.clear()
+        return new._replace(step=state.step + 1), {name: np.array([value]) for name, value in figures.items()}
+
+    return epoch
+
+
+def make_programs(run: Run) -> dict[str, Any]:
+    """Makes what is compiled once for all seeds and methods: the trainings, and the validation."""
+    config = run.config
+    tx = optax.adam(config.learning_rate)
+    transforms = {"both": federated.with_public(config.batch_size, prepare=prepare)}
+    objectives = {
+        "own": train.supervised(),
+        "both": federated.co_distill(weight=config.weight),
+        "public": train.distill(temperature=1.0, alpha=0.0),
+        # FedMD's program: the mean absolute difference of logits
+        "scores": train.distill(temperature=None, alpha=0.0, soft=lambda s, t: jnp.abs(s - t).mean(-1)),
+    }
+    together = train.make_validation(arrays(run.dataset.validation), prepare=prepare, stacked=True)
+
+    def validate(model):
+        of_clients = [e for each in model.get("clients", ()) for e in together(each)["validation_errors"]]
+        figures = {"client_errors": float(np.mean(of_clients))} if of_clients else {}
+        if "server" in model:
+            return figures | run.validation(model["server"])
+        return figures | {"validation_errors": figures["client_errors"]}
+
+    programs: dict[str, Any] = {"validation": validate}
+    for name, loss_fn in objectives.items():
+        step = train.make_train_step(loss_fn, tx)
+        programs[name] = federated.make_local_training(step, tx, transform=transforms.get(name, plain))
+    return programs
