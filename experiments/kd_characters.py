@@ -78,7 +78,7 @@ class Config(Options):
 
 
 FEW = Config(
-    students=("mlp:64", "convnet:8,16,24"), labelled=40, epochs=2, temperatures=(1.0, 2.0, 4.0, 8.0),
+    students=("mlp:64", "convnet:8,16,24"), labelled=40, epochs=4, temperatures=(1.0, 2.0, 4.0, 8.0),
     every_temperature=True, learning_rate=3e-3,
 )  # fmt: skip
 CONFIGS = {
