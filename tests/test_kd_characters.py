@@ -24,30 +24,20 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_a_whole_run_on_fonts(tmp_path, run):
+def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
     pytest.importorskip("PIL")
     out = tmp_path / "run"
-    few = [
-        *(
-            "few",
-            "--data-dir",
-            str(FONTS),
-            "--seeds",
-            "1",
-            "--teacher",
-            "mlp:8",
-            "--students",
-            "mlp:4",
-            "mlp:5",
-        ),
-        *("--temperatures", "1", "4", "--labelled", "2", "--curve", "2", "0", "--epochs", "1"),
-        *("--teacher-epochs", "1", "--save-seconds", "0"),
-    ]
+    monkeypatch.setattr(kd_characters.results, "draw", lambda *arguments: {})  # tested elsewhere
+    words = (
+        "few --seeds 1 --teacher mlp:8 --students mlp:4 mlp:5 --temperatures 1 4 --labelled 2 --curve 0 "
+        "--epochs 1 --teacher-epochs 1 --save-seconds 0 --data-dir"
+    )
+    few = [*words.split(), str(FONTS)]
     status, printed, error = run("--out", out, small=few)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
     one = ["scratch", "labelled faces", "hard labels", "distilled", "distilled, T = 1", "distilled, T = 4"]
-    one += ["scratch on 2", "distilled on 2", "scratch on all", "distilled on all"]
+    one += ["scratch on all", "distilled on all"]
     names = [f"{network}, {name}" for network in ("mlp:4", "mlp:5") for name in one]
     assert list(results["models"]) == ["teacher", *names]
     # The chosen temperature is one of the two
@@ -55,9 +45,6 @@ def test_a_whole_run_on_fonts(tmp_path, run):
         chosen = results["temperatures"][f"{network}, distilled"]
         same = results["models"][f"{network}, distilled, T = {chosen:g}"]["test"]
         assert results["models"][f"{network}, distilled"]["test"] == same
-        # On as many faces as are labelled, the student of the curve is the one of the table
-        pair = (results["models"][f"{network}, {name}"]["test"] for name in ("scratch", "scratch on 2"))
-        assert next(pair) == next(pair)
     for model in results["models"].values():
         assert {"group_accuracy", "lookalikes"} <= model["test"].keys()
         assert all(len(values) == 1 for values in model["test"].values())
