@@ -100,7 +100,7 @@ def average_parameters(
     clients = [sweeps.take(stacked, i) for i in range(count)]
     up = federated.payload_bytes(stacked.params)
     kept = federated.sound(clients, invalid=world.run.config.invalid)
-    if aligned:
+    if aligned and (first or not own):  # later, all began with the server's units in their order
         reference = clients[max(kept, key=lambda i: world.sizes[i])] if first else server
         for i in kept:
             order = units.match_weights(world.graph, clients[i], reference)
