@@ -15,6 +15,7 @@ are neither in the training data nor in the test data.
     python experiments/kd_characters.py                  # pair: two large networks, all faces labelled; an hour
     python experiments/kd_characters.py few              # two small students, 40 labelled faces
     python experiments/kd_characters.py faces            # errors against the number of labelled faces
+    python experiments/kd_characters.py spoken           # characters by synthetic voices, and by people
     python experiments/kd_characters.py smoke            # seconds, embedded digits: whether it runs, no benchmark
 """
 
@@ -81,6 +82,10 @@ FEW = Config(
     students=("mlp:64", "convnet:8,16,24"), labelled=40, epochs=4, temperatures=(1.0, 2.0, 4.0, 8.0),
     every_temperature=True, learning_rate=3e-3,
 )  # fmt: skip
+SPOKEN = Config(
+    dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), batch_size=64, epochs=15,
+    learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
+)  # fmt: skip
 CONFIGS = {
     "pair": ("Networks of 8.4 million parameters, all faces labelled; an hour on two cores.", Config()),
     "few": ("Students of 70,000 parameters, 40 labelled faces, the teacher's labels for all.", FEW),
@@ -95,6 +100,7 @@ CONFIGS = {
             curve=(10, 40, 160, 0),
         ),
     ),
+    "spoken": ("Spoken characters, students of 70,000 parameters; tested on people too.", SPOKEN),
     "smoke": (
         "Embedded digits and small networks: shows in seconds that the program runs, and nothing else.",
         Config(dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), labelled=100, batch_size=64),
@@ -112,8 +118,17 @@ def print_(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     return data.random_elastic(keys[2], x, pixels=strength)
 
 
+def speech(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Changes spectrograms as another speaker does: length of the sound, of the vocal tract, and a shift in time."""
+    return data.sound.random_warp(
+        key, images, time=1 + 0.25 * strength, frequency=1 + 0.15 * strength, shift=3 * strength
+    )
+
+
 # The distortion of pictures by the name of the data set: (key, floats from 0 to 1, strength) -> pictures
-DISTORTIONS: Mapping[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {"glyphs": print_}
+DISTORTIONS: Mapping[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+    "glyphs": print_, "spoken": speech,
+}  # fmt: skip
 STRONGEST = 4.0  # beyond it the change of size would be more than 80 %
 
 
@@ -311,6 +326,13 @@ def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float
     return " ".join(said) + errors
 
 
+def lead(config: Config, found: Mapping[str, Any]) -> str:
+    """Says how far the teacher leads the students before anything is distilled, on validation data."""
+    errors = {name: np.mean(model["validation"]["errors"]) for name, model in found["models"].items()}
+    said = [f"{network} {errors[f'{prefix(config, network)}scratch']:.1f}" for network in config.students]
+    return f"Mean validation errors: teacher {errors['teacher']:.1f}; from scratch {', '.join(said)}."
+
+
 def draw_curve(run: Run, logits: Sequence[Mapping[str, np.ndarray]], of: str) -> dict[str, str]:
     """Draws the errors of a student against the number of faces, if that was wanted; returns caption → file name."""
     counts, dataset = run.config.curve, run.dataset
@@ -343,7 +365,7 @@ def main() -> int:
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits)
     found["temperatures"], dataset = chosen, run.dataset
-    notes = readers.add_figures(dataset, found, trained, logits)
+    notes = [lead(config, found), *readers.add_figures(dataset, found, trained, logits)]
     headline = verdict(config, found, chosen)
     if readers.is_small(dataset):
         headline = f"A smoke test, whose figures say nothing about unseen fonts or voices. {headline}"
@@ -351,7 +373,7 @@ def main() -> int:
     drawn = results.draw(
         run.directory, dataset, trained, logits, ("teacher", f"{of}scratch", f"{of}distilled")
     )
-    drawn |= readers.draw(run.directory, dataset, logits, of) | draw_curve(run, logits, of)
+    drawn |= readers.draw(run.directory, dataset, trained, logits, of) | draw_curve(run, logits, of)
     run.finish(found, drawn, headline=headline, notes=notes, columns=readers.COLUMNS)
     accuracy = {name: np.mean(model["test"]["accuracy"]) for name, model in found["models"].items()}
     worse = [

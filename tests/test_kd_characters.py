@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from harness import experiment, pictures, readers, runs
 
-from distill_jax import data
+from distill_jax import data, models
 
 EXPERIMENT = kd_characters
 SMALL = [
@@ -173,23 +173,87 @@ def test_the_verdict():
     assert "hard labels: +2.00 ± 1.00 points" in said
 
 
-def test_people_are_a_column():
-    dataset = small_data(data.Split(np.arange(4), np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 0, 0, 1])))
-    model = kd_characters.build(dataset, "mlp:2", 0, False)
-    found = {"models": {"teacher": {"test": {}}}}
-    readers.on_people(dataset, found, [{"teacher": experiment.Trained(model, {}, 0.0, np.zeros(0))}])
-    assert found["models"]["teacher"]["test"] == {
-        "people_accuracy": [0.75]
-    }  # of pictures that are 0, a new network says class 0
+def small_speech():
+    """Pictures of 36 characters by voices, and by two people."""
+    names = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    random, label = np.random.default_rng(0), np.tile(np.arange(36), 6).astype(np.int32)
+    image = random.integers(0, 255, (216, 8, 8, 1)).astype(np.uint8)
+    bounds = {"train": (0, 72), "validation": (72, 108), "test": (108, 144), "people": (144, 216)}
+    parts = {part: data.Split(np.arange(a, b), image[a:b], label[a:b]) for part, (a, b) in bounds.items()}
+    of, voices = np.repeat(np.arange(6), 36).astype(np.int32), tuple("abcdef")
+    origins = data.Origins(of, voices, np.arange(6), voices, ())
+    return data.Dataset("spoken", "here", **parts, classes=36, class_names=names, origins=origins)
 
 
-def test_distortion_is_mild_and_depends_on_the_key():
+def test_speech_has_a_second_test_column_of_people(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(experiment, "load", lambda config: small_speech())
+    small = [
+        "spoken",
+        *SMALL[1:],
+        "--labelled",
+        "0",
+        "--batch-size",
+        "36",
+        "--seeds",
+        "1",
+        "--temperatures",
+        "1",
+    ]
+    status, printed, error = run("--out", tmp_path / "run", small=small)
+    assert status == 0, error
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for model in results["models"].values():
+        assert len(model["test"]["people_accuracy"]) == 1
+    assert "people %" in printed
+    assert "Accuracy on 72 recordings of people, per cent, with standard errors over" in printed
+    assert "Mean validation errors: teacher " in printed
+    for name in ("confusion_people", "lookalikes_people", "hesitation_people", "lookalikes"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 500
+
+
+def test_speech_without_its_program_is_one_line(tmp_path, monkeypatch, run):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, error = run("--out", tmp_path / "run", small=["spoken"])
+    assert (status, len(error.strip().splitlines())) == (2, 1)
+    assert "synthesised by espeak-ng, which is not installed: apt-get install" in error
+
+
+def test_standard_errors_are_over_recordings():
+    """Of two recordings the models read the first, in all seeds, or in one of two."""
+    first, second, label = np.eye(2)[[0, 0]], np.eye(2)[[1, 0]], np.array([0, 1])
+
+    dataset = small_data(data.Split(np.arange(2), np.zeros((2, 2, 2, 1), np.uint8), label))
+
+    def answers(*seeds):
+        return [
+            models.Model(lambda params, state, x, key=None, out=out: (out, state), {}, {}) for out in seeds
+        ]
+
+    each = {
+        "scratch": answers(second, first),
+        "distilled": answers(first, first),
+        "teacher": answers(first, first),
+    }
+    trained = [
+        {name: experiment.Trained(seeds[i], {}, 0.0, np.zeros(0)) for name, seeds in each.items()}
+        for i in (0, 1)
+    ]
+    found = {"models": {name: {"test": {}} for name in each}}
+    (line,) = readers.on_people(dataset, found, trained)
+    assert found["models"]["scratch"]["test"] == {"people_accuracy": [0.0, 0.5]}
+    assert "scratch 25.0 ± 25.0; distilled 50.0 ± 50.0" in line
+    assert "above scratch: distilled 25.0 ± 25.0." in line
+    assert readers.on_people(small_data(), found, trained) == []
+
+
+@pytest.mark.parametrize("name", kd_characters.DISTORTIONS)
+def test_distortion_is_mild_and_depends_on_the_key(name):
     import jax
 
     images = np.zeros((2, 16, 16, 1), np.uint8)
     images[:, 6:10, 6:10] = 255
     batch = {"image": images, "label": np.zeros(2)}
-    dataset = small_data()
+    dataset = small_data()._replace(name=name)
     moved = [
         kd_characters.distorted(dataset, 0.5)(None, batch, jax.random.key(k))["image"] for k in (0, 0, 1)
     ]

@@ -13,6 +13,7 @@ from harness import results
 from harness.experiment import Trained, prepare
 
 LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
+SOUNDALIKES = ("3BCDEGPTVZ", "8AHJK", "59IY", "2QUW", "FSX", "MN")  # characters whose names sound alike
 WORST = 10  # number of faces that are left out of one of the columns
 FEW_GROUPS = 10  # test data of fewer groups of fonts say nothing about others
 COLUMNS: Mapping[str, results.Column] = {
@@ -43,8 +44,9 @@ def is_small(dataset: data.Dataset) -> bool:
 
 
 def lookalikes(dataset: data.Dataset) -> list[str]:
-    """Lists the groups of characters that look alike, as far as they are classes of the data."""
-    return [group for group in LOOKALIKES if set(group) <= set(dataset.class_names)]
+    """Lists the groups of characters that look (or sound) alike, as far as they are classes of the data."""
+    groups = SOUNDALIKES if dataset.name == "spoken" else LOOKALIKES
+    return [group for group in groups if set(group) <= set(dataset.class_names)]
 
 
 def mistaken(dataset: data.Dataset, logits: np.ndarray) -> int:
@@ -85,16 +87,46 @@ def by_face(
     return [dataset.origins.names[faces[i]] for i in worst]
 
 
+def people_logits(
+    dataset: data.Dataset, trained: Sequence[Mapping[str, Trained]]
+) -> list[dict[str, np.ndarray]]:
+    """Computes the logits of all models for the recordings of people: for each seed, by name."""
+    assert dataset.people is not None
+    images = dataset.people.image
+    return [
+        {name: predict(model.model, images, prepare=prepare) for name, model in seed.items()}
+        for seed in trained
+    ]
+
+
 def on_people(
     dataset: data.Dataset, found: Mapping[str, Any], trained: Sequence[Mapping[str, Trained]]
-) -> None:
-    """Adds the accuracy on recordings of people to each model's test figures."""
-    people = dataset.people
-    if people is None:
-        return
-    for name, entry in found["models"].items():
-        said = [predict(seed[name].model, people.image, prepare=prepare).argmax(-1) for seed in trained]
-        entry["test"]["people_accuracy"] = [float((x == people.label).mean()) for x in said]
+) -> list[str]:
+    """Adds the accuracy on recordings of people to each model's test figures.
+
+    Returns:
+      A line with the accuracies and their standard errors over the recordings, and with those of the paired
+      differences of distilled and scratch students. It is empty where the data have no such recordings.
+    """
+    if dataset.people is None:
+        return []
+    logits, label = people_logits(dataset, trained), dataset.people.label
+    right = {name: np.array([seed[name].argmax(-1) == label for seed in logits]) for name in found["models"]}
+    for name, seeds in right.items():
+        found["models"][name]["test"]["people_accuracy"] = [float(x) for x in seeds.mean(1)]
+
+    def over_recordings(values):
+        """Formats the mean of values ``[seeds, recordings]``, in per cent, and its standard error."""
+        each = 100 * values.mean(0)
+        return f"{each.mean():.1f} ± {each.std(ddof=1) / np.sqrt(len(each)):.1f}"
+
+    said = [f"{name} {over_recordings(x)}" for name, x in right.items()]
+    pairs = [(name, name.replace("distilled", "scratch")) for name in right if name.endswith("distilled")]
+    gains = [f"{a} {over_recordings(right[a] * 1.0 - right[b])}".replace(" -", " −") for a, b in pairs]
+    return [
+        f"Accuracy on {len(label)} recordings of people, per cent, with standard errors over the recordings: "
+        f"{'; '.join(said)}. Points above scratch: {'; '.join(gains)}."
+    ]
 
 
 def add_figures(
@@ -114,10 +146,7 @@ def add_figures(
     Returns:
       Paragraphs for the report that explain the figures.
     """
-    notes = []
-    on_people(dataset, found, trained)
-    if dataset.people is not None:
-        notes.append(f"People: {len(dataset.people.label)} recordings of real people.")
+    notes = on_people(dataset, found, trained)
     if dataset.origins is not None:
         worst = by_face(dataset, found, logits)
         groups = len(np.unique(dataset.origins.group[origins(dataset, dataset.test)]))
@@ -127,37 +156,61 @@ def add_figures(
     if alike := lookalikes(dataset):
         for model, entry in found["models"].items():
             entry["test"]["lookalikes"] = [mistaken(dataset, seed[model]) for seed in logits]
-        notes.append(f"Look-alikes: test pictures taken for another character of {', '.join(alike)}.")
+        notes.append(
+            f"Look-alikes (of speech: sound-alikes): test pictures taken for another character of {', '.join(alike)}."
+        )
     return notes
 
 
 def draw(
-    directory: Path, dataset: data.Dataset, logits: Sequence[Mapping[str, np.ndarray]], of: str
+    directory: Path,
+    dataset: data.Dataset,
+    trained: Sequence[Mapping[str, Trained]],
+    logits: Sequence[Mapping[str, np.ndarray]],
+    of: str,
 ) -> dict[str, str]:
-    """Draws which look-alikes are taken for which, and where the teacher hesitates.
+    """Draws which look-alikes are taken for which, and where the teacher hesitates; of people as well.
 
     Args:
       directory: where the pictures are written.
       dataset: the data.
+      trained: for each seed, name → model.
       logits: for each seed, name → logits for the test pictures.
       of: what the names of the student's models begin with.
 
     Returns:
       Caption → file name.
     """
+    drawn = _draw(directory, dataset, dataset.test, logits, of)
+    if dataset.people is not None:
+        drawn |= _draw(directory, dataset, dataset.people, people_logits(dataset, trained), of, "people")
+    return drawn
+
+
+def _draw(directory, dataset, split, logits, of, people=""):
     from harness import pictures  # here, as Matplotlib takes its time, and a training need not wait for it
 
-    drawn, test, names = {}, dataset.test, dataset.class_names
+    drawn, names = {}, dataset.class_names
+    suffix, what = (f"_{people}", "recording of a person") if people else ("", "test picture")
+    shown = ("teacher", f"{of}scratch", f"{of}distilled")
+    counts = {
+        name.removeprefix(of): np.mean([metrics.confusion(seed[name], split.label) for seed in logits], 0)
+        for name in shown
+    }
+    if people:
+        file = f"confusion{suffix}.png"
+        pictures.confusion(directory / file, counts["distilled"], names, shown[-1])
+        drawn[f"Confusion of the {shown[-1]} student on recordings of people, mean over seeds"] = file
     if alike := lookalikes(dataset):
-        counts = {
-            name.removeprefix(of): np.mean([metrics.confusion(seed[name], test.label) for seed in logits], 0)
-            for name in ("teacher", f"{of}scratch", f"{of}distilled")
-        }
-        pictures.lookalikes(directory / "lookalikes.png", counts, names, alike)
-        drawn["How often a test picture of the row's character is taken for the column's, per cent"] = (
-            "lookalikes.png"
-        )
+        file = f"lookalikes{suffix}.png"
+        pictures.lookalikes(directory / file, counts, names, alike)
+        drawn[f"How often a {what} of the row's character is taken for the column's, per cent"] = file
+    file = f"hesitation{suffix}.png"
     probabilities = np.asarray(jax.nn.softmax(logits[0]["teacher"]))
-    pictures.hesitation(directory / "hesitation.png", test.image, test.label, probabilities, names)
-    caption = "The test pictures on which the first teacher hesitates most, with its two likeliest classes, per cent"
-    return {**drawn, caption: "hesitation.png"}
+    # Spectrograms are printed with the low frequencies at the bottom
+    images = split.image[:, ::-1] if dataset.name == "spoken" else split.image
+    pictures.hesitation(directory / file, images, split.label, probabilities, names)
+    caption = (
+        f"Where the first teacher hesitates most, with its two likeliest classes, per cent: each a {what}"
+    )
+    return {**drawn, caption: file}
