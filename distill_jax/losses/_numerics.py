@@ -194,12 +194,19 @@ class Pair(NamedTuple):
 
 
 def soften(
-    student: Array, teacher: Array, temperature: Array, axis: int, where: ArrayLike | None
+    student: Array,
+    teacher: Array,
+    temperature: Array,
+    axis: int,
+    where: ArrayLike | None,
+    apart: Array | bool = False,
 ) -> Softened:
-    """Divides checked logits by the temperature."""
+    """Divides checked logits by the temperature, each less its maximum over the classes that are not ``apart``."""
     student, teacher = masked(student, where), masked(teacher, where)
     has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
-    top_q, top_p = peak(student, axis), peak(teacher, axis)
+    top_q, top_p = (
+        peak(x if apart is False else jnp.where(apart, -jnp.inf, x), axis) for x in (student, teacher)
+    )
     # 0 before the division, or the gradient for the temperature would be −inf·0
     x, y = jnp.where(has_q, student - top_q, 0.0), jnp.where(has_p, teacher - top_p, 0.0)
     # Two ways to the difference: between the networks first, or to the maximum first. The smaller numbers
@@ -228,23 +235,64 @@ def compare(x: Softened, axis: int) -> Pair:
     return Pair(q, p, log_q, log_p, log_ratio, x.has_q, x.has_p)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _compare(axis, student, teacher, difference):
+class Totals(NamedTuple):
+    """Σ exp of the softened logits of student and teacher, 1 where no class exists; the class axis has size 1."""
+
+    log_q: Array
+    log_p: Array
+    change: Array  # log_p − log_q, accurate also where the two almost agree
+
+
+def totals(x: Softened, axis: int) -> Totals:
+    """Computes the logarithms of Σ exp of the softened logits, and their difference."""
+    return Totals(*_totals(axis, *x))
+
+
+def _sums(axis, student, teacher, difference):
+    """Computes exp of the softened logits, the sums of these, and log(Σ e^teacher / Σ e^student)."""
     e_q, e_p = jnp.exp(student), jnp.exp(teacher)
     sum_q, sum_p = jnp.sum(e_q, axis, keepdims=True), jnp.sum(e_p, axis, keepdims=True)
     sum_q, sum_p = jnp.where(sum_q == 0, 1.0, sum_q), jnp.where(sum_p == 0, 1.0, sum_p)
-    # log p − log q = δ − log(Σ e^teacher / Σ e^student), by log1p where the sums almost agree
-    has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
-    near = has_q & has_p & (jnp.abs(difference) < _NEAR)
+    # By log1p where the sums almost agree
+    has_both = (student != -jnp.inf) & (teacher != -jnp.inf)
+    near = has_both & (jnp.abs(difference) < _NEAR)
     grown = jnp.where(near, e_q * (difference + excess(-difference)), e_p - e_q)
     grown = jnp.sum(grown, axis, keepdims=True) / sum_q
     change = jnp.where(jnp.abs(grown) < _NEAR, jnp.log1p(grown), jnp.log(sum_p / sum_q))
+    return e_q, e_p, sum_q, sum_p, change
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _totals(axis, student, teacher, difference):
+    _, _, sum_q, sum_p, change = _sums(axis, student, teacher, difference)
+    return jnp.log(sum_q), jnp.log(sum_p), change
+
+
+def _totals_jvp(axis, primals, tangents):
+    result = _totals(axis, *primals)
+    q, p, *_ = _compare(axis, *primals)
+    d_q, d_p = (
+        jnp.zeros_like(total)
+        if isinstance(tangent, SymbolicZero)
+        else jnp.sum(probability * tangent, axis, keepdims=True)
+        for total, probability, tangent in zip(result, (q, p), tangents, strict=False)
+    )
+    return result, (d_q, d_p, d_p - d_q)
+
+
+_totals.defjvp(_totals_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _compare(axis, student, teacher, difference):
+    e_q, e_p, sum_q, sum_p, change = _sums(axis, student, teacher, difference)
+    has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
     return (
         e_q / sum_q,
         e_p / sum_p,
         jnp.where(has_q, student - jnp.log(sum_q), 0.0),
         jnp.where(has_p, teacher - jnp.log(sum_p), 0.0),
-        jnp.where(has_q & has_p, difference - change, 0.0),
+        jnp.where(has_q & has_p, difference - change, 0.0),  # log p − log q
     )
 
 
@@ -343,9 +391,10 @@ def _skew_terms(x: Pair, share: Array) -> _Terms:
     log_p_m = jnp.where(share > 0, log_p_m, x.log_ratio)
     terms = divergence_terms(log_p_m, x.p, m)
     terms = jnp.where(share > 0, terms, _forbidden(x, terms))
-    of_q = (1 - share) * x.q / jnp.where(m == 0, 1.0, m)  # the part of m that is q's
+    of_q = jnp.where(m > 0, (1 - share) * x.q / m, 0.0)  # the part of m that is q's
     gap = (1 - share) * gap
-    return _Terms(terms, -of_q * gap, x.p * log_p_m - (1 - of_q) * gap)
+    by_q = jnp.where(m > 0, -of_q * gap, 0.0)
+    return _Terms(terms, by_q, x.p * log_p_m - (1 - of_q) * gap)
 
 
 def _jensen_shannon_terms(x: Pair, share: Array) -> _Terms:

@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction, check_positive, check_real
 from distill_jax.losses._numerics import (
-    Pair,
     Softened,
     both_logits,
     compare,
@@ -23,6 +22,7 @@ from distill_jax.losses._numerics import (
     scalar,
     scale,
     temperature_of,
+    totals,
     valid_classes,
     weight,
 )
@@ -82,9 +82,9 @@ def dkd(
     temperature = temperature_of(temperature, student, axis)
     exists = mask_of(where, student)
     target, bad = _one_hot(labels, student.shape, axis)
-    rest = _soften(student, teacher, temperature, axis, exists & ~target)
-    binary = _label_or_not(student, teacher, target, compare(rest, axis), temperature, axis, exists)
-    is_it = divergence("kl", binary, -1)
+    softened = _soften(student, teacher, temperature, axis, where, apart=target)
+    is_it = divergence("kl", _label_or_not(softened, target, axis), -1)
+    rest = _without(softened, target)
     which = divergence("kl", rest, axis)
     which = jnp.where(jnp.any(rest.has_p, axis), which, 0.0)
     value = is_it * alpha + which * beta
@@ -122,8 +122,8 @@ def nkd(
     exists = mask_of(where, student)
     target, bad = _one_hot(labels, student.shape, axis)
     rest = _soften(student, teacher, temperature, axis, exists & ~target)
-    odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
-    odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
+    odds_q, target_q, others_q = _log_odds(student, target, axis, exists)
+    odds_p, target_p, others_p = _log_odds(teacher, target, axis, exists)
     surprise = jnp.where(target_q & others_q, jax.nn.softplus(-odds_q), 0.0)
     p = jnp.where(others_p, jax.nn.sigmoid(odds_p), 1.0) * target_p
     first = jnp.where(target_q, p * surprise, jnp.where(p > 0, jnp.inf, 0.0))
@@ -167,8 +167,8 @@ def wsld(
     value = soft_cross_entropy(
         student_logits, teacher_logits, temperature=temperature, axis=axis, where=where
     )
-    odds_q, target_q, others_q = _log_odds(student, target, 1.0, axis, exists)
-    odds_p, target_p, others_p = _log_odds(teacher, target, 1.0, axis, exists)
+    odds_q, target_q, others_q = _log_odds(student, target, axis, exists)
+    odds_p, target_p, others_p = _log_odds(teacher, target, axis, exists)
     by_student = _surprise(odds_q, target_q, others_q)
     by_teacher = _surprise(odds_p, target_p, others_p)
     finite = (by_teacher > 0) & (by_teacher < jnp.inf)
@@ -271,9 +271,7 @@ def _one_hot(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> tuple[Arra
     return target, (labels < 0) | (labels >= shape[axis])
 
 
-def _log_odds(
-    logits: Array, target: Array, temperature: float | Array, axis: int, where: Array
-) -> tuple[Array, Array, Array]:
+def _log_odds(logits: Array, target: Array, axis: int, where: Array) -> tuple[Array, Array, Array]:
     """Computes log(q_y/(1 − q_y)), 0 where either is 0, and which of the two are above 0; keeps the axis."""
     valid = valid_classes(logits, where)
     has_target = jnp.any(valid & target, axis, keepdims=True)
@@ -281,9 +279,9 @@ def _log_odds(
     has_others = jnp.any(others, axis, keepdims=True)
     peak = jnp.max(logits, axis, keepdims=True, where=others, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(has_others, peak, 0.0))
-    terms = jnp.exp((jnp.where(others, logits, peak) - peak) / temperature)
+    terms = jnp.exp(jnp.where(others, logits, peak) - peak)
     total = jnp.sum(terms, axis, keepdims=True, where=others)
-    top = jnp.sum(jnp.where(target & valid, logits - peak, 0.0), axis, keepdims=True) / temperature
+    top = jnp.sum(jnp.where(target & valid, logits - peak, 0.0), axis, keepdims=True)
     both = has_target & has_others
     return jnp.where(both, top - jnp.log(jnp.where(both, total, 1.0)), 0.0), has_target, has_others
 
@@ -294,34 +292,36 @@ def _surprise(odds: Array, has_target: Array, has_others: Array) -> Array:
     return jnp.where(has_target, value, jnp.inf)
 
 
-def _label_or_not(
-    student: Array, teacher: Array, target: Array, rest: Pair, temperature: Array, axis: int, where: Array
-) -> Softened:
-    """Makes two classes, the label's and all others together, on a new last axis; their logits are log-odds."""
-    odds_q, target_q, others_q = _log_odds(student, target, temperature, axis, where)
-    odds_p, target_p, others_p = _log_odds(teacher, target, temperature, axis, where)
-    # The difference of the two log-odds, again from differences δ of logits: δ of the label's class minus
-    # the change of log Σ exp over the others, which is δ_k − log(p̂_k/q̂_k) for each other class k.
-    valid = valid_classes(student, where) & valid_classes(teacher, where)
-    delta = (jnp.where(valid, teacher, 0.0) - jnp.where(valid, student, 0.0)) / temperature
-    shared = jnp.where(rest.has_q & rest.has_p, rest.p, 0.0)
-    total = jnp.sum(shared, axis, keepdims=True)
-    change = jnp.sum(shared * (delta - rest.log_ratio), axis, keepdims=True) / jnp.where(
-        total > 0, total, 1.0
+def _without(x: Softened, target: Array) -> Softened:
+    """Leaves out the label's class."""
+    return Softened(
+        jnp.where(target, -jnp.inf, x.student),
+        jnp.where(target, -jnp.inf, x.teacher),
+        jnp.where(target, 0.0, x.difference),
     )
-    step = jnp.sum(jnp.where(target, delta, 0.0), axis, keepdims=True) - change
-    near = (total > 0) & (jnp.abs(step) < 2)
+
+
+def _label_or_not(x: Softened, target: Array, axis: int) -> Softened:
+    """Makes two classes, the label's and all others together, on a new last axis; their logits are log-odds."""
 
     def two(a, b):
         return jnp.stack([jnp.squeeze(a, axis), jnp.squeeze(b, axis)], -1)
 
+    rest = _without(x, target)
+    total = totals(rest, axis)
+    label = Softened(*(jnp.sum(jnp.where(target, part, 0.0), axis, keepdims=True) for part in x))
+    others_q, others_p = (jnp.any(has, axis, keepdims=True) for has in (rest.has_q, rest.has_p))
+    has_q, has_p = two(label.has_q, others_q), two(label.has_p, others_p)
+    odds_q = jnp.where(label.has_q & others_q, label.student - total.log_q, 0.0)
+    odds_p = jnp.where(label.has_p & others_p, label.teacher - total.log_p, 0.0)
     top_q, top_p = (jax.lax.stop_gradient(jnp.maximum(odds, 0.0)) for odds in (odds_q, odds_p))
-    has_q, has_p = two(target_q, others_q), two(target_p, others_p)
     x = jnp.where(has_q, two(odds_q - top_q, -top_q), -jnp.inf)
     y = jnp.where(has_p, two(odds_p - top_p, -top_p), -jnp.inf)
+    # Where the log-odds almost agree, y − x would lose what the differences of logits keep
+    step = label.difference - total.change
     close = two(step - (top_p - top_q), top_q - top_p)
-    difference = jnp.where(has_q & has_p, jnp.where(two(near, near), close, y - x), 0.0)
-    return Softened(x, y, difference)
+    near = jnp.abs(two(step, step)) < 2
+    return Softened(x, y, jnp.where(has_q & has_p, jnp.where(near, close, y - x), 0.0))
 
 
 def _finish(value: Array, exists: Array, bad: Array, axis: int) -> Array:
