@@ -9,6 +9,10 @@ temperature is high.
 
 Derivatives are written in closed form (``custom_jvp``), such as q − p of the Kullback–Leibler divergence,
 again from d. So the backward pass keeps the digits too, and needs nothing but p, q and d.
+
+On a CPU, XLA hands sums to YNNPACK together with the products and differences around them, and writes out every
+array that enters such a group. Where terms are summed that need several arrays, they end in a ``jnp.where``, which
+YNNPACK does not take: then only the terms themselves are written out.
 """
 
 import functools
@@ -369,7 +373,11 @@ def _kl_terms(x: Pair, share: Array) -> _Terms:
     d = jnp.where(near, x.log_ratio, 0.0)
     small = excess(d)
     terms = jnp.where(near, x.p * small, x.p * x.log_ratio - x.p + x.q)
-    return _Terms(_forbidden(x, terms), jnp.where(near, x.p * (small - d), x.q - x.p), x.p * x.log_ratio)
+    return _Terms(
+        _forbidden(x, terms),
+        jnp.where(near, x.p * (small - d), x.q - x.p),
+        jnp.where(x.has_p, x.p * x.log_ratio, 0.0),
+    )
 
 
 def _cross_terms(x: Pair, share: Array) -> _Terms:
@@ -455,7 +463,9 @@ def _divergence_jvp(kind, axis, primals, tangents):
         if isinstance(kept, SymbolicZero):
             continue
         if kind not in ("kl", "cross_entropy") or by_log is by_p:  # Σ (q − p) = 0
-            by_log = by_log - probability * jnp.sum(by_log, axis, keepdims=True)
+            total = jnp.sum(by_log, axis, keepdims=True)
+            # Changes nothing, but ends what YNNPACK takes
+            by_log = by_log - probability * jnp.where(total == 0, 0.0, total)
         tangent += jnp.sum(by_log * kept, axis)
     if not isinstance(tangents[-1], SymbolicZero):
         tangent += jax.jvp(lambda s: jnp.sum(_KINDS[kind](x, s).terms, axis), (share,), (tangents[-1],))[1]
