@@ -301,15 +301,15 @@ def _without(x: Softened, target: Array) -> Softened:
     )
 
 
-def _label_or_not(x: Softened, target: Array, axis: int) -> Softened:
+def _label_or_not(softened: Softened, target: Array, axis: int) -> Softened:
     """Makes two classes, the label's and all others together, on a new last axis; their logits are log-odds."""
 
     def two(a, b):
         return jnp.stack([jnp.squeeze(a, axis), jnp.squeeze(b, axis)], -1)
 
-    rest = _without(x, target)
+    rest = _without(softened, target)
     total = totals(rest, axis)
-    label = Softened(*(jnp.sum(jnp.where(target, part, 0.0), axis, keepdims=True) for part in x))
+    label = Softened(*(jnp.sum(jnp.where(target, part, 0.0), axis, keepdims=True) for part in softened))
     others_q, others_p = (jnp.any(has, axis, keepdims=True) for has in (rest.has_q, rest.has_p))
     has_q, has_p = two(label.has_q, others_q), two(label.has_p, others_p)
     odds_q = jnp.where(label.has_q & others_q, label.student - total.log_q, 0.0)
