@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -36,9 +36,12 @@ class Part(NamedTuple):
     quick: Sequence[str] = ()
 
 
-PARTS = {
+Name = Literal["step", "conv", "losses", "labels", "store", "start", "sweep"]
+PARTS: dict[Name, Part] = {
     "step": Part("Training steps", quick=("--rounds", "2", "--seconds", "0.05")),
+    "conv": Part("Convolutions with and without the compiler options", quick=("--rounds", "1")),
     "losses": Part("Losses", quick=("--rounds", "2", "--sizes", "128x10", "--milliseconds", "5")),
+    "labels": Part("Kinds of labels", quick=("--rounds", "1", "--seconds", "0.05")),
     "store": Part("The store of soft labels", quick=("--rounds", "1", "--megabytes", "5")),
     "start": Part("Imports and starts", quick=("--rounds", "1")),
     "sweep": Part(
@@ -65,16 +68,13 @@ class Config:
     """The options."""
 
     out: Path  # directory for benchmarks.md and benchmarks.json
-    only: tuple[Literal["step", "losses", "store", "start", "sweep"], ...] = (
-        "step", "losses", "store", "start", "sweep",
-    )  # fmt: skip
-    """which benchmarks"""
+    only: tuple[Name, ...] = get_args(Name)  # which benchmarks
     peers: tuple[Literal["torch-eager", "torch-compile", "keras", "torchdistill"], ...] = ()
     """other systems whose steps are timed as well"""
     quick: bool = False  # few and short rounds, to see that all works: the figures mean little
 
 
-def command(part: str, config: Config, out: Path) -> list[str]:
+def command(part: Name, config: Config, out: Path) -> list[str]:
     """Makes the command line of a benchmark."""
     program = str(Path(__file__).with_name(f"bench_{part}.py"))
     options = PARTS[part].quick if config.quick else PARTS[part].full
@@ -82,7 +82,7 @@ def command(part: str, config: Config, out: Path) -> list[str]:
     return [sys.executable, program, *options, *peers, "--out", str(out)]
 
 
-def run(part: str, config: Config) -> dict[str, Any]:
+def run(part: Name, config: Config) -> dict[str, Any]:
     """Runs a benchmark, shows what it prints, and returns that with its figures and its command."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 import optax
 import tyro
 
-from distill_jax import data, models, teachers, train
+from distill_jax import _files, data, models, teachers, train
 from distill_jax.teachers import kinds
 
 CLASSES, PIXELS = 10, 2
@@ -46,6 +47,7 @@ class Config:
     examples: int = 1024  # number of images
     seconds: float = 0.5  # length of one timing
     rounds: int = 9  # number of timings of each variant; 0 prints the bytes alone
+    out: Path | None = None  # JSON file for the figures
 
 
 def bytes_per_label(classes: int) -> dict[str, int]:
@@ -140,6 +142,8 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     if min(config.views, config.examples, *config.classes) < 1 or config.rounds < 0:
         sys.exit("error: --views, --examples and --classes must be positive, --rounds not negative")
+    if config.out is not None and not config.out.parent.is_dir():
+        sys.exit(f"error: --out {config.out}: there is no directory {config.out.parent}")
     if unknown := set(config.pairs) - PAIRS.keys():
         sys.exit(f"error: --pairs must be some of {', '.join(PAIRS)}, got {', '.join(sorted(unknown))}")
     sizes = [bytes_per_label(classes) for classes in config.classes]
@@ -147,11 +151,13 @@ def main() -> None:
     print("| --- |" + " ---: |" * len(sizes))
     for name in sizes[0]:
         print(f"| {name} | {' | '.join(f'{size[name]:,}' for size in sizes)} |")
-    if not config.rounds:
-        return
-    print("\n| step | ms | over stored, median (range) |\n| --- | ---: | ---: |", flush=True)
-    for pair in config.pairs:
+    bytes_of = {str(classes): size for classes, size in zip(config.classes, sizes, strict=True)}
+    report: dict[str, Any] = {"bytes_per_label": bytes_of, "milliseconds": {}}
+    if config.rounds:
+        print("\n| step | ms | over stored, median (range) |\n| --- | ---: | ---: |", flush=True)
+    for pair in config.pairs if config.rounds else ():
         found = measure(pair, config)
+        report["milliseconds"][pair] = {name: times.tolist() for name, times in found.items()}
         for name, times in found.items():
             ratios = times / found["stored"]
             print(
@@ -159,6 +165,8 @@ def main() -> None:
                 f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |",
                 flush=True,
             )
+    if config.out is not None:
+        _files.write_json(config.out, report)
 
 
 if __name__ == "__main__":
