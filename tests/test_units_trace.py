@@ -12,8 +12,9 @@ from test_units_architectures import block_shapes, language_model, numbers, prun
 
 from distill_jax import _jaxpr, models, train
 from distill_jax.compress import units
+from distill_jax.compress.units import tracing
 from distill_jax.compress.units._trace import labels, rules
-from distill_jax.compress.units.shrinking import ADAPTED
+from distill_jax.compress.units._trace.adapted import ADAPTED
 from distill_jax.models import Model, from_function
 
 
@@ -102,7 +103,7 @@ def test_what_depends_on_the_place_is_frozen():
     assert "reduce_window" in frozen(
         lambda h, p: jax.lax.reduce_window(h, 0.0, jax.lax.add, (1, 3), (1, 1), "SAME")
     )
-    assert "scan" in frozen(lambda h, p: jax.lax.scan(lambda c, y: (c, y), 0, h.T)[1].T)
+    assert "scan" in frozen(lambda h, p: jax.lax.scan(lambda c, y: (c, jnp.sin(y)), 0, h.T)[1].T)
     # A constant that does not vary is cut to measure
     _, graph = traced(lambda p, x: (x @ p["a"] + np.ones((2, 4))) @ p["b"], a=(3, 4), b=(4, 2))
     assert sizes(graph, exact=True) == {"a": 4}
@@ -176,9 +177,11 @@ def test_numbers_that_fn_computes_from_sizes_are_noticed():
         return jnp.einsum("hbc,chd->bhd", jax.nn.softmax(logits), q).reshape(len(x), -1) @ p["o"]
 
     _, graph = traced(fn, q=(3, 10), k=(3, 10), o=(10, 2))
-    assert sizes(graph, exact=False) == {"q#1": 5}
+    assert sizes(graph, exact=False) == {"q": 2, "q#1": 5}
     assert "number from its size" in graph.groups["q#1"].reason
-    assert sizes(graph, exact=True) == {"q": 2}
+    # The reshape would make two heads of the size 2 of one head of the size 4
+    assert "does not run" in graph.groups["q"].reason
+    assert all(graph.groups[name].exact_shrunk for name in ("q", "q#1"))
 
 
 def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
@@ -194,8 +197,9 @@ def test_a_number_in_an_array_or_beside_a_written_width_is_noticed():
     assert exact(lambda p, h: h * jnp.bfloat16(h.shape[-1])) == [False]
     assert exact(lambda p, h: jnp.sin(h) ** h.shape[-1]) == [False]
     assert exact(lambda p, h: h * np.full(h.shape[-1:], 15**-0.5)) == [True]
-    assert exact(lambda p, h: five(h * (2.0 / h.shape[-1]))) == [False, True]
-    assert exact(lambda p, h: five(h * 0.2)) == [True, True]
+    # With fewer than the five units, five's reshape fails or, for another batch, mixes rows
+    assert exact(lambda p, h: five(h * (2.0 / h.shape[-1]))) == [False, False]
+    assert exact(lambda p, h: five(h * 0.2)) == [True, False]
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
@@ -306,6 +310,7 @@ def test_without_any_one_rule_there_are_frozen_axes_or_an_error_never_other_numb
             with monkeypatch.context() as patch:
                 patch.delitem(rules.RULES, name, raising=False)
                 patch.delitem(_jaxpr.CALLS, name, raising=False)
+                patch.setattr(tracing, "reruns", lambda graph: {})  # what keep does takes time to find
                 maimed = units.trace(model, x)
             assert any(name in note for note in maimed.notes)
             counts.append(sum(sizes(maimed).values()))

@@ -934,6 +934,9 @@ def of_units() -> Iterator[Case]:
     }.items():
         yield Case(f"units.keep: {name}", "tree|trace|from_nnx", lambda w=wrong: units.keep(graph(), w, {"a": [0]}))
         yield Case(f"units.scores.l1: {name}", "model|trace|from_nnx", lambda w=wrong: units.scores.l1(graph(), w))
+    yield Case("units.verify: no inputs", "inputs", lambda: units.verify(graph(), MODEL, {"a": [0]}))
+    yield Case("units.verify: words", "inputs", lambda: units.verify(graph(), MODEL, {"a": [0]}, "words"))
+    yield Case("units.verify: NaN", "not finite", lambda: units.verify(graph(), MODEL, {"a": [0]}, with_nan(X)))
     yield Case("units.keep: a model in the place of the graph", "graph", lambda: units.keep(MODEL, MODEL, {"a": [0]}))
     yield Case("units.prune: a model in the place of the graph", "graph", lambda: units.prune(MODEL, scores(), 0.5))
     yield Case("units.scores.l1: arguments exchanged", "graph", lambda: units.scores.l1(MODEL, graph()))

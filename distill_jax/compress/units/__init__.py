@@ -16,10 +16,11 @@ from distill_jax.compress.units.selection import merge, prune, select
 from distill_jax.compress.units.shrinking import shrink
 from distill_jax.compress.units.tracing import trace
 from distill_jax.compress.units.values import activations
+from distill_jax.compress.units.verification import verify
 
 __all__ = [
     "Brought", "Group", "Injected", "Matched", "Slice", "UnitGraph", "activations", "architecture",
     "average_widths", "bring", "costs", "inject", "keep", "match_activations", "match_weights", "match_widths", "merge",
     "permutable", "permute", "position_masks", "prune", "put_back", "report", "scores", "select", "shrink", "silence",
-    "trace",
+    "trace", "verify",
 ]  # fmt: skip

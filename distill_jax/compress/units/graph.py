@@ -39,8 +39,14 @@ class Group(NamedTuple):
       slices: where the units lie.
       free: whether units can be removed. If not, they are tied to the network's inputs or outputs, or
         an operation without a rule uses them.
-      exact: whether removing units gives the same outputs as setting them to zero.
+      exact: whether removing units gives the same outputs as setting them to zero: with
+        :func:`~distill_jax.compress.units.shrink`, and with the model that
+        :func:`~distill_jax.compress.units.keep` returns, unless the network's code refuses smaller arrays.
       reason: why the group is not free or not exact, with the name of the operation; else empty.
+      exact_shrunk: whether removing units with ``shrink`` gives the same outputs as setting them to zero.
+        Only this is true of a group if the network's own code, which reads widths from its arrays, would
+        compute something else with smaller ones: then use ``shrink``.
+      runs: whether the network's own code was seen to run with fewer of these units.
     """
 
     name: str
@@ -49,6 +55,17 @@ class Group(NamedTuple):
     free: bool
     exact: bool
     reason: str
+    exact_shrunk: bool = False
+    runs: bool = False
+
+    @property
+    def removable(self) -> str:
+        """``exactly``, ``exactly by shrink`` (alone), ``inexactly`` or ``no``."""
+        if not self.free:
+            return "no"
+        if self.exact and self.runs:
+            return "exactly"
+        return "exactly by shrink" if self.exact_shrunk else "inexactly"
 
 
 class Names(NamedTuple):
@@ -106,9 +123,7 @@ class UnitGraph:
     def __str__(self) -> str:
         """The table: one line per group, then the notes."""
         rows = [("group", "units", "removable", "where", "why not")]
-        for group in self.groups.values():
-            state = "no" if not group.free else "exactly" if group.exact else "inexactly"
-            rows.append((group.name, str(group.size), state, _places(group), group.reason))
+        rows += [(g.name, str(g.size), g.removable, _places(g), g.reason) for g in self.groups.values()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:<{widths[3]}}  {e}".rstrip()

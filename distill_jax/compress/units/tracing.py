@@ -9,9 +9,9 @@ import numpy as np
 from distill_jax import _jaxpr
 from distill_jax._model import Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
+from distill_jax.compress.units._trace.again import REFUSED, SAME, reruns
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
-from distill_jax.compress.units._trace.sizes import groups_in_numbers
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
 Key = tuple[Any, ...]
@@ -56,9 +56,14 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     A group is *exact* if the network without some of its units (:func:`~distill_jax.compress.units.keep`)
     computes what the network with these units set to zero (:func:`~distill_jax.compress.units.silence`)
     computes, wherever that is finite. A group is not exact if a unit that is zero still counts, for
-    example in a mean, a softmax or a normalisation over the units. It is also not exact if the network computes a
-    number from how many units there are, such as 1/√head_size: then only
-    :func:`~distill_jax.compress.units.shrink`, which leaves that number as it is, gives the same outputs.
+    example in a mean, a softmax or a normalisation over the units.
+
+    Code that reads a width from an array may compute a number from it (1/√head_size), or choose where a slice
+    begins, a stride or the shape of a reshape. With smaller arrays it then computes something else. To find
+    this out, the network is traced again with fewer units, in several random ways, and compared with the
+    traced program adapted to these units: each operation, its options, its constants and its shapes. A group
+    for which they differ is exact for :func:`~distill_jax.compress.units.shrink` alone. (A difference that
+    shows for few choices of units may be missed: :func:`~distill_jax.compress.units.verify` tries yours.)
 
     Args:
       model: the model. Its arrays may be ``jax.ShapeDtypeStruct``. It is traced in evaluation mode.
@@ -92,9 +97,11 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
             "prune the model before models.save"
         )
     groups = dict(graph.groups)
-    for name in groups_in_numbers(graph):
-        reason = "the network computes a number from its size"
-        groups[name] = groups[name]._replace(exact=False, reason=reason)
+    for name, found in reruns(graph).items():
+        if found == SAME:
+            groups[name] = groups[name]._replace(runs=True)
+        elif found != REFUSED:
+            groups[name] = groups[name]._replace(exact=False, reason=found)
     return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
 
@@ -129,16 +136,16 @@ def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | N
             # All slices of a silenced unit are 0
             tracer.values[number] = value((units, np.ones_like(zero)) for units, zero in axes)
     tracer.run(program)
-    outputs = program.outputs
+    outputs = [tracer.result(program, i) for i in range(len(program.outputs))]
     if key is not None:
         states = len(jax.tree.leaves(model.state))
-        outputs = program.outputs[: len(outputs) - states]
         olds = program.inputs[len(paths) - states : len(paths)]
-        for old, new in zip(olds, program.outputs[len(outputs) :], strict=True):
+        for old, new in zip(olds, outputs[len(outputs) - states :], strict=True):
             for a, units in enumerate(tracer.read(old, program).units):
-                tracer.labels.unify(units, tracer.read(new, program).units[a], "the new state")
-    for number in outputs:
-        for units in tracer.read(number, program).units:
+                tracer.labels.unify(units, new.units[a], "the new state")
+        outputs = outputs[: len(outputs) - states]
+    for output in outputs:
+        for units in output.units:
             tracer.labels.freeze(units, "a result of the network")
     groups, members = _groups(tracer, program, paths)
     shapes = {
@@ -190,7 +197,7 @@ def _groups(
         lies_in = [places[place] for place, _ in shared]
         slices = [s for path, a, nodes in lies_in for s in _slices(path, a, nodes, members)]
         name = slices[0].path
-        group = Group(name, len(roots), tuple(slices), free, not is_inexact, reason)
+        group = Group(name, len(roots), tuple(slices), free, not is_inexact, reason, free and not is_inexact)
         found_groups.append((group, members))
     names: Counter[str] = Counter()
     named: dict[int, str] = {}

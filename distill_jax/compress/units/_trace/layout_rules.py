@@ -16,15 +16,22 @@ def _broadcast_in_dim(tracer: Tracer, step: Step, operands: list[Value]) -> list
         return None
     (operand,) = operands
     source = {a: i for i, a in enumerate(step.params["broadcast_dimensions"])}
-    axes = []
+    axes, repeats = [], []
     for a, n in enumerate(step.params["shape"]):
         if a in source and operand.shape[source[a]] == n:
             axes.append(operand.axis(source[a]))
+            repeats.append(repeating(operand, source[a]))
         else:
             if a in source:
                 tracer.settle(operand.axis(source[a]), f"repeated by {step.name}")
-            axes.append(tracer.fresh(n))
-    return [value(axes, nil=operand.nil, total=operand.total)]
+            axes.append(fixed(n))
+            repeats.append(n > 1)
+    return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
+
+
+def repeating(operand: Value, axis: int) -> bool:
+    """Says whether a value repeats along an axis."""
+    return bool(operand.repeats) and operand.repeats[axis]
 
 
 @rule("reshape")
@@ -36,7 +43,10 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
     if 0 in old:
         return None
     axes: list[Axis] = []
+    repeats: list[bool] = []
     for ins, outs in segments(old, new):
+        alone = len(ins) == len(outs) == 1 and repeating(operand, ins[0])
+        repeats += [alone] * len(outs)
         olds = [operand.axis(a) for a in ins]
         olds = [_single(tracer, axis, step.name) for axis in olds]
         sizes = [new[a] for a in outs]
@@ -56,7 +66,7 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
         for d, part in enumerate(parts):
             others = tuple(i for i in range(len(sizes)) if i != d)
             axes.append((part, np.asarray(np.all(grid, others))))
-    return [value(axes, nil=operand.nil, total=operand.total)]
+    return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
 
 
 def segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -95,20 +105,22 @@ def _single(tracer: Tracer, axis: Axis, name: str) -> Axis:
 def _squeeze(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
     gone = [a % len(operand.shape) for a in step.params["dimensions"]]
-    axes = []
+    axes, repeats = [], []
     for a in range(len(operand.shape)):
         if a in gone:
             _single(tracer, operand.axis(a), step.name)
         else:
             axes.append(operand.axis(a))
-    return [value(axes, nil=operand.nil, total=operand.total)]
+            repeats.append(repeating(operand, a))
+    return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
 
 
 @rule("transpose")
 def _transpose(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
     axes = [operand.axis(a) for a in step.params["permutation"]]
-    return [value(axes, nil=operand.nil, total=operand.total)]
+    repeats = [repeating(operand, a) for a in step.params["permutation"]]
+    return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
 
 
 @rule("rev")
@@ -157,7 +169,8 @@ def _slice(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     strides = step.params["strides"] or (1,) * len(operand.shape)
     cuts = zip(step.params["start_indices"], step.params["limit_indices"], strides, strict=True)
     axes = [_cut(operand.axis(a), slice(*cut)) for a, cut in enumerate(cuts)]
-    return [value(axes, nil=operand.nil)]
+    repeats = [repeating(operand, a) and units.shape[1] > 1 for a, (units, _) in enumerate(axes)]
+    return [value(axes, nil=operand.nil, repeats=repeats)]
 
 
 @rule("pad")
@@ -241,9 +254,8 @@ def _gather(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | 
 
 @rule("iota")
 def _iota(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    axes = [tracer.fresh(n) for n in step.params["shape"]]
-    axes[step.params["dimension"]] = fixed(step.params["shape"][step.params["dimension"]])
-    return [value(axes)]
+    shape, along = step.params["shape"], step.params["dimension"]
+    return [value(map(fixed, shape), repeats=(n > 1 and a != along for a, n in enumerate(shape)))]
 
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
@@ -264,7 +276,7 @@ def _reduce_window(tracer: Tracer, step: Step, operands: list[Value]) -> list[Va
 def _inner(tracer: Tracer, program: Program, inputs: list[Value]) -> list[Value]:
     tracer.values.update(zip(program.inputs, inputs, strict=True))
     tracer.run(program)
-    return [tracer.read(number, program) for number in program.outputs]
+    return [tracer.result(program, i) for i in range(len(program.outputs))]
 
 
 def _agree(tracer: Tracer, a: Value, b: Value, name: str) -> Value:
@@ -305,7 +317,7 @@ def _scan(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
         stacked[:] = outputs[carries:]
         return outputs[:carries]
 
-    start = [v._replace(total=None) for v in operands[consts : consts + carries]]
+    start = [v._replace(total=None, repeats=()) for v in operands[consts : consts + carries]]
     carry = _loop(tracer, start, step.name, body)
     length = fixed(step.params["length"])
     outs = [
@@ -324,7 +336,7 @@ def _while(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
         _inner(tracer, condition, [*operands[:first], *carry])
         return _inner(tracer, body, [*consts, *carry])
 
-    return _loop(tracer, [v._replace(total=None) for v in start], step.name, both)
+    return _loop(tracer, [v._replace(total=None, repeats=()) for v in start], step.name, both)
 
 
 @rule("cond")

@@ -22,6 +22,7 @@ class Step(NamedTuple):
       inputs: the numbers of its operands.
       outputs: the numbers of its results.
       bodies: the programs within a loop or a choice.
+      source: the tracebacks of the code that the operation comes from, of the calls around it first.
     """
 
     name: str
@@ -30,11 +31,12 @@ class Step(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bodies: tuple["Program", ...] = ()
+    source: tuple[Any, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
-    """A list of steps, and which values go in and come out.
+    """A list of steps, and which values go in and come out. Steps that nothing depends on are left out.
 
     Attributes:
       inputs: the numbers of the inputs.
@@ -58,6 +60,8 @@ def flatten(jaxpr: Any) -> Program:
 
 def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
     program = Program(avals=avals, constants=constants)
+    needed: set[int] = set()
+    effects: set[int] = set()
 
     def new(aval: Any) -> int:
         avals.append(aval)
@@ -68,7 +72,7 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
         constants[number] = value
         return number
 
-    def run(jaxpr: Any, consts: Any, inputs: list[int]) -> list[int]:
+    def run(jaxpr: Any, consts: Any, inputs: list[int], source: tuple[Any, ...] = ()) -> list[int]:
         values = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             values[var] = value if isinstance(value, int) else constant(value[0], var.aval)
@@ -80,9 +84,9 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
 
         for eqn in jaxpr.eqns:
             name, operands = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-            body = _jaxpr.body_of(eqn)
+            body, here = _jaxpr.body_of(eqn), (*source, eqn.source_info.traceback)
             if body and not _is_relu(eqn):
-                outputs = run(body[0], [(c,) for c in body[1]], operands)
+                outputs = run(body[0], [(c,) for c in body[1]], operands, here)
             else:
                 outputs = [new(var.aval) for var in eqn.outvars]
                 bodies: tuple[Program, ...] = ()
@@ -91,13 +95,23 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
                     bodies = tuple(_read(each, avals, constants) for each in inner)
                 name = "relu" if _is_relu(eqn) else name
-                step = Step(name, eqn.primitive, eqn.params, tuple(operands), tuple(outputs), bodies)
-                program.steps.append(step)
+                if eqn.effects:
+                    effects.add(len(program.steps))
+                program.steps.append(
+                    Step(name, eqn.primitive, eqn.params, tuple(operands), tuple(outputs), bodies, here)
+                )
             values.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     program.inputs = [new(var.aval) for var in closed.jaxpr.invars]
     program.outputs = run(closed.jaxpr, [(c,) for c in closed.consts], program.inputs)
+    needed.update(program.outputs)
+    steps = []
+    for i, step in reversed([*enumerate(program.steps)]):
+        if i in effects or not needed.isdisjoint(step.outputs):
+            steps.append(step)
+            needed.update(step.inputs)
+    program.steps = steps[::-1]
     return program
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill_jax.compress.units._trace.layout_rules import segments
 from distill_jax.compress.units._trace.program import Program, Step
-from distill_jax.compress.units._trace.rules import REDUCTIONS
+from distill_jax.compress.units._trace.rules import REDUCTIONS, Value
 from distill_jax.compress.units.graph import Slice, UnitGraph
 
 
@@ -114,18 +114,18 @@ class _Reader:
         for i, name in enumerate(self.names):
             self.group_of[traced.units[name]] = i
             self.member[traced.units[name]] = np.arange(self.sizes[i])
-        self.known: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self.known: dict[int, dict[str, np.ndarray]] = {}
         self.views: dict[int, View] = {}
         self.outgoing: dict[str, set[tuple[str, int]]] = {}
         self.incoming: dict[str, set[tuple[str, int]]] = {}
         self.uses: dict[str, list[tuple[int, int, np.ndarray]]] = {}
         self.reasons: dict[str, str] = {}
 
-    def on(self, number: int, axis: int) -> dict[str, np.ndarray]:
+    def on(self, value: Value, axis: int) -> dict[str, np.ndarray]:
         """Finds the groups that have units on an axis of a value, and the unit of each position."""
-        if (number, axis) not in self.known:
-            value = self.tracer.read(number, self.program)
-            nodes = self.tracer.labels.resolve(value.units[axis])
+        key = id(value.units[axis])
+        if key not in self.known:
+            nodes = self.tracer.meaning(value.units[axis])
             groups, members = self.group_of[nodes], self.member[nodes]
             found = {}
             for i in np.unique(groups[groups >= 0]).tolist():
@@ -133,8 +133,8 @@ class _Reader:
                 if (here.sum(0) > 1).any():
                     self.refuse(self.names[i], "one position has two of its units")
                 found[self.names[i]] = np.where(here, members, -1).max(0)
-            self.known[number, axis] = found
-        return self.known[number, axis]
+            self.known[key] = found
+        return self.known[key]
 
     def refuse(self, name: str, reason: str) -> None:
         self.reasons.setdefault(name, reason)
@@ -168,28 +168,28 @@ class _Reader:
                 if number in self.views:
                     path, axes = fixed[number] = self.views[number]
                     self.views[inner] = path, axes[1:]
-        for number in step.inputs:
+        for i, number in enumerate(step.inputs):
             if number in self.views and number not in fixed:
                 for a in range(len(self.views[number][1])):
-                    self.enters(number, a, set())
+                    self.enters(step, i, a, set())
         for inner_program in step.bodies:
             self.walk(inner_program)
 
     def visit(self, step: Step) -> None:
         contracted: dict[tuple[int, int], set[str]] = {}
         for pair in _contractions(step):
-            (i, a), (j, b) = pair
-            summed = set(self.on(step.inputs[j], b))
+            summed = set(self.on(self.operand(step, pair[1][0]), pair[1][1]))
             for name in summed:
-                self.contract(name, [(step.inputs[i], a), (step.inputs[j], b)], step.name)
+                self.contract(name, step, pair)
             for side in pair:
                 contracted[side] = summed
         over: Sequence[int] = step.params["axes"] if step.name in REDUCTIONS.split() else ()
         if step.name in ALONG:
             over = [step.params.get(ALONG[step.name], -1)]
-        for number in step.inputs if over else ():
+        for i in range(len(step.inputs)) if over else ():
+            operand = self.operand(step, i)
             for a in over:
-                for name in self.on(number, a % len(self.tracer.avals[number].shape)):
+                for name in self.on(operand, a % len(operand.shape)):
                     self.refuse(name, f"{step.name} over it")
         number = step.inputs[0] if step.inputs else -1
         axes = self.same(step) if number in self.views else None
@@ -199,7 +199,7 @@ class _Reader:
             return
         for i, number in enumerate(step.inputs):
             for a in range(len(self.views[number][1]) if number in self.views else 0):
-                self.enters(number, a, contracted.get((i, a), set()))
+                self.enters(step, i, a, contracted.get((i, a), set()))
 
     def same(self, step: Step) -> tuple[frozenset[int], ...] | None:
         """Returns the leaf's axes in each axis of a result that holds the leaf's numbers as they are."""
@@ -231,20 +231,24 @@ class _Reader:
         path, axes = self.views[number]
         return {(path, a) for a in axes[axis]} & self.places[name]
 
-    def contract(self, name: str, sides: list[tuple[int, int]], step: str) -> None:
-        leaves = [self.leaf_axes(name, *side) for side in sides]
+    def operand(self, step: Step, place: int) -> Value:
+        return self.tracer.operand(step, place, self.program)
+
+    def contract(self, name: str, step: Step, sides: Sequence[tuple[int, int]]) -> None:
+        leaves = [self.leaf_axes(name, step.inputs[i], a) for i, a in sides]
         if all(leaves) or not any(leaves):
-            self.refuse(name, f"{step} of {'two parameters' if all(leaves) else 'two values'}")
+            self.refuse(name, f"{step.name} of {'two parameters' if all(leaves) else 'two values'}")
         else:
             self.outgoing.setdefault(name, set()).update(*leaves)
-        for side, leaf in zip(sides, leaves, strict=True):
+        for (i, a), leaf in zip(sides, leaves, strict=True):
             if not leaf:
-                self.uses.setdefault(name, []).append((*side, self.on(*side)[name]))
+                index = self.on(self.operand(step, i), a)[name]
+                self.uses.setdefault(name, []).append((step.inputs[i], a, index))
 
-    def enters(self, number: int, axis: int, but: set[str]) -> None:
+    def enters(self, step: Step, place: int, axis: int, but: set[str]) -> None:
         """Notes that a parameter's axis becomes units of a value, in all groups except ``but``."""
-        for name in self.on(number, axis).keys() - but:
-            self.incoming.setdefault(name, set()).update(self.leaf_axes(name, number, axis))
+        for name in self.on(self.operand(step, place), axis).keys() - but:
+            self.incoming.setdefault(name, set()).update(self.leaf_axes(name, step.inputs[place], axis))
 
     def asymmetric(self) -> Iterator[tuple[str, str]]:
         """Yields the groups whose units the program may treat differently from each other.
@@ -252,9 +256,9 @@ class _Reader:
         It treats them alike if all units lie wherever some do, one after another at equal distances, and
         if each piece cut out of an axis holds the same places of all units.
         """
-        for number, value in self.tracer.values.items():
+        for value in self.tracer.values.values():
             for a in range(len(value.shape)):
-                for name, index in self.on(number, a).items():
+                for name, index in self.on(value, a).items():
                     places = positions(index, self.sizes[self.names.index(name)])
                     steps = np.diff(places, axis=0) if places is not None else np.array([[-1]])
                     if (steps != steps[:1]).any() or (steps < 1).any():
@@ -262,9 +266,10 @@ class _Reader:
         for step in _steps(self.program):
             if step.name not in ("slice", "split"):
                 continue
-            shape = self.tracer.avals[step.inputs[0]].shape
+            operand = self.operand(step, 0)
+            shape = operand.shape
             for a in range(len(shape)):
-                for name, index in self.on(step.inputs[0], a).items():
+                for name, index in self.on(operand, a).items():
                     places = positions(index, self.sizes[self.names.index(name)])
                     for cut in _cuts(step, a):
                         inside = np.zeros(shape[a], bool)

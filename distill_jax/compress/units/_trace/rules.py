@@ -26,12 +26,15 @@ class Value(NamedTuple):
       nil: whether the whole value is 0.
       total: for a sum over units, perhaps reshaped: the number of its terms, and their labels. (If it is
         later divided by that number, it is a mean, and the number counts the units.)
+      repeats: for each axis, whether the value repeats along it, so that each step that uses the value can
+        have it in a size of its own (:meth:`Tracer.operand`). Such an axis has no labels here.
     """
 
     units: tuple[np.ndarray, ...]
     zero: tuple[np.ndarray, ...]
     nil: bool = False
     total: tuple[int, tuple[np.ndarray, ...]] | None = None
+    repeats: tuple[bool, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,16 +49,23 @@ class Value(NamedTuple):
 Axis = tuple[np.ndarray, np.ndarray]
 
 
-def value(axes: Iterable[Axis], *, nil: bool = False, total: Any = None) -> Value:
+def value(
+    axes: Iterable[Axis], *, nil: bool = False, total: Any = None, repeats: Iterable[bool] = ()
+) -> Value:
     """Makes a value from its axes. Positions without a unit count as zero, because none can be silenced.
 
     Args:
       axes: the labels and zeros of each axis.
       nil: whether the whole value is 0.
       total: see :class:`Value`.
+      repeats: see :class:`Value`.
     """
     pairs = [(units, zero | nil | (units < 0).all(0)) for units, zero in axes]
-    return Value(tuple(u for u, _ in pairs), tuple(z for _, z in pairs), nil, total)
+    again = tuple(repeats)
+    for a, repeat in enumerate(again):
+        if repeat:
+            pairs[a] = fixed(pairs[a][0].shape[1])
+    return Value(tuple(u for u, _ in pairs), tuple(z for _, z in pairs), nil, total, again)
 
 
 def fixed(size: int) -> Axis:
@@ -78,6 +88,9 @@ class Tracer:
         self.notes: list[str] = []
         # Steps that divide a sum over units by their number: the results' numbers → labels summed
         self.means: dict[int, tuple[np.ndarray, ...]] = {}
+        # What repeats along an axis has labels for each use: (result of the step, place) → labels
+        self.uses: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+        self.meanings: dict[int, np.ndarray] = {}
         self.constants: dict[int, Any] = {}
         self.avals: list[Any] = []
 
@@ -85,7 +98,7 @@ class Tracer:
         """Finds the labels of every value of the program; its inputs have theirs already."""
         self.constants, self.avals = program.constants, program.avals
         for step in program.steps:
-            operands = [self.read(number, program) for number in step.inputs]
+            operands = [self.operand(step, i, program) for i in range(len(step.inputs))]
             rule = self.rules.get(step.name)
             results = None if rule is None else rule(self, step, operands)
             if results is None:
@@ -99,23 +112,50 @@ class Tracer:
     def read(self, number: int, program: Program) -> Value:
         """Returns the labels of a value. Constants have labels along axes along which they are constant."""
         if number not in self.values:
-            self.values[number] = self.constant(program.constants[number])
+            if number in program.constants:
+                self.values[number] = self.constant(program.constants[number])
+            else:  # in a loop that has no rule: nothing in it changes
+                self.values[number] = value(map(fixed, program.avals[number].shape))
         return self.values[number]
 
+    def operand(self, step: Step, place: int, program: Program) -> Value:
+        """Returns the labels of an operand, with labels of its own along axes along which it repeats."""
+        key = step.outputs[0] if step.outputs else -1, place
+        return self._used(self.read(step.inputs[place], program), key)
+
+    def result(self, program: Program, place: int) -> Value:
+        """Returns the labels of an output of a program, as :meth:`operand` does for a step."""
+        found = self._used(self.read(program.outputs[place], program), (-2 - id(program), place))
+        return found._replace(repeats=())
+
+    def _used(self, found: Value, key: tuple[int, int]) -> Value:
+        if not any(found.repeats):
+            return found
+        if key not in self.uses:
+            self.uses[key] = tuple(
+                self.labels.fresh(units.shape[1]) if repeat else units
+                for units, repeat in zip(found.units, found.repeats, strict=True)
+            )
+        zero = tuple(
+            np.full(z.shape, found.nil) if r else z for z, r in zip(found.zero, found.repeats, strict=True)
+        )
+        return found._replace(units=self.uses[key], zero=zero)
+
     def constant(self, array: Any) -> Value:
-        """Labels a constant: along an axis along which it does not vary it can have any size."""
+        """Labels a constant: it repeats along an axis along which it does not vary."""
         if jax.dtypes.issubdtype(jax.numpy.asarray(array).dtype, jax.dtypes.extended):
             return value(fixed(n) for n in np.shape(array))
         array = np.asarray(array)
         nil = bool((array == 0).all())
         same = [n > 1 and (array == array.take([0], a)).all() for a, n in enumerate(array.shape)]
-        return value(
-            (
-                (self.labels.fresh(n), np.zeros(n, bool)) if any_size else fixed(n)
-                for n, any_size in zip(array.shape, same, strict=True)
-            ),
-            nil=nil,
-        )
+        return value((fixed(n) for n in array.shape), nil=nil, repeats=same)
+
+    def meaning(self, units: np.ndarray) -> np.ndarray:
+        """Resolves the labels of an axis, once all is known, and remembers what they mean."""
+        key = id(units)
+        if key not in self.meanings:
+            self.meanings[key] = self.labels.resolve(units)
+        return self.meanings[key]
 
     def number(self, number: int) -> float | None:
         """Returns the value of a constant scalar, and None for any other value."""
@@ -159,7 +199,7 @@ class Tracer:
         self.labels.mark(a[0][:, ~silent], reason)
 
     def fresh(self, size: int) -> Axis:
-        """Makes an axis along which a value repeats, and which may therefore have any size."""
+        """Makes an axis of new units."""
         if size == 1:
             return fixed(1)
         return self.labels.fresh(size), np.zeros(size, bool)
@@ -185,12 +225,12 @@ def rule(*names: str, training: bool = False) -> Callable[[R], R]:
 ZERO_IF_ALL = (
     "add add_any sub neg abs sign floor ceil round real imag conj sin tan tanh sinh asin atan "
     "asinh atanh erf expm1 log1p sqrt cbrt square max min or xor relu copy stop_gradient "
-    "convert_element_type reduce_precision name nextafter atan2 bessel_i1e"
+    "convert_element_type reduce_precision name nextafter bessel_i1e"
 )
 ZERO_IF_ANY = "mul and"
 ZERO_NEVER = (
     "exp exp2 cos cosh acos acosh logistic erfc erf_inv eq ne lt le gt ge not is_finite "
-    "shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
+    "atan2 shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
 )
 # Operations that are not finite where an operand (the last) is 0: a silenced unit then spoils sums
 POLE = "log rsqrt lgamma digamma"
@@ -211,7 +251,11 @@ def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -
         zeros = [o.zero[a] if o.shape and o.shape[a] == n else np.full(n, o.nil) for o in operands]
         axes.append((units, zero(zeros)))
     nil = bool(zero([np.array([o.nil]) for o in operands])[0])
-    return [value(axes, nil=nil)]
+    repeats = [
+        n > 1 and all(o.repeats[a : a + 1] == (True,) for o in operands if o.shape and o.shape[a] == n)
+        for a, n in enumerate(shape)
+    ]
+    return [value(axes, nil=nil, repeats=repeats)]
 
 
 def _all(zeros: list[np.ndarray]) -> np.ndarray:

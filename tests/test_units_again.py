@@ -1,0 +1,175 @@
+"""A group is exact only if the network's own code, run with smaller arrays, computes what the silenced one does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faults import widths
+from test_units_architectures import numbers, shapes
+
+from distill_jax.compress import units
+from distill_jax.models import from_function
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def traced(fn, x=(2, 6, 3), **params):
+    model = from_function(fn, shapes(**params))
+    return model, units.trace(model, numbers(np.zeros(x)))
+
+
+@pytest.mark.parametrize("start", range(70, 100, 10))
+def test_random_programs_that_read_widths(start):
+    """``python tests/faults/widths.py`` tries thousands."""
+    exact = 0
+    for i in range(start, start + 10):
+        rng = np.random.default_rng(i)
+        fn, params, x, names = widths.program(rng)
+        wrong, graph, _ = widths.check(fn, params, x, rng, sets=2)
+        assert not wrong, (i, names)
+        exact += sum(group.exact for group in graph.groups.values() if group.free)
+    assert exact > 4
+
+
+def either(h, a, b):
+    return a if h.shape[-1] > 5 else b
+
+
+def order(h, x):
+    a, b = jnp.sin(h), jnp.cos(h)
+    return either(h, a - b, b - a)
+
+
+def window(h, *, stride=1, dilation=1, size=2):
+    padding = ((0, 0), (0, dilation * (size - 1)), (0, 0))
+    return jax.lax.reduce_window(
+        h, 0.0, jax.lax.add, (1, size, 1), (1, stride, 1), padding, window_dilation=(1, dilation, 1)
+    )
+
+
+def convolved(h, x, **options):
+    """The inputs, which have no units, convolved in a way that the units' number chooses."""
+    kernel = np.arange(9.0).reshape(3, 3, 1)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, padding=[(4, 4)], dimension_numbers=("NWC", "WIO", "NWC"),
+        window_strides=(options.get("stride", 1),), rhs_dilation=(options.get("dilation", 1),),
+        lhs_dilation=(options.get("spread", 1),),
+    )  # fmt: skip
+    return h * y[:, :6]
+
+
+# What code can take from a width of 8, and which comparison notices it
+CASES = {
+    "number": (lambda h, x: h / h.shape[-1], "computes a number"),
+    "number in an array": (lambda h, x: h * np.full(h.shape[-1], h.shape[-1] ** 0.5), "computes a number"),
+    "number for a value": (lambda h, x: h * either(h, x[:, :, :1], 2.0), "other operations|number"),
+    "counted": (lambda h, x: h * jnp.ones(h.shape[-1]).sum(), "other shapes"),
+    "operation": (lambda h, x: either(h, jnp.sin(h), jnp.tanh(h)), "other operations"),
+    "order": (order, "another order"),
+    "option": (lambda h, x: jnp.sin(h) ** (h.shape[-1] % 3 + 2), "another y in integer_pow"),
+    "bound": (lambda h, x: h * x[:, h.shape[-1] % 5, None, :1], "another cut in slice"),
+    "stride": (lambda h, x: h * x[:, :: 1 + h.shape[-1] % 2, :1].sum(1, keepdims=True), "in slice"),
+    "halves": (lambda h, x: jnp.concatenate([jnp.sin(h[..., : h.shape[-1] // 2]), h[..., h.shape[-1] // 2 :]], -1),
+               "other shapes in slice|other operations"),
+    "every other": (lambda h, x: jnp.concatenate([jnp.sin(h[..., ::2]), h[..., 1::2]], -1), "slice"),
+    "window": (lambda h, x: window(h, size=2 + h.shape[-1] % 2)[:, :6], "in reduce_window_sum"),
+    "window's stride": (lambda h, x: h + window(h, stride=1 + h.shape[-1] % 2)[:, :1], "reduce_window_sum"),
+    "padding": (lambda h, x: h + jnp.pad(x[..., :1], ((0, 0), (h.shape[-1] % 5, 9), (0, 0)))[:, :6], "pad"),
+    "reshape": (lambda h, x: jnp.tanh(h.reshape(2, 6, 4, -1).cumsum(3)).reshape(h.shape), "reshape|does not run"),
+    "length": (lambda h, x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), h, None, h.shape[-1] // 2)[0], "length"),
+    "in a loop": (lambda h, x: jax.lax.fori_loop(0, 3, lambda i, c: c / c.shape[-1], h), "number"),
+    "in a choice": (lambda h, x: jax.lax.cond(x[0, 0, 0] > 0, lambda c: c / c.shape[-1], jnp.sin, h), "number"),
+    "convolution's stride": (lambda h, x: convolved(h, x, stride=1 + h.shape[-1] % 2 // 2), None),
+    "convolution's dilation": (lambda h, x: convolved(h, x, dilation=1 + h.shape[-1] % 2), "conv_general"),
+    "convolution's spread": (lambda h, x: convolved(h, x, spread=1 + h.shape[-1] % 2), "conv_general"),
+    "program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * h.shape[-1], (1,))[:, None, :1],
+                "in reduce"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_code_takes_from_a_width_is_noticed(name):
+    function, reason = CASES[name]
+    _, graph = traced(lambda p, x: function(x @ p["a"], x) @ p["b"], a=(3, 8), b=(8, 2))
+    groups = [group for group in graph.groups.values() if group.free]
+    assert groups
+    assert all(group.exact_shrunk for group in groups)
+    if reason is None:
+        assert all(group.exact and group.removable == "exactly" for group in groups)
+    else:
+        reasons = [group.reason for group in groups if not group.exact]
+        assert reasons
+        assert all(re.search(reason, found) for found in reasons), reasons
+        assert "exactly by shrink" in str(graph)
+
+
+def by_width(p, x):
+    h = jnp.tanh(x @ p["a"])
+    return h @ p["b"] / h.shape[-1] if h.shape[-1] % 2 else h @ p["b"]
+
+
+def test_verify_runs_both_networks():
+    model, graph = traced(by_width, a=(3, 9), b=(9, 2))
+    x, other = numbers(np.zeros((4, 6, 3)), 1), numbers(np.zeros((1, 1, 3)), 2)
+    assert graph.groups["a"].removable == "exactly by shrink"
+    for count, least in ((8, 1e-2), (5, 0.0)):
+        kept = {"a": range(count)}
+        assert units.verify(graph, model, kept, x, other, by=units.shrink) < 1e-12
+        assert units.verify(graph, model, kept, x, other) > least
+    plain = model.replace(apply_fn=from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {}).apply_fn)
+    graph = units.trace(plain, x)
+    assert units.verify(graph, plain, {"a": [0, 4]}, x) < 1e-12
+    # The largest of all batches
+    assert units.verify(graph, plain, {"a": [0, 4]}, x, by=lambda *given: plain) > 1e-2
+
+
+def test_verify_says_what_it_cannot_compare():
+    model, graph = traced(by_width, a=(3, 9), b=(9, 2))
+    x = numbers(np.zeros((2, 6, 3)))
+    with pytest.raises(ValueError, match="at least one batch"):
+        units.verify(graph, model, {})
+    with pytest.raises(ValueError, match="not finite"):
+        units.verify(graph, model, {"a": [0]}, x * np.nan, by=units.shrink)
+
+    def written(p, x):
+        return (x @ p["a"]).reshape(2, 6, 3, 3).sum(2) @ p["b"]
+
+    model, graph = traced(written, a=(3, 9), b=(3, 2))
+    with pytest.raises(ValueError, match=r"does not run .* by=units\.shrink"):
+        units.verify(graph, model, {"a": [0, 1]}, x)
+
+    def shaped(p, x):
+        return (x @ p["a"] @ p["b"])[:, : p["a"].shape[1]]
+
+    model, graph = traced(shaped, a=(3, 5), b=(5, 2))
+    with pytest.raises(ValueError, match=r"outputs of shapes \[\(2, 3, 2\)\]"):
+        units.verify(graph, model, {"a": [0, 1, 2]}, x)
+
+
+def test_code_that_checks_shapes_is_asked_once_for_each_part_of_it():
+    """However often a block is repeated, the number of traces is the same."""
+
+    def fn(p, x):
+        calls.append(1)
+        for a, b in p["blocks"]:
+            if a.shape != (3, 7):
+                raise ValueError("a has another shape")
+            x = x + jnp.tanh(x @ a) @ b
+        return x @ p["last"]
+
+    counts = []
+    for depth in (2, 9):
+        calls: list[int] = []
+        params = {"blocks": [(np.ones((3, 7)), np.ones((7, 3)))] * depth, "last": np.ones((3, 2))}
+        graph = units.trace(from_function(fn, params), np.ones((2, 3)))
+        counts.append(len(calls))
+        exact = [group for group in graph.groups.values() if group.free and group.exact]
+        assert len(exact) == depth
+        assert {group.removable for group in exact} == {"exactly by shrink"}
+    assert counts[0] == counts[1] < 8
