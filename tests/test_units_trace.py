@@ -81,10 +81,80 @@ def test_what_still_counts_when_silenced_is_not_exact():
     assert "reduce_sum" in reason(lambda h, p: h * jnp.exp(h).sum(-1, keepdims=True))
     assert "dot_general" in reason(lambda h, p: h * (jnp.cos(h) @ jnp.exp(h).T).sum())
     assert "cumsum" in reason(lambda h, p: jnp.cumsum(jnp.exp(h), -1))
-    assert "0" in reason(lambda h, p: h / p["s"], s=(5,))
+    assert "div by 0" in reason(lambda h, p: h * (h / p["s"]).sum(-1, keepdims=True), s=(5,))
     assert reason(lambda h, p: h / (p["s"] ** 2 + 1), s=(5,)) == ""
     assert reason(lambda h, p: h * (h**2).sum(-1, keepdims=True) ** -0.5) == ""
+    # Of two zeros the angle may be π
+    assert "reduce_sum" in reason(lambda h, p: h * jnp.arctan2(h, -h).sum(-1, keepdims=True))
     assert reason(lambda h, p: jnp.minimum(jax.nn.relu(h), 6) * (h @ h.T).sum()) == ""
+
+
+NORMS = {
+    "weights": lambda p, x: jnp.tanh(x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0))) @ p["b"],
+    "values": lambda p, x: (x @ p["a"] / jnp.sqrt(((x @ p["a"]) ** 2).sum(0))) @ p["b"],
+    "logarithm": lambda p, x: jnp.log(jnp.abs(x @ p["a"])) @ p["b"],
+    "heads": lambda p, x: jnp.einsum("bhd,hdo->bo", *(
+        lambda h: (h / jnp.linalg.norm(h, axis=-1, keepdims=True), p["c"]))(jnp.einsum("bi,ihd->bhd", x, p["q"]))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_leaves_a_unit_is_silenced_where_zeros_would_be_divided_by(norm):
+    params = shapes(a=(3, 4), b=(4, 2), q=(3, 4, 5), c=(4, 5, 2))
+    name = "q" if norm == "heads" else "a"
+    with jax.enable_x64(True):
+        model, x = from_function(NORMS[norm], params), numbers(np.zeros((6, 3)))
+        graph = units.trace(model, x)
+        assert (graph.groups[name].size, graph.groups[name].removable) == (4, "exactly")
+        kept = {name: [0, 2]}
+        assert units.verify(graph, model, kept, x) < 1e-12
+        assert units.verify(graph, model, kept, x, by=units.shrink) < 1e-12
+
+
+def test_all_is_silenced_where_values_of_units_meet_each_other():
+    def fn(p, x):
+        h = x @ p["a"]
+        h = h / jnp.sqrt((h**2).sum(0))
+        return (h @ h.T) @ h @ p["b"]
+
+    _, graph = traced(fn, x=(6, 3), a=(3, 4), b=(4, 2))
+    assert (graph.groups["a"].removable, graph.groups["a"].silent) == ("inexactly", ())
+    assert graph.groups["a"].reason == "div by 0"
+
+
+def test_what_no_result_depends_on_is_not_free():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"]) + p["positions"][: x.shape[0]]
+        return h @ p["b"] + (x @ p["wide"])[:, :2]
+
+    _, graph = traced(fn, a=(3, 4), b=(4, 2), positions=(7, 4), wide=(3, 5), aside=(3, 3))
+    assert sizes(graph) == {"a": 4}
+    unused = [g for g in graph.groups.values() if g.reason == "not used on these inputs"]
+    assert {(g.slices[0].path, g.slices[0].axis, g.size) for g in unused} == {
+        ("wide", 1, 3),
+        ("aside", 0, 3),
+        ("aside", 1, 3),
+    }
+
+
+def test_what_repeats_ties_nothing_together():
+    """One mask of ones for the heads of all layers, as Hugging Face's Flax models have it."""
+
+    def fn(p, x):
+        mask = jnp.ones((2, 4)).astype(x.dtype)
+        for i, (q, o) in enumerate(p["layers"]):
+            heads = jnp.einsum("bi,ihd->bhd", x, q)
+            x = x + jnp.einsum("bhd,hdi->bi", jnp.tanh(heads) * mask[i][:, None], o)
+        return x @ p["last"]
+
+    layer = (np.zeros((3, 4, 2)), np.zeros((4, 2, 3)))
+    with jax.enable_x64(True):
+        model = from_function(fn, numbers({"layers": [layer, layer], "last": np.zeros((3, 2))}))
+        x = numbers(np.zeros((2, 3)))
+        graph = units.trace(model, x)
+        assert sizes(graph) == {"layers.0.0": 4, "layers.0.0#1": 2, "layers.1.0": 4, "layers.1.0#1": 2}
+        kept = {"layers.0.0": [0, 2, 3], "layers.1.0": [1], "layers.1.0#1": [0]}
+        assert units.verify(graph, model, kept, x, by=units.shrink) < 1e-12
 
 
 def test_what_depends_on_the_place_is_frozen():
@@ -484,7 +554,9 @@ def test_whatever_has_the_structure_of_the_parameters_or_the_state_follows():
     assert both["state"]["norm"]["mean"].shape == (2,)
     assert both["more"][0].shape == (4,)
     ones = units.silence(graph, jax.tree.map(np.ones_like, model.params), kept)
-    np.testing.assert_array_equal(ones["norm"]["scale"], [0, 1, 1, 0])
+    # The network divides by the state, so what uses the units is silenced
+    np.testing.assert_array_equal(ones["last"], [[0, 0], [1, 1], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(ones["norm"]["scale"], np.ones(4))
     rates = {"conv": 0.1, "last": 0.2, "norm": {"scale": np.float32(0.3)}}  # a number for each array
     assert units.keep(graph, {"rates": rates}, kept) == {"rates": rates}
     lanes = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), model)

@@ -47,6 +47,9 @@ class Group(NamedTuple):
         Only this is true of a group if the network's own code, which reads widths from its arrays, would
         compute something else with smaller ones: then use ``shrink``.
       runs: whether the network's own code was seen to run with fewer of these units.
+      silent: the slices that :func:`~distill_jax.compress.units.silence` sets to zero; empty for all. They are
+        only those by which the units' values are multiplied where the network divides by something that is
+        zero for a unit of zeros, such as its norm.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Group(NamedTuple):
     reason: str
     exact_shrunk: bool = False
     runs: bool = False
+    silent: tuple[Slice, ...] = ()
 
     @property
     def removable(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from distill_jax._checks import check_mapping
 from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
-from distill_jax.compress.units.graph import UnitGraph, check_graph
+from distill_jax.compress.units.graph import Slice, UnitGraph, check_graph
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
 
@@ -56,6 +56,9 @@ def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
 def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     """Sets all units except the kept ones to zero, and leaves all shapes as they are.
 
+    If the network divides by something that is zero for a unit of zeros, such as the norm of its weights, only
+    the slices by which the unit's value is multiplied are set to zero (``group.silent``), where these are known.
+
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       tree: the model, or a pytree as :func:`keep` takes it.
@@ -76,7 +79,10 @@ def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     >>> units.silence(graph, model, {"a": [0, 3]}).params["b"][:, 0]
     Array([1., 0., 0., 1.], dtype=float32)
     """
-    masks = position_masks(graph, kept)
+    masks = _masks({
+        name: (stays, graph.groups[name].silent or graph.groups[name].slices)
+        for name, stays in unit_masks(graph, kept).items()
+    })  # fmt: skip
 
     def edit(leaf: Any, name: str) -> Any:
         for axis, mask in masks.get(name, {}).items():
@@ -98,9 +104,13 @@ def position_masks(graph: UnitGraph, kept: Kept) -> dict[str, dict[int, np.ndarr
     Returns:
       name of an array → axis → bool ``[positions]``, only for axes of which some positions go.
     """
+    return _masks({n: (stays, graph.groups[n].slices) for n, stays in unit_masks(graph, kept).items()})
+
+
+def _masks(given: Mapping[str, tuple[np.ndarray, Sequence[Slice]]]) -> dict[str, dict[int, np.ndarray]]:
     masks: dict[str, dict[int, np.ndarray]] = {}
-    for name, stays in unit_masks(graph, kept).items():
-        for path, axis, index in graph.groups[name].slices:
+    for stays, slices in given.values():
+        for path, axis, index in slices:
             axes = masks.setdefault(path, {})
             # Position −1 reads the last element, which np.where then ignores
             mask = np.where(index < 0, True, stays[index])

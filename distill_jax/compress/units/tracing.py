@@ -11,7 +11,8 @@ from distill_jax._model import Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
 from distill_jax.compress.units._trace.again import REFUSED, SAME, reruns
 from distill_jax.compress.units._trace.program import Program, flatten
-from distill_jax.compress.units._trace.rules import Tracer, fixed, value
+from distill_jax.compress.units._trace.roles import roles
+from distill_jax.compress.units._trace.rules import POLES, Tracer, fixed, value
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
 Key = tuple[Any, ...]
@@ -96,12 +97,27 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
             "model: it was loaded from a file, and its program is closed, so no unit can be removed: trace and "
             "prune the model before models.save"
         )
+    graph = _silenced_behind(graph)
     groups = dict(graph.groups)
     for name, found in reruns(graph).items():
         if found == SAME:
             groups[name] = groups[name]._replace(runs=True)
         elif found != REFUSED:
             groups[name] = groups[name]._replace(exact=False, reason=found)
+    return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
+
+
+def _silenced_behind(graph: UnitGraph) -> UnitGraph:
+    """Makes groups exact whose zeros would be divided by, where the outgoing slices alone can be silenced."""
+    poles = [g.name for g in graph.groups.values() if g.free and g.reason.endswith(POLES)]
+    if not poles:
+        return graph
+    found, groups = roles(graph, alike=False), dict(graph.groups)
+    for name in poles:
+        if not found[name].reason:
+            groups[name] = groups[name]._replace(
+                exact=True, exact_shrunk=True, reason="", silent=found[name].outgoing
+            )
     return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
 
@@ -147,6 +163,7 @@ def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | N
     for output in outputs:
         for units in output.units:
             tracer.labels.freeze(units, "a result of the network")
+    _freeze_unused(tracer, program)
     groups, members = _groups(tracer, program, paths)
     shapes = {
         path: jax.ShapeDtypeStruct(program.avals[n].shape, program.avals[n].dtype)
@@ -155,6 +172,46 @@ def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | N
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
     traced = Traced(model, x, key, program, tracer, members, jax.tree.structure(results))
     return UnitGraph(groups, shapes, names, tuple(notes), traced)
+
+
+def _freeze_unused(tracer: Tracer, program: Program) -> None:
+    """Freezes the nodes of parameters on which no result depends, such as positions that are cut off.
+
+    Other inputs may use them, so they are not free. A node is used where an axis that has it is summed or
+    otherwise gone in the result; what becomes a result of the network is frozen already.
+    """
+    labels = tracer.labels
+    used = np.zeros(labels.count + 1, bool)
+    last_seen = np.full(labels.count + 1, -1)
+    known: dict[int, np.ndarray] = {}
+
+    def nodes(units: np.ndarray) -> np.ndarray:
+        if id(units) not in known:
+            known[id(units)] = np.unique(tracer.meaning(units))
+        return known[id(units)]
+
+    def visit(program: Program) -> None:
+        for step in program.steps:
+            for body in step.bodies:
+                visit(body)
+            if step.bodies or step.name in ("slice", "split"):
+                continue
+            now = step.outputs[0] if step.outputs else labels.count
+            results = [units for n in step.outputs for units in tracer.read(n, program).units if len(units)]
+            for units in results:
+                last_seen[nodes(units)] = now
+            passed = {id(units) for units in results}
+            for i in range(len(step.inputs)):
+                for units in tracer.operand(step, i, program).units:
+                    if len(units) and id(units) not in passed:
+                        found = nodes(units)
+                        used[found[last_seen[found] != now]] = True
+
+    visit(program)
+    for number in program.inputs:
+        for units in tracer.values[number].units:
+            found = nodes(units)
+            labels.freeze(found[(found >= 0) & ~used[found]], "not used on these inputs")
 
 
 def _groups(

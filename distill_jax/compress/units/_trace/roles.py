@@ -44,11 +44,12 @@ ALONG = {
 View = tuple[str, tuple[frozenset[int], ...]]  # a leaf's path, and its axes in each of the value's
 
 
-def roles(graph: UnitGraph) -> dict[str, Role]:
+def roles(graph: UnitGraph, *, alike: bool = True) -> dict[str, Role]:
     """Tells incoming from outgoing slices in every free group.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      alike: whether there is a reason against units that the program treats differently from each other.
 
     >>> import jax.numpy as jnp
     >>> from distill_jax import models
@@ -80,7 +81,7 @@ def roles(graph: UnitGraph) -> dict[str, Role]:
         if not reason and not (outgoing and incoming):
             reason = f"it has no {'incoming' if outgoing else 'outgoing'} slice"
         found[name] = Role(incoming, outgoing, tuple(reader.uses.get(name, ())), reason)
-    for name, reason in reader.asymmetric():
+    for name, reason in reader.asymmetric() if alike else ():
         found[name] = found[name]._replace(reason=found[name].reason or reason)
     return found
 

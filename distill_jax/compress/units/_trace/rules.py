@@ -234,6 +234,7 @@ ZERO_NEVER = (
 )
 # Operations that are not finite where an operand (the last) is 0: a silenced unit then spoils sums
 POLE = "log rsqrt lgamma digamma"
+POLES = ("of 0", "by 0")  # how the reasons end
 
 
 def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -> list[Value]:
