@@ -69,7 +69,7 @@ CONFIGS = {
         dataset="digits", seeds=2, clients=5, concentration=0.3, public=300, rounds=15, steps=20, batch_size=16,
         learning_rate=3e-3, hidden=(64, 32), mixed=("mlp:64,32", "mlp:48", "mlp:32,32,32"), central_epochs=40,
     )),
-    "mnist": ("MNIST; half an hour on two cores.", Config(dataset="mnist", validation=2000)),
+    "mnist": ("MNIST; a quarter of an hour on two free cores.", Config(dataset="mnist", validation=2000)),
 }  # fmt: skip
 COLUMNS: Mapping[str, results.Column] = {
     "accuracy %": results.score("accuracy", percent=True),
