@@ -46,6 +46,11 @@ def order(h, x):
     return either(h, a - b, b - a)
 
 
+def constant_or_value(h, x):
+    value = jnp.sin(x[:, :, :1])
+    return h * either(h, value, np.full((2, 6, 1), 2.0)) + value
+
+
 def window(h, *, stride=1, dilation=1, size=2):
     padding = ((0, 0), (0, dilation * (size - 1)), (0, 0))
     return jax.lax.reduce_window(
@@ -69,6 +74,7 @@ CASES = {
     "number": (lambda h, x: h / h.shape[-1], "computes a number"),
     "number in an array": (lambda h, x: h * np.full(h.shape[-1], h.shape[-1] ** 0.5), "computes a number"),
     "number for a value": (lambda h, x: h * either(h, x[:, :, :1], 2.0), "other operations|number"),
+    "constant for a value": (constant_or_value, "computes a number"),
     "counted": (lambda h, x: h * jnp.ones(h.shape[-1]).sum(), "other shapes"),
     "operation": (lambda h, x: either(h, jnp.sin(h), jnp.tanh(h)), "other operations"),
     "order": (order, "another order"),
@@ -88,6 +94,7 @@ CASES = {
     "convolution's stride": (lambda h, x: convolved(h, x, stride=1 + h.shape[-1] % 2 // 2), None),
     "convolution's dilation": (lambda h, x: convolved(h, x, dilation=1 + h.shape[-1] % 2), "conv_general"),
     "convolution's spread": (lambda h, x: convolved(h, x, spread=1 + h.shape[-1] % 2), "conv_general"),
+    "same program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * 3, (1,))[:, None, :1], None),
     "program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * h.shape[-1], (1,))[:, None, :1],
                 "in reduce"),
 }  # fmt: skip
@@ -107,6 +114,28 @@ def test_what_code_takes_from_a_width_is_noticed(name):
         assert reasons
         assert all(re.search(reason, found) for found in reasons), reasons
         assert "exactly by shrink" in str(graph)
+
+
+def test_what_takes_fewer_units_of_two_groups_at_once_is_noticed():
+    def fn(p, x):
+        gain = 2.0 if max(p["a"].shape[1], p["b"].shape[1]) < 8 else 1.0
+        x = jnp.tanh(x @ p["a"])
+        x = jnp.tanh(x @ p["b"])
+        return x @ p["c"] * gain
+
+    _, graph = traced(fn, a=(3, 8), b=(8, 8), c=(8, 2))
+    groups = [graph.groups[name] for name in "ab"]
+    assert [(group.free, group.exact, group.exact_shrunk) for group in groups] == [(True, False, True)] * 2
+
+
+def test_results_in_another_order_are_noticed():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"]) @ p["b"]
+        results = jnp.sin(h), jnp.cos(h)
+        return results if p["a"].shape[1] > 5 else results[::-1]
+
+    _, graph = traced(fn, a=(3, 8), b=(8, 2))
+    assert (graph.groups["a"].removable, "order" in graph.groups["a"].reason) == ("exactly by shrink", True)
 
 
 def by_width(p, x):

@@ -23,6 +23,7 @@ from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.removal import shapes_of
 
 SAME, REFUSED = "same", "refused"
+PROGRAMS = core.Jaxpr, core.ClosedJaxpr
 # Probes that are to run, of more that are tried: more in small programs, which are quickly traced
 LEAST, MOST, TRIES, STEPS = 8, 16, 4, 800
 CANNOT = "the network's own code does not run with fewer units"
@@ -304,6 +305,11 @@ def difference(small: Adapted, again: Program) -> str:
             for a, (cut, index) in enumerate(zip(cuts, taken(small, old), strict=True)):
                 if any_size[a : a + 1] != (True,) and not np.array_equal(np.arange(*cut), index):
                     return "cut"
+        if any(isinstance(option, PROGRAMS) for option in new.params.values()):
+            # The function that such a program was traced from is another object each time
+            apart |= {
+                n for n, option in new.params.items() if callable(option) and not isinstance(option, PROGRAMS)
+            }
         names = (expected.keys() | new.params.keys()) - apart
         return next((n for n in sorted(names) if not _same(expected.get(n), new.params.get(n))), "")
 
@@ -351,8 +357,8 @@ def _same(a: Any, b: Any) -> bool:
     """Compares an option of two operations."""
     if a is b:
         return True
-    if isinstance(a, (core.Jaxpr, core.ClosedJaxpr)):
-        return str(a) == str(b)
+    if isinstance(a, PROGRAMS):
+        return str(a) == str(b) and _same(*([*getattr(program, "consts", ())] for program in (a, b)))
     if isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, (np.ndarray, jax.Array)):
