@@ -6,15 +6,28 @@ from distill_jax.models.characters import Characters
 from distill_jax.models.convert import compose, from_linen, from_nnx, side_by_side
 from distill_jax.models.convnet import ConvNet
 from distill_jax.models.files import load, save
+from distill_jax.models.generation import generate
 from distill_jax.models.mlp import MLP
 from distill_jax.models.mobilenet import MobileNetV2
+from distill_jax.models.pretrained import load_pretrained, save_pretrained
 from distill_jax.models.resnet import ResNet
 from distill_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from distill_jax.models.transformer import (
+    RopeScaling,
+    TransformerConfig,
+    build_transformer,
+    extend,
+    head_kernel,
+    hidden_states,
+    init_cache,
+)  # fmt: skip
 from distill_jax.models.vgg import VGG
 from distill_jax.models.wrn import WideResNet
 
 __all__ = [
-    "MLP", "VGG", "ApplyFn", "Characters", "ConvNet", "MobileNetV2", "Model", "ResNet", "ShuffleNetV1", "ShuffleNetV2",
-    "WideResNet", "build", "compose", "feature_names", "from_function", "from_linen",
-    "from_nnx", "load", "nnx_module", "predict", "save", "side_by_side",
+    "MLP", "VGG", "ApplyFn", "Characters", "ConvNet", "MobileNetV2", "Model", "ResNet", "RopeScaling",
+    "ShuffleNetV1", "ShuffleNetV2", "TransformerConfig", "WideResNet", "build", "build_transformer", "compose",
+    "extend", "feature_names", "from_function", "from_linen", "from_nnx", "generate", "head_kernel",
+    "hidden_states", "init_cache", "load", "load_pretrained", "nnx_module", "predict", "save",
+    "save_pretrained", "side_by_side",
 ]  # fmt: skip
