@@ -415,10 +415,10 @@ def read_inputs(x: PyTree) -> tuple[Array, Array, Array | None]:
 
 
 def count_positions(segments: Array) -> Array:
-    """Counts from 0 in each run of equal segments, ``[batch, length]``."""
+    """Counts from 0 in each run of equal segments, ``[batch, length]``; 0 at padding."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return jnp.where(segments == 0, 0, index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1))
 
 
 def forward(

@@ -81,8 +81,9 @@ def main():
             state = {
                 name: torch.tensor(draw(name, tuple(value.shape))) for name, value in net.state_dict().items()
             }
+            if config.tie_word_embeddings:
+                state["lm_head.weight"] = next(iter(state.values()))  # the embedding
             net.load_state_dict(state)
-            net.tie_weights()
             expected = logits(net)
             tensors = {name: list(value.shape) for name, value in net.state_dict().items()}
             if config.tie_word_embeddings:
@@ -109,7 +110,7 @@ def main():
             net.to(torch.bfloat16).save_pretrained(path / "half")
             half = models.load_pretrained(path / "half")
             assert half.params["embedding"].dtype == "bfloat16"
-            compare(ours_of(half), logits(net), 0.25)
+            compare(ours_of(half), logits(net), 0.08 * np.abs(expected).max())  # both round
             models.save_pretrained(path / "half back", half)
             back = transformers.AutoModelForCausalLM.from_pretrained(path / "half back", dtype="auto")
             assert back.dtype == torch.bfloat16
@@ -125,7 +126,7 @@ def main():
             ours = models.generate(model, prompts, length=3, temperature=0)["tokens"]
             assert np.array_equal(theirs.numpy(), ours)
     text = json.dumps(golden)
-    golden = json.loads(text, parse_float=lambda number: float(f"{float(number):.7g}"))
+    golden = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
     lines = [f" {json.dumps(kind)}: {json.dumps(value)}" for kind, value in golden.items()]
     Path(__file__).with_name("transformers.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
