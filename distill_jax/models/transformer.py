@@ -310,14 +310,16 @@ class TransformerFn:
     config: TransformerConfig
     head: bool = True
 
-    def __call__(self, params: PyTree, state: PyTree, x: PyTree, *, key: Any = None) -> tuple[Array, PyTree]:
+    def __call__(
+        self, params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None
+    ) -> tuple[Array, PyTree]:
         """Computes logits, or hidden states without the head."""
         tokens, segments, positions = read_inputs(x)
         hidden, _ = forward(self.config, params, tokens, segments, positions)
         return (project(params, hidden) if self.head else hidden), state
 
 
-def transformer_fn(name: str, model: Any) -> TransformerFn:
+def transformer_fn(name: str, model: Model) -> TransformerFn:
     """Returns a transformer's function; raises ``ValueError`` unless the model is one."""
     check_model(name, model)
     if not isinstance(model.apply_fn, TransformerFn):
@@ -328,7 +330,7 @@ def transformer_fn(name: str, model: Any) -> TransformerFn:
     return model.apply_fn
 
 
-def check_dtype(name: str, dtype: Any) -> np.dtype:
+def check_dtype(name: str, dtype: DTypeLike | None) -> np.dtype:
     """Returns the dtype; raises ``ValueError`` unless it is one that parameters may have."""
     try:
         found = jnp.dtype(dtype)
