@@ -327,6 +327,23 @@ def test_wsld_where_someone_is_certain():
     assert np.isnan(losses.wsld(excluded, excluded, label))
 
 
+@pytest.mark.parametrize("logit", [-2.0, -1.0, 1.0, 2.0, 5.0])
+def test_dkd_where_only_the_label_exists(logit):
+    """The two terms, whatever the one logit is, since it has nothing to be compared with."""
+    inf, label, options = np.inf, np.array([0]), {"temperature": 1.0, "alpha": 1.0, "beta": 0.0}
+    dkd = jax.jit(jax.value_and_grad(lambda s, t: losses.dkd(s, t, label, **options)[0]))
+    student, certain = np.zeros((1, 3), np.float32), np.array([[logit, -inf, -inf]], np.float32)
+    value, gradient = dkd(student, certain)
+    np.testing.assert_allclose(value, np.log(3), rtol=1e-6)  # KL((1, 0)‖(1/3, 2/3))
+    np.testing.assert_allclose(gradient, [[-2 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+    assert dkd(certain, np.array([[1.0, -inf, -inf]], np.float32))[0] == 0
+    student = np.array([[logit, -inf, 1.0]], np.float32)
+    np.testing.assert_allclose(dkd(student, certain)[0], np.logaddexp(0, 1 - logit), rtol=1e-6)
+    where = np.array([[True, False, False]])
+    alone = losses.dkd(np.array([[logit, 0, 0]]), np.array([[8.0, 0, 0]]), label, where=where)
+    assert alone == 0
+
+
 def test_exclusion_by_the_student_only():
     student, teacher = np.array([[-np.inf, 0.0, 1.0]], np.float32), np.zeros((1, 3), np.float32)
     for loss in map(jax.jit, (losses.dkd, losses.nkd, losses.wsld)):

@@ -226,6 +226,16 @@ def test_second_derivatives(name):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
 
 
+def test_second_derivatives_of_the_total_variation():
+    """½·Σ |p − q| of two classes is |p₁ − q₁|; at a uniform student, q₁ = ½ has no curvature."""
+    teacher = jnp.array([np.log(1.5), 0.0])
+    hessian = jax.jit(jax.hessian(lambda s: losses.total_variation(s, teacher)))
+    np.testing.assert_allclose(hessian(jnp.zeros(2)), np.zeros((2, 2)), atol=1e-7)
+    found = hessian(jnp.array([1.0, 0.0]))[0, 0]  # |p₁ − q₁| = q₁ − p₁ there
+    q = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(found, q * (1 - q) * (1 - 2 * q), rtol=1e-5)
+
+
 def test_float64_has_all_its_digits():
     """Against sums in extended precision, student within 0.3 of the teacher: half a step of float64's rounding."""
     student, teacher = (x.astype(np.longdouble) for x in draw(3, 0.3))

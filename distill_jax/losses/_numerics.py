@@ -464,8 +464,8 @@ def _divergence_jvp(kind, axis, primals, tangents):
             continue
         if kind not in ("kl", "cross_entropy") or by_log is by_p:  # Σ (q − p) = 0
             total = jnp.sum(by_log, axis, keepdims=True)
-            # Changes nothing, but ends what YNNPACK takes
-            by_log = by_log - probability * jnp.where(total == 0, 0.0, total)
+            # The select changes nothing, but ends what YNNPACK takes
+            by_log = by_log - probability * jnp.where(jnp.isnan(total), jnp.nan, total)
         tangent += jnp.sum(by_log * kept, axis)
     if not isinstance(tangents[-1], SymbolicZero):
         tangent += jax.jvp(lambda s: jnp.sum(_KINDS[kind](x, s).terms, axis), (share,), (tangents[-1],))[1]

@@ -320,8 +320,9 @@ def _label_or_not(softened: Softened, target: Array, axis: int) -> Softened:
     # Where the log-odds almost agree, y − x would lose what the differences of logits keep
     step = label.difference - total.change
     close = two(step - (top_p - top_q), top_q - top_p)
-    near = jnp.abs(two(step, step)) < 2
-    return Softened(x, y, jnp.where(has_q & has_p, jnp.where(near, close, y - x), 0.0))
+    both = label.has_q & label.has_p & others_q & others_p
+    near = both & (jnp.abs(step) < 2)
+    return Softened(x, y, jnp.where(has_q & has_p, jnp.where(two(near, near), close, y - x), 0.0))
 
 
 def _finish(value: Array, exists: Array, bad: Array, axis: int) -> Array:
