@@ -13,7 +13,7 @@ from harness import results
 from harness.experiment import Trained, prepare
 
 LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
-SOUNDALIKES = ("3BCDEGPTVZ", "8AHJK", "59IY", "2QUW", "FSX", "MN")  # characters whose names sound alike
+SOUNDALIKES = ("3CGVZ", "BDEPT", "8AHJK", "59IY", "2QUW", "FSX", "MN")  # characters whose names sound alike
 WORST = 10  # number of faces that are left out of one of the columns
 FEW_GROUPS = 10  # test data of fewer groups of fonts say nothing about others
 COLUMNS: Mapping[str, results.Column] = {
