@@ -202,3 +202,16 @@ def test_code_that_checks_shapes_is_asked_once_for_each_part_of_it():
         assert len(exact) == depth
         assert {group.removable for group in exact} == {"exactly by shrink"}
     assert counts[0] == counts[1] < 8
+
+
+def test_an_error_of_an_operation_is_no_check_of_shapes():
+    """Keys of two heads and values of three do not fit, but other sizes of a head fit by chance."""
+
+    def fn(p, x):
+        q, v = ((x @ p[name]).reshape(*x.shape[:2], -1, 3) for name in "qv")
+        return jnp.einsum("bthd,bthe->bte", q, jnp.sin(v)) @ p["o"]
+
+    _, graph = traced(fn, q=(3, 12), v=(3, 12), o=(3, 2))
+    sizes = [group for group in graph.groups.values() if group.free and group.size == 3]
+    assert sizes
+    assert {(group.exact, group.exact_shrunk) for group in sizes} == {(False, True)}

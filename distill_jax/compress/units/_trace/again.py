@@ -23,6 +23,8 @@ from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.removal import shapes_of
 
 SAME, REFUSED = "same", "refused"
+# Packages whose errors are those of operations, which may run by chance for other sizes
+OPERATIONS = "jax", "jaxlib", "numpy", "opt_einsum", "einops"
 PROGRAMS = core.Jaxpr, core.ClosedJaxpr
 # Probes that are to run, of more that are tried: more in small programs, which are quickly traced
 LEAST, MOST, TRIES, STEPS = 8, 16, 4, 800
@@ -79,7 +81,7 @@ def reruns(graph: UnitGraph) -> dict[str, str]:
             ran |= outcome.ran
             runs += bool(outcome.ran)
             checked &= outcome.checked
-            if runs >= enough or (not runs and (i >= enough or (checked and i > 0))):
+            if runs >= enough or (not runs and (i >= enough or (checked and i > 2))):
                 break
         return Outcome(ran, checked and not ran, "")
 
@@ -121,7 +123,7 @@ def reruns(graph: UnitGraph) -> dict[str, str]:
         # Code with widths written into it refuses all the groups that it makes
         for kind in _by(groups, lambda group: lines[group.name]):
             first, last = kind[:1], kind[-1:]
-            if probe([first], 2).checked and (len(kind) == 1 or probe([last], 1).checked):
+            if probe([first], 4).checked and (len(kind) == 1 or probe([last], 1).checked):
                 note(kind, REFUSED)
         open_ = _by([group for group in groups if group.name not in found], alike)
     search(open_)
@@ -213,7 +215,7 @@ def _run(graph: UnitGraph, kept: Mapping[str, np.ndarray]) -> Outcome:
 
 
 def _is_check(error: Exception) -> bool:
-    """Says whether an error was raised by a statement outside of JAX, such as a module's check of shapes."""
+    """Says whether a statement of the network raised an error, such as a module's check of shapes."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -221,7 +223,7 @@ def _is_check(error: Exception) -> bool:
         return False
     code = place.tb_frame.f_code
     raised = dis.opname[code.co_code[place.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
-    return raised and f"{os.sep}jax{os.sep}" not in code.co_filename
+    return raised and not any(f"{os.sep}{name}{os.sep}" in code.co_filename for name in OPERATIONS)
 
 
 def difference(small: Adapted, again: Program) -> str:
