@@ -204,14 +204,26 @@ def test_code_that_checks_shapes_is_asked_once_for_each_part_of_it():
     assert counts[0] == counts[1] < 8
 
 
-def test_an_error_of_an_operation_is_no_check_of_shapes():
-    """Keys of two heads and values of three do not fit, but other sizes of a head fit by chance."""
+def check(h):
+    raise ValueError("another width was expected")
+
+
+@pytest.mark.parametrize(
+    ("fails", "own"),
+    [
+        (lambda h: jnp.einsum("bd,bd->b", h, h[:, 1:]), False),
+        (lambda h: h.reshape(7, -1), False),
+        (lambda h: h + np.ones(7), False),
+        (check, True),
+    ],
+)
+def test_an_error_of_an_operation_is_no_check_of_shapes(fails, own):
+    """Other sizes may fit by chance, so such a group is not exact."""
 
     def fn(p, x):
-        q, v = ((x @ p[name]).reshape(*x.shape[:2], -1, 3) for name in "qv")
-        return jnp.einsum("bthd,bthe->bte", q, jnp.sin(v)) @ p["o"]
+        h = x @ p["a"]
+        return (h if h.shape[1] == 8 else fails(h)) @ p["b"]
 
-    _, graph = traced(fn, q=(3, 12), v=(3, 12), o=(3, 2))
-    sizes = [group for group in graph.groups.values() if group.free and group.size == 3]
-    assert sizes
-    assert {(group.exact, group.exact_shrunk) for group in sizes} == {(False, True)}
+    _, graph = traced(fn, x=(2, 3), a=(3, 8), b=(8, 2))
+    group = graph.groups["a"]
+    assert (group.exact, group.runs, group.exact_shrunk) == (own, False, True)
