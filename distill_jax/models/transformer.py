@@ -208,7 +208,8 @@ def hidden_states(model: Model) -> Model:
     Raises:
       ValueError: if ``model`` is no transformer.
     """
-    return model.replace(apply_fn=dataclasses.replace(transformer_fn("model", model), head=False))
+    function = transformer_fn("model", model)
+    return model.replace(apply_fn=dataclasses.replace(function, head=False))
 
 
 def head_kernel(model: Model) -> Array:
@@ -565,7 +566,7 @@ def _attention(
         shape = (batch, heads, length, key.shape[1])
         weights = _named(f"{name}.weights", weights.reshape(shape)).reshape(weights.shape)
     y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
-    return _linear(params["output"], y.reshape(query.shape), "bthd,hdw->btw"), key, value
+    return _linear(params["output"], y.reshape(batch, length, heads, -1), "bthd,hdw->btw"), key, value
 
 
 def _feed_forward(params: PyTree, x: Array) -> Array:

@@ -287,6 +287,60 @@ def of_models() -> Iterator[Case]:
     yield Case("models.VGG: depth 9", "depth", lambda: models.VGG((8, 8, 1), 3, depth=9, rngs=nnx.Rngs(0)))
     yield Case("models.ResNet: widening 0", "widening",
                lambda: models.ResNet((8, 8, 1), 3, widening=0, rngs=nnx.Rngs(0)))
+    yield from of_transformers()
+
+
+def of_transformers() -> Iterator[Case]:
+    sizes = {"vocabulary": 5, "width": 4, "layers": 1, "heads": 2, "hidden": 4}
+    small = functools.cache(lambda: models.build_transformer(models.TransformerConfig(**sizes), KEY))
+    text = np.ones((2, 3), np.int32)
+    for name, (wrong, words) in NO_MODELS.items():
+        yield Case(f"models.hidden_states: {name}", words, lambda w=wrong: models.hidden_states(w))
+        yield Case(f"models.head_kernel: {name}", words, lambda w=wrong: models.head_kernel(w))
+        yield Case(f"models.init_cache: {name}", words, lambda w=wrong: models.init_cache(w, 1, 1))
+        yield Case(f"models.extend: {name}", words, lambda w=wrong: models.extend(w, text, {}))
+        yield Case(f"models.generate: {name}", words, lambda w=wrong: models.generate(w, text, length=1, key=KEY))
+        yield Case(f"models.save_pretrained: {name}", words, lambda w=wrong: models.save_pretrained(fresh(), w))
+    for field in sizes:
+        for name, wrong in {"0": 0, "a fraction": 1.5, "a string": "4", "True": True, "None": None}.items():
+            yield Case(f"models.TransformerConfig: {field} {name}", field,
+                       lambda f=field, w=wrong: models.TransformerConfig(**sizes | {f: w}))
+    for field, wrong in {"norm": "batch", "positions": None, "feed_forward": "relu", "tied": "yes", "qk_norm": 2,
+                         "norm_eps": NAN, "rope_theta": -1.0, "kv_heads": 3, "head_size": 1.0, "rope_scaling": 2.0,
+                         "max_length": 0}.items():
+        yield Case(f"models.TransformerConfig: {field} {wrong}", field,
+                   lambda f=field, w=wrong: models.TransformerConfig(**sizes | {f: w}))
+    yield Case("models.RopeScaling: factor 0", "factor", lambda: models.RopeScaling(factor=0))
+    yield Case("models.RopeScaling: frequencies exchanged", "high_frequency must be above",
+               lambda: models.RopeScaling(factor=2.0, low_frequency=4.0, high_frequency=1.0))
+    yield Case("models.build_transformer: key an integer", "key",
+               lambda: models.build_transformer(models.TransformerConfig(**sizes), 0))
+    yield Case("models.build_transformer: config a dict", "config", lambda: models.build_transformer(sizes, KEY))
+    for name, wrong in {"a word": "float", "float16": "float16", "None": None, "int32": np.int32}.items():
+        yield Case(f"models.build_transformer: dtype {name}", "dtype",
+                   lambda w=wrong: models.build_transformer(models.TransformerConfig(**sizes), KEY, dtype=w))
+    for name, wrong in {"floats": text * 1.0, "one row": text[0], "a scalar": 3, "none": text[:, :0], "bool": text > 0,
+                        "strings": text.astype(str), "objects": text.astype(object), "unequal rows": [[1], [1, 2]],
+                        "a dict without tokens": {"image": text}, "beyond the vocabulary": text + 4,
+                        "negative": text - 2}.items():
+        yield Case(f"a transformer: tokens {name}", "tokens", lambda w=wrong: small()(w))
+        yield Case(f"models.generate: prompts {name}", "tokens",
+                   lambda w=wrong: models.generate(small(), w, length=1, key=KEY))
+    for name, wrong in {"floats": text * 1.0, "short": text[:, :2], "a string": "left"}.items():
+        for entry in ("segments", "positions"):
+            yield Case(f"a transformer: {entry} {name}", entry,
+                       lambda e=entry, w=wrong: small()({"tokens": text, e: w}))
+    for option, wrong in {"length": 0, "temperature": NAN, "top_p": 1.5, "stops": 3, "pad": 0.5, "cached": "no",
+                          "key": 3}.items():
+        yield Case(f"models.generate: {option} {wrong}", option,
+                   lambda o=option, w=wrong: models.generate(small(), text, **{"length": 1, "key": KEY, o: w}))
+    yield Case("models.load_pretrained: absent", "no directory", lambda: models.load_pretrained(fresh()))
+    yield Case("models.load_pretrained: empty", "config.json does not exist",
+               lambda: models.load_pretrained(tempfile.mkdtemp()))
+    yield Case("models.save_pretrained: shard_bytes 0", "shard_bytes",
+               lambda: models.save_pretrained(fresh(), small(), shard_bytes=0))
+    yield Case("models.save_pretrained: no folder", "does not exist",
+               lambda: models.save_pretrained(fresh() / "x", small()))
 
 
 def of_metrics() -> Iterator[Case]:
