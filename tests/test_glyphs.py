@@ -239,6 +239,19 @@ def test_other_fonts_move_no_family_to_another_split(tmp_path, shipped):
         assert group_of(fewer, fewer.test) == group_of(shipped, shipped.test) - {gone}
 
 
+def test_another_font_moves_only_the_group_that_it_joins(tmp_path):
+    fonts = folder(tmp_path / "fonts")
+    before = data.load("glyphs", data_dir=fonts)
+    assert group_of(before, before.test) == {"cmtt10", "stixgeneral"}
+    changed(fonts, "STIXGeneral", "Stixus Roman", stretch)  # joins the group, later in the alphabet
+    after = data.load("glyphs", data_dir=fonts)
+    assert group_of(after, after.test) == {"cmtt10", "stixgeneral"}
+    changed(fonts, "STIXGeneral", "Another Roman", stretch)  # gives it a new name, and so another hash
+    after = data.load("glyphs", data_dir=fonts)
+    assert group_of(after, after.test) == {"cmtt10"}
+    assert "another" in after.origins.group_names
+
+
 def test_validation_takes_whole_groups(shipped, kept):
     seen = set()
     for seed in range(4):

@@ -49,6 +49,8 @@ def test_mel_image():
     np.testing.assert_allclose(image[0, ..., 0], 1 + expected / 80, atol=1e-6)
     np.testing.assert_allclose(image[1], image[0], atol=1e-4)  # as loud as it may be
     assert not image[2].any()
+    one[3000] = np.nan  # is not taken for silence
+    assert np.isnan(sound.mel_image(one, rate=RATE)).any()
     # The tone rises, so its band does, and the picture spans the whole sound
     for size in (16, 48):
         tone = np.sin(2 * np.pi * (100 * TIME + 1800 * TIME**2))
@@ -138,6 +140,7 @@ def test_an_augmentation_is_a_pure_function_of_its_key(name):
     assert augment(KEY, waveform.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_allclose(NOTHING[name](KEY, waveform), waveform, atol=1e-5)
     assert not augment(KEY, jnp.zeros((2, 50))).any()  # silence stays silent
+    assert np.isfinite(jax.grad(lambda x: augment(KEY, x).sum())(jnp.zeros((2, 50)))).all()
     for bad, message in ((np.zeros((2, 9), int), "waveform must be floats"), ([1.0], "must be an array")):
         with pytest.raises(ValueError, match=message):
             augment(KEY, bad)
@@ -253,6 +256,8 @@ def test_an_augmentation_of_pictures_is_a_pure_function_of_its_key(name):
     assert not silent.any()
     gradient = jax.jit(jax.grad(lambda x: change(KEY, x).sum()))(picture)
     assert np.isfinite(gradient).all()
+    picture[0, 0, 0, 0] = np.nan  # is not taken for silence
+    assert np.isnan(change(KEY, picture)[0, 0]).any()
 
 
 def test_a_warp_stretches_time_about_the_middle_and_frequency_from_the_lowest_band():

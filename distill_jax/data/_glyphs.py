@@ -180,7 +180,7 @@ def render(files: Sequence[Path], where: str, size: int) -> Arrays:
         len(groups) >= 3, where, "fonts of at least 3 groups of families, to train, validate and test",
         f"{len(groups)} in {len(files)} files{listed}",
     )  # fmt: skip
-    # The hash of a group's name decides, so that other fonts do not move it
+    # The hash of a group's name decides, so that fonts of other groups do not move it
     order = sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest())
     low = sum(hashlib.sha256(name.encode()).digest()[0] < 256 * _TEST for name in groups)
     test = set(order[: min(max(low, 1), len(groups) - 2)])

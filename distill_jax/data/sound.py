@@ -220,11 +220,12 @@ def mel_image(waveform: ArrayLike, *, rate: float, height: int = 32, width: int 
     lowest = float(_hertz(_mel(np.array(rate / 2), "slaney") / (height + 1), "slaney"))
     n_fft = 2 ** math.ceil(math.log2(max(2 * hop, rate / lowest)))
     loudest = jnp.max(jnp.abs(sound), axis=-1, keepdims=True)
-    sound = sound / jnp.where(loudest > 0, loudest, 1)
+    heard = loudest != 0  # NaN is no silence, and must be seen
+    sound = sound / jnp.where(heard, loudest, 1)
     decibel = log_mel(
         sound, rate=rate, n_fft=n_fft, hop=hop, mels=height, frames=width, peak=True, dynamic_range=_RANGE
     )
-    return jnp.where(loudest[..., None, None] > 0, 1 + decibel[..., None] / _RANGE, 0)
+    return jnp.where(heard[..., None, None], 1 + decibel[..., None] / _RANGE, 0)
 
 
 def random_speed(key: jax.Array, waveform: jax.Array, factor: float) -> jax.Array:
@@ -391,8 +392,9 @@ def _random_noise(key, waveform, low, high, tilt):
     fall = frequency ** (-0.5 * tilt * jax.random.uniform(keys[1], one, sound.dtype))
     noise = jnp.fft.irfft(jnp.fft.rfft(white) * fall, sound.shape[-1])
     ratio = low + (high - low) * jax.random.uniform(keys[2], one, sound.dtype)
-    wanted = _power(sound) * 10 ** (-ratio / 10)
-    return (sound + noise * jnp.sqrt(wanted / _power(noise))).astype(waveform.dtype)
+    wanted = _power(sound) * 10 ** (-ratio / 10) / _power(noise)
+    heard = wanted != 0  # the root has no gradient at 0
+    return (sound + noise * jnp.where(heard, jnp.sqrt(jnp.where(heard, wanted, 1)), 0)).astype(waveform.dtype)
 
 
 def _power(sound):
@@ -483,7 +485,7 @@ def random_response(key: jax.Array, image: jax.Array, decibel: float) -> jax.Arr
 def _random_response(key, image, decibel):
     heard = image.astype(jnp.promote_types(image.dtype, jnp.float32))
     changed = heard + _curves(key, heard) * decibel / _RANGE
-    return _loudest_one(jnp.where(heard > 0, changed, -jnp.inf)).astype(image.dtype)
+    return _loudest_one(jnp.where(heard != 0, changed, -jnp.inf)).astype(image.dtype)
 
 
 def _curves(key, image):
@@ -496,9 +498,12 @@ def _curves(key, image):
 
 
 def _loudest_one(image):
-    """Moves the decibels so that the loudest pixel is 1, and cuts them off below 0; silence stays 0."""
+    """Moves the decibels so that the loudest pixel is 1, and cuts them off below 0; silence, −∞, becomes 0.
+
+    Comparisons with 0 and −∞ are for equality: NaN is neither, so that it is seen in the result.
+    """
     loudest = image.max((-3, -2, -1), keepdims=True)
-    return jnp.maximum(0, image + jnp.where(jnp.isfinite(loudest), 1 - loudest, 0))
+    return jnp.maximum(0, image + jnp.where(loudest == -jnp.inf, 0, 1 - loudest))
 
 
 def random_background(
@@ -543,8 +548,8 @@ def _random_background(key, image, low, high, colour):
     noise = loudest + (_curves(keys[1], heard) * colour - below) / _RANGE
     # Half the sum of two exponential numbers; jax.random.gamma takes fifty times as long
     uniform = jax.random.uniform(keys[2], (2, *heard.shape), heard.dtype, minval=jnp.finfo(heard.dtype).tiny)
-    power = jnp.where(heard > 0, _power_of(heard), 0) - _power_of(noise) * jnp.log(uniform).sum(0) / 2
-    mixed = jnp.where(loudest > 0, jnp.log(power) / math.log(10) * 10 / _RANGE, -jnp.inf)
+    power = jnp.where(heard != 0, _power_of(heard), 0) - _power_of(noise) * jnp.log(uniform).sum(0) / 2
+    mixed = jnp.where(loudest != 0, jnp.log(power) / math.log(10) * 10 / _RANGE, -jnp.inf)
     return _loudest_one(mixed).astype(image.dtype)
 
 
