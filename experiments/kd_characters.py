@@ -108,7 +108,7 @@ CONFIGS = {
 }
 
 
-def print_(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+def distort_print(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Distorts printed characters: width of the strokes, an affine map, and smooth displacements."""
     keys = jax.random.split(key, 3)
     x = data.random_stroke(keys[0], images, pixels=strength)
@@ -118,16 +118,16 @@ def print_(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     return data.random_elastic(keys[2], x, pixels=strength)
 
 
-def speech(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+def distort_speech(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Changes spectrograms as another speaker does: length of the sound, of the vocal tract, and a shift in time."""
     return data.sound.random_warp(
         key, images, time=1 + 0.25 * strength, frequency=1 + 0.15 * strength, shift=3 * strength
     )
 
 
-# The distortion of pictures by the name of the data set: (key, floats from 0 to 1, strength) -> pictures
+# The distortion of pictures by the kind of the data set: (key, floats from 0 to 1, strength) -> pictures
 DISTORTIONS: Mapping[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
-    "glyphs": print_, "spoken": speech,
+    "print": distort_print, "speech": distort_speech,
 }  # fmt: skip
 STRONGEST = 4.0  # beyond it the change of size would be more than 80 %
 
@@ -136,7 +136,7 @@ def distorted(dataset: data.Dataset, strength: float) -> Callable[..., dict[str,
     """Makes a ``transform`` that prepares the pictures of a batch and distorts each at random."""
     if not strength:
         return plain
-    distort = DISTORTIONS.get(dataset.name, print_)
+    distort = DISTORTIONS[readers.kind(dataset)]
     return lambda context, batch, key: {**batch, "image": distort(key, prepare(batch["image"]), strength)}
 
 
@@ -149,8 +149,12 @@ def check(config: Config, dataset: data.Dataset) -> None:
             len(set(getattr(config, name))) == len(getattr(config, name)) > 0,
             "name one or more, each once",
         )
+    named = {f"{t:g}" for t in config.temperatures}
+    config.need("temperatures", len(named) == len(config.temperatures), "differ in their first six digits")
     for name in ("distortion", "teacher_distortion"):
         config.need(name, getattr(config, name) <= STRONGEST, f"be at most {STRONGEST:g}")
+        known = not getattr(config, name) or readers.kind(dataset) in DISTORTIONS
+        config.need(name, known, f"be 0, as it is not known whether {dataset.name} is print or speech")
     for network in (config.teacher, *config.students):
         build(dataset, network, 0, False)
     faces = len(np.unique(readers.origins(dataset, dataset.train)))

@@ -1,6 +1,7 @@
 """Distillation of networks that read characters: small runs, what the students learn from, the figures by face."""
 
 import json
+import types
 from pathlib import Path
 
 import kd_characters
@@ -56,9 +57,21 @@ def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
 
 
 def test_all_labels_known(tmp_path, run):
-    """Without unlabelled examples there is nothing but scratch and distilled."""
-    status, printed, error = run("--labelled", "0", "--out", tmp_path / "run")
-    assert status == 0, error
+    """Without unlabelled examples there is nothing but scratch and distilled.
+
+    The pictures are floats of two channels and all alike, so all models make as many errors, and --check complains.
+    """
+    image, label = np.full((40, 4, 4, 2), 0.5, np.float32), np.arange(40) % 2
+    np.savez(tmp_path / "grey.npz", x_train=image, y_train=label, x_test=image, y_test=label)
+    words = ("--dataset", tmp_path / "grey.npz", "--batch-size", "8", "--labelled", "0", "--check")
+    status, _, error = run(*words, "--out", tmp_path / "run")
+    assert (status, len(error.strip().splitlines())) == (2, 1)
+    assert "--teacher-distortion must be 0, as it is not known whether grey is print or speech" in error
+    status, printed, error = run(*words, "--teacher-distortion", "0", "--out", tmp_path / "run")
+    assert status == 1
+    assert error.endswith("check failed: distillation does not raise the test accuracy of mlp:4\n")
+    for name in ("gallery", "hesitation"):
+        assert (tmp_path / "run" / f"{name}.png").stat().st_size > 500
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["models"]) == ["teacher", "scratch", "distilled"]
     assert "hard labels" not in printed
@@ -74,6 +87,7 @@ def test_all_labels_known(tmp_path, run):
         (("--students", "mlp:4", "mlp:4"), "--students must name one or more, each once"),
         (("--students", "mlp:0"), "mlp:0"),
         (("--teacher-distortion", "9"), "--teacher-distortion must be at most 4"),
+        (("--temperatures", "1", "1.0000001"), "--temperatures must differ in their first six digits"),
         (("--temperatures", "0"), "--temperatures must be positive"),
     ],
 )
@@ -95,24 +109,30 @@ def small_data(people=None):
 
 
 class FakeTrainer:
-    """Notes what each model would learn from; labels come from a teacher that always names class 1."""
+    """Notes what each model would learn from; labels come from a teacher that always names class 1.
+
+    The validation pictures are of class 0, and a student names it at its best temperature alone.
+    """
 
     def __init__(self, **options):
+        self.best = {"labelled faces": 1.0, "distilled": 2.0, "distilled on 2": 4.0}
         self.config, self.given = kd_characters.Config(students=("mlp:1",), **options), {}
         self.run = self
-        self.dataset = small_data()
+        dataset = small_data()
+        some = data.Split(*(x[[0, 2, 4]] for x in dataset.train))
+        self.dataset = dataset._replace(validation=some)
 
     def __call__(self, name, seed, network, examples, temperature=None):
         self.given[name] = examples
-        validation = np.zeros((0, 2))
-        return experiment.Trained(None, {}, 0.0, validation)
+        right = temperature == self.best.get(name.partition(", T =")[0])
+        return experiment.Trained(None, {}, 0.0, np.tile([1.0, 0.0] if right else [0.0, 1.0], (3, 1)))
 
     def store_labels(self, seed, model):
         return np.tile(np.float32([0, 1]), (6, 1))
 
 
 def test_what_students_learn_from():
-    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0), curve=(2,))
+    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0, 4.0), curve=(2,))
     found = kd_characters.train_seed(trainer, 0, chosen := {})
     given = trainer.given
     assert list(found) == [
@@ -124,7 +144,7 @@ def test_what_students_learn_from():
         "scratch on 2",
         "distilled on 2",
     ]
-    assert chosen == {"labelled faces": 1.0, "distilled": 1.0, "distilled on 2": 1.0}
+    assert chosen == trainer.best  # the fewest validation errors
     assert all(len(examples["label"]) == 6 for examples in given.values())
     # One face has the labels 0 and 1; of the others the teacher says 1
     np.testing.assert_array_equal(given["scratch"]["label"], [0, 1, 0, 1, 0, 1])
@@ -134,21 +154,68 @@ def test_what_students_learn_from():
     np.testing.assert_array_equal(given["teacher"]["label"], [0, 1, 0, 1, 0, 1])
     # The next seed is trained at the chosen temperature alone
     trainer.given = {}
-    kd_characters.train_seed(trainer, 1, {"labelled faces": 2.0, "distilled": 2.0, "distilled on 2": 2.0})
+    kd_characters.train_seed(trainer, 1, chosen)
     assert [name for name in trainer.given if "T =" in name] == [
-        "labelled faces, T = 2", "distilled, T = 2", "distilled on 2, T = 2",
+        "labelled faces, T = 1", "distilled, T = 2", "distilled on 2, T = 4",
     ]  # fmt: skip
 
 
 def test_accuracy_by_face(monkeypatch):
-    """Two test pictures of one face, one right, and one of another, right: 2 of 3, by group 3 of 4."""
+    """Two test pictures of one face, d, and one of another, e; labels 0, 1, 0."""
     monkeypatch.setattr(readers, "WORST", 1)
-    found = {"models": {"teacher": {"test": {}}}}
-    logits = np.eye(2)[[0, 0, 0]]
-    worst = readers.by_face(small_data(), found, [{"teacher": logits}])
-    assert worst == ["d"]
-    assert found["models"]["teacher"]["test"] == {"group_accuracy": [0.75], "readable_accuracy": [1.0]}
-    assert readers.mistaken(small_data()._replace(class_names=("0", "O")), logits) == 0  # without "o"
+    found = {"models": {"teacher": {"test": {}}, "scratch": {"test": {}}}}
+    # The first seed's teacher reads 2 of 3 pictures, by group 3 of 4; the second's reads none of e
+    teachers, scratch = np.eye(2)[[[0, 0, 0], [0, 0, 1]]], np.eye(2)[[1, 1, 1]]
+    worst = readers.by_face(small_data(), found, [{"teacher": t, "scratch": scratch} for t in teachers])
+    assert worst == ["d"]  # both faces are read half by the teachers, and d comes first
+    assert found["models"]["teacher"]["test"] == {
+        "group_accuracy": [0.75, 0.25],
+        "readable_accuracy": [1.0, 0.0],
+    }
+    assert found["models"]["scratch"]["test"] == {
+        "group_accuracy": [0.25, 0.25],
+        "readable_accuracy": [0.0, 0.0],
+    }
+
+
+def test_lookalikes_are_counted():
+    dataset = small_data()._replace(class_names=("0", "O", "o", "1"))
+    assert readers.mistaken(dataset, np.eye(4)[[0, 1, 0]]) == 0
+    assert readers.mistaken(dataset, np.eye(4)[[1, 3, 2]]) == 2  # 0 for O, and 0 for o, but not O for 1
+    assert (
+        readers.mistaken(dataset._replace(class_names=("0", "O")), np.eye(2)[[1, 1, 1]]) == 0
+    )  # without "o"
+
+
+def test_the_curve_and_the_lead(tmp_path, monkeypatch):
+    """Errors of three test pictures, in per cent, on one face and on all three; then mean validation errors."""
+    drawn = {}
+    monkeypatch.setattr(pictures, "curves", lambda path, x, series, **axes: drawn.update(series, x=x))
+    right, one, none = np.eye(2)[[[0, 1, 0], [0, 1, 1], [1, 0, 1]]]
+    seeds = [
+        {
+            "scratch on 1": a,
+            "scratch on all": one,
+            "distilled on 1": one,
+            "distilled on all": right,
+            "distilled": b,
+        }
+        for a, b in ((none, right), (one, one))
+    ]
+    config = kd_characters.Config(curve=(1, 0), students=("mlp:1",))
+    run = types.SimpleNamespace(config=config, dataset=small_data(), directory=tmp_path)
+    assert list(kd_characters.draw_curve(run, seeds, "").values()) == ["faces.png"]
+    third = 100 / 3
+    expected = {
+        "scratch": [[100, third], [third, third]], "distilled": [[third, 0], [third, 0]],
+        "teacher's labels, all faces": [[0, 0], [third, third]], "x": [1, 3],
+    }  # fmt: skip
+    assert drawn.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(drawn[name], values, err_msg=name)
+    errors = {"teacher": [3, 6], "scratch": [8, 9], "distilled": [1, 1]}
+    found = {"models": {name: {"validation": {"errors": values}} for name, values in errors.items()}}
+    assert kd_characters.lead(config, found) == "Mean validation errors: teacher 4.5; from scratch mlp:1 8.5."
 
 
 def test_the_verdict():
@@ -246,18 +313,22 @@ def test_standard_errors_are_over_recordings():
     assert readers.on_people(small_data(), found, trained) == []
 
 
-@pytest.mark.parametrize("name", kd_characters.DISTORTIONS)
-def test_distortion_is_mild_and_depends_on_the_key(name):
+@pytest.mark.parametrize(
+    ("name", "like"), [("glyphs", "emnist/byclass"), ("spoken", "speech_commands:0.0.3")]
+)
+def test_distortion_is_mild_and_depends_on_the_key(name, like):
     import jax
 
     images = np.zeros((2, 16, 16, 1), np.uint8)
     images[:, 6:10, 6:10] = 255
     batch = {"image": images, "label": np.zeros(2)}
     dataset = small_data()._replace(name=name)
+    other = dataset._replace(name=like)
     moved = [
-        kd_characters.distorted(dataset, 0.5)(None, batch, jax.random.key(k))["image"] for k in (0, 0, 1)
+        kd_characters.distorted(which, 0.5)(None, batch, jax.random.key(k))["image"]
+        for which, k in ((dataset, 0), (other, 0), (dataset, 1))
     ]
-    np.testing.assert_array_equal(moved[0], moved[1])
+    np.testing.assert_array_equal(moved[0], moved[1])  # data of one kind are distorted alike
     assert np.abs(moved[0] - moved[2]).max() > 0.1
     assert 0 <= moved[0].min() <= moved[0].max() <= 1
     assert 8 < moved[0][0].sum() < 40

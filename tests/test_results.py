@@ -52,6 +52,17 @@ def test_mean_sd(values, percent, expected):
     assert report.mean_sd(values, percent=percent) == expected
 
 
+def test_images_of_any_channels_can_be_drawn():
+    whole, floats = np.uint8([0, 51, 255]), np.float32([-0.1, 0.2, 1.0])
+    for images in (whole, floats):
+        np.testing.assert_array_equal(report.drawable(images.reshape(1, 1, 1, 3)).ravel(), whole)
+        drawn = report.drawable(images.reshape(1, 3, 1, 1))
+        np.testing.assert_array_equal(drawn.ravel(), whole)
+        assert (drawn.shape, drawn.dtype) == ((1, 3, 1, 1), np.uint8)
+    two = report.drawable(np.float32([0.0, 0.4]).reshape(1, 1, 1, 2))
+    assert (two.item(), two.dtype) == (51, np.uint8)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [[1.0]]])
 def test_mean_sd_refuses(values):
     with pytest.raises(ValueError, match="expected finite values"):

@@ -12,6 +12,10 @@ from distill_jax.models import predict
 from harness import results
 from harness.experiment import Trained, prepare
 
+KINDS = {
+    **dict.fromkeys(("glyphs", "emnist", "digits", "mnist", "kmnist"), "print"),
+    **dict.fromkeys(("spoken", "speech_commands"), "speech"),
+}
 LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
 SOUNDALIKES = ("3CGVZ", "BDEPT", "8AHJK", "59IY", "2QUW", "FSX", "MN")  # characters whose names sound alike
 WORST = 10  # number of faces that are left out of one of the columns
@@ -33,6 +37,16 @@ def origins(dataset: data.Dataset, split: data.Split) -> np.ndarray:
     return split.id if dataset.origins is None else dataset.origins.of[split.id]
 
 
+def kind(dataset: data.Dataset) -> str:
+    """Returns ``"print"`` or ``"speech"``, also where characters are written by hand, or ``""`` for other data."""
+    return KINDS.get(dataset.name.partition("/")[0].partition(":")[0], "")
+
+
+def upright(dataset: data.Dataset, images: np.ndarray) -> np.ndarray:
+    """Turns images as they are printed: spectrograms with the low frequencies at the bottom."""
+    return images[:, ::-1] if kind(dataset) == "speech" else images
+
+
 def is_small(dataset: data.Dataset) -> bool:
     """Says whether the data only show that a program runs: digits, or fonts of a few families."""
     groups = (
@@ -45,7 +59,7 @@ def is_small(dataset: data.Dataset) -> bool:
 
 def lookalikes(dataset: data.Dataset) -> list[str]:
     """Lists the groups of characters that look (or sound) alike, as far as they are classes of the data."""
-    groups = SOUNDALIKES if dataset.name == "spoken" else LOOKALIKES
+    groups = SOUNDALIKES if kind(dataset) == "speech" else LOOKALIKES
     return [group for group in groups if set(group) <= set(dataset.class_names)]
 
 
@@ -207,8 +221,7 @@ def _draw(directory, dataset, split, logits, of, people=""):
         drawn[f"How often a {what} of the row's character is taken for the column's, per cent"] = file
     file = f"hesitation{suffix}.png"
     probabilities = np.asarray(jax.nn.softmax(logits[0]["teacher"]))
-    # Spectrograms are printed with the low frequencies at the bottom
-    images = split.image[:, ::-1] if dataset.name == "spoken" else split.image
+    images = results.drawable(upright(dataset, split.image))
     pictures.hesitation(directory / file, images, split.label, probabilities, names)
     caption = (
         f"Where the first teacher hesitates most, with its two likeliest classes, per cent: each a {what}"

@@ -311,6 +311,17 @@ def evaluate_all(
     return table
 
 
+def drawable(images: np.ndarray) -> np.ndarray:
+    """Turns images of any number of channels, uint8 or floats from 0 to 1, into what a picture can show.
+
+    Returns:
+      uint8 ``[n, height, width, 1 or 3]``; of other numbers of channels, the mean of the channels.
+    """
+    if images.dtype != np.uint8:
+        images = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    return images if images.shape[-1] in (1, 3) else images.mean(-1, keepdims=True).astype(np.uint8)
+
+
 def draw(
     directory: Path,
     dataset: data.Dataset,
@@ -352,7 +363,7 @@ def draw(
     hesitant = np.argsort(probabilities[shown[0]].max(-1), kind="stable")[:12]
     pictures.gallery(
         directory / "gallery.png",
-        test.image[hesitant],
+        drawable(test.image[hesitant]),
         test.label[hesitant],
         probabilities[shown[0]][hesitant],
         dataset.class_names,

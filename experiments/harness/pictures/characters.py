@@ -77,7 +77,7 @@ def hesitation(
 
     Args:
       path: of the PNG.
-      images: ``[n, height, width, 1]``, bright strokes on black.
+      images: ``[n, height, width, 1 or 3]``; of one channel, bright strokes on black.
       labels: int ``[n]``.
       probabilities: ``[n, classes]``.
       class_names: ``[classes]``.
