@@ -4,7 +4,8 @@ The training images are divided among clients whose mixtures of classes differ (
 as public: everybody has them, without their labels. In each round the clients train on their own images and send
 parameters (FedAvg, FedDF) or predictions for the public images (FedMD, co-distillation). All methods have the same
 clients, the same number of rounds and the same number of steps on private images. The bytes are those of the arrays
-that are sent, up and down. The curves are of validation images; the test set is used once, at the end.
+that are sent, up and down; how everybody got the public images is not counted. The curves are of validation images;
+the test set is used once, at the end.
 
     python experiments/federated.py                        # mnist where it can be had, else digits
     python experiments/federated.py digits                 # a minute, no download
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import pictures, results
-from harness.clients import Sent, State, World, as_epoch, in_turn, make_programs, mlp
+from harness.clients import Clients, Groups, RoundResult, State, as_epoch, divide, in_turn, make_programs, mlp
 from harness.experiment import Run, adam, mnist_or_digits, plain, prepare
 from harness.options import Amount, Count, Options, Positive, read
 from harness.runs import run_main
@@ -55,13 +56,11 @@ class Config(Options):
     central_epochs: Count = 20  # number of epochs of the central training, on all private images
     methods: tuple[str, ...] = ()  # the methods to compare; none: all
     invalid: Literal["refuse", "leave out"] = "refuse"
-    """what to do about a client that sends NaN: refuse the round, which can be repeated from the last checkpoint, or
-    leave the client out of it"""
+    """what to do about a client that sends NaN: refuse the round, or leave the client out of it; a run that was refused
+    goes on with "leave out" from its last checkpoint"""
     save_seconds: Amount = 0.0  # shortest time between two checkpoints, in seconds; 0: one after each round
-    PRACTICAL: ClassVar[Any] = (
-        *Options.PRACTICAL,
-        "invalid",
-    )  # a run that was not refused has left out nobody
+    # With "refuse", no round of the run has left out anybody: see train_all
+    PRACTICAL: ClassVar[Any] = (*Options.PRACTICAL, "invalid")
 
 
 CONFIGS = {
@@ -78,148 +77,222 @@ COLUMNS: Mapping[str, results.Column] = {
     "after the last": lambda m: results.mean_sd(m["rounds"][-1]) if "rounds" in m else None,
     "MB up": lambda m: f"{m['sent'][0] / 1e6:.3g}" if "sent" in m else None,
     "MB down": lambda m: f"{m['sent'][1] / 1e6:.3g}" if "sent" in m else None,
+    "clients left out of rounds": lambda m: f"{m['left_out']:g}" if m.get("left_out") else None,
 }
 
 
-METHODS = (
-    "alone", "FedAvg", "FedAvg, aligned", "FedAvg, own starts", "FedAvg, own starts, aligned", "FedDF", "FedMD",
-    "co-distilled", "co-distilled, top-k", "co-distilled, top-k, mixed", "widths", "widths, own starts",
-    "widths, own starts, matched",
-)  # fmt: skip
-
-
 def average_parameters(
-    world: World, state: State, *, own: bool = False, aligned: bool = False, distil: bool = False
-) -> Sent:
-    """FedAvg; with ``own`` initial parameters of each client, with ``aligned`` units, or FedDF (``distil``)."""
-    count, first = world.run.config.clients, own and not state.step
-    server = state.model["server"]
-    down = 0 if first else count * federated.payload_bytes(server.params)
-    start = sweeps.stack([world.network(i) for i in range(count)]) if first else sweeps.repeat(server, count)
-    stacked = world.train(state, start, range(count))
-    clients = [sweeps.take(stacked, i) for i in range(count)]
-    up = federated.payload_bytes(stacked.params)
-    kept = federated.sound(clients, invalid=world.run.config.invalid)
-    if aligned and (first or not own):  # later, all began with the server's units in their order
-        reference = clients[max(kept, key=lambda i: world.sizes[i])] if first else server
+    clients: Clients,
+    state: State,
+    *,
+    different: bool = False,
+    aligned: bool = False,
+    distil: bool = False,
+    dtype: str = "float32",
+) -> RoundResult:
+    """FedAvg, or FedDF (``distil``); initial parameters may be ``different`` and their units ``aligned`` then.
+
+    Parameters are sent in ``dtype``.
+    """
+    count, first = clients.run.config.clients, different and not state.step
+    server = as_sent(state.model["server"], dtype)
+    down = 0 if first else count * federated.payload_bytes(server)
+    if first:
+        start = sweeps.stack([clients.network(i) for i in range(count)])
+    else:
+        start = sweeps.repeat(as_sent(server, "float32"), count)
+    stacked = clients.train(state, start, range(count))
+    sent = as_sent(stacked, dtype)
+    each = [as_sent(sweeps.take(sent, i), "float32") for i in range(count)]
+    predictions = clients.predict([stacked], architectures(clients)) if distil else np.zeros(count)
+    kept = federated.finite_clients(list(zip(each, predictions, strict=True)), invalid="leave out")
+    if first and aligned:  # later, all begin with the server's units in their order
+        largest = each[max(kept, key=lambda i: clients.sizes[i])]
         for i in kept:
-            order = units.match_weights(world.graph, clients[i], reference)
-            clients[i] = units.permute(world.graph, clients[i], order)
-    server = federated.average_models([clients[i] for i in kept], [world.sizes[i] for i in kept])
+            order = units.match_weights(clients.graph, each[i], largest)
+            each[i] = units.permute(clients.graph, each[i], order)
+    server = federated.average_models([each[i] for i in kept], [clients.sizes[i] for i in kept])
     if distil:
-        consensus = federated.average_predictions(world.predict([stacked])[kept])
-        server = sweeps.take(world.learn(state, "public", sweeps.repeat(server, 1), consensus), 0)
-    return state._replace(model={"server": server}), up, down
+        consensus = federated.average_predictions(predictions[kept])
+        server = sweeps.take(clients.learn(state, "public", sweeps.repeat(server, 1), consensus), 0)
+    return RoundResult(state._replace(model={"server": server}), federated.payload_bytes(sent), down, kept)
 
 
-def average_widths(world: World, state: State, *, own: bool = False, matched: bool = False) -> Sent:
-    """HeteroFL; with ``own`` initial parameters of each client, whose units may be ``matched`` in the first round."""
-    config, first = world.run.config, own and not state.step
-    server, kept = state.model["server"], list(state.extra)
-    clients, down = [server] * config.clients, 0
-    for share, members in in_turn(config.clients, config.widths).items():
+def as_sent(model: models.Model, dtype: str) -> models.Model:
+    """Converts the numbers of a model to the dtype in which they are sent, or in which one computes."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), model)
+
+
+def average_widths(
+    clients: Clients, state: State, *, different: bool = False, matched: bool = False
+) -> RoundResult:
+    """Averages unequal widths; initial parameters may be ``different`` and units ``matched`` then."""
+    config, first = clients.run.config, different and not state.step
+    server, own_units = state.model["server"], list(state.extra)
+    shares = np.resize(config.widths, config.clients)
+    each, down = [server] * config.clients, 0
+    for share, members in in_turn(config.clients, config.widths):
         if first:
             start = [
-                world.network(i, mlp(config.hidden, share)).replace(apply_fn=server.apply_fn) for i in members
+                clients.network(i, mlp(config.hidden, share)).replace(apply_fn=server.apply_fn)
+                for i in members
             ]
         else:
-            start = [units.keep(world.graph, server, kept[i]) for i in members]
-            down += federated.payload_bytes([each.params for each in start])
-        stacked = world.train(state, sweeps.stack(start), members)
+            start = [units.keep(clients.graph, server, own_units[i]) for i in members]
+            down += federated.payload_bytes(start)
+        stacked = clients.train(state, sweeps.stack(start), members)
         for place, i in enumerate(members):
-            clients[i] = sweeps.take(stacked, place)
-    up = federated.payload_bytes([each.params for each in clients])
-    sound = federated.sound(clients, invalid=config.invalid)
+            each[i] = sweeps.take(stacked, place)
+    kept = federated.finite_clients(each, invalid="leave out")
     if first and matched:
-        widest = [i for i in sound if i in in_turn(config.clients, config.widths)[max(config.widths)]]
-        server = clients[max(widest, key=lambda i: world.sizes[i])]
-        for i in sound:
-            clients[i], kept[i] = units.match_widths(world.graph, clients[i], kept[i], server)
-    chosen: list[Any] = [[values[i] for i in sound] for values in (clients, kept, world.sizes)]
-    server = units.average_widths(world.graph, server, *chosen)
-    return state._replace(model={"server": server}, extra=jax.tree.map(jnp.asarray, kept)), up, down
+        widest = max(kept, key=lambda i: (shares[i], clients.sizes[i]))
+        # Where nobody is left that has all units, the others are the server's initial ones
+        server = units.put_back(clients.graph, each[widest], own_units[widest], server)
+        for i in kept:
+            each[i], own_units[i] = units.match_widths(clients.graph, each[i], own_units[i], server)
+    up = federated.payload_bytes(each)
+    chosen: list[Any] = [[values[i] for i in kept] for values in (each, own_units, clients.sizes)]
+    server = units.average_widths(clients.graph, server, *chosen)
+    extra = jax.tree.map(jnp.asarray, own_units)
+    return RoundResult(state._replace(model={"server": server}, extra=extra), up, down, kept)
 
 
 def exchange_predictions(
-    world: World, state: State, *, groups: Mapping[str, list[int]], kind: kinds.Kind, together: bool
-) -> Sent:
-    """FedMD, or co-distillation (``together``); the server teaches a student of its own, which costs no bytes."""
-    config, classes = world.run.config, world.run.dataset.classes
-    known = bool(state.step)
+    clients: Clients, state: State, *, top: bool = False, mixed: bool = False, together: bool = True
+) -> RoundResult:
+    """Co-distillation, or FedMD (not ``together``); the server teaches a student of its own, which costs no bytes."""
+    config, classes = clients.run.config, clients.run.dataset.classes
+    groups, kind = architectures(clients, mixed), kinds.Top(config.top) if top else kinds.Logits()
     stacks = list(state.model["clients"])
-    for place, members in enumerate(groups.values()):
-        context = {"image": world.public, **state.extra} if together else None
-        if known and not together:  # FedMD: first the consensus, then the own images
-            stacks[place] = world.learn(state, "scores", stacks[place], state.extra["teacher"])
-        stacks[place] = world.train(state, stacks[place], members, context=context)
-    predictions = world.predict(stacks)
-    sound = federated.sound(predictions, invalid=config.invalid)
-    for place, (members, before) in enumerate(zip(groups.values(), state.model["clients"], strict=True)):
-        stacks[place] = choose(
-            np.isin(members, sound), stacks[place], before
-        )  # others go on from where they were
-    sent = [kind.encode(predictions[i], dtype="float16") for i in sound]
-    received = [federated.dense(kind.decode(each), classes) for each in sent]
-    of: Any = "probabilities" if isinstance(kind, kinds.Top) else "logits"
-    back = kind.encode(federated.average_predictions(received, of=of), dtype="float16")
-    consensus = federated.dense(kind.decode(back), classes)
-    server = sweeps.take(world.learn(state, "public", sweeps.repeat(state.model["server"], 1), consensus), 0)
-    extra = {"teacher": jnp.asarray(consensus), "weight": jnp.ones(len(consensus))}
-    new = state._replace(model={"server": server, "clients": tuple(stacks)}, extra=extra)
-    return new, federated.payload_bytes(sent), config.clients * federated.payload_bytes(back)
+    for place, (_, members) in enumerate(groups):
+        context = {"image": clients.public, **state.extra} if together else None
+        if state.step and not together:  # FedMD: first the consensus, then the own images
+            stacks[place] = clients.learn(state, "scores", stacks[place], state.extra["teacher"])
+        stacks[place] = clients.train(state, stacks[place], members, context=context)
+    sent = federated.encode_predictions(clients.predict(stacks, groups), kind, invalid="leave out")
+    received = [federated.dense(kind.decode(each), classes) for each in sent.values()]
+    of: Any = "probabilities" if top else "logits"
+    answer = kind.encode(federated.average_predictions(received, of=of), dtype="float16")
+    consensus = federated.dense(kind.decode(answer), classes)
+    server = sweeps.take(
+        clients.learn(state, "public", sweeps.repeat(state.model["server"], 1), consensus), 0
+    )
+    new = state._replace(
+        model={"server": server, "clients": go_on(groups, list(sent), stacks, state.model["clients"])},
+        extra={"teacher": jnp.asarray(consensus), "weight": jnp.ones(len(consensus))},
+    )
+    payload = config.clients * federated.payload_bytes(answer)  # as large as what each client sends
+    return RoundResult(new, payload, payload, list(sent))
 
 
-def choose(which: np.ndarray, new: models.Model, old: models.Model) -> models.Model:
-    """Takes some of the stacked clients from one stack, and the others from another."""
-    return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (np.ndim(x) - 1)), x, y), new, old)
+def go_on(
+    groups: Groups, kept: Sequence[int], new: Sequence[models.Model], old: Sequence[models.Model]
+) -> tuple[models.Model, ...]:
+    """Takes the stacks after a round, in which clients that were left out are as they were before it."""
+
+    def chosen(members, new, old):
+        which = np.isin(members, kept)
+        return jax.tree.map(
+            lambda x, y: jnp.where(which.reshape(-1, *[1] * (np.ndim(x) - 1)), x, y), new, old
+        )
+
+    return tuple(chosen(members, *pair) for (_, members), *pair in zip(groups, new, old, strict=True))
 
 
-def train_alone(world: World, state: State) -> Sent:
+def train_alone(clients: Clients, state: State) -> RoundResult:
     """Each client by itself: nothing is sent."""
-    stacked = world.train(state, state.model["clients"][0], range(world.run.config.clients))
-    return state._replace(model={"clients": (stacked,)}), 0, 0
+    groups = architectures(clients)
+    stacked = clients.train(state, state.model["clients"][0], groups[0][1])
+    each = [sweeps.take(stacked, i) for i in groups[0][1]]
+    kept = federated.finite_clients(each, invalid="leave out")
+    return RoundResult(
+        state._replace(model={"clients": go_on(groups, kept, [stacked], state.model["clients"])}), 0, 0, kept
+    )
 
 
-def methods(world: World) -> dict[str, tuple[Callable[..., Sent], State]]:
-    """Lists the methods: name → what a round does, and the state before the first round."""
-    config, server = world.run.config, world.network()
-    count, public = config.clients, len(world.public)
-    begin = functools.partial(State, jnp.zeros((), jnp.int32), jax.random.key(world.seed))
-    silent = {"teacher": jnp.zeros((public, world.run.dataset.classes)), "weight": jnp.zeros(public)}
-    same, mixed = {mlp(config.hidden): list(range(count))}, in_turn(count, config.mixed)
+def architectures(clients: Clients, mixed: bool = False) -> Groups:
+    """Says which clients have which network."""
+    config = clients.run.config
+    return in_turn(config.clients, config.mixed if mixed else [mlp(config.hidden)])
 
-    def stacks(groups):
-        return tuple(sweeps.stack([world.network(i, spec) for i in each]) for spec, each in groups.items())
 
-    def predictions(groups, kind, together):
-        fn = functools.partial(exchange_predictions, groups=groups, kind=kind, together=together)
-        return fn, begin({"server": server, "clients": stacks(groups)}, silent)
+def begin(clients: Clients, model: Mapping[str, Any], extra: Any = ()) -> State:
+    """Makes the state before the first round."""
+    return State(jnp.zeros((), jnp.int32), jax.random.key(clients.seed), dict(model), extra)
 
-    def parameters(fn=average_parameters, extra=(), **options):
-        return functools.partial(fn, **options), begin({"server": server}, extra)
 
-    share_of = {i: share for share, each in in_turn(count, config.widths).items() for i in each}
-    free = {name: group.size for name, group in world.graph.groups.items() if group.free}
-    firsts = [
-        {n: jnp.arange(math.ceil(share_of[i] * size)) for n, size in free.items()} for i in range(count)
-    ]
-    widths = functools.partial(parameters, average_widths, firsts)
-    top = kinds.Top(config.top)
-    return {
-        "alone": (train_alone, begin({"clients": stacks(same)})),
-        "FedAvg": parameters(),
-        "FedAvg, aligned": parameters(aligned=True),
-        "FedAvg, own starts": parameters(own=True),
-        "FedAvg, own starts, aligned": parameters(own=True, aligned=True),
-        "FedDF": parameters(distil=True),
-        "FedMD": predictions(same, kinds.Logits(), False),
-        "co-distilled": predictions(same, kinds.Logits(), True),
-        "co-distilled, top-k": predictions(same, top, True),
-        "co-distilled, top-k, mixed": predictions(mixed, top, True),
-        "widths": widths(),
-        "widths, own starts": widths(own=True),
-        "widths, own starts, matched": widths(own=True, matched=True),
-    }
+def stacks_of(clients: Clients, mixed: bool = False) -> tuple[models.Model, ...]:
+    """Makes the clients' networks before the first round, one stack per architecture."""
+    return tuple(
+        sweeps.stack([clients.network(i, spec) for i in members])
+        for spec, members in architectures(clients, mixed)
+    )
+
+
+def begin_alone(clients: Clients) -> State:
+    """Makes the state of clients without a server."""
+    return begin(clients, {"clients": stacks_of(clients)})
+
+
+def begin_parameters(clients: Clients) -> State:
+    """Makes the state of a server whose clients keep nothing from round to round."""
+    return begin(clients, {"server": clients.network()})
+
+
+def begin_widths(clients: Clients) -> State:
+    """Makes the state of a server whose clients have the first units of each group, as many as their width says."""
+    shares = np.resize(clients.run.config.widths, clients.run.config.clients)
+    free = {name: group.size for name, group in clients.graph.groups.items() if group.free}
+    firsts = [{name: jnp.arange(math.ceil(share * n)) for name, n in free.items()} for share in shares]
+    return begin(clients, {"server": clients.network()}, firsts)
+
+
+def begin_predictions(clients: Clients, mixed: bool = False) -> State:
+    """Makes the state of a server with a student of its own, and of clients that have no consensus yet."""
+    shape = len(clients.public), clients.run.dataset.classes
+    no_consensus = {"teacher": jnp.zeros(shape), "weight": jnp.zeros(shape[0])}
+    return begin(clients, {"server": clients.network(), "clients": stacks_of(clients, mixed)}, no_consensus)
+
+
+class Method(NamedTuple):
+    """A way to learn together."""
+
+    one_round: Callable[[Clients, State], RoundResult]
+    begin: Callable[[Clients], State]
+    pictures: Sequence[str] = ()  # in which its curve is drawn
+
+
+def by_predictions(mixed: bool = False, **options: Any) -> Method:
+    """Makes a method whose clients send predictions."""
+    one_round = functools.partial(exchange_predictions, mixed=mixed, **options)
+    return Method(one_round, functools.partial(begin_predictions, mixed=mixed), ("bytes.png",))
+
+
+def by_parameters(*pictures: str, **options: Any) -> Method:
+    """Makes a method whose clients send parameters."""
+    return Method(functools.partial(average_parameters, **options), begin_parameters, pictures)
+
+
+def by_widths(**options: Any) -> Method:
+    """Makes a method whose clients send the parameters of unequal widths."""
+    return Method(functools.partial(average_widths, **options), begin_widths, ("starts.png",))
+
+
+METHODS = {
+    "alone": Method(train_alone, begin_alone),
+    "FedAvg": by_parameters("bytes.png", "starts.png"),
+    "FedAvg-float16": by_parameters("bytes.png", dtype="float16"),
+    "FedAvg-different-initial-parameters": by_parameters("starts.png", different=True),
+    "FedAvg-different-initial-parameters-aligned": by_parameters("starts.png", different=True, aligned=True),
+    "FedDF": by_parameters("bytes.png", distil=True),
+    "FedMD": by_predictions(together=False),
+    "co-distilled": by_predictions(),
+    "co-distilled-top-k": by_predictions(top=True),
+    "co-distilled-top-k-mixed": by_predictions(top=True, mixed=True),
+    "unequal-widths": by_widths(),
+    "unequal-widths-different-initial-parameters": by_widths(different=True),
+    "unequal-widths-different-initial-parameters-matched": by_widths(different=True, matched=True),
+}
 
 
 class Trained(NamedTuple):
@@ -231,29 +304,35 @@ class Trained(NamedTuple):
 
 def train_all(run: Run, seed: int, programs: Mapping[str, Any]) -> dict[str, Trained]:
     """Trains the clients of one seed by each method."""
-    config, world = run.config, World.of(run, seed, programs)
+    config, clients = run.config, Clients.of(run, seed, programs)
     found = {}
-    for name, (one_round, state) in methods(world).items():
+    for name, method in METHODS.items():
         if name in (config.methods or METHODS):
             done = run.fit(
-                name, seed, state, as_epoch(world, one_round), {"label": world.private["label"]},
+                name, seed, method.begin(clients), as_epoch(clients, name, method.one_round),
+                {"label": clients.private["label"]},  # whose number and order no round uses
                 epochs=config.rounds, batch_size=1, order=seed, validate=programs["validation"],
             )  # fmt: skip
+            if config.invalid == "refuse" and np.any(done.history["left_out"]):
+                raise ValueError(
+                    f"{name} went on without some clients in an earlier run in this directory: pass --invalid "
+                    '"leave out", or delete that run by --restart'
+                )
             found[name] = Trained(done.model, done.history)
     if "alone" in found:  # averaged once, after the last step
         stacked = found["alone"].model["clients"][0]
-        clients = [sweeps.take(stacked, i) for i in range(config.clients)]
-        widest = clients[int(np.argmax(world.sizes))]
+        each = [sweeps.take(stacked, i) for i in range(config.clients)]
+        largest = each[int(np.argmax(clients.sizes))]
         aligned = [
-            units.permute(world.graph, c, units.match_weights(world.graph, c, widest)) for c in clients
+            units.permute(clients.graph, c, units.match_weights(clients.graph, c, largest)) for c in each
         ]
-        for name, each in (("alone, averaged", clients), ("alone, aligned, averaged", aligned)):
-            found[name] = Trained({"server": federated.average_models(each, world.sizes)}, {})
-    tx = adam(config.learning_rate, config.central_epochs, len(world.private["label"]) // config.batch_size)
+        for name, averaged in (("alone, averaged", each), ("alone, aligned, averaged", aligned)):
+            found[name] = Trained({"server": federated.average_models(averaged, clients.sizes)}, {})
+    tx = adam(config.learning_rate, config.central_epochs, len(clients.private["label"]) // config.batch_size)
     epoch = train.make_epoch(train.make_train_step(train.supervised(), tx), transform=plain)
-    start = train.init_state(world.network(), tx, run.key(seed, 0))
+    start = train.init_state(clients.network(), tx, run.key(seed, 0))
     done = run.fit(
-        "central", seed, start, epoch, world.private, epochs=config.central_epochs, batch_size=config.batch_size,
+        "central", seed, start, epoch, clients.private, epochs=config.central_epochs, batch_size=config.batch_size,
         order=seed,
     )  # fmt: skip
     return found | {"central": Trained({"server": done.model}, {})}
@@ -297,6 +376,7 @@ def test(run: Run, trained: Sequence[Mapping[str, Trained]]) -> dict[str, Any]:
             entry["sent"] = [
                 np.mean([np.sum(h[way]) for h in histories]) for way in ("bytes_up", "bytes_down")
             ]
+            entry["left_out"] = sum(np.sum(h["left_out"]) for h in histories)
         table[name] = entry
     return table
 
@@ -306,26 +386,30 @@ def check(config: Config, dataset: data.Dataset) -> None:
     private = len(dataset.train.id) - config.public
     needed = config.clients * config.least
     config.need("public", private >= max(needed, config.batch_size), f"leave {needed} images to the clients")
-    config.among("methods", METHODS)
+    config.among("methods", list(METHODS))
     config.need("top", config.top <= dataset.classes, f"be at most {dataset.classes}")
     config.need(
         "widths",
         bool(config.widths) and config.widths[0] == max(config.widths) == 1,
         "begin with 1, the largest",
     )
+    config.need("mixed", bool(config.mixed), "name at least one network")
     for spec in config.mixed:
         models.build(spec, dataset.image_shape, dataset.classes, jax.random.key(0))
+    for seed in range(config.seeds):  # that each client of each seed gets enough images
+        divide(config, dataset.train.label, seed)
+
+
+ABOUT = {"bytes.png": "parameters and predictions", "starts.png": "averages of parameters"}
 
 
 def draw(run: Run, table: Mapping[str, Any]) -> dict[str, str]:
     """Draws validation accuracy against the bytes sent: what is sent, and how parameters are averaged."""
     seeds, drawn = run.config.seeds, {}
-    for file, about, names in (
-        ("bytes.png", "parameters and predictions", ("FedAvg", "FedDF", "FedMD", *METHODS[7:11])),
-        ("starts.png", "averages of parameters", (*METHODS[1:5], *METHODS[10:])),
-    ):
-        curves = {n: (table[n]["bytes_sent"], np.array(table[n]["rounds"])) for n in names if n in table}
-        levels = {"alone": np.mean(table["alone"]["rounds"][-1])} if "alone" in table else {}
+    levels = {"alone": np.mean(table["alone"]["rounds"][-1])} if "alone" in table else {}
+    for file, about in ABOUT.items():
+        names = [name for name, method in METHODS.items() if name in table and file in method.pictures]
+        curves = {n: (table[n]["bytes_sent"], np.array(table[n]["rounds"])) for n in names}
         if curves:
             pictures.against_bytes(
                 run.directory / file, curves, ylabel="validation accuracy, %", levels=levels
@@ -336,19 +420,40 @@ def draw(run: Run, table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def headline(table: Mapping[str, Any]) -> str:
-    """Says what the best method that sends predictions does at a fraction of FedAvg's bytes."""
+    """Says what each method that sends predictions does, and its bytes as a share of FedAvg's."""
     accuracy = {name: 100 * np.mean(entry["test"]["accuracy"]) for name, entry in table.items()}
     sent = {name: sum(entry["sent"]) for name, entry in table.items() if "sent" in entry}
-    by_predictions = [name for name in sent if name == "FedMD" or name.startswith("co-")]
-    if "FedAvg" not in sent or not by_predictions:
-        return f"Central training: {accuracy['central']:.2f} % of the test images."
     told = [
-        f"{name} {accuracy[name]:.2f} % with 1/{sent['FedAvg'] / sent[name]:.0f} of its bytes"
-        for name in by_predictions
+        f"{name} {accuracy[name]:.2f} % (its clients {100 * np.mean(table[name]['clients']):.2f} %) with "
+        f"{times(sent[name], sent['FedAvg'])} of its bytes, {times(2 * sent[name], sent['FedAvg'])} of those in float16"
+        for name in sent
+        if "FedAvg" in sent and "clients" in table[name] and sent[name]
     ]
+    if not told:
+        return f"Central training: {accuracy['central']:.2f} % of the test images."
     return (
         f"FedAvg: {accuracy['FedAvg']:.2f} % of the test images; {'; '.join(told)}; all images in one place: "
         f"{accuracy['central']:.2f} %."
+    )
+
+
+def times(part: float, whole: float) -> str:
+    """Writes a ratio of bytes: "1/25", or "3.2 times" where there are more.
+
+    >>> times(4, 100), times(250, 100)
+    ('1/25', '2.5 times')
+    """
+    return f"1/{whole / part:.3g}" if part < whole else f"{part / whole:.3g} times"
+
+
+def note(config: Config) -> str:
+    """Says how many steps each method makes."""
+    steps = config.rounds * config.steps
+    return (
+        f"Each client makes {steps:,} steps of {config.batch_size} private images. FedMD's clients make "
+        f"{steps - config.steps:,} more on public images, and in co-distillation each batch has {config.batch_size} "
+        f"public images besides. FedDF and the methods that send predictions also train the server's network, "
+        f"{steps:,} steps; the clients do not get it, and its accuracy is not theirs."
     )
 
 
@@ -359,7 +464,10 @@ def main() -> int:
     programs = make_programs(run)
     trained = [train_all(run, seed, programs) for seed in range(config.seeds)]
     found = run.record(test(run, trained))
-    run.finish(found, draw(run, found["models"]), headline=headline(found["models"]), columns=COLUMNS)
+    run.finish(
+        found, draw(run, found["models"]), headline=headline(found["models"]), notes=[note(config)],
+        columns=COLUMNS,
+    )  # fmt: skip
     return 0
 
 

@@ -1,5 +1,6 @@
 """Clients that keep their examples: shards, averages of parameters and of predictions, and what is refused."""
 
+import functools
 import re
 
 import jax
@@ -123,6 +124,36 @@ def test_a_client_that_sends_nan_is_named_and_refused_or_left_out():
     one_line(lambda: federated.average_predictions(z[1:2], invalid="leave out"), "client 0 sent 6 of 6")
 
 
+def test_numbers_that_cannot_be_held_or_sent_are_as_bad_as_nan():
+    z = [np.zeros((2, 3)), np.full((2, 3), 1e39)]  # infinite in float32
+    one_line(lambda: federated.average_predictions(z), "client 1 sent 6 of 6")
+    np.testing.assert_array_equal(federated.average_predictions(z, invalid="leave out"), 0)
+    one_line(lambda: federated.average_models(z, [1, 1]), "client 1 sent 6 of 6")
+    large = np.array([[4e4, -4e4, 0.0]])  # float16 holds these logits, but not all their log-probabilities
+    fine, nan = np.zeros((1, 3)), np.full((1, 3), np.nan)
+    for kind, z in ((kinds.Logits(), 2 * large), (kinds.Top(3), large)):
+        send = functools.partial(federated.encode_predictions, [fine, z, nan], kind)
+        one_line(
+            send, "client 1 cannot be sent .*too large for float16.*client 2 sent 3 of 3", "leave it out"
+        )
+        sent = send(invalid="leave out")
+        assert list(sent) == [0]
+        jax.tree.map(np.testing.assert_array_equal, sent[0], kind.encode(fine, dtype="float16"))
+        assert list(send(dtype="float32", invalid="leave out")) == [0, 1]
+
+
+def test_each_stacked_client_needs_its_own_rows():
+    step = train.make_train_step(train.supervised(), optax.sgd(0.1))
+    train_clients = federated.make_local_training(step, optax.sgd(0.1))
+    data = {"image": np.ones((4, 3), np.float32), "label": np.zeros(4, np.int32)}
+    stacked, key = sweeps.stack([linear(0), linear(1)]), jax.random.key(0)
+    for shape in ((2, 2), (2, 3, 2), (2, 1, 2)):  # of these, [2, 2] would train both on the same rows
+        one_line(
+            lambda shape=shape: train_clients(stacked, data, np.zeros(shape, int), key),
+            "order must be rows \\[steps, clients, batch\\]", re.escape(str(shape)),
+        )  # fmt: skip
+
+
 def test_clients_that_do_not_fit_are_named():
     z = np.zeros((5, 3))
     one_line(
@@ -170,6 +201,7 @@ def test_what_is_sent_is_counted_and_comes_back(kind):
 def test_parameters_of_different_types_are_counted_by_their_own_bytes():
     tree = {"a": jnp.zeros(3, jnp.bfloat16), "b": np.zeros(2, np.float64), "c": jnp.zeros((), jnp.int32)}
     assert federated.payload_bytes(tree) == 6 + 16 + 4
+    assert federated.payload_bytes(linear(0).replace(state={"key": jax.random.key(0)})) == 12 * 4 + 8
 
 
 def test_co_distillation_is_the_sum_of_both_losses():

@@ -46,11 +46,13 @@ from distill_jax._checks import (
     check_real,
     check_sequence,
     check_tx,
+    is_key,
     need,
     shown,
 )
-from distill_jax._model import Model, PyTree, identity
+from distill_jax._model import Model, PyTree, check_model, identity
 from distill_jax.losses.tokens import TopK
+from distill_jax.teachers.kinds import Kind
 from distill_jax.train import sweeps
 from distill_jax.train.objectives import Schedule, at, check_options, check_weight, error_rate, soft_mean
 from distill_jax.train.step import LossFn, Step, init_state, weighted_mean
@@ -173,8 +175,12 @@ def make_local_training(
 
     Returns:
       ``(models, data, order, key, context=None) -> (models, metrics)``. ``models`` are stacked; ``data`` holds the
-      examples of all clients and ``order`` their rows, from :func:`client_order`; ``metrics`` are means over the steps,
-      ``[clients]``.
+      examples of all clients and ``order`` their rows ``[steps, clients, batch]``, from :func:`client_order`;
+      ``metrics`` are means over the steps, ``[clients]``.
+
+    Raises:
+      ValueError: if ``step`` or ``tx`` is not what is said above; when it is called, if ``order`` has not one column
+        per stacked model, or its rows are not among the examples.
     """
     check_function("step", step, "state, batch")
     check_tx("tx", tx)
@@ -182,6 +188,14 @@ def make_local_training(
     begin = jax.jit(jax.vmap(lambda model, key: init_state(model, tx, key)))
 
     def train_clients(models, data, order, key, context=None):
+        check_model("models", models)
+        check_integers("order", order)
+        counts = sorted({np.shape(leaf)[:1] for leaf in jax.tree.leaves(models)})
+        if np.ndim(order) != 3 or counts != [np.shape(order)[1:2]]:
+            raise ValueError(
+                f"order must be rows [steps, clients, batch] with one column per stacked model, got shape "
+                f"{np.shape(order)} for models whose first axes are {', '.join(map(str, counts))}"
+            )
         states = begin(models, jax.random.split(key, np.shape(order)[1]))
         students, metrics = epoch(sweeps.Students(states), data, order, context)
         return students.model, {name: jnp.mean(values, 0) for name, values in metrics.items()}
@@ -189,10 +203,10 @@ def make_local_training(
     return train_clients
 
 
-def sound(
+def finite_clients(
     updates: Sequence[PyTree] | np.ndarray, *, invalid: Invalid = "refuse", names: Sequence[str] = ()
 ) -> list[int]:
-    """Finds the clients whose numbers are all finite.
+    """Finds the clients whose numbers are all finite, in the precision in which JAX computes with them.
 
     Args:
       updates: what each client sent: parameters, models or predictions.
@@ -206,19 +220,32 @@ def sound(
     Raises:
       ValueError: if a client is to be refused (the message names it), or none is left.
     """
-    check_choice("invalid", invalid, ("refuse", "leave out"))
     names = _names(updates, names)
     wrong = {}
     for i, update in enumerate(updates):
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(update) if weights.is_float(leaf)]
-        if count := sum(int((~np.isfinite(leaf)).sum()) for leaf in leaves):
-            wrong[i] = (
-                f"{names[i]} sent {count} of {sum(leaf.size for leaf in leaves)} numbers NaN or infinite"
-            )
-    if wrong and (invalid == "refuse" or len(wrong) == len(updates)):
-        advice = "" if invalid == "leave out" else ", or go on without by invalid='leave out'"
-        raise ValueError(f"{'; '.join(wrong.values())}: let the client train again{advice}")
-    return [i for i in range(len(updates)) if i not in wrong]
+        if said := _not_finite(update):
+            wrong[i] = f"{names[i]} {said}"
+    return _accepted(wrong, len(updates), invalid)
+
+
+def _not_finite(update: PyTree) -> str:
+    """Says how many numbers are not finite; nothing if all are."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(update) if weights.is_float(leaf)]
+    with np.errstate(over="ignore"):  # float64 beyond float32 is infinite to JAX
+        held = [leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False) for leaf in leaves]
+    count = sum(int((~np.isfinite(leaf)).sum()) for leaf in held)
+    return f"sent {count} of {sum(leaf.size for leaf in held)} numbers NaN or infinite" if count else ""
+
+
+def _accepted(wrong: Mapping[int, str], clients: int, invalid: Invalid) -> list[int]:
+    """Lists the clients that did nothing wrong, unless the round is refused."""
+    check_choice("invalid", invalid, ("refuse", "leave out"))
+    if wrong and (invalid == "refuse" or len(wrong) == clients):
+        advice = "" if invalid == "leave out" else ", or leave it out by invalid='leave out'"
+        raise ValueError(
+            f"{'; '.join(wrong.values())}: train it with a lower learning rate or other examples{advice}"
+        )
+    return [i for i in range(clients) if i not in wrong]
 
 
 def _names(updates: Sequence[Any] | np.ndarray, names: Sequence[str]) -> Sequence[str]:
@@ -253,8 +280,8 @@ def average_models(
     Args:
       models: the clients' models, or trees of parameters, of one architecture.
       sizes: the clients' numbers of examples, n_k > 0.
-      invalid: what to do about a client that sent NaN, as in :func:`sound`.
-      names: the clients' names in messages, as in :func:`sound`.
+      invalid: what to do about a client that sent NaN, as in :func:`finite_clients`.
+      names: the clients' names in messages, as in :func:`finite_clients`.
 
     Returns:
       The average: :func:`distill_jax.weights.mean`, whose remark on BatchNorm holds.
@@ -270,7 +297,7 @@ def average_models(
     >>> float(average_models([1.0, 5.0], [3, 1]))
     2.0
     """
-    kept, names = sound(models, invalid=invalid, names=names), _names(models, names)
+    kept, names = finite_clients(models, invalid=invalid, names=names), _names(models, names)
     chosen = [models[i] for i in kept]
     weights.check(*chosen, names=[names[i] for i in kept])
     return weights.mean(chosen, _sizes(sizes, names)[kept])
@@ -293,8 +320,8 @@ def average_predictions(
       of: what is averaged. FedMD averages class scores, which are logits in its program, and FedDF averages logits. In
         a mean of logits the scale of each client's logits counts, in a mean of probabilities it counts little.
       class_names: the names of each client's classes, in the order of its logits; they must all be the same.
-      invalid: what to do about a client that sent NaN, as in :func:`sound`.
-      names: the clients' names in messages, as in :func:`sound`.
+      invalid: what to do about a client that sent NaN, as in :func:`finite_clients`.
+      names: the clients' names in messages, as in :func:`finite_clients`.
 
     Returns:
       The consensus as logits, float32 ``[n, classes]``: the mean of the logits, or the logarithm of the mean
@@ -323,9 +350,11 @@ def average_predictions(
             )
     if class_names is not None:
         check_classes(class_names, np.shape(predictions[0])[1], names=names)
-    kept = sound(predictions, invalid=invalid, names=names)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+        each = [np.asarray(logits).astype(np.float32) for logits in predictions]
+    kept = finite_clients(each, invalid=invalid, names=names)
     share = _sizes(np.ones(len(names)) if sizes is None else sizes, names)[kept]
-    logits = np.stack([np.asarray(predictions[i], np.float32) for i in kept])
+    logits = np.stack([each[i] for i in kept])
     if of == "probabilities":
         logits = np.asarray(jax.nn.softmax(logits))
     mean = np.tensordot((share / share.sum()).astype(np.float32), logits, 1)
@@ -344,7 +373,7 @@ def check_classes(
     Args:
       class_names: the names of each client's classes, in the order of its outputs.
       classes: the number of classes that there must be; None for any.
-      names: the clients' names in messages, as in :func:`sound`.
+      names: the clients' names in messages, as in :func:`finite_clients`.
     """
     names = _names(class_names, names)
     first = list(class_names[0])
@@ -358,6 +387,48 @@ def check_classes(
             raise ValueError(f"{name} has its classes in another order than {names[0]}: reorder its outputs")
     if classes is not None and len(first) != classes:
         raise ValueError(f"class_names must have {classes} names, as there are outputs, got {len(first)}")
+
+
+def encode_predictions(
+    predictions: Sequence[ArrayLike] | np.ndarray,
+    kind: Kind,
+    *,
+    dtype: str = "float16",
+    invalid: Invalid = "refuse",
+    names: Sequence[str] = (),
+) -> dict[int, dict[str, np.ndarray]]:
+    """Makes what each client sends of its predictions.
+
+    Args:
+      predictions: the logits of each client, ``[n, classes]``.
+      kind: a kind of labels, such as ``teachers.kinds.Top(2)``; one that needs no ids of examples.
+      dtype: the dtype in which numbers are sent: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+      invalid: what to do about a client whose predictions are NaN, infinite, or too large for ``dtype``, as in
+        :func:`finite_clients`.
+      names: the clients' names in messages, as in :func:`finite_clients`.
+
+    Returns:
+      The number of each client that is not left out → the arrays that it sends.
+
+    Raises:
+      ValueError: if a client is to be refused (the message names it), or none is left.
+
+    >>> from distill_jax.teachers import kinds
+    >>> encode_predictions([[[2.0, 0.0]], [[1e5, 0.0]]], kinds.Logits(), invalid="leave out")
+    {0: {'logits': array([[2., 0.]], dtype=float16)}}
+    """
+    names = _names(predictions, names)
+    sent, wrong = {}, {}
+    for i, logits in enumerate(predictions):
+        if said := _not_finite(logits):
+            wrong[i] = f"{names[i]} {said}"
+            continue
+        try:
+            sent[i] = kind.encode(logits, dtype=dtype)
+        except ValueError as error:
+            wrong[i] = f"the predictions of {names[i]} cannot be sent ({error})"
+    _accepted(wrong, len(predictions), invalid)
+    return sent
 
 
 def dense(labels: ArrayLike | TopK, classes: int) -> np.ndarray:
@@ -402,12 +473,13 @@ def payload_bytes(payload: PyTree) -> int:
       payload: parameters, a model, or the arrays that a kind of labels makes.
 
     Returns:
-      The number of bytes.
+      The number of bytes. A random key, such as the state of a model with dropout may hold, counts with its numbers.
 
     >>> payload_bytes({"logits": np.zeros((5, 10), np.float16)})
     100
     """
-    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(payload))
+    leaves = [jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(payload)]
+    return sum(np.asarray(leaf).nbytes for leaf in leaves)
 
 
 def with_public(
@@ -452,7 +524,10 @@ def co_distill(
 
     Returns:
       A ``loss_fn`` with the metrics ``"hard"``, ``"soft"`` and ``"error_rate"`` (of the client's own examples), for
-      batches from :func:`with_public`. Both parts go through the model together.
+      batches from :func:`with_public`. Both parts go through the model together. Schedules begin again in each round
+      of :func:`make_local_training`. The soft part is a mean over the public examples by their own weights; a step
+      that accumulates a batch in parts weighs the parts by the private examples, so that its mean may differ where the
+      public weights do.
 
     Raises:
       ValueError: if w is a negative constant, or T one that is not positive.

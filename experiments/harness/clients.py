@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,12 +27,21 @@ class State(NamedTuple):
     extra: Any = ()  # the consensus and its weights; or the units that each client has
 
 
-Sent = tuple[Any, float, float]  # the new state, bytes up, bytes down
+class RoundResult(NamedTuple):
+    """What a round of a method made."""
+
+    state: State
+    bytes_up: float  # of all clients, also of those that were left out
+    bytes_down: float
+    kept: Sequence[int]  # the clients whose numbers were finite; the others were left out of the round
+
+
+Groups = Sequence[tuple[Any, list[int]]]  # what clients have in common, and which they are
 
 
 @dataclass
-class World:
-    """The clients of one seed."""
+class Clients:
+    """The clients of one seed, and what they can do."""
 
     run: Run
     seed: int
@@ -42,15 +52,12 @@ class World:
     losses: list[float] = field(default_factory=list)  # of the clients in this round
 
     @classmethod
-    def of(cls, run: Run, seed: int, programs: Mapping[str, Any]) -> "World":
+    def of(cls, run: Run, seed: int, programs: Mapping[str, Any]) -> "Clients":
         """Sets the public images aside, and divides the others."""
-        config, examples = run.config, arrays(run.dataset.train)
-        order = np.random.default_rng([7, seed]).permutation(len(examples["label"]))
-        private = {name: x[order[config.public :]] for name, x in examples.items()}
-        shards = federated.dirichlet_shards(
-            private["label"], config.clients, config.concentration, seed=seed, least=config.least
-        )
-        return cls(run, seed, programs, private, examples["image"][order[: config.public]], shards)
+        examples = arrays(run.dataset.train)
+        public, own, shards = divide(run.config, examples["label"], seed)
+        private = {name: x[own] for name, x in examples.items()}
+        return cls(run, seed, programs, private, examples["image"][public], shards)
 
     @property
     def sizes(self) -> list[int]:
@@ -78,12 +85,12 @@ class World:
             self.shards, steps=config.steps, batch_size=config.batch_size, seed=self.seed, number=number
         )
         key = jax.random.fold_in(jax.random.fold_in(state.key, number), members[0])
-        how = "own" if context is None else "both"
-        new, figures = self.programs[how](clients, self.private, order[:, list(members)], key, context)
+        objective = "own" if context is None else "both"
+        new, figures = self.programs[objective](clients, self.private, order[:, list(members)], key, context)
         self.losses.extend(figures["loss"].tolist())
         return new
 
-    def learn(self, state: State, how: str, learners: models.Model, consensus: Any) -> models.Model:
+    def learn(self, state: State, objective: str, learners: models.Model, consensus: Any) -> models.Model:
         """Trains stacked models on the consensus alone."""
         config, count = self.run.config, len(jax.tree.leaves(learners)[0])
         order = federated.client_order(
@@ -91,12 +98,23 @@ class World:
             seed=1_000 + self.seed, number=int(state.step),
         )  # fmt: skip
         data = {"image": self.public, "teacher": consensus}
-        return self.programs[how](learners, data, order, state.key)[0]
+        return self.programs[objective](learners, data, order, state.key)[0]
 
-    def predict(self, clients: Sequence[models.Model]) -> np.ndarray:
-        """Computes the logits of stacks of clients for the public images: ``[clients, images, classes]``."""
-        outputs = [models.predict(sweeps.as_one(each), self.public, prepare=prepare) for each in clients]
-        return np.concatenate(outputs, 1).swapaxes(0, 1)
+    def predict(self, stacks: Sequence[models.Model], groups: Groups) -> np.ndarray:
+        """Computes the logits of all clients, in their order, for the public images: ``[clients, images, classes]``."""
+        outputs = [models.predict(sweeps.as_one(each), self.public, prepare=prepare) for each in stacks]
+        stacked_order = np.concatenate([members for _, members in groups])
+        return np.concatenate(outputs, 1).swapaxes(0, 1)[np.argsort(stacked_order)]
+
+
+def divide(config: Any, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Draws the rows of the public and of the private images, and each client's rows among the private ones."""
+    order = np.random.default_rng([7, seed]).permutation(len(labels))
+    public, private = order[: config.public], order[config.public :]
+    shards = federated.dirichlet_shards(
+        labels[private], config.clients, config.concentration, seed=seed, least=config.least
+    )
+    return public, private, shards
 
 
 def mlp(widths: Sequence[int], share: float = 1.0) -> str:
@@ -104,22 +122,41 @@ def mlp(widths: Sequence[int], share: float = 1.0) -> str:
     return "mlp:" + ",".join(str(math.ceil(share * width)) for width in widths)
 
 
-def in_turn(clients: int, choices: Sequence[Any]) -> dict[Any, list[int]]:
-    """Gives each client one of the choices in turn: choice → clients."""
-    return {choice: list(range(i, clients, len(choices))) for i, choice in enumerate(choices[:clients])}
+def in_turn(clients: int, choices: Sequence[Any]) -> Groups:
+    """Gives each client one of the choices in turn: (choice, its clients), also where two choices are equal."""
+    return [(choice, list(range(i, clients, len(choices)))) for i, choice in enumerate(choices[:clients])]
 
 
-def as_epoch(world: World, one_round: Callable[..., Sent]) -> Callable[..., Any]:
-    """Makes an epoch of ``train.fit`` of a round."""
+def as_epoch(
+    clients: Clients, name: str, one_round: Callable[[Clients, State], RoundResult]
+) -> Callable[..., Any]:
+    """Makes an epoch of ``train.fit`` of a method's round; the data and the order that ``fit`` gives are not used.
+
+    A client whose numbers are not finite ends the run, or is left out with a warning, as the options say.
+    """
 
     def epoch(state, data, order, context=None):
-        new, up, down = one_round(world, state)
-        finite = [
-            loss for loss in world.losses if math.isfinite(loss)
-        ]  # others are those of clients left out
-        figures = {"loss": np.mean(finite), "bytes_up": up, "bytes_down": down}
-        world.losses.clear()
-        return new._replace(step=state.step + 1), {name: np.array([value]) for name, value in figures.items()}
+        done = one_round(clients, state)
+        missing = sorted(set(range(clients.run.config.clients)) - set(done.kept))
+        if missing:
+            told = (
+                f"{name}, seed {clients.seed + 1}, round {int(state.step) + 1}: "
+                f"{', '.join(f'client {i}' for i in missing)} sent NaN, infinite or too large numbers"
+            )
+            if clients.run.config.invalid == "refuse":
+                raise ValueError(
+                    f'{told}: go on without from the last checkpoint by --invalid "leave out", or take a lower '
+                    "--learning-rate"
+                )
+            warnings.warn(f"{told} and was left out", stacklevel=2)
+        # The others are losses of clients that were left out
+        finite = [loss for loss in clients.losses if math.isfinite(loss)]
+        clients.losses.clear()
+        figures = {
+            "loss": np.mean(finite) if finite else math.nan, "bytes_up": done.bytes_up, "bytes_down": done.bytes_down,
+            "left_out": len(missing),
+        }  # fmt: skip
+        return done.state._replace(step=state.step + 1), {n: np.array([v]) for n, v in figures.items()}
 
     return epoch
 

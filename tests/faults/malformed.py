@@ -922,8 +922,8 @@ def of_federated() -> Iterator[Case]:
                lambda: federated.average_models([MODEL, MODEL], [0, 1]))
     yield Case("federated.average_models: sizes of three", "sizes",
                lambda: federated.average_models([MODEL, MODEL], [1, 1, 1]))
-    yield Case("federated.sound: invalid", "invalid", lambda: federated.sound([z], invalid="drop"))
-    yield Case("federated.sound: names", "names", lambda: federated.sound([z], names=["a", "b"]))
+    yield Case("federated.finite_clients: invalid", "invalid", lambda: federated.finite_clients([z], invalid="drop"))
+    yield Case("federated.finite_clients: names", "names", lambda: federated.finite_clients([z], names=["a", "b"]))
     yield Case("federated.dense: other classes", "labels", lambda: federated.dense(z, 4))
     yield Case("federated.with_public: 0", "batch_size", lambda: federated.with_public(0))
     yield Case("federated.with_public: no consensus", "teacher",
