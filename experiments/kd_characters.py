@@ -5,11 +5,14 @@ Then it trains students, each from the same initial parameters, with the same nu
 
 - "scratch": on the true labels of the labelled faces;
 - "distilled": on the teacher's soft labels of all training faces;
-- where only some faces are labelled, also "labelled faces": on the soft labels of these alone; and "hard labels": on
-  all training faces, with the true label where it is known, else with the class that the teacher names.
+- where only some faces are labelled, also "labelled faces": on the soft labels of these alone; "hard labels": on
+  all training faces, with the true label where it is known, else with the class that the teacher names; and "true
+  labels, all faces": on what the teacher has learned from;
+- with --control, "scratch, teacher's recipe": as "scratch", but with the epochs, learning rate and distortion of the
+  teacher, whose lead is otherwise not that of its size alone.
 
-The temperature is the one with the fewest errors of the first seed's student on validation data, whose groups of fonts
-are neither in the training data nor in the test data.
+Of spoken characters, read "voices" for "faces". The temperature is the one with the fewest errors of the first
+seed's student on validation data, whose groups of fonts are neither in the training data nor in the test data.
 
     python experiments/data/fonts.py                     # prints how to install fonts on Debian
     python experiments/kd_characters.py                  # pair: two large networks, all faces labelled; an hour
@@ -55,12 +58,15 @@ class Config(Options):
     """The options of the experiment."""
 
     dataset: str = "glyphs"
-    """data set: glyphs (characters in the fonts of this machine, or in those of --data-dir), or another one that
-    data.load knows, such as emnist/byclass or digits"""
+    """data set: glyphs (characters in the fonts of this machine, or in those of --data-dir), spoken (characters by
+    synthetic voices, which stand for faces in the other options), or another one that data.load knows, such as
+    emnist/byclass or digits"""
     teacher: str = "characters:512,128"  # teacher network
     students: tuple[str, ...] = ("characters:512",)  # student networks, such as mlp:64 or convnet:8,16,24
     labelled: Whole = 0
     """number of training faces whose labels are known, or of examples where the data have no faces; 0 means all"""
+    control: bool = False
+    """also train each student from scratch with the teacher's epochs, learning rate and distortion"""
     curve: tuple[Whole, ...] = ()
     """numbers of faces on which the students are also trained, for a picture; 0 means all"""
     temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0)  # temperatures T, of which validation chooses one
@@ -69,7 +75,8 @@ class Config(Options):
     epochs: Count = 1  # number of epochs to train each student, as long as those of all training faces
     learning_rate: Positive = 1e-3  # highest learning rate of the students (Adam, cosine schedule)
     distortion: Amount = 0.0
-    """strength of the distortion of the pictures that a student is shown; 0 leaves them as they are"""
+    """strength of the distortion of the pictures that a student is shown; 0 leaves them as they are. The teacher's
+    labels are those of the undistorted pictures"""
     teacher_epochs: Count = 2  # number of epochs to train the teacher
     teacher_learning_rate: Positive = 1e-3  # highest learning rate of the teacher (Adam, cosine schedule)
     teacher_distortion: Amount = 0.25  # strength of the distortion of the teacher's pictures
@@ -77,14 +84,21 @@ class Config(Options):
     warmup: Whole = 100  # number of steps over which the learning rate rises
     check: bool = False  # exit with status 1 unless each student is better distilled than from scratch
 
+    def recipe(self, prefix: str = "") -> list[float]:
+        """Lists epochs, learning rate and distortion of the students, or with ``"teacher_"`` of the teacher."""
+        return [getattr(self, prefix + option) for option in ("epochs", "learning_rate", "distortion")]
+
+
+CONTROL = "scratch, teacher's recipe"  # a student's model in the report
+
 
 FEW = Config(
-    students=("mlp:64", "convnet:8,16,24"), labelled=40, epochs=4, temperatures=(1.0, 2.0, 4.0, 8.0),
+    students=("mlp:64", "convnet:8,16,24"), labelled=40, control=True, epochs=4, temperatures=(1.0, 2.0, 4.0, 8.0),
     every_temperature=True, learning_rate=3e-3,
 )  # fmt: skip
 SPOKEN = Config(
-    dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), batch_size=64, epochs=15,
-    learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
+    dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), control=True, batch_size=64,
+    epochs=15, learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
 )  # fmt: skip
 CONFIGS = {
     "pair": ("Networks of 8.4 million parameters, all faces labelled; an hour on two cores.", Config()),
@@ -94,6 +108,7 @@ CONFIGS = {
         dataclasses.replace(
             FEW,
             seeds=3,
+            control=False,
             students=("mlp:64",),
             temperatures=(1.0, 2.0),
             every_temperature=False,
@@ -103,7 +118,15 @@ CONFIGS = {
     "spoken": ("Spoken characters, students of 70,000 parameters; tested on people too.", SPOKEN),
     "smoke": (
         "Embedded digits and small networks: shows in seconds that the program runs, and nothing else.",
-        Config(dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), labelled=100, batch_size=64),
+        Config(
+            dataset="digits",
+            seeds=1,
+            teacher="mlp:32",
+            students=("mlp:8",),
+            control=True,
+            labelled=100,
+            batch_size=64,
+        ),
     ),
 }
 
@@ -164,6 +187,9 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need(
         "curve", all(n <= faces for n in config.curve), f"be at most the number of training faces, {faces}"
     )
+    config.need(
+        "curve", len({n or faces for n in config.curve}) == len(config.curve), "name each number once"
+    )
 
 
 def build(dataset: data.Dataset, network: str, seed: int, student: bool) -> models.Model:
@@ -186,22 +212,21 @@ class Trainer:
         network: str,
         examples: Mapping[str, Any],
         temperature: float | None = None,
+        recipe: str = "",
     ) -> Trained:
         """Trains one model, or takes it from the checkpoint of the run.
 
         Args:
-          name: the name of the model; ``"teacher"`` is trained as the teacher.
+          name: the name of the model.
           seed: the number of the repetition.
           network: the name of the network.
           examples: the training arrays; with ``"teacher"``, the logits to learn from.
           temperature: that of the soft labels; None: the loss is that of the labels alone.
+          recipe: ``"teacher_"`` for the teacher's epochs, learning rate and distortion.
         """
         config, dataset, student = self.config, self.run.dataset, name != "teacher"
-        prefix = "" if student else "teacher_"
-        rate, epochs, strength = (
-            getattr(config, prefix + option) for option in ("learning_rate", "epochs", "distortion")
-        )
-        if (student, temperature) not in self.made:
+        epochs, rate, strength = config.recipe(recipe)
+        if (recipe, temperature) not in self.made:
             loss = (
                 train.supervised()
                 if temperature is None
@@ -209,11 +234,11 @@ class Trainer:
             )
             tx = adam(rate, epochs, len(examples["label"]) // config.batch_size, warmup=config.warmup)
             step = train.make_train_step(loss, tx)  # (state, batch) -> (state, metrics)
-            self.made[student, temperature] = (
+            self.made[recipe, temperature] = (
                 tx,
                 train.make_epoch(step, transform=distorted(dataset, strength)),
             )
-        tx, epoch = self.made[student, temperature]
+        tx, epoch = self.made[recipe, temperature]
         order = (20_000 if student else 10_000) + seed
         state = train.init_state(build(dataset, network, seed, student), tx, self.run.key(seed, order))
         done = self.run.fit(
@@ -237,12 +262,14 @@ class Lesson:
     def __init__(self, trainer: Trainer, seed: int, chosen: dict[str, float]):
         run, split = trainer.run, trainer.run.dataset.train
         self.trainer, self.seed, self.chosen, self.config = trainer, seed, chosen, trainer.config
-        self.images, self.true, self.of = split.image, split.label, readers.origins(run.dataset, split)
+        self.images, self.true, self.face = split.image, split.label, readers.origins(run.dataset, split)
         # The faces in the order in which they are labelled
-        self.faces = np.random.default_rng(seed).permutation(np.unique(self.of))
-        teacher = trainer("teacher", seed, self.config.teacher, {"image": self.images, "label": self.true})
+        self.faces = np.random.default_rng(seed).permutation(np.unique(self.face))
+        given = {"image": self.images, "label": self.true}
+        teacher = trainer("teacher", seed, self.config.teacher, given, recipe="teacher_")
         self.found = {"teacher": teacher}
         self.soft = run.store_labels(seed, teacher.model)
+        self.done: dict[Any, Trained] = {}
 
     def examples(self, faces: int, labelled: int) -> dict[str, np.ndarray]:
         """Takes the examples of the first ``faces`` faces (0: of all), repeated to the number of all examples.
@@ -250,20 +277,38 @@ class Lesson:
         So every student makes the same number of steps, and is validated equally often. Without the true label of a
         face, that is beyond the first ``labelled`` (0: all), the label is the class that the teacher names.
         """
-        taken, known = (np.isin(self.of, self.faces[: count or None]) for count in (faces, labelled))
+        taken, known = (np.isin(self.face, self.faces[: count or None]) for count in (faces, labelled))
         answers = np.where(known, self.true, self.soft.argmax(-1)).astype(np.int32)
-        rows = np.resize(np.flatnonzero(taken), len(self.of))
+        rows = np.resize(np.flatnonzero(taken), len(self.face))
         return {"image": self.images[rows], "label": answers[rows], "teacher": self.soft[rows]}
 
-    def learn(self, name: str, network: str, faces: int, labelled: int) -> None:
+    def student(
+        self,
+        name: str,
+        network: str,
+        faces: int,
+        labelled: int,
+        temperature: float | None = None,
+        recipe: str = "",
+    ) -> Trained:
+        """Trains a student, unless one of another name has learned the same in the same way."""
+        faces, labelled = (count or len(self.faces) for count in (faces, labelled))
+        in_loss = temperature is None or self.config.alpha > 0
+        key = network, faces, min(labelled, faces) if in_loss else None, temperature, recipe
+        if key not in self.done:
+            examples = self.examples(faces, labelled)
+            self.done[key] = self.trainer(name, self.seed, network, examples, temperature, recipe)
+        return self.done[key]
+
+    def learn(self, name: str, network: str, faces: int, labelled: int, recipe: str = "") -> None:
         """Trains a student on labels."""
-        self.found[name] = self.trainer(name, self.seed, network, self.examples(faces, labelled))
+        self.found[name] = self.student(name, network, faces, labelled, recipe=recipe)
 
     def distil(self, name: str, network: str, faces: int, labelled: int, every: bool = False) -> None:
         """Trains a student on soft labels, at the temperature that was chosen or at every one."""
-        examples, first = self.examples(faces, labelled), name not in self.chosen
+        first = name not in self.chosen
         students = {
-            t: self.trainer(f"{name}, T = {t:g}", self.seed, network, examples, t)
+            t: self.student(f"{name}, T = {t:g}", network, faces, labelled, t)
             for t in (self.config.temperatures if first or every else (self.chosen[name],))
         }
         if first:
@@ -283,19 +328,23 @@ def train_seed(trainer: Trainer, seed: int, chosen: dict[str, float]) -> dict[st
     config, lesson = trainer.config, Lesson(trainer, seed, chosen)
     n = config.labelled
     for network in config.students:
-        of = prefix(config, network)
-        lesson.learn(f"{of}scratch", network, n, n)
+        prefix = prefix_of(config, network)
+        lesson.learn(f"{prefix}scratch", network, n, n)
+        if config.control:
+            lesson.learn(f"{prefix}{CONTROL}", network, n, n, "teacher_")
         if n:
-            lesson.distil(f"{of}labelled faces", network, n, n)
-            lesson.learn(f"{of}hard labels", network, 0, n)
-        lesson.distil(f"{of}distilled", network, 0, n, config.every_temperature)
+            lesson.distil(f"{prefix}labelled faces", network, n, n)
+            lesson.learn(f"{prefix}hard labels", network, 0, n)
+        lesson.distil(f"{prefix}distilled", network, 0, n, config.every_temperature)
+        if n:
+            lesson.learn(f"{prefix}true labels, all faces", network, 0, 0)
         for count in config.curve:
-            lesson.learn(f"{of}scratch on {count or 'all'}", network, count, count)
-            lesson.distil(f"{of}distilled on {count or 'all'}", network, count, count)
+            lesson.learn(f"{prefix}scratch on {count or 'all'}", network, count, count)
+            lesson.distil(f"{prefix}distilled on {count or 'all'}", network, count, count)
     return lesson.found
 
 
-def prefix(config: Config, network: str) -> str:
+def prefix_of(config: Config, network: str) -> str:
     """Returns what the names of a student's models begin with."""
     return f"{network}, " if len(config.students) > 1 else ""
 
@@ -307,56 +356,105 @@ def points(a: Sequence[float], b: Sequence[float]) -> str:
     return f"{100 * difference.mean:+.2f}{error}".replace("-", "−")
 
 
+def share(scratch: Sequence[float], distilled: Sequence[float], teacher: Sequence[float]) -> str:
+    """Writes how much of the teacher's lead a student makes up, with the standard error of this ratio of means."""
+    gain, lead = np.subtract(distilled, scratch), np.subtract(teacher, scratch)
+    if lead.mean() <= 0:
+        return "the teacher does not lead"
+    part, error = gain.mean() / lead.mean(), ""
+    if len(gain) > 1:
+        spread = (gain - part * lead).std(ddof=1) / lead.mean() / np.sqrt(len(gain))
+        error = f" ± {100 * spread:.0f}"
+    return f"{100 * part:.0f}{error} % of its distance to the teacher".replace("-", "−")
+
+
 def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float]) -> str:
     """Says what distillation did to the test accuracy of each student."""
     accuracy = {name: model["test"]["accuracy"] for name, model in found["models"].items()}
     said = []
     for network in config.students:
-        of = prefix(config, network)
-        scratch, distilled = accuracy[f"{of}scratch"], accuracy[f"{of}distilled"]
-        lead, gain = (np.mean(accuracy[name]) - np.mean(scratch) for name in ("teacher", f"{of}distilled"))
-        share = (
-            f"{100 * gain / lead:.0f} % of its distance to the teacher" if lead > 0 else "no teacher leads"
-        )
-        own, all_ = (found["models"][name]["parameters"] for name in (f"{of}distilled", "teacher"))
+        prefix = prefix_of(config, network)
+        scratch, distilled = accuracy[f"{prefix}scratch"], accuracy[f"{prefix}distilled"]
+        own, all_ = (found["models"][name]["parameters"] for name in (f"{prefix}distilled", "teacher"))
         said.append(
-            f"Distillation at T = {chosen[f'{of}distilled']:g} changed the test accuracy of {network} (parameters: "
-            f"{100 * own / all_:.3g} % of the teacher's) by {points(scratch, distilled)} points ({share})."
+            f"Distillation at T = {chosen[f'{prefix}distilled']:g} changed the test accuracy of {network} (parameters: "
+            f"{100 * own / all_:.3g} % of the teacher's) by {points(scratch, distilled)} points "
+            f"({share(scratch, distilled, accuracy['teacher'])})."
         )
+        if config.control:
+            gain = points(accuracy[f"{prefix}{CONTROL}"], distilled)
+            said.append(f"Against the same student from scratch with the teacher's recipe: {gain} points.")
         if config.labelled:
-            hard = points(accuracy[f"{of}hard labels"], distilled)
-            said.append(f"Soft labels against the teacher's hard labels: {hard} points.")
-    errors = " Errors are standard errors of paired differences." if config.seeds > 1 else ""
-    return " ".join(said) + errors
+            hard = accuracy[f"{prefix}hard labels"]
+            clear = "yes" if results.paired(hard, distilled).t > 2 else "no"
+            if config.seeds == 1:
+                clear = "not known from one seed"
+            said.append(
+                f"Soft labels against the teacher's hard labels: {points(hard, distilled)} points "
+                f"(better by more than two standard errors: {clear})."
+            )
+    if config.seeds > 1:
+        said.append("Here ± is the standard error over seeds, of paired differences.")
+    return " ".join(said)
+
+
+def explain(config: Config, dataset: data.Dataset) -> list[str]:
+    """Says, in paragraphs for the report, what must be known to compare its rows."""
+    faces, unit = len(np.unique(readers.origins(dataset, dataset.train))), readers.unit(dataset)
+    about = round(len(dataset.train.id) * config.labelled / faces) or len(dataset.train.id)
+    said = [
+        f"The temperatures were chosen on {len(dataset.validation.id):,} labelled validation examples; nothing was "
+        f"chosen for students from scratch, which learn from {about:,} labelled training examples."
+    ]
+    if not config.control and config.recipe() != config.recipe("teacher_"):
+        said.append(
+            "Epochs, learning rate or distortion of the teacher are not those of the students, so its lead is not "
+            "that of its size alone: --control trains students from scratch with its recipe."
+        )
+    if config.labelled:
+        said.append(
+            f"The teacher has learned the true labels of all {unit}, also of those that are unlabelled to the "
+            f'students. "True labels, all faces" is the student that knows them too.'
+        )
+    if config.distortion:
+        said.append("Students see distorted pictures, with the teacher's labels of the undistorted ones.")
+    return said
 
 
 def lead(config: Config, found: Mapping[str, Any]) -> str:
     """Says how far the teacher leads the students before anything is distilled, on validation data."""
     errors = {name: np.mean(model["validation"]["errors"]) for name, model in found["models"].items()}
-    said = [f"{network} {errors[f'{prefix(config, network)}scratch']:.1f}" for network in config.students]
-    return f"Mean validation errors: teacher {errors['teacher']:.1f}; from scratch {', '.join(said)}."
+
+    def students(kind):
+        return ", ".join(f"{n} {errors[f'{prefix_of(config, n)}{kind}']:.1f}" for n in config.students)
+
+    said = f"Mean validation errors: teacher {errors['teacher']:.1f}; from scratch {students('scratch')}"
+    if config.control:
+        said += f"; from scratch with the teacher's recipe {students(CONTROL)}"
+    return f"{said}."
 
 
-def draw_curve(run: Run, logits: Sequence[Mapping[str, np.ndarray]], of: str) -> dict[str, str]:
+def draw_curve(run: Run, logits: Sequence[Mapping[str, np.ndarray]], prefix: str) -> dict[str, str]:
     """Draws the errors of a student against the number of faces, if that was wanted; returns caption → file name."""
-    counts, dataset = run.config.curve, run.dataset
+    dataset, unit = run.dataset, readers.unit(run.dataset)
+    faces = len(np.unique(readers.origins(dataset, dataset.train)))
+    counts = sorted(run.config.curve, key=lambda n: n or faces)
     if not counts:
         return {}
 
     def errors(name):
-        return [100 * np.mean(seed[of + name].argmax(-1) != dataset.test.label) for seed in logits]
+        return [100 * np.mean(seed[prefix + name].argmax(-1) != dataset.test.label) for seed in logits]
 
     series = {
         name: np.transpose([errors(f"{name} on {n or 'all'}") for n in counts])
         for name in ("scratch", "distilled")
     }
-    series["teacher's labels, all faces"] = np.transpose([errors("distilled")] * len(counts))
-    faces = len(np.unique(readers.origins(dataset, dataset.train)))
+    series[f"teacher's labels, all {unit}"] = np.transpose([errors("distilled")] * len(counts))
     pictures.curves(
-        run.directory / "faces.png", [n or faces for n in counts], series, xlabel="faces", ylabel="test errors, %",
+        run.directory / "faces.png", [n or faces for n in counts], series, xlabel=unit, ylabel="test errors, %",
         log_x=True,
     )  # fmt: skip
-    return {"Test errors of the first student against the number of faces that it learns from": "faces.png"}
+    return {f"Test errors of the first student against the number of {unit} that it learns from": "faces.png"}
 
 
 def main() -> int:
@@ -369,20 +467,22 @@ def main() -> int:
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits)
     found["temperatures"], dataset = chosen, run.dataset
-    notes = [lead(config, found), *readers.add_figures(dataset, found, trained, logits)]
+    people = readers.people_logits(dataset, trained)
+    notes = [lead(config, found), *explain(config, dataset)]
+    notes += readers.add_figures(dataset, found, logits, people)
     headline = verdict(config, found, chosen)
     if readers.is_small(dataset):
         headline = f"A smoke test, whose figures say nothing about unseen fonts or voices. {headline}"
-    of = prefix(config, config.students[0])
-    drawn = results.draw(
-        run.directory, dataset, trained, logits, ("teacher", f"{of}scratch", f"{of}distilled")
-    )
-    drawn |= readers.draw(run.directory, dataset, trained, logits, of) | draw_curve(run, logits, of)
+    prefix = prefix_of(config, config.students[0])
+    shown = "teacher", f"{prefix}scratch", f"{prefix}distilled"
+    test = dataset.test._replace(image=readers.upright(dataset, dataset.test.image))
+    drawn = results.draw(run.directory, dataset._replace(test=test), trained, logits, shown)
+    drawn |= readers.draw(run.directory, dataset, logits, people, prefix) | draw_curve(run, logits, prefix)
     run.finish(found, drawn, headline=headline, notes=notes, columns=readers.COLUMNS)
     accuracy = {name: np.mean(model["test"]["accuracy"]) for name, model in found["models"].items()}
     worse = [
         network for network in config.students
-        if accuracy[f"{prefix(config, network)}distilled"] <= accuracy[f"{prefix(config, network)}scratch"]
+        if accuracy[f"{prefix_of(config, network)}distilled"] <= accuracy[f"{prefix_of(config, network)}scratch"]
     ]  # fmt: skip
     return run.check(not worse, f"distillation does not raise the test accuracy of {', '.join(worse)}")
 

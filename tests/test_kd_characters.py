@@ -1,5 +1,6 @@
 """Distillation of networks that read characters: small runs, what the students learn from, the figures by face."""
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -37,8 +38,9 @@ def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
     status, printed, error = run("--out", out, small=few)
     assert status == 0, error
     results = json.loads((out / "results.json").read_text())
-    one = ["scratch", "labelled faces", "hard labels", "distilled", "distilled, T = 1", "distilled, T = 4"]
-    one += ["scratch on all", "distilled on all"]
+    one = ["scratch", "scratch, teacher's recipe", "labelled faces", "hard labels", "distilled"]
+    one += ["distilled, T = 1", "distilled, T = 4"]
+    one += ["true labels, all faces", "scratch on all", "distilled on all"]
     names = [f"{network}, {name}" for network in ("mlp:4", "mlp:5") for name in one]
     assert list(results["models"]) == ["teacher", *names]
     # The chosen temperature is one of the two
@@ -50,7 +52,18 @@ def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
         assert {"group_accuracy", "lookalikes"} <= model["test"].keys()
         assert all(len(values) == 1 for values in model["test"].values())
     assert "A smoke test" in printed
-    assert "Soft labels against the teacher's hard labels" in printed
+    assert "better by more than two standard errors: not known from one seed" in printed
+    assert (
+        "The teacher has learned the true labels of all faces, also of those that are unlabelled" in printed
+    )
+    assert (
+        "nothing was chosen for students from scratch, which learn from 124 labelled"
+        in printed
+    )
+    # What is the same is trained once
+    trained = {path.name for path in (out / "seed0").iterdir() if path.is_dir()}
+    assert not [name for name in trained if "on-all" in name]
+    assert len(trained) == 2 + 2 * (1 + 1 + 2 + 1 + 2 + 1)
     for name in ("lookalikes", "hesitation", "faces"):
         assert (out / f"{name}.png").stat().st_size > 500
     assert runs.files_of_run(out)[1] == []  # --restart may delete everything
@@ -73,8 +86,9 @@ def test_all_labels_known(tmp_path, run):
     for name in ("gallery", "hesitation"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 500
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results["models"]) == ["teacher", "scratch", "distilled"]
+    assert list(results["models"]) == ["teacher", "scratch", "scratch, teacher's recipe", "distilled"]
     assert "hard labels" not in printed
+    assert "Against the same student from scratch with the teacher's recipe" in printed
     assert "group_accuracy" not in results["models"]["teacher"]["test"]
 
 
@@ -83,6 +97,7 @@ def test_all_labels_known(tmp_path, run):
     [
         (("--labelled", "5000"), "--labelled must be below the number of training faces, 1081"),
         (("--curve", "3", "5000"), "--curve must be at most the number of training faces, 1081"),
+        (("--curve", "0", "1081"), "--curve must name each number once"),
         (("--temperatures",), "--temperatures must name one or more"),
         (("--students", "mlp:4", "mlp:4"), "--students must name one or more, each once"),
         (("--students", "mlp:0"), "mlp:0"),
@@ -117,13 +132,14 @@ class FakeTrainer:
     def __init__(self, **options):
         self.best = {"labelled faces": 1.0, "distilled": 2.0, "distilled on 2": 4.0}
         self.config, self.given = kd_characters.Config(students=("mlp:1",), **options), {}
+        self.recipes = {}
         self.run = self
         dataset = small_data()
         some = data.Split(*(x[[0, 2, 4]] for x in dataset.train))
         self.dataset = dataset._replace(validation=some)
 
-    def __call__(self, name, seed, network, examples, temperature=None):
-        self.given[name] = examples
+    def __call__(self, name, seed, network, examples, temperature=None, recipe=""):
+        self.given[name], self.recipes[name] = examples, recipe
         right = temperature == self.best.get(name.partition(", T =")[0])
         return experiment.Trained(None, {}, 0.0, np.tile([1.0, 0.0] if right else [0.0, 1.0], (3, 1)))
 
@@ -132,19 +148,36 @@ class FakeTrainer:
 
 
 def test_what_students_learn_from():
-    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0, 4.0), curve=(2,))
+    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0, 4.0), curve=(2, 1, 3), control=True)
     found = kd_characters.train_seed(trainer, 0, chosen := {})
     given = trainer.given
     assert list(found) == [
         "teacher",
         "scratch",
+        "scratch, teacher's recipe",
         "labelled faces",
         "hard labels",
         "distilled",
+        "true labels, all faces",
         "scratch on 2",
         "distilled on 2",
+        "scratch on 1",
+        "distilled on 1",
+        "scratch on 3",
+        "distilled on 3",
     ]
-    assert chosen == trainer.best  # the fewest validation errors
+    # What has been learned is not learned again under another name, and a temperature is chosen as before
+    assert not [name for name in given if name.partition(", T")[0].endswith((" on 1", " on 3"))]
+    assert found["scratch on 1"] is found["scratch"]
+    assert found["distilled on 1"] is found["labelled faces"]
+    assert found["scratch on 3"] is found["true labels, all faces"]
+    assert found["distilled on 3"] is found["distilled"]
+    recipes = trainer.recipes
+    assert {name for name in recipes if recipes[name]} == {"teacher", "scratch, teacher's recipe"}
+    np.testing.assert_array_equal(given["scratch, teacher's recipe"]["label"], given["scratch"]["label"])
+    np.testing.assert_array_equal(given["true labels, all faces"]["label"], [0, 1, 0, 1, 0, 1])
+    again = {"distilled on 1": 1.0, "distilled on 3": 2.0}
+    assert chosen == trainer.best | again  # the fewest validation errors
     assert all(len(examples["label"]) == 6 for examples in given.values())
     # One face has the labels 0 and 1; of the others the teacher says 1
     np.testing.assert_array_equal(given["scratch"]["label"], [0, 1, 0, 1, 0, 1])
@@ -202,7 +235,7 @@ def test_the_curve_and_the_lead(tmp_path, monkeypatch):
         }
         for a, b in ((none, right), (one, one))
     ]
-    config = kd_characters.Config(curve=(1, 0), students=("mlp:1",))
+    config = kd_characters.Config(curve=(0, 1), students=("mlp:1",))
     run = types.SimpleNamespace(config=config, dataset=small_data(), directory=tmp_path)
     assert list(kd_characters.draw_curve(run, seeds, "").values()) == ["faces.png"]
     third = 100 / 3
@@ -236,8 +269,30 @@ def test_the_verdict():
         "T = 2 changed the test accuracy of mlp:1 (parameters: 10 % of the teacher's) by +5.50 ± 0.50 points"
         in said
     )
-    assert "(55 % of its distance to the teacher)" in said
-    assert "hard labels: +2.00 ± 1.00 points" in said
+    assert "(55 ± 5 % of its distance to the teacher)" in said
+    assert "hard labels: +2.00 ± 1.00 points (better by more than two standard errors: no)" in said
+    found["models"]["hard labels"]["test"]["accuracy"] = [0.83, 0.859]
+    said = kd_characters.verdict(config, found, {"distilled": 2.0})
+    assert "+2.05 ± 0.05 points (better by more than two standard errors: yes)" in said
+    assert "recipe" not in said
+    found["models"]["scratch, teacher's recipe"] = entry(100, 0.86, 0.88)
+    said = kd_characters.verdict(dataclasses.replace(config, control=True), found, {"distilled": 2.0})
+    assert "from scratch with the teacher's recipe: −0.50 ± 0.50 points" in said
+    found["models"]["teacher"] = entry(1000, 0.8, 0.8)
+    assert "(the teacher does not lead)" in kd_characters.verdict(config, found, {"distilled": 2.0})
+
+
+def test_what_must_be_known_to_compare_is_said():
+    def said(**options):
+        return " ".join(kd_characters.explain(kd_characters.Config(**options), small_data()))
+
+    assert "--control trains students from scratch with its recipe" in said()
+    assert "--control" not in said(control=True)
+    assert "--control" not in said(epochs=2, distortion=0.25)  # as the teacher has
+    assert "which learn from 6 labelled training examples" in said()
+    assert "which learn from 4 labelled training examples" in said(labelled=2)
+    assert "of the undistorted ones" in said(distortion=0.1)
+    assert "of the undistorted ones" not in said()
 
 
 def small_speech():
@@ -273,6 +328,7 @@ def test_speech_has_a_second_test_column_of_people(tmp_path, monkeypatch, run):
         assert len(model["test"]["people_accuracy"]) == 1
     assert "people %" in printed
     assert "Accuracy on 72 recordings of people, per cent, with standard errors over" in printed
+    assert "By speaker (e, f): teacher " in printed
     assert "Mean validation errors: teacher " in printed
     for name in ("confusion_people", "lookalikes_people", "hesitation_people", "lookalikes"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 500
@@ -289,7 +345,8 @@ def test_standard_errors_are_over_recordings():
     """Of two recordings the models read the first, in all seeds, or in one of two."""
     first, second, label = np.eye(2)[[0, 0]], np.eye(2)[[1, 0]], np.array([0, 1])
 
-    dataset = small_data(data.Split(np.arange(2), np.zeros((2, 2, 2, 1), np.uint8), label))
+    # By two speakers, d and e
+    dataset = small_data(data.Split(np.array([7, 8]), np.zeros((2, 2, 2, 1), np.uint8), label))
 
     def answers(*seeds):
         return [
@@ -306,11 +363,13 @@ def test_standard_errors_are_over_recordings():
         for i in (0, 1)
     ]
     found = {"models": {name: {"test": {}} for name in each}}
-    (line,) = readers.on_people(dataset, found, trained)
+    (line,) = readers.on_people(dataset, found, readers.people_logits(dataset, trained))
     assert found["models"]["scratch"]["test"] == {"people_accuracy": [0.0, 0.5]}
     assert "scratch 25.0 ± 25.0; distilled 50.0 ± 50.0" in line
     assert "above scratch: distilled 25.0 ± 25.0." in line
-    assert readers.on_people(small_data(), found, trained) == []
+    assert line.endswith("By speaker (d, e): scratch 50, 0; distilled 100, 0; teacher 100, 0.")
+    assert readers.people_logits(small_data(), trained) == []
+    assert readers.on_people(small_data(), found, []) == []
 
 
 @pytest.mark.parametrize(

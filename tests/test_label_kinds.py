@@ -389,6 +389,7 @@ def test_top_k_views_reach_the_loss_as_top_k_labels(tmp_path):
 
 
 def test_a_student_of_stored_logits_is_bit_for_bit_the_one_taught_online(tmp_path):
+    """Where both label batches of one size: products of another shape may be rounded otherwise."""
     inputs = IMAGES.reshape(48, 16).astype(np.float32) / 255
     store = teachers.write_labels(
         tmp_path / "s",

@@ -59,7 +59,8 @@ def log_mel(
       n_fft: samples per frame.
       hop: samples from one frame to the next.
       mels: number of bands.
-      frames: how many frames to return, from the first; by default all 1 + samples // ``hop``.
+      frames: how many frames to return, from the first; by default all:
+        1 + samples // ``hop``, for an odd ``n_fft`` 1 + (samples − 1) // ``hop``.
       low: where the lowest band begins, in Hz.
       high: where the highest band ends, in Hz; by default ``rate`` / 2.
       scale: ``"slaney"`` or ``"htk"``, how mel depends on the frequency.
@@ -188,8 +189,11 @@ def mel_image(waveform: ArrayLike, *, rate: float, height: int = 32, width: int 
     """Draws waveforms as pictures of any size: log-mel spectrograms from 0 to 1.
 
     The picture spans the sound from the left edge to the right, and the frequencies from 0 to ``rate`` / 2 from
-    row 0 downwards. A pixel is 1 + dB / 80, where dB counts from the loudest pixel of the sound, and 0 for what
-    is 80 dB weaker or less. So the picture does not depend on how loud the sound is; that of silence is 0.
+    row 0 downwards. The hop is samples // (``width`` − 1), so up to ``width`` − 2 samples lie beyond the middle of the
+    last frame: of a sound that has few samples per frame, the end may be missing.
+
+    A pixel is 1 + dB / 80, where dB counts from the loudest pixel of the sound, and 0 for what is 80 dB weaker or less.
+    So the picture does not depend on how loud the sound is; that of silence is 0.
     A frame is the smallest power of two that is at least two hops long, and long enough for ``height`` bands.
 
     Args:

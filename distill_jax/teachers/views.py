@@ -99,10 +99,11 @@ class Views:
         return {"row": np.arange(len(keys), dtype=np.int32), "key": np.asarray(jax.random.key_data(keys))}
 
     def fingerprint(self, ids: ArrayLike, images: PyTree) -> str:
-        """Computes a checksum of some views: it differs for another augmentation, other settings or another seed.
+        """Computes a checksum of some views: as a rule it differs for another augmentation.
 
-        It is meant as the entry ``"augmentation"`` of a store's fingerprint. It is a checksum of rounded numbers: for
-        a store that several kinds of machines read, describe the augmentation in words.
+        So it does for other settings and another seed. A change that shows only in views or examples that are not taken
+        is not seen. It is meant as the entry ``"augmentation"`` of a store's fingerprint. It is a checksum of rounded
+        numbers: for a store that several kinds of machines read, describe the augmentation in words.
 
         Args:
           ids: the ids of the examples, integers ``[n]``; the first view of the 16 smallest is taken.

@@ -19,7 +19,7 @@ KINDS = {
 LOOKALIKES = ("0Oo", "1lI", "cC", "sS", "vV", "wW", "xX", "zZ")  # characters that look alike in print
 SOUNDALIKES = ("3CGVZ", "BDEPT", "8AHJK", "59IY", "2QUW", "FSX", "MN")  # characters whose names sound alike
 WORST = 10  # number of faces that are left out of one of the columns
-FEW_GROUPS = 10  # test data of fewer groups of fonts say nothing about others
+FEW_GROUPS = 20  # fonts of fewer groups say nothing about others; so does the line about their source
 COLUMNS: Mapping[str, results.Column] = {
     "parameters": results.count("parameters"),
     "accuracy %": results.score("accuracy", percent=True),
@@ -42,6 +42,13 @@ def kind(dataset: data.Dataset) -> str:
     return KINDS.get(dataset.name.partition("/")[0].partition(":")[0], "")
 
 
+def unit(dataset: data.Dataset) -> str:
+    """Returns what the origins of the examples are called, in the plural."""
+    if dataset.origins is None:
+        return "examples"
+    return "voices" if kind(dataset) == "speech" else "faces"
+
+
 def upright(dataset: data.Dataset, images: np.ndarray) -> np.ndarray:
     """Turns images as they are printed: spectrograms with the low frequencies at the bottom."""
     return images[:, ::-1] if kind(dataset) == "speech" else images
@@ -49,12 +56,8 @@ def upright(dataset: data.Dataset, images: np.ndarray) -> np.ndarray:
 
 def is_small(dataset: data.Dataset) -> bool:
     """Says whether the data only show that a program runs: digits, or fonts of a few families."""
-    groups = (
-        0
-        if dataset.origins is None
-        else len(np.unique(dataset.origins.group[origins(dataset, dataset.test)]))
-    )
-    return dataset.name == "digits" or (dataset.name == "glyphs" and groups < FEW_GROUPS)
+    groups = () if dataset.origins is None else dataset.origins.group_names
+    return dataset.name == "digits" or (dataset.name == "glyphs" and len(groups) < FEW_GROUPS)
 
 
 def lookalikes(dataset: data.Dataset) -> list[str]:
@@ -84,28 +87,29 @@ def by_face(
       The names of the worst faces, none where there are no more faces than these.
     """
     assert dataset.origins is not None
-    faces, of = np.unique(dataset.origins.of[dataset.test.id], return_inverse=True)
+    faces, face = np.unique(dataset.origins.of[dataset.test.id], return_inverse=True)
     groups, group = np.unique(dataset.origins.group[faces], return_inverse=True)
     right = {
         name: [seed[name].argmax(-1) == dataset.test.label for seed in logits] for name in found["models"]
     }
-    read = np.bincount(of, np.mean(right["teacher"], 0)) / np.bincount(of)
+    read = np.bincount(face, np.mean(right["teacher"], 0)) / np.bincount(face)
     worst = np.argsort(read, kind="stable")[: WORST if len(faces) > WORST else 0]
     for name, seeds in right.items():
         figures = found["models"][name]["test"]
         figures["group_accuracy"] = [
-            float(np.mean(np.bincount(group[of], x, len(groups)) / np.bincount(group[of]))) for x in seeds
+            float(np.mean(np.bincount(group[face], x, len(groups)) / np.bincount(group[face]))) for x in seeds
         ]
         if len(worst):
-            figures["readable_accuracy"] = [float(x[~np.isin(of, worst)].mean()) for x in seeds]
+            figures["readable_accuracy"] = [float(x[~np.isin(face, worst)].mean()) for x in seeds]
     return [dataset.origins.names[faces[i]] for i in worst]
 
 
 def people_logits(
     dataset: data.Dataset, trained: Sequence[Mapping[str, Trained]]
 ) -> list[dict[str, np.ndarray]]:
-    """Computes the logits of all models for the recordings of people: for each seed, by name."""
-    assert dataset.people is not None
+    """Computes the logits of all models for the recordings of people: for each seed, by name; empty without any."""
+    if dataset.people is None:
+        return []
     images = dataset.people.image
     return [
         {name: predict(model.model, images, prepare=prepare) for name, model in seed.items()}
@@ -114,17 +118,24 @@ def people_logits(
 
 
 def on_people(
-    dataset: data.Dataset, found: Mapping[str, Any], trained: Sequence[Mapping[str, Trained]]
+    dataset: data.Dataset, found: Mapping[str, Any], logits: Sequence[Mapping[str, np.ndarray]]
 ) -> list[str]:
     """Adds the accuracy on recordings of people to each model's test figures.
 
+    Args:
+      dataset: the data.
+      found: the contents of results.json.
+      logits: from :func:`people_logits`.
+
     Returns:
-      A line with the accuracies and their standard errors over the recordings, and with those of the paired
-      differences of distilled and scratch students. It is empty where the data have no such recordings.
+      A line with the accuracies and their standard errors over the recordings, with those of the paired differences
+      of distilled and scratch students, and with the accuracies by speaker. It is empty where the data have no such
+      recordings.
     """
-    if dataset.people is None:
+    if dataset.people is None or dataset.origins is None:
         return []
-    logits, label = people_logits(dataset, trained), dataset.people.label
+    label = dataset.people.label
+    speakers, speaker = np.unique(dataset.origins.of[dataset.people.id], return_inverse=True)
     right = {name: np.array([seed[name].argmax(-1) == label for seed in logits]) for name in found["models"]}
     for name, seeds in right.items():
         found["models"][name]["test"]["people_accuracy"] = [float(x) for x in seeds.mean(1)]
@@ -134,39 +145,49 @@ def on_people(
         each = 100 * values.mean(0)
         return f"{each.mean():.1f} ± {each.std(ddof=1) / np.sqrt(len(each)):.1f}"
 
+    def by_speaker(values):
+        """Formats the means of values ``[seeds, recordings]`` of each speaker, in per cent."""
+        return ", ".join(f"{100 * values[:, speaker == i].mean():.0f}" for i in range(len(speakers)))
+
     said = [f"{name} {over_recordings(x)}" for name, x in right.items()]
     pairs = [(name, name.replace("distilled", "scratch")) for name in right if name.endswith("distilled")]
     gains = [f"{a} {over_recordings(right[a] * 1.0 - right[b])}".replace(" -", " −") for a, b in pairs]
+    each = [f"{name} {by_speaker(x)}" for name, x in right.items()]
     return [
-        f"Accuracy on {len(label)} recordings of people, per cent, with standard errors over the recordings: "
-        f"{'; '.join(said)}. Points above scratch: {'; '.join(gains)}."
+        f"Accuracy on {len(label)} recordings of people, per cent, with standard errors over the recordings of these "
+        f"{len(speakers)} speakers, which say nothing about others: {'; '.join(said)}. "
+        f"Points above scratch: {'; '.join(gains)}. "
+        f"By speaker ({', '.join(dataset.origins.names[i] for i in speakers)}): {'; '.join(each)}."
     ]
 
 
 def add_figures(
     dataset: data.Dataset,
     found: Mapping[str, Any],
-    trained: Sequence[Mapping[str, Trained]],
     logits: Sequence[Mapping[str, np.ndarray]],
+    people: Sequence[Mapping[str, np.ndarray]],
 ) -> list[str]:
     """Adds to each model's test figures what the data allow: accuracy by group, on people, look-alikes.
 
     Args:
       dataset: the data.
       found: the contents of results.json, with the models' entries.
-      trained: for each seed, name → model.
       logits: for each seed, name → logits for the test pictures.
+      people: the same for the recordings of people, from :func:`people_logits`.
 
     Returns:
       Paragraphs for the report that explain the figures.
     """
-    notes = on_people(dataset, found, trained)
+    notes = on_people(dataset, found, people)
     if dataset.origins is not None:
         worst = by_face(dataset, found, logits)
         groups = len(np.unique(dataset.origins.group[origins(dataset, dataset.test)]))
         notes.append(f"By group: mean over the {groups} groups of the test data.")
         if worst:
-            notes.append(f"The {WORST} that the teachers read worst: {'; '.join(worst)}.")
+            notes.append(
+                f"The {WORST} {unit(dataset)} that the teachers read worst: {'; '.join(worst)}. They are those of the "
+                "teachers' own test errors, so leaving them out favours the teachers."
+            )
     if alike := lookalikes(dataset):
         for model, entry in found["models"].items():
             entry["test"]["lookalikes"] = [mistaken(dataset, seed[model]) for seed in logits]
@@ -179,36 +200,36 @@ def add_figures(
 def draw(
     directory: Path,
     dataset: data.Dataset,
-    trained: Sequence[Mapping[str, Trained]],
     logits: Sequence[Mapping[str, np.ndarray]],
-    of: str,
+    people: Sequence[Mapping[str, np.ndarray]],
+    prefix: str,
 ) -> dict[str, str]:
     """Draws which look-alikes are taken for which, and where the teacher hesitates; of people as well.
 
     Args:
       directory: where the pictures are written.
       dataset: the data.
-      trained: for each seed, name → model.
       logits: for each seed, name → logits for the test pictures.
-      of: what the names of the student's models begin with.
+      people: the same for the recordings of people, from :func:`people_logits`.
+      prefix: what the names of the student's models begin with.
 
     Returns:
       Caption → file name.
     """
-    drawn = _draw(directory, dataset, dataset.test, logits, of)
+    drawn = _draw(directory, dataset, dataset.test, logits, prefix)
     if dataset.people is not None:
-        drawn |= _draw(directory, dataset, dataset.people, people_logits(dataset, trained), of, "people")
+        drawn |= _draw(directory, dataset, dataset.people, people, prefix, "people")
     return drawn
 
 
-def _draw(directory, dataset, split, logits, of, people=""):
+def _draw(directory, dataset, split, logits, prefix, people=""):
     from harness import pictures  # here, as Matplotlib takes its time, and a training need not wait for it
 
     drawn, names = {}, dataset.class_names
     suffix, what = (f"_{people}", "recording of a person") if people else ("", "test picture")
-    shown = ("teacher", f"{of}scratch", f"{of}distilled")
+    shown = ("teacher", f"{prefix}scratch", f"{prefix}distilled")
     counts = {
-        name.removeprefix(of): np.mean([metrics.confusion(seed[name], split.label) for seed in logits], 0)
+        name.removeprefix(prefix): np.mean([metrics.confusion(seed[name], split.label) for seed in logits], 0)
         for name in shown
     }
     if people:
