@@ -56,10 +56,7 @@ def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
     assert (
         "The teacher has learned the true labels of all faces, also of those that are unlabelled" in printed
     )
-    assert (
-        "nothing was chosen for students from scratch, which learn from 124 labelled"
-        in printed
-    )
+    assert "nothing was chosen for students from scratch, which learn from 124 labelled" in printed
     # What is the same is trained once
     trained = {path.name for path in (out / "seed0").iterdir() if path.is_dir()}
     assert not [name for name in trained if "on-all" in name]
