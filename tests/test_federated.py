@@ -232,6 +232,29 @@ def test_co_distillation_is_the_sum_of_both_losses():
     np.testing.assert_allclose(loss_fn(model, silent, key=None, step=jnp.int32(0))[0], hard, rtol=1e-5)
 
 
+def test_co_distilled_clients_learn_classes_of_which_they_have_no_example():
+    labels = np.arange(40) % 4
+    images = np.eye(4, dtype=np.float32)[labels] + 0.2  # what all share speaks for the classes that one knows
+    shards = [np.flatnonzero(labels // 2 == client) for client in range(2)]  # classes 0 and 1; 2 and 3
+    tx = optax.adam(0.1)
+    train_clients = federated.make_local_training(
+        train.make_train_step(federated.co_distill(), tx), tx, transform=federated.with_public(8)
+    )
+    clients = sweeps.repeat(models.from_function(_linear, jnp.zeros((4, 4))), 2)
+    consensus, weight, lacking = np.zeros((40, 4), np.float32), np.zeros(40, np.float32), []
+    for number in range(2):
+        context = {"image": images, "teacher": consensus, "weight": weight}
+        order = federated.client_order(shards, steps=20, batch_size=4, seed=0, number=number)
+        data = {"image": images, "label": labels}
+        clients, _ = train_clients(clients, data, order, jax.random.key(number), context)
+        logits = np.asarray(images @ clients.params)
+        right = logits.argmax(-1) == labels
+        lacking.append([right[i][labels // 2 != i].mean() for i in range(2)])
+        consensus, weight = federated.average_predictions(logits), np.ones(40, np.float32)
+    assert max(lacking[0]) == 0
+    assert min(lacking[1]) == 1
+
+
 def mlp(params, x):
     return jnp.tanh(x @ params["a"]) @ params["b"] + params["c"]
 

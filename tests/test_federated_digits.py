@@ -22,40 +22,83 @@ SMALL = [
 ]
 
 
+PROGRAMS = []
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """All runs of this file have the same programs, which are compiled once."""
+
+    def make_programs(run, make=federated.make_programs):
+        if not PROGRAMS:
+            PROGRAMS.append(make(run))
+        return PROGRAMS[0]
+
+    monkeypatch.setattr(federated, "make_programs", make_programs)
+
+
 def test_a_whole_run(tmp_path, run):
     out = tmp_path / "run"
-    methods = [
-        *(
-            "alone",
-            "FedAvg",
-            "FedAvg-different-initial-parameters-aligned",
-            "FedMD",
-            "co-distilled-top-k-mixed",
-        ),
-        "unequal-widths-different-initial-parameters-matched",
-    ]
-    status, printed, error = run("--out", out, "--methods", *methods)
+    status, printed, error = run("--out", out)
     assert status == 0, error
     table = json.loads((out / "results.json").read_text())["models"]
-    assert list(table) == [*methods, "alone, averaged", "alone, aligned, averaged", "central"]
-    parameters = 4 * (64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10)  # bytes of a client
-    assert table["FedAvg"]["sent"] == [2 * 3 * parameters] * 2
-    assert table["FedAvg-different-initial-parameters-aligned"]["sent"] == [
-        2 * 3 * parameters,
-        3 * parameters,
-    ]  # nothing down in the first round
-    assert table["FedMD"]["sent"] == [2 * 3 * 50 * 20] * 2
-    assert table["co-distilled-top-k-mixed"]["sent"] == [2 * 3 * 50 * 8] * 2
-    assert table["alone"]["sent"] == [0, 0]
+    assert list(table) == [*federated.METHODS, "alone, averaged", "alone, aligned, averaged", "central"]
+    once = 3 * 4 * (64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10)  # bytes of the parameters of all clients
     narrow = 4 * (64 * 4 + 4 + 4 * 2 + 2 + 2 * 10 + 10)
-    once = 2 * parameters + narrow
-    assert table["unequal-widths-different-initial-parameters-matched"]["sent"] == [2 * once, once]
-    assert np.shape(table["FedMD"]["rounds"]) == (2, 1)
-    assert "with 1/" in printed
+    widths = once * 2 // 3 + narrow
+    logits, top = 3 * 50 * 10 * 2, 3 * 50 * (2 * 1 + 3 * 2)
+    sent = {
+        "alone": [0, 0],
+        "FedAvg": [2 * once] * 2,
+        "FedAvg-float16": [once] * 2,
+        "FedAvg-different-initial-parameters": [2 * once, once],  # nothing down in the first round
+        "FedAvg-different-initial-parameters-aligned": [2 * once, once],
+        "FedDF": [2 * once] * 2,
+        "FedMD": [2 * logits] * 2,
+        "co-distilled": [2 * logits] * 2,
+        "co-distilled-top-k": [2 * top] * 2,
+        MIXED: [2 * top] * 2,
+        "unequal-widths": [2 * widths] * 2,
+        "unequal-widths-different-initial-parameters": [2 * widths, widths],
+        "unequal-widths-different-initial-parameters-matched": [2 * widths, widths],
+    }
+    assert {name: table[name]["sent"] for name in federated.METHODS} == sent
+    assert all(np.shape(table[name]["rounds"]) == (2, 1) for name in sent)
+    for name, other in zip(sent, [*sent][1:], strict=False):  # each does something else than its neighbour
+        assert table[name]["test"]["nll"] != table[other]["test"]["nll"], (name, other)
+    assert f"co-distilled-top-k {100 * table['co-distilled-top-k']['test']['accuracy'][0]:.2f} %" in printed
+    assert f"with 1/{once / top:.3g} of its bytes, 1/{once / 2 / top:.3g} of those in float16" in printed
+    assert "Each client makes 4 steps of 4 private images. FedMD's clients make 2 more" in (
+        (out / "report.md").read_text()
+    )
     for picture in ("bytes.png", "starts.png"):
         assert (out / picture).stat().st_size > 500
     written = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert all(runs.WRITTEN.fullmatch(path.relative_to(out).as_posix()) for path in written)
+
+
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, run, monkeypatch):
+    names = [MIXED, "unequal-widths-different-initial-parameters-matched"]
+    arguments = ["--methods", *names, "--rounds", "3"]
+    assert run(*arguments, "--out", tmp_path / "whole")[0] == 0
+    for name in names:  # in the third round of each
+        with monkeypatch.context() as patched:
+            epoch = federated.as_epoch
+
+            def stopping(clients, method, one_round, epoch=epoch, name=name):
+                def stopped(clients, state):
+                    if method == name and state.step == 2:
+                        raise ValueError("stopped")
+                    return one_round(clients, state)
+
+                return epoch(clients, method, stopped)
+
+            patched.setattr(federated, "as_epoch", stopping)
+            status, _, error = run(*arguments, "--out", tmp_path / "parts")
+        assert (status, error.strip()) == (2, "error: stopped")
+    assert run(*arguments, "--out", tmp_path / "parts")[0] == 0
+    whole, parts = (json.loads((tmp_path / each / "results.json").read_text()) for each in ("whole", "parts"))
+    assert whole["models"] == parts["models"]
 
 
 def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_path, run, monkeypatch):

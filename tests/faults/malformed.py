@@ -924,6 +924,18 @@ def of_federated() -> Iterator[Case]:
                lambda: federated.average_models([MODEL, MODEL], [1, 1, 1]))
     yield Case("federated.finite_clients: invalid", "invalid", lambda: federated.finite_clients([z], invalid="drop"))
     yield Case("federated.finite_clients: names", "names", lambda: federated.finite_clients([z], names=["a", "b"]))
+    for kind, wrong in ((teachers.kinds.Top(9), z), (teachers.kinds.Logits(), z + 1e5)):
+        yield Case(f"federated.encode_predictions: {kind}", "client 1",
+                   functools.partial(federated.encode_predictions, [z, wrong], kind))
+    train_clients = federated.make_local_training(train.make_train_step(train.supervised(), TX), TX)
+    stacked, rows = sweeps.repeat(MODEL, 2), np.zeros((1, 2, 2), int)
+    for name, wrong in (("rows of one client", rows[:, :1]), ("no axis of clients", rows[:, 0]), ("floats", rows / 2)):
+        yield Case(f"federated.make_local_training, the call: {name}", "order",
+                   functools.partial(train_clients, stacked, BATCH, wrong, KEY))
+    yield Case("federated.make_local_training, the call: rows beyond the examples", "order",
+               lambda: train_clients(stacked, BATCH, rows + 10**6, KEY))
+    yield Case("federated.make_local_training, the call: parameters", "models",
+               lambda: train_clients(stacked.params, BATCH, rows, KEY))
     yield Case("federated.dense: other classes", "labels", lambda: federated.dense(z, 4))
     yield Case("federated.with_public: 0", "batch_size", lambda: federated.with_public(0))
     yield Case("federated.with_public: no consensus", "teacher",
@@ -1060,6 +1072,28 @@ def of_units() -> Iterator[Case]:
                    lambda w=wrong: units.match_weights(graph(), MODEL, MODEL, seed=w))
     yield Case("units.match_activations: another batch", r"\bx\b",
                lambda: units.match_activations(graph(), MODEL, MODEL, X[:3]))
+    small, first = units.keep(graph(), MODEL, {"a": [0, 2]}), {"a": [0, 2]}
+    for name, wrong in {"unknown": {"c": [0]}, "twice": {"a": [0, 0]}, "falling": {"a": [2, 0]}, "a list": [0]}.items():
+        yield Case(f"units.put_back: kept {name}", "kept|group|units",
+                   lambda w=wrong: units.put_back(graph(), small, w, MODEL))
+    yield Case("units.put_back: other widths", "small: ", lambda: units.put_back(graph(), MODEL, first, MODEL))
+    yield Case("units.put_back: parameters", "small", lambda: units.put_back(graph(), small.params, first, MODEL))
+    yield Case("units.put_back: a narrower model", "model", lambda: units.put_back(graph(), small, first, small))
+    yield Case("units.match_widths: other widths", "small: ",
+               lambda: units.match_widths(graph(), model(3), first, MODEL))
+    yield Case("units.match_widths: no model to match", "reference",
+               lambda: units.match_widths(graph(), small, first, MODEL.params))
+    yield Case("units.match_widths: NaN", "not finite",
+               lambda: units.match_widths(graph(), jax.tree.map(with_nan, small), first, MODEL))
+    average = functools.partial(units.average_widths, graph(), MODEL)
+    yield Case("units.average_widths: no clients", "client", lambda: average([], [], []))
+    yield Case("units.average_widths: kept of one", "kept", lambda: average([small, small], [first], [1, 1]))
+    yield Case("units.average_widths: one model", "clients", lambda: average(small, [first], [1]))
+    yield Case("units.average_widths: other widths", "client 1: small: ",
+               lambda: average([small, MODEL], [first] * 2, [1, 1]))
+    yield Case("units.average_widths: sizes of one", "sizes|weights", lambda: average([small, small], [first] * 2, [1]))
+    yield Case("units.average_widths: size 0 of all", "sizes|weights", lambda: average([small], [first], [0]))
+    yield Case("units.average_widths: NaN", "finite", lambda: average([jax.tree.map(with_nan, small)], [first], [1]))
     yield Case("units.bring: the student is wider", "wider", lambda: units.bring(wide(), model(8), graph(), MODEL))
     yield Case("units.put_back: other units", "small: ",
                lambda: units.put_back(graph(), MODEL, {"a": [0]}, MODEL))

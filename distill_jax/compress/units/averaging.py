@@ -140,15 +140,22 @@ def average_widths(
 
     References:
       Diao, Ding, Tarokh, `HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous
-      Clients`, 2021 (arXiv 2010.01264).
+      Clients`, 2021 (arXiv 2010.01264). There each client that has a number counts alike, narrow networks divide their
+      activations by their share of the units (the scaler), and the loss is masked to a client's own classes. None of
+      these is done here.
     """
     check_sequence("clients", clients, "models")
     check_sequence("kept", kept, "dicts, group → units")
+    if not len(clients):
+        raise ValueError("clients must be at least one model, got none")
     if len(kept) != len(clients):
         raise ValueError(f"kept must have one entry per client, {len(clients)}, got {len(kept)}")
     nothing = jax.tree.map(jnp.zeros_like, model)
     whole, marks = [], []
-    for client, units in zip(clients, kept, strict=True):
-        whole.append(put_back(graph, client, units, model))
+    for i, (client, units) in enumerate(zip(clients, kept, strict=True)):
+        try:
+            whole.append(put_back(graph, client, units, model))
+        except ValueError as error:
+            raise ValueError(f"client {i}: {error}") from None
         marks.append(put_back(graph, jax.tree.map(jnp.ones_like, client), units, nothing))
     return weights.fisher_mean(whole, marks, sizes)
