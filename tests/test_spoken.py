@@ -148,7 +148,7 @@ def test_what_is_dropped_is_listed(programs, tmp_path):
         shutil.copy(programs / "en-us+m1" / f"{name}.wav", programs / "en-us+klatt2" / f"{name}.wav")
     write(tmp_path / "anna" / "A.wav", tone(800, rate=4000), 4000)
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "0.ogg").write_bytes(b"OggS nothing")
+    (tmp_path / "bert" / "0.ogg").write_bytes(b"no Ogg file")
     spoken = data.load("spoken")
     assert spoken.people is None
     dropped = dict(line.split(": ", 1) for line in spoken.origins.dropped)
@@ -279,6 +279,23 @@ def test_wave_files(tmp_path):
             _spoken.read(tmp_path / "x.wav")
 
 
+def test_truncated_files_of_other_kinds(tmp_path):
+    """soundfile would return what is there, so this is found before it is asked."""
+    ogg = b"".join(b"OggS\0" + bytes([last]) + bytes(20) + b"\2\3\4" + b"1234567" for last in (2, 4))
+    sun = b".snd" + b"".join(n.to_bytes(4, "big") for n in (24, 6, 1, 8000, 1)) + b"123456"
+    for name, content, cuts in (("x.ogg", ogg, (30, len(ogg) // 2, 40, 70)), ("x.au", sun, (11, 25, 29))):
+        path = tmp_path / name
+        for cut in (*cuts, len(content) - 1):
+            path.write_bytes(content[:cut])
+            with pytest.raises(
+                _spoken.UnusableError, match=r"^truncated: the file ends before the sound does"
+            ):
+                _spoken.read(path)
+        assert _spoken._is_whole(content)
+    assert _spoken._is_whole(sun[:8] + b"\xff" * 4)  # of unknown length
+    assert _spoken._is_whole(b"no header")
+
+
 # The real programs and recordings
 
 
@@ -308,4 +325,7 @@ def test_real_recordings(person):
     dropped: list[str] = []
     sounds = list(_spoken._recorded(person, dropped))
     assert not dropped
+    if files[0].suffix == ".ogg":
+        raw = [path.read_bytes() for path in files]
+        assert not [r for r in raw if _spoken._is_whole(r[: len(r) // 2]) or not _spoken._is_whole(r)]
     assert len(sounds) == len(person.characters)

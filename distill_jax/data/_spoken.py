@@ -311,7 +311,8 @@ def read(path: Path) -> tuple[np.ndarray, int]:
       Floats ``[samples]`` from −1 to 1, the mean of the channels, and the number of samples per second.
 
     Raises:
-      UnusableError: if the file is damaged, truncated or of another kind.
+      UnusableError: if the file is damaged, truncated or of another kind. Of a file without a header, as saytime's,
+        it is not known whether it is truncated.
     """
     if path.suffix in ("", ".wav"):
         try:
@@ -328,6 +329,8 @@ def read(path: Path) -> tuple[np.ndarray, int]:
         raw = np.frombuffer(frames, np.uint8 if width == 1 else "<i2").astype(np.float64)
         sound = ((raw - 128) / 128 if width == 1 else raw / 32768).reshape(-1, channels)
     else:
+        if not _is_whole(path.read_bytes()):  # soundfile returns what is there without an error
+            raise UnusableError("truncated: the file ends before the sound does")
         try:
             import soundfile
         except (ImportError, OSError):  # OSError: its library is missing
@@ -337,6 +340,20 @@ def read(path: Path) -> tuple[np.ndarray, int]:
         except (soundfile.SoundFileError, ValueError, TypeError) as error:
             raise UnusableError(f"cannot be read, {one_line(error)}") from error
     return sound.mean(1), rate
+
+
+def _is_whole(raw: bytes) -> bool:
+    """Says whether a Sun or Ogg file is as long as it says; other files are taken for whole."""
+    if raw.startswith(b".snd"):
+        offset, size = (int.from_bytes(raw[i : i + 4], "big") for i in (4, 8))
+        return size == 0xFFFFFFFF or len(raw) >= offset + size  # the largest number: the length is not known
+    if not raw.startswith(b"OggS"):
+        return True
+    page = raw[raw.rfind(b"OggS") :]  # must be marked as the last, and be there to the end of its segments
+    if len(page) < 27:
+        return False
+    head = 27 + page[26]
+    return bool(page[5] & 4) and len(page) >= head + sum(page[27:head])
 
 
 def prepare(sound: np.ndarray, rate: int) -> np.ndarray:
