@@ -101,17 +101,31 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, run, monk
     assert whole["models"] == parts["models"]
 
 
-def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_path, run, monkeypatch):
+def break_clients(monkeypatch, broken, number):
+    """Makes clients send NaN in a round; returns the list of the rounds in which stacks of clients train."""
     train, rounds = clients.Clients.train, []
 
-    def broken(self, state, stacked, members, **options):
+    def train_and_break(self, state, stacked, members, **options):
         rounds.append(int(state.step))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stacked))  # nobody keeps the NaN
         new = train(self, state, stacked, members, **options)
-        bad = np.isin(members, 1) & (state.step == 1)
+        bad = np.isin(members, broken) & (state.step == number)
         return jax.tree.map(lambda x: jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.nan, x), new)
 
-    monkeypatch.setattr(clients.Clients, "train", broken)
+    monkeypatch.setattr(clients.Clients, "train", train_and_break)
+    return rounds
+
+
+def test_unequal_widths_go_on_where_nobody_with_all_units_is_left(tmp_path, run, monkeypatch):
+    break_clients(monkeypatch, [0, 2], number=0)  # those of width 1
+    arguments = ("--methods", "unequal-widths-different-initial-parameters-matched", "--invalid", "leave out")
+    with pytest.warns(UserWarning, match="round 1: client 0, client 2 sent NaN.*: left out of the round"):
+        status, _, error = run(*arguments, "--out", tmp_path / "run")
+    assert status == 0, error
+
+
+def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_path, run, monkeypatch):
+    rounds = break_clients(monkeypatch, [1], number=1)
     arguments = ["--methods", "FedAvg", MIXED, "alone", "--rounds", "3", "--out", tmp_path / "run"]
     status, _, error = run(*arguments)
     assert status == 2
@@ -119,14 +133,14 @@ def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_p
     assert '--invalid "leave out"' in error
     assert len(error.strip().splitlines()) == 1
     rounds.clear()
-    with pytest.warns(UserWarning, match="was left out") as warned:
+    with pytest.warns(UserWarning, match="left out of the round") as warned:
         status, printed, error = run(*arguments, "--invalid", "leave out")
     assert status == 0, error
     assert rounds == [1, 2, 0, 1, 2, *[0, 0, 1, 1, 2, 2]]  # the first round of "alone" was kept
     # In the mixed stacks the clients stand in the order 0, 2, 1
     told = [str(each.message) for each in warned]
     assert told == [
-        f"{name}, seed 1, round 2: client 1 sent NaN, infinite or too large numbers and was left out"
+        f"{name}, seed 1, round 2: client 1 sent NaN, infinite or too large numbers: left out of the round"
         for name in ("alone", "FedAvg", MIXED)
     ]
     assert "clients left out of rounds" in printed

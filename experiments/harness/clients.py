@@ -148,7 +148,7 @@ def as_epoch(
                     f'{told}: go on without from the last checkpoint by --invalid "leave out", or take a lower '
                     "--learning-rate"
                 )
-            warnings.warn(f"{told} and was left out", stacklevel=2)
+            warnings.warn(f"{told}: left out of the round", stacklevel=2)
         # The others are losses of clients that were left out
         finite = [loss for loss in clients.losses if math.isfinite(loss)]
         clients.losses.clear()
