@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from harness import clients, runs
 
-from distill_jax import data
+from distill_jax import data, train
 
 EXPERIMENT = federated
 MIXED = "co-distilled-top-k-mixed"
@@ -200,6 +200,8 @@ def test_public_and_private_images_are_disjoint_and_all_are_used():
     public, private, shards = clients.divide(config, labels, 1)
     assert sorted([*public, *private]) == list(range(400))
     assert sorted(np.concatenate(shards)) == list(range(360))
+    expected = train.federated.dirichlet_shards(labels[private], 5, 0.3, seed=1, least=10)
+    assert all(map(np.array_equal, shards, expected))
 
 
 def test_the_headline_says_less_and_more_bytes_and_the_clients_own_accuracy():
