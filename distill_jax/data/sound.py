@@ -550,7 +550,7 @@ def _random_background(key, image, low, high, colour):
     loudest = heard.max((-3, -2, -1), keepdims=True)
     below = low + (high - low) * jax.random.uniform(keys[0], loudest.shape, heard.dtype)
     noise = loudest + (_curves(keys[1], heard) * colour - below) / _RANGE
-    # Half the sum of two exponential numbers; jax.random.gamma takes fifty times as long
+    # Half the sum of two exponential numbers; jax.random.gamma takes thirty times as long
     uniform = jax.random.uniform(keys[2], (2, *heard.shape), heard.dtype, minval=jnp.finfo(heard.dtype).tiny)
     power = jnp.where(heard != 0, _power_of(heard), 0) - _power_of(noise) * jnp.log(uniform).sum(0) / 2
     mixed = jnp.where(loudest != 0, jnp.log(power) / math.log(10) * 10 / _RANGE, -jnp.inf)
