@@ -383,9 +383,10 @@ def test(run: Run, trained: Sequence[Mapping[str, Trained]]) -> dict[str, Any]:
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
-    private = len(dataset.train.id) - config.public
-    needed = config.clients * config.least
-    config.need("public", private >= max(needed, config.batch_size), f"leave {needed} images to the clients")
+    images, needed = len(dataset.train.id), config.clients * config.least
+    config.need("clients", needed < images, f"be less than {images} training images / --least {config.least}")
+    private, least = images - config.public, max(needed, config.batch_size)
+    config.need("public", private >= least, f"leave {least} of {images} images to the clients")
     config.among("methods", list(METHODS))
     config.need("top", config.top <= dataset.classes, f"be at most {dataset.classes}")
     config.need(

@@ -126,6 +126,9 @@ CONFIGS = {
             control=True,
             labelled=100,
             batch_size=64,
+            epochs=40,
+            teacher_epochs=40,
+            warmup=10,
         ),
     ),
 }

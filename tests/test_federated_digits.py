@@ -157,6 +157,7 @@ def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_p
     [
         (("--methods", "FedSGD"), "--methods must be from"),
         (("--public", "100000"), "--public must leave"),
+        (("--clients", "500"), "--clients must be less than"),
         (("--top", "11"), "--top must be at most 10"),
         (("--widths", "0.5"), "--widths must begin with 1"),
         (("--mixed", "mlp:0"), "got 'mlp:0'"),
