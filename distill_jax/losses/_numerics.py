@@ -240,7 +240,7 @@ def compare(x: Softened, axis: int) -> Pair:
 
 
 class Totals(NamedTuple):
-    """Σ exp of the softened logits of student and teacher, 1 where no class exists; the class axis has size 1."""
+    """Logarithms of Σ exp of the softened logits, 0 where no class exists; the class axis has size 1."""
 
     log_q: Array
     log_p: Array

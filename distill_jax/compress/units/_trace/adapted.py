@@ -115,7 +115,7 @@ def cut(array: Any, masks: Sequence[np.ndarray]) -> Any:
 
 
 def resize(x: Any, shape: Shape) -> Any:
-    """Gives a value another size along axes along which it repeats."""
+    """Resizes a value along axes on which all its entries are equal."""
     if np.shape(x) == shape:
         return x
     one = tuple(slice(None) if n == new else slice(1) for n, new in zip(np.shape(x), shape, strict=True))
