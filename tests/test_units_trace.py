@@ -639,10 +639,38 @@ def test_labels_agree_whatever_the_order_in_which_things_are_learnt():
 
 
 def test_the_table():
-    _, graph = traced(mlp, a=(3, 4), b=(4, 2))
-    head, _, *rows = str(graph).splitlines()
-    assert head.split()[:2] == ["group", "units"]
-    assert rows[1].split() == ["a", "4", "exactly", "a:1,", "b:0"]
+    def fn(p, x):
+        return jax.nn.softmax(x @ p["a"]) @ p["b"] + jnp.tanh(x @ p["c"]) @ p["d"]
+
+    _, graph = traced(fn, a=(3, 4), b=(4, 2), c=(3, 6), d=(6, 2))
+    assert str(graph).splitlines() == [
+        "2 free groups of 10 units, 1 exact; prunable: 100 % of 50 parameters, 100 % of 200 FLOP",
+        "group  units  removable      where",
+        "─" * 38,
+        "a          4  inexactly [1]  a:1, b:0",
+        "c          6  exactly        c:1, d:0",
+        "[1] reduce_max over it",
+        "not removable: 1 group, tied to the outside by dot_general: a:0, c:0",
+        "not removable: 1 group, a result of the network: b:1, d:1",
+    ]
+    lines = units.table(graph, show_all=True).splitlines()
+    assert len(lines) == 9
+    assert lines[5].split() == ["a#1", "3", "no", "[2]", "a:0"]
+
+
+def test_the_table_is_120_columns_wide():
+    name = "_".join(["name"] * 30)
+    _, graph = traced(
+        lambda p, x: sum(jnp.tanh(x @ p[name] + p[f"{i}"]) @ p["b"] for i in range(30)) + p["c"],
+        **{name: (3, 4), "b": (4, 2), "c": (2,)} | {f"{i}": (4,) for i in range(30)},
+    )
+    lines = str(graph).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "prunable: 99 %" in lines[0]
+    (row,) = [line for line in lines if "exactly" in line]
+    assert row.startswith("…") and row.endswith(" more")  # noqa: PT018
+    shown = row.split("exactly")[1].rsplit(" and ", 1)
+    assert len(shown[0].split(",")) + int(shown[1].split()[0]) == 32
 
 
 def large_networks():

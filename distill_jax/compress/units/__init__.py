@@ -14,6 +14,7 @@ from distill_jax.compress.units.permutation import permutable, permute
 from distill_jax.compress.units.removal import keep, position_masks, silence
 from distill_jax.compress.units.selection import merge, prune, select
 from distill_jax.compress.units.shrinking import shrink
+from distill_jax.compress.units.tables import table
 from distill_jax.compress.units.tracing import trace
 from distill_jax.compress.units.values import activations
 from distill_jax.compress.units.verification import verify
@@ -22,5 +23,5 @@ __all__ = [
     "Brought", "Group", "Injected", "Matched", "Slice", "UnitGraph", "activations", "architecture",
     "average_widths", "bring", "costs", "inject", "keep", "match_activations", "match_weights", "match_widths", "merge",
     "permutable", "permute", "position_masks", "prune", "put_back", "report", "scores", "select", "shrink", "silence",
-    "trace", "verify",
+    "table", "trace", "verify",
 ]  # fmt: skip

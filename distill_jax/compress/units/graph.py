@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from distill_jax._model import Model, PyTree
+from distill_jax.compress.units.tables import table
 from distill_jax.weights.structure import path_name
 
 
@@ -125,25 +126,11 @@ class UnitGraph:
     traced: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        """The table: one line per group, then the notes."""
-        rows = [("group", "units", "removable", "where", "why not")]
-        rows += [(g.name, str(g.size), g.removable, _places(g), g.reason) for g in self.groups.values()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:<{widths[3]}}  {e}".rstrip()
-            for a, b, c, d, e in rows
-        ]
-        lines.insert(1, "─" * max(map(len, lines)))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        """The table, see :func:`distill_jax.compress.units.tables.table`."""
+        return table(self)
 
 
 def check_graph(graph: UnitGraph) -> None:
     """Raises ``ValueError`` unless a value is a :class:`UnitGraph`."""
     if not isinstance(graph, UnitGraph):
         raise ValueError(f"graph must be a UnitGraph, from units.trace, got {type(graph).__name__}")
-
-
-def _places(group: Group, most: int = 3) -> str:
-    places = [f"{s.path}:{s.axis}" for s in group.slices]
-    rest = len(places) - most
-    return ", ".join(places[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,11 +8,11 @@ import numpy as np
 
 from distill_jax import _jaxpr
 from distill_jax._model import Model, PyTree, check_inputs, check_model
-from distill_jax.compress.units._trace import layout_rules  # noqa: F401  (registers rules)
 from distill_jax.compress.units._trace.again import REFUSED, SAME, reruns
+from distill_jax.compress.units._trace.elementwise_rules import POLES
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.roles import roles
-from distill_jax.compress.units._trace.rules import POLES, Tracer, fixed, value
+from distill_jax.compress.units._trace.rules import Tracer, fixed, value
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
 Key = tuple[Any, ...]

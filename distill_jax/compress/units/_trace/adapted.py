@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax.compress.units._trace.device_rules import parts
 from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
 from distill_jax.compress.units._trace.rules import Tracer, Value
 
@@ -159,7 +160,7 @@ def _output_shape(option: str) -> Any:
 # Primitives that have sizes among their parameters, and what these become
 SIZED: dict[str, Callable[[Adapted, Step], dict[str, Any]]] = {
     "broadcast_in_dim": _output_shape("shape"), "iota": _output_shape("shape"),
-    "random_bits": _output_shape("shape"), "reshape": _output_shape("new_sizes"),
+    "reshape": _output_shape("new_sizes"),
     "dynamic_slice": _output_shape("slice_sizes"), "split": _split, "pad": _pad, "gather": _gather,
     "conv_general_dilated": _conv,
 }  # fmt: skip
@@ -240,8 +241,38 @@ def _cond(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
     return jax.lax.switch(operands[0], branches, *operands[1:])
 
 
+def _drawn(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
+    """Random numbers: in evaluation all are drawn, since each unit that stays keeps the ones it had."""
+    if small.tracer.training and step.name == "random_bits":
+        keys = len(small.operand(step, 0))
+        return bind(step, operands, shape=shape_of(small.output(step))[keys:])
+    return [cut(x, small.output(step, i)) for i, x in enumerate(bind(step, operands))]
+
+
+def _constrained(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
+    """Splits among devices only the axes that they can still share evenly."""
+    sharding = step.params["sharding"]
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return operands
+    spec, shape = list(sharding.spec), np.shape(operands[0])
+    for a, devices in parts(sharding.spec, sharding.mesh.shape):
+        if shape[a] % devices:
+            spec[a] = None
+    return bind(step, operands, sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
+def _shard_map(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
+    options = {name: step.params[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+    body = step.bodies[0]
+    mapped = jax.shard_map(
+        lambda *values: tuple(small.run(body, values)), axis_names=step.params["newly_manual_axes"], **options
+    )
+    return mapped(*operands)
+
+
 # How steps run on smaller values where that is not as they ran before
 ADAPTED: dict[str, Callable[[Adapted, Step, list[Any]], Sequence[Any]]] = {
     **dict.fromkeys(SIZED, _sized), "relu": _relu, "slice": _slice, "div": _scaled, "mul": _scaled,
-    "scan": _scan, "while": _while, "cond": _cond,
+    "scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map, "random_bits": _drawn,
+    "rng_bit_generator": _drawn, "sharding_constraint": _constrained,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rules for the primitives that move values around, and for loops and choices."""
+"""Rules for operations that move values around, whatever these are."""
 
 from functools import reduce
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.compress.units._trace.labels import append, merge
-from distill_jax.compress.units._trace.program import Program, Step
+from distill_jax.compress.units._trace.program import Step
 from distill_jax.compress.units._trace.rules import Axis, Tracer, Value, fixed, rule, value
 
 
@@ -20,18 +20,13 @@ def _broadcast_in_dim(tracer: Tracer, step: Step, operands: list[Value]) -> list
     for a, n in enumerate(step.params["shape"]):
         if a in source and operand.shape[source[a]] == n:
             axes.append(operand.axis(source[a]))
-            repeats.append(repeating(operand, source[a]))
+            repeats.append(operand.repeating(source[a]))
         else:
             if a in source:
                 tracer.settle(operand.axis(source[a]), f"repeated by {step.name}")
             axes.append(fixed(n))
             repeats.append(n > 1)
     return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
-
-
-def repeating(operand: Value, axis: int) -> bool:
-    """Says whether a value repeats along an axis."""
-    return bool(operand.repeats) and operand.repeats[axis]
 
 
 @rule("reshape")
@@ -45,7 +40,7 @@ def _reshape(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] |
     axes: list[Axis] = []
     repeats: list[bool] = []
     for ins, outs in segments(old, new):
-        alone = len(ins) == len(outs) == 1 and repeating(operand, ins[0])
+        alone = len(ins) == len(outs) == 1 and operand.repeating(ins[0])
         repeats += [alone] * len(outs)
         olds = [operand.axis(a) for a in ins]
         olds = [_single(tracer, axis, step.name) for axis in olds]
@@ -111,7 +106,7 @@ def _squeeze(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             _single(tracer, operand.axis(a), step.name)
         else:
             axes.append(operand.axis(a))
-            repeats.append(repeating(operand, a))
+            repeats.append(operand.repeating(a))
     return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
 
 
@@ -119,14 +114,14 @@ def _squeeze(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
 def _transpose(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
     axes = [operand.axis(a) for a in step.params["permutation"]]
-    repeats = [repeating(operand, a) for a in step.params["permutation"]]
+    repeats = [operand.repeating(a) for a in step.params["permutation"]]
     return [value(axes, nil=operand.nil, total=operand.total, repeats=repeats)]
 
 
 @rule("rev")
 def _rev(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
-    axes = [operand.axis(a) for a in range(len(operand.shape))]
+    axes = operand.axes
     for a in step.params["dimensions"]:
         axes[a] = (axes[a][0][:, ::-1], axes[a][1][::-1])
     return [value(axes, nil=operand.nil)]
@@ -156,7 +151,7 @@ def _split(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
     along, results, start = step.params["axis"], [], 0
     for size in step.params["sizes"]:
-        axes = [operand.axis(a) for a in range(len(operand.shape))]
+        axes = operand.axes
         axes[along] = _cut(axes[along], slice(start, start + size))
         start += size
         results.append(value(axes, nil=operand.nil))
@@ -169,7 +164,7 @@ def _slice(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     strides = step.params["strides"] or (1,) * len(operand.shape)
     cuts = zip(step.params["start_indices"], step.params["limit_indices"], strides, strict=True)
     axes = [_cut(operand.axis(a), slice(*cut)) for a, cut in enumerate(cuts)]
-    repeats = [repeating(operand, a) and units.shape[1] > 1 for a, (units, _) in enumerate(axes)]
+    repeats = [operand.repeating(a) and units.shape[1] > 1 for a, (units, _) in enumerate(axes)]
     return [value(axes, nil=operand.nil, repeats=repeats)]
 
 
@@ -194,159 +189,50 @@ def _pad(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     return [value(axes, nil=operand.nil and filling.nil)]
 
 
-def _whole(tracer: Tracer, step: Step, operand: Value, sizes: Any) -> list[Axis]:
-    """Returns the axes that are taken whole, and freezes the others."""
-    return [
-        operand.axis(a)
-        if size == n
-        else (tracer.settle(operand.axis(a), f"indexed by {step.name}"), fixed(size))[1]
-        for a, (size, n) in enumerate(zip(sizes, operand.shape, strict=True))
-    ]
-
-
-@rule("dynamic_slice")
-def _dynamic_slice(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    axes = _whole(tracer, step, operands[0], step.params["slice_sizes"])
-    return [value(axes, nil=operands[0].nil)]
-
-
-@rule("dynamic_update_slice")
-def _dynamic_update_slice(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    operand, update = operands[:2]
-    olds = _whole(tracer, step, operand, update.shape)
-    axes = []
-    for a, n in enumerate(operand.shape):
-        new = update.axis(a)
-        if update.shape[a] == n:
-            units = tracer.join([olds[a], new], step.name)
-            axes.append((units, olds[a][1] & new[1]))
-        else:
-            tracer.settle(new, f"indexed by {step.name}")
-            axes.append(fixed(n))
-    return [value(axes, nil=operand.nil and update.nil)]
-
-
-@rule("gather")
-def _gather(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
-    operand, indices = operands
-    numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
-    if numbers.operand_batching_dims or numbers.start_indices_batching_dims:
-        return None
-    whole = _whole(tracer, step, operand, sizes)
-    for a in numbers.start_index_map:
-        # Also a full slice of it, whose only index is 0
-        whole[a] = (tracer.settle(whole[a], f"indexed by {step.name}"), fixed(sizes[a]))[1]
-    for a in numbers.collapsed_slice_dims:
-        tracer.settle(whole[a], f"indexed by {step.name}")
-    kept = iter(a for a in range(len(sizes)) if a not in numbers.collapsed_slice_dims)
-    *batch, vector = [indices.axis(a) for a in range(len(indices.shape))]
-    tracer.settle(vector, f"indexed by {step.name}")
-    rank, remaining = len(numbers.offset_dims) + len(batch), iter(batch)
-    axes = []
-    for a in range(rank):
-        if a in numbers.offset_dims:
-            axes.append(whole[next(kept)])
-        else:
-            units, _ = next(remaining)
-            axes.append((units, np.zeros(units.shape[1], bool)))
-    return [value(axes, nil=operand.nil)]
-
-
 @rule("iota")
 def _iota(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     shape, along = step.params["shape"], step.params["dimension"]
     return [value(map(fixed, shape), repeats=(n > 1 and a != along for a, n in enumerate(shape)))]
 
 
-@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def _reduce_window(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+@rule("stack")
+def _stack(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+    along, axes, repeats = step.params["axis"], [], []
+    for a in range(len(operands[0].shape)):
+        units = tracer.join([operand.axis(a) for operand in operands], step.name)
+        axes.append((units, np.logical_and.reduce([operand.zero[a] for operand in operands])))
+        repeats.append(all(operand.repeating(a) for operand in operands))
+    axes.insert(along, fixed(len(operands)))
+    repeats.insert(along, False)
+    return [value(axes, nil=all(operand.nil for operand in operands), repeats=repeats)]
+
+
+@rule("unstack")
+def _unstack(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (operand,) = operands
-    options = [step.params[name] for name in ("window_dimensions", "window_strides", "padding")]
-    dilation = step.params["base_dilation"]
-    axes: list[Axis] = []
-    for a, n in enumerate(tracer.avals[step.outputs[0]].shape):
-        if [option[a] for option in options] == [1, 1, (0, 0)] and dilation[a] == 1:
-            axes.append(operand.axis(a))
+    along = step.params["axis"]
+    tracer.settle(operand.axis(along), f"taken apart by {step.name}")
+    rest = [a for a in range(len(operand.shape)) if a != along]
+    repeats = [operand.repeating(a) for a in rest]
+    each = value([operand.axis(a) for a in rest], nil=operand.nil, repeats=repeats)
+    return [each for _ in step.outputs]
+
+
+@rule("tile")
+def _tile(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+    (operand,) = operands
+    axes, repeats = [], []
+    for a, times in enumerate(step.params["reps"]):
+        n = operand.shape[a]
+        if n == 1 and times > 1:
+            tracer.settle(operand.axis(a), f"repeated by {step.name}")
+            axes.append(fixed(times))
         else:
-            tracer.settle(operand.axis(a), f"window of {step.name}")
-            axes.append(fixed(n))
-    return [value(axes, nil=operand.nil)]
+            axes.append(tiled(operand.axis(a), times))
+        repeats.append(operand.repeating(a) or (n == 1 and times > 1))
+    return [value(axes, nil=operand.nil, repeats=repeats)]
 
 
-def _inner(tracer: Tracer, program: Program, inputs: list[Value]) -> list[Value]:
-    tracer.values.update(zip(program.inputs, inputs, strict=True))
-    tracer.run(program)
-    return [tracer.result(program, i) for i in range(len(program.outputs))]
-
-
-def _agree(tracer: Tracer, a: Value, b: Value, name: str) -> Value:
-    """Ties two values of which one can take the place of the other."""
-    axes = []
-    for i in range(len(a.shape)):
-        units = tracer.join([a.axis(i), b.axis(i)], name)
-        axes.append((units, a.zero[i] & b.zero[i]))
-    return value(axes, nil=a.nil and b.nil)
-
-
-def _loop(tracer: Tracer, carry: list[Value], name: str, body: Any) -> list[Value]:
-    """Finds the labels of a loop's carry, going round until nothing new is known of its zeros."""
-    while True:
-        outputs = body(carry)
-        after = [_agree(tracer, a, b, name) for a, b in zip(carry, outputs, strict=True)]
-        if all(_known(a) == _known(b) for a, b in zip(carry, after, strict=True)):
-            return after
-        carry = after
-
-
-def _known(v: Value) -> Any:
-    return v.nil, [zero.tolist() for zero in v.zero]
-
-
-@rule("scan")
-def _scan(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    consts, carries = step.params["num_consts"], step.params["num_carry"]
-    program = step.bodies[0]
-    each = []
-    for operand in operands[consts + carries :]:
-        tracer.settle(operand.axis(0), "gone through by scan")
-        each.append(Value(operand.units[1:], operand.zero[1:], operand.nil))
-    stacked: list[Value] = []
-
-    def body(carry: list[Value]) -> list[Value]:
-        outputs = _inner(tracer, program, [*operands[:consts], *carry, *each])
-        stacked[:] = outputs[carries:]
-        return outputs[:carries]
-
-    start = [v._replace(total=None, repeats=()) for v in operands[consts : consts + carries]]
-    carry = _loop(tracer, start, step.name, body)
-    length = fixed(step.params["length"])
-    outs = [
-        value([length, *((v.units[a], v.zero[a]) for a in range(len(v.units)))], nil=v.nil) for v in stacked
-    ]
-    return [*carry, *outs]
-
-
-@rule("while")
-def _while(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    first, second = step.params["cond_nconsts"], step.params["body_nconsts"]
-    condition, body = step.bodies
-    consts, start = operands[first : first + second], operands[first + second :]
-
-    def both(carry: list[Value]) -> list[Value]:
-        _inner(tracer, condition, [*operands[:first], *carry])
-        return _inner(tracer, body, [*consts, *carry])
-
-    return _loop(tracer, [v._replace(total=None, repeats=()) for v in start], step.name, both)
-
-
-@rule("cond")
-def _cond(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    results: list[Value] = []
-    for program in step.bodies:
-        outputs = _inner(tracer, program, operands[1:])
-        results = (
-            [_agree(tracer, a, b, step.name) for a, b in zip(results, outputs, strict=True)]
-            if results
-            else [v._replace(total=None) for v in outputs]
-        )
-    return results
+def tiled(axis: Axis, times: int) -> Axis:
+    """Repeats an axis, one after another."""
+    return np.tile(axis[0], times), np.tile(axis[1], times)

@@ -9,7 +9,9 @@ from jax.extend import core
 
 from distill_jax import _jaxpr
 
-BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+BODIES = {
+    "scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",), "shard_map": ("jaxpr",),
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -93,7 +95,7 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                 if name in BODIES:
                     inner: Any = [eqn.params[key] for key in BODIES[name]]
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
-                    bodies = tuple(_read(each, avals, constants) for each in inner)
+                    bodies = tuple(_read(_closed(each), avals, constants) for each in inner)
                 name = "relu" if _is_relu(eqn) else name
                 if eqn.effects:
                     effects.add(len(program.steps))
@@ -113,6 +115,10 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
             needed.update(step.inputs)
     program.steps = steps[::-1]
     return program
+
+
+def _closed(jaxpr: Any) -> Any:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
 def _is_relu(eqn: Any) -> bool:

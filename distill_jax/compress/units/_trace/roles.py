@@ -14,7 +14,8 @@ import numpy as np
 
 from distill_jax.compress.units._trace.layout_rules import segments
 from distill_jax.compress.units._trace.program import Program, Step
-from distill_jax.compress.units._trace.rules import REDUCTIONS, Value
+from distill_jax.compress.units._trace.rules import Value
+from distill_jax.compress.units._trace.sum_rules import REDUCTIONS, contractions
 from distill_jax.compress.units.graph import Slice, UnitGraph
 
 
@@ -35,7 +36,10 @@ class Role(NamedTuple):
 
 
 # Steps whose result holds a parameter's numbers as they are
-SAME = {"convert_element_type", "copy", "stop_gradient", "slice", "split", "reduce_precision"}
+SAME = {
+    "convert_element_type", "copy", "stop_gradient", "slice", "split", "reduce_precision",
+    "sharding_constraint", "layout_constraint", "reshard", "pvary",
+}  # fmt: skip
 # Over or along an axis: sums and orders that are no contraction
 ALONG = {
     "cumsum": "axis", "cumlogsumexp": "axis", "cummax": "axis", "cummin": "axis", "cumprod": "axis",
@@ -156,6 +160,8 @@ class _Reader:
         elif step.name == "while":
             first = options["cond_nconsts"]
             same = [(0, 0, first), (1, first, options["body_nconsts"])]
+        elif step.name == "shard_map":
+            same = [(0, 0, len(step.inputs))]
         else:
             same = [(i, 1, len(step.inputs) - 1) for i in range(len(step.bodies))]
         for body, start, count in same:
@@ -178,7 +184,7 @@ class _Reader:
 
     def visit(self, step: Step) -> None:
         contracted: dict[tuple[int, int], set[str]] = {}
-        for pair in _contractions(step):
+        for pair in contractions(step):
             summed = set(self.on(self.operand(step, pair[1][0]), pair[1][1]))
             for name in summed:
                 self.contract(name, step, pair)
@@ -277,17 +283,6 @@ class _Reader:
                         inside[cut] = True
                         if places is None or (inside[places] != inside[places][:1]).any():
                             yield name, f"{step.name} cuts some of its units from the others"
-
-
-def _contractions(step: Step) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Pairs of (operand, axis) over whose products a step sums."""
-    if step.name == "dot_general":
-        (left, right), _ = step.params["dimension_numbers"]
-        return [((0, a), (1, b)) for a, b in zip(left, right, strict=True)]
-    if step.name == "conv_general_dilated":
-        numbers = step.params["dimension_numbers"]
-        return [((0, numbers.lhs_spec[1]), (1, numbers.rhs_spec[1]))]
-    return []
 
 
 def _steps(program: Program) -> Iterator[Step]:

@@ -1,18 +1,18 @@
-"""Rules for what each primitive does to units: one rule per primitive, in :data:`RULES`.
+"""What a rule is, and the tracer that applies one to each step of a program.
 
-A rule takes the tracer, the step and the operands as :class:`Value`, and returns the results. It ties the
-positions of the operands that belong together, and moves their labels to the results. A primitive without a
-rule freezes all axes that it touches.
+A rule says what a primitive does to units. It takes the tracer, the step and the operands as :class:`Value`,
+and returns the results. It ties the positions of the operands that belong together, and moves their labels to
+the results. A primitive without a rule freezes all axes that it touches. The rules themselves stand in the
+modules ``…_rules``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from distill_jax.compress.units._trace.labels import Labels, merge
+from distill_jax.compress.units._trace.labels import Labels
 from distill_jax.compress.units._trace.program import Program, Step
 
 
@@ -41,9 +41,18 @@ class Value(NamedTuple):
         """The value's shape."""
         return tuple(units.shape[1] for units in self.units)
 
-    def axis(self, a: int) -> tuple[np.ndarray, np.ndarray]:
+    def axis(self, a: int) -> "Axis":
         """Returns the labels and zeros of one axis."""
         return self.units[a], self.zero[a]
+
+    @property
+    def axes(self) -> list["Axis"]:
+        """The labels and zeros of all axes."""
+        return [*zip(self.units, self.zero, strict=True)]
+
+    def repeating(self, a: int) -> bool:
+        """Says whether the value repeats along an axis."""
+        return bool(self.repeats) and self.repeats[a]
 
 
 Axis = tuple[np.ndarray, np.ndarray]
@@ -82,7 +91,7 @@ class Tracer:
     """
 
     def __init__(self, *, training: bool = False) -> None:
-        self.rules = RULES | TRAINING_RULES if training else RULES
+        self.training = training
         self.labels = Labels()
         self.values: dict[int, Value] = {}
         self.notes: list[str] = []
@@ -99,7 +108,7 @@ class Tracer:
         self.constants, self.avals = program.constants, program.avals
         for step in program.steps:
             operands = [self.operand(step, i, program) for i in range(len(step.inputs))]
-            rule = self.rules.get(step.name)
+            rule = RULES.get(step.name)
             results = None if rule is None else rule(self, step, operands)
             if results is None:
                 shapes = [program.avals[number].shape for number in step.outputs]
@@ -208,277 +217,13 @@ class Tracer:
 Rule = Callable[[Tracer, Step, list[Value]], list[Value] | None]
 R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
-TRAINING_RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, training: bool = False) -> Callable[[R], R]:
-    """Registers a function as the rule for primitives of these names, or only for those of training mode."""
+def rule(*names: str) -> Callable[[R], R]:
+    """Registers a function as the rule for primitives of these names."""
 
     def register(function: R) -> R:
-        (TRAINING_RULES if training else RULES).update(dict.fromkeys(names, function))
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
-
-
-# Elementwise operations: their result is 0 where all operands are 0, where any operand is 0, or nowhere.
-ZERO_IF_ALL = (
-    "add add_any sub neg abs sign floor ceil round real imag conj sin tan tanh sinh asin atan "
-    "asinh atanh erf expm1 log1p sqrt cbrt square max min or xor relu copy stop_gradient "
-    "convert_element_type reduce_precision name nextafter bessel_i1e"
-)
-ZERO_IF_ANY = "mul and"
-ZERO_NEVER = (
-    "exp exp2 cos cosh acos acosh logistic erfc erf_inv eq ne lt le gt ge not is_finite "
-    "atan2 shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
-)
-# Operations that are not finite where an operand (the last) is 0: a silenced unit then spoils sums
-POLE = "log rsqrt lgamma digamma"
-POLES = ("of 0", "by 0")  # how the reasons end
-
-
-def _elementwise(tracer: Tracer, step: Step, operands: list[Value], zero: Any) -> list[Value]:
-    """Ties operands position by position; axes of size 1 and scalars repeat."""
-    shape = np.broadcast_shapes(*(operand.shape for operand in operands))
-    axes = []
-    for a, n in enumerate(shape):
-        full = []
-        for operand in operands:
-            if operand.shape and operand.shape[a] == n:
-                full.append(operand.axis(a))
-            elif operand.shape:
-                tracer.settle(operand.axis(a), f"repeated by {step.name}")
-        units = tracer.join(full, step.name)
-        zeros = [o.zero[a] if o.shape and o.shape[a] == n else np.full(n, o.nil) for o in operands]
-        axes.append((units, zero(zeros)))
-    nil = bool(zero([np.array([o.nil]) for o in operands])[0])
-    repeats = [
-        n > 1 and all(o.repeats[a : a + 1] == (True,) for o in operands if o.shape and o.shape[a] == n)
-        for a, n in enumerate(shape)
-    ]
-    return [value(axes, nil=nil, repeats=repeats)]
-
-
-def _all(zeros: list[np.ndarray]) -> np.ndarray:
-    return np.logical_and.reduce(zeros)
-
-
-def _any(zeros: list[np.ndarray]) -> np.ndarray:
-    return np.logical_or.reduce(zeros)
-
-
-def _never(zeros: list[np.ndarray]) -> np.ndarray:
-    return np.zeros_like(zeros[0])
-
-
-@rule(*ZERO_IF_ALL.split())
-def _zero_if_all(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    counts = [True] * len(operands)
-    if step.name in ("max", "min"):
-        # max(0, c) is 0 for any c ≤ 0: then only the other operand counts
-        sign = 1 if step.name == "max" else -1
-        known = [tracer.number(number) for number in step.inputs]
-        counts = [c is None or sign * c > 0 for c in known]
-
-    def zero(zeros: list[np.ndarray]) -> np.ndarray:
-        return _all([z for z, count in zip(zeros, counts, strict=True) if count or not any(counts)])
-
-    results = _elementwise(tracer, step, operands, zero)
-    if step.name in ("convert_element_type", "copy", "stop_gradient", "name", "reduce_precision"):
-        results = [results[0]._replace(total=operands[0].total)]
-    return results
-
-
-@rule(*ZERO_IF_ANY.split())
-def _zero_if_any(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    if step.name == "mul":
-        for i in (0, 1):
-            _mean(tracer, step, operands[i], tracer.number(step.inputs[1 - i]), -1)
-    return _elementwise(tracer, step, operands, _any)
-
-
-@rule(*ZERO_NEVER.split())
-def _zero_never(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    return _elementwise(tracer, step, operands, _never)
-
-
-@rule(*POLE.split())
-def _pole(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    for units, zero in zip(operands[0].units, operands[0].zero, strict=True):
-        tracer.labels.mark(units[:, zero], f"{step.name} of 0")
-    return _elementwise(tracer, step, operands, _never)
-
-
-@rule("random_bits", training=True)
-def _random_bits(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
-    if operands[0].shape:
-        return None
-    return [value(tracer.fresh(n) for n in step.params["shape"])]
-
-
-@rule("bitcast_convert_type", training=True)
-def _bitcast(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
-    same = operands[0].shape == tracer.avals[step.outputs[0]].shape
-    return _elementwise(tracer, step, operands, _never) if same else None
-
-
-@rule("div", "rem", "pow")
-def _division(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    # Of a power it is the base that must not be 0, lest the exponent is negative
-    place = 0 if step.name == "pow" else 1
-    exponent = tracer.number(step.inputs[1]) if step.name == "pow" else None
-    if exponent is not None and exponent > 0:
-        return _elementwise(tracer, step, operands, lambda zeros: zeros[0])
-    for units, zero in zip(operands[place].units, operands[place].zero, strict=True):
-        tracer.labels.mark(units[:, zero], f"{step.name} by 0")
-    if step.name == "div":
-        _mean(tracer, step, operands[0], tracer.number(step.inputs[1]), 1)
-    if step.name == "pow":
-        return _elementwise(tracer, step, operands, _never)
-    return _elementwise(tracer, step, operands, lambda zeros: zeros[0])
-
-
-@rule("integer_pow")
-def _integer_pow(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    if step.params["y"] > 0:
-        return _elementwise(tracer, step, operands, _all)
-    return _pole(tracer, step, operands)
-
-
-def _mean(tracer: Tracer, step: Step, summed: Value, by: float | None, power: int) -> None:
-    """Notes a sum over n units that is divided by n: the mean of the units that are left is another."""
-    if not by or summed.total is None or not np.isclose(by**power, summed.total[0]):
-        return
-    tracer.means[step.outputs[0]] = summed.total[1]
-    for units in summed.total[1]:
-        tracer.labels.mark(units, "a mean over it")
-
-
-@rule("select_n")
-def _select(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    return _elementwise(tracer, step, operands, lambda zeros: _all(zeros[1:]))
-
-
-@rule("clamp")
-def _clamp(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    low, high = (tracer.number(step.inputs[i]) for i in (0, 2))
-    through = low is not None and high is not None and low <= 0 <= high
-    return _elementwise(tracer, step, operands, (lambda zeros: zeros[1]) if through else _never)
-
-
-@rule("optimization_barrier")
-def _barrier(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    return list(operands)
-
-
-@rule("dot_general")
-def _dot_general(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    lhs, rhs = operands
-    (contract_l, contract_r), (batch_l, batch_r) = step.params["dimension_numbers"]
-    for a, b in zip(contract_l, contract_r, strict=True):
-        tracer.contract(lhs.axis(a), rhs.axis(b), step.name)
-    axes = []
-    for a, b in zip(batch_l, batch_r, strict=True):
-        units = tracer.join([lhs.axis(a), rhs.axis(b)], step.name)
-        axes.append((units, lhs.zero[a] | rhs.zero[b]))
-    for operand, gone in ((lhs, (*contract_l, *batch_l)), (rhs, (*contract_r, *batch_r))):
-        axes += [operand.axis(a) for a in range(len(operand.shape)) if a not in gone]
-    return [value(axes, nil=lhs.nil or rhs.nil)]
-
-
-@rule("conv_general_dilated")
-def _conv(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value] | None:
-    if step.params["batch_group_count"] != 1:
-        return None
-    lhs, rhs = operands
-    numbers = step.params["dimension_numbers"]
-    batch, feature, *space = numbers.lhs_spec
-    outputs, inputs, *window = numbers.rhs_spec
-    for operand, axes in ((lhs, space), (rhs, window)):
-        for a in axes:
-            tracer.settle(operand.axis(a), f"window of {step.name}")
-    groups = step.params["feature_group_count"]
-    out = rhs.axis(outputs)
-    if groups == 1:
-        tracer.contract(lhs.axis(feature), rhs.axis(inputs), step.name)
-    else:
-        units, zero = lhs.axis(feature)
-        sizes = (groups, units.shape[1] // groups)
-        group, within = tracer.labels.split(units, sizes, step.name)
-        rows = zero.reshape(sizes)
-        # A group's channels all go together, so within a group what is silent adds nothing
-        tracer.contract((within, np.all(rows, 0)), rhs.axis(inputs), step.name)
-        sizes = (groups, out[0].shape[1] // groups)
-        group_out, within_out = tracer.labels.split(out[0], sizes, step.name)
-        tracer.labels.unify(group, group_out, step.name)
-        out = (merge([group_out, within_out]), out[1])
-    # Strides, padding and dilation are no matter of units
-    shape = tracer.avals[step.outputs[0]].shape
-    spec = numbers.out_spec
-    axes = {spec[0]: lhs.axis(batch), spec[1]: out}
-    axes |= {a: fixed(shape[a]) for a in spec[2:]}
-    return [value([axes[a] for a in range(len(spec))], nil=lhs.nil or rhs.nil)]
-
-
-REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"
-
-
-@rule(*REDUCTIONS.split())
-def _reduce(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    (operand,) = operands
-    gone = step.params["axes"]
-    for a in gone:
-        if step.name == "reduce_sum":
-            tracer.contract(operand.axis(a), None, f"{step.name} over it")
-        elif step.name.startswith("arg"):
-            tracer.settle(operand.axis(a), f"{step.name} counts it")
-        else:
-            tracer.labels.mark(operand.units[a], f"{step.name} over it")
-    stays = [operand.axis(a) for a in range(len(operand.shape)) if a not in gone]
-    total = None
-    if step.name == "reduce_sum":
-        total = prod(operand.shape[a] for a in gone), tuple(operand.units[a] for a in gone)
-    if step.name in ("reduce_prod", "reduce_and") or step.name.startswith("arg"):
-        return [value((u, np.zeros_like(z)) for u, z in stays)]
-    return [value(stays, nil=operand.nil, total=total)]
-
-
-@rule("cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod")
-def _cumulate(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    (operand,) = operands
-    along = step.params["axis"]
-    if step.name == "cumsum":
-        tracer.contract(operand.axis(along), None, f"{step.name} along it")
-    else:
-        tracer.labels.mark(operand.units[along], f"{step.name} along it")
-    zero_stays = step.name in ("cumsum", "cummax", "cummin")
-    return [
-        value(
-            (u, z & zero_stays & (a != along)) for a, (u, z) in enumerate(_axes(operand))
-        )
-    ]  # fmt: skip
-
-
-def _axes(operand: Value) -> list[Axis]:
-    return [operand.axis(a) for a in range(len(operand.shape))]
-
-
-@rule("sort")
-def _sort(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    along = step.params["dimension"]
-    axes = []
-    for a in range(len(operands[0].shape)):
-        each = [operand.axis(a) for operand in operands]
-        if a == along:
-            each = [tracer.settle(axis, f"ordered by {step.name}") for axis in each]
-        axes.append((tracer.join(each, step.name), _all([zero for _, zero in each])))
-    return [value(axes) for _ in operands]
-
-
-@rule("top_k")
-def _top_k(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    axes = _axes(operands[0])
-    along = step.params.get("axis", -1) % len(axes)
-    tracer.settle(axes[along], f"ordered by {step.name}")
-    axes[along] = fixed(step.params["k"])
-    return [value(axes), value((u, np.zeros_like(z)) for u, z in axes)]
