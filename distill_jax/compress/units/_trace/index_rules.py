@@ -53,8 +53,7 @@ def _gather(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
         if a in batching:
             b = batching[a]
             batch[b] = tracer.join([batch[b], axis], step.name), axis[1]
-        elif size != n or a in (*numbers.collapsed_slice_dims, *numbers.start_index_map):
-            # Also a full slice of an axis with an index, which can only be 0
+        elif size != n or n == 1 or a in numbers.collapsed_slice_dims:
             tracer.settle(axis, f"indexed by {step.name}")
             axis = fixed(size)
         whole.append(axis)
@@ -115,7 +114,7 @@ def _scatter(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             axes.append(fixed(operand.shape[a]))
             continue
         new = updates.axis(next(window))
-        if new[0].shape[1] != operand.shape[a] or a in numbers.scatter_dims_to_operand_dims:
+        if new[0].shape[1] != operand.shape[a] or operand.shape[a] == 1:
             tracer.settle(axis, indexed)
             tracer.settle(new, indexed)
             axes.append(fixed(operand.shape[a]))
