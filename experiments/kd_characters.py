@@ -352,13 +352,6 @@ def prefix_of(config: Config, network: str) -> str:
     return f"{network}, " if len(config.students) > 1 else ""
 
 
-def points(a: Sequence[float], b: Sequence[float]) -> str:
-    """Writes the mean paired difference of accuracies b − a in points, with its standard error."""
-    difference = results.paired(a, b)
-    error = f" ± {100 * difference.error:.2f}" if len(a) > 1 else ""
-    return f"{100 * difference.mean:+.2f}{error}".replace("-", "−")
-
-
 def share(scratch: Sequence[float], distilled: Sequence[float], teacher: Sequence[float]) -> str:
     """Writes how much of the teacher's lead a student makes up, with the standard error of this ratio of means."""
     gain, lead = np.subtract(distilled, scratch), np.subtract(teacher, scratch)
@@ -381,11 +374,11 @@ def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float
         own, all_ = (found["models"][name]["parameters"] for name in (f"{prefix}distilled", "teacher"))
         said.append(
             f"Distillation at T = {chosen[f'{prefix}distilled']:g} changed the test accuracy of {network} (parameters: "
-            f"{100 * own / all_:.3g} % of the teacher's) by {points(scratch, distilled)} points "
+            f"{100 * own / all_:.3g} % of the teacher's) by {results.points(scratch, distilled)} points "
             f"({share(scratch, distilled, accuracy['teacher'])})."
         )
         if config.control:
-            gain = points(accuracy[f"{prefix}{CONTROL}"], distilled)
+            gain = results.points(accuracy[f"{prefix}{CONTROL}"], distilled)
             said.append(f"Against the same student from scratch with the teacher's recipe: {gain} points.")
         if config.labelled:
             hard = accuracy[f"{prefix}hard labels"]
@@ -393,7 +386,7 @@ def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float
             if config.seeds == 1:
                 clear = "not known from one seed"
             said.append(
-                f"Soft labels against the teacher's hard labels: {points(hard, distilled)} points "
+                f"Soft labels against the teacher's hard labels: {results.points(hard, distilled)} points "
                 f"(better by more than two standard errors: {clear})."
             )
     if config.seeds > 1:

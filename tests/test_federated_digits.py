@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import federated
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import clients, runs
+from harness import clients, rounds, runs, traffic
 
-from distill_jax import data, train
+from distill_jax import data, models, train
+from distill_jax.compress import units
 
 EXPERIMENT = federated
 MIXED = "co-distilled-top-k-mixed"
@@ -18,7 +20,7 @@ MIXED = "co-distilled-top-k-mixed"
 SMALL = [
     *("digits", "--seeds", "1", "--clients", "3", "--rounds", "2", "--steps", "2", "--batch-size", "4"),
     *("--hidden", "8", "4", "--mixed", "mlp:8,4", "mlp:6", "--widths", "1", "0.5", "--central-epochs", "1"),
-    *("--public", "50"),
+    *("--public", "50", "--server-batch-size", "10", "--server-steps", "40", "--server-patience", "40"),
 ]
 
 
@@ -42,7 +44,8 @@ def test_a_whole_run(tmp_path, run):
     status, printed, error = run("--out", out)
     assert status == 0, error
     table = json.loads((out / "results.json").read_text())["models"]
-    assert list(table) == [*federated.METHODS, "alone, averaged", "alone, aligned, averaged", "central"]
+    once_only = ["alone, averaged", "alone, aligned, averaged", "alone, distilled once"]
+    assert list(table) == [*federated.METHODS, *once_only, "central"]
     once = 3 * 4 * (64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10)  # bytes of the parameters of all clients
     narrow = 4 * (64 * 4 + 4 + 4 * 2 + 2 + 2 * 10 + 10)
     widths = once * 2 // 3 + narrow
@@ -63,14 +66,17 @@ def test_a_whole_run(tmp_path, run):
         "unequal-widths-different-initial-parameters-matched": [2 * widths, widths],
     }
     assert {name: table[name]["sent"] for name in federated.METHODS} == sent
+    assert [table[name]["sent"] for name in once_only] == [[once, 0], [once, 0], [logits, 0]]
     assert all(np.shape(table[name]["rounds"]) == (2, 1) for name in sent)
-    for name, other in zip(sent, [*sent][1:], strict=False):  # each does something else than its neighbour
-        assert table[name]["test"]["nll"] != table[other]["test"]["nll"], (name, other)
-    assert f"co-distilled-top-k {100 * table['co-distilled-top-k']['test']['accuracy'][0]:.2f} %" in printed
-    assert f"with 1/{once / top:.3g} of its bytes, 1/{once / 2 / top:.3g} of those in float16" in printed
-    assert "Each client makes 4 steps of 4 private images. FedMD's clients make 2 more" in (
-        (out / "report.md").read_text()
-    )
+    last = {name: (out / "seed0" / f"{name}.jsonl").read_text().splitlines()[-1] for name in sent}
+    assert len({json.loads(line)["loss"] for line in last.values()}) == len(sent)  # no two do the same
+    ratios = f"with 1/{once / top:.3g} of its bytes (1/{once / 2 / top:.3g} of those in float16)"
+    points = 100 * (table["co-distilled-top-k"]["clients"][0] - table["FedAvg"]["test"]["accuracy"][0])
+    assert f"co-distilled-top-k {ratios}: the clients {points:+.2f} points".replace("-0", "−0") in printed
+    report = (out / "report.md").read_text()
+    assert "Each client makes 4 steps of 4 private images. FedMD's clients make 2 more" in report
+    assert f"to deliver them to all clients takes {3 * 50 * 64 * 4 / 1e6:.3g} MB" in report
+    assert all(f"{second} minus {first}: " in report for first, second in federated.PAIRS)
     for picture in ("bytes.png", "starts.png"):
         assert (out / picture).stat().st_size > 500
     written = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".png"]
@@ -124,6 +130,49 @@ def test_unequal_widths_go_on_where_nobody_with_all_units_is_left(tmp_path, run,
     assert status == 0, error
 
 
+def test_matched_units_are_those_of_all_later_rounds(tmp_path, run, monkeypatch):
+    keep, match, later, matched = units.keep, units.match_widths, [], []
+
+    def spy_on_keep(graph, model, kept):
+        later.append(kept)
+        return keep(graph, model, kept)
+
+    def spy_on_match(*arguments):
+        matched.append(match(*arguments))
+        return matched[-1]
+
+    monkeypatch.setattr(units, "keep", spy_on_keep)
+    monkeypatch.setattr(units, "match_widths", spy_on_match)
+    arguments = ("--methods", "unequal-widths-different-initial-parameters-matched", "--rounds", "3")
+    assert run(*arguments, "--out", tmp_path / "run")[0] == 0
+    # Clients 0 and 2 have width 1, client 1 has width 0.5: their order in a round
+    found = [matched[i].kept for i in (0, 2, 1)]
+    assert any(kept.tolist() != [*range(len(kept))] for kept in found[2].values())
+    assert len(later) == 2 * 3
+    jax.tree.map(np.testing.assert_array_equal, later, found * 2)
+
+
+def test_the_server_stops_where_validation_does_not_improve_and_keeps_what_it_prefers(monkeypatch):
+    config = SimpleNamespace(server_steps=100, server_patience=30, server_batch_size=10, learning_rate=0.1)
+    one = SimpleNamespace(config=config, validation=lambda model: {"validation_errors": 5})
+    own = clients.Clients(one, 0, {"server": None}, {}, np.zeros((50, 2)), [])
+    options = {}
+
+    def fit(state, epoch, data, **given):
+        options.update(given)
+        return SimpleNamespace(best="best", history={"validation_errors": histories.pop()})
+
+    monkeypatch.setattr(train, "fit", fit)
+    model = models.from_function(lambda w, x: x @ w, jnp.zeros((2, 2)))
+    histories = [[6, 5, 7], [6, 4, 5]]
+    assert own.teach(model, np.zeros((50, 2)), 0) == "best"
+    assert own.teach(model, np.zeros((50, 2)), 0) is model
+    assert options["epochs"] == 20  # of five steps
+    for count, ends in ((7, False), (8, True)):  # six epochs after the best one
+        errors = [6, 4, *[4] * (count - 2)]
+        assert options["stop"]({"validation_errors": errors, "loss": errors}) == ends
+
+
 def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_path, run, monkeypatch):
     rounds = break_clients(monkeypatch, [1], number=1)
     arguments = ["--methods", "FedAvg", MIXED, "alone", "--rounds", "3", "--out", tmp_path / "run"]
@@ -158,6 +207,7 @@ def test_a_client_that_sends_nan_is_refused_and_the_run_goes_on_without_it(tmp_p
         (("--methods", "FedSGD"), "--methods must be from"),
         (("--public", "100000"), "--public must leave"),
         (("--clients", "500"), "--clients must be less than"),
+        (("--server-batch-size", "51"), "--server-batch-size must be at most --public 50"),
         (("--top", "11"), "--top must be at most 10"),
         (("--widths", "0.5"), "--widths must begin with 1"),
         (("--mixed", "mlp:0"), "got 'mlp:0'"),
@@ -190,7 +240,7 @@ def test_clients_that_were_left_out_are_as_before_the_round():
     groups = [("a", [0, 2]), ("b", [1])]
     old = [{"w": jnp.zeros((2, 3))}, {"w": jnp.zeros((1, 4))}]
     new = [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((1, 4))}]
-    first, second = federated.go_on(groups, [0, 1], new, old)
+    first, second = rounds.go_on(groups, [0, 1], new, old)
     assert first["w"].tolist() == [[1] * 3, [0] * 3]
     assert second["w"].tolist() == [[1] * 4]
 
@@ -207,16 +257,25 @@ def test_public_and_private_images_are_disjoint_and_all_are_used():
 
 def test_the_headline_says_less_and_more_bytes_and_the_clients_own_accuracy():
     def entry(accuracy, sent, **more):
-        return {"test": {"accuracy": [accuracy]}, "sent": sent, **more}
+        return {"test": {"accuracy": accuracy}, "sent": sent, **more}
 
-    central = {"test": {"accuracy": [0.95]}}
-    table = {
-        "FedAvg": entry(0.9, [500, 500]), "FedMD": entry(0.8, [2000, 1000], clients=[0.6]),
-        "co-distilled": entry(0.85, [20, 20], clients=[0.75]), "central": central,
-    }  # fmt: skip
-    said = federated.headline(table)
+    central = {"test": {"accuracy": [0.95, 0.95]}}
+    table = traffic.compare({
+        "FedAvg": entry([0.9, 0.8], [500, 500]), "FedMD": entry([0.8, 0.7], [2000, 1000], clients=[0.6, 0.5]),
+        "co-distilled": entry([0.85, 0.77], [20, 20], clients=[0.75, 0.75]), "central": central,
+    })  # fmt: skip
+    said = traffic.headline(table)
+    assert "FedMD with 3 times of its bytes (6 times of those in float16): the clients −30.00 ± 0.00" in said
     assert (
-        "FedMD 80.00 % (its clients 60.00 %) with 3 times of its bytes, 6 times of those in float16" in said
-    )
-    assert "co-distilled 85.00 % (its clients 75.00 %) with 1/25 of its bytes, 1/12.5 of those in" in said
-    assert federated.headline({"central": central}) == "Central training: 95.00 % of the test images."
+        "co-distilled with 1/25 of its bytes (1/12.5 of those in float16): the clients −10.00 ± 5.00 points, a "
+        "network of the server −4.00 ± 1.00"
+    ) in said
+    assert traffic.headline({"central": central}) == "Central training: 95.00 % of the test images."
+
+
+def test_pairs_are_compared_seed_by_seed():
+    a = {"test": {"accuracy": [0.5, 0.9]}, "rounds": [[40, 10], [50, 90]]}
+    b = {"test": {"accuracy": [0.6, 0.96]}, "rounds": [[50, 40], [50, 90]]}
+    (said,) = traffic.differences({"a": a, "b": b}, [("a", "b"), ("a", "c")])
+    assert "b minus a: +8.00 ± 2.00, of validation images after round 1 +20.00 ± 10.00." in said
+    assert traffic.differences({"a": a}, [("a", "b")]) == []

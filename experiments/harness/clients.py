@@ -1,4 +1,7 @@
-"""Clients that keep their examples: those of one seed, their training, and a round of them as an epoch."""
+"""Clients that keep their examples: those of one seed, their training, and a round of them as an epoch.
+
+The rounds of the methods are in :mod:`harness.rounds`.
+"""
 
 import functools
 import math
@@ -23,7 +26,7 @@ class State(NamedTuple):
 
     step: jax.Array  # the number of rounds done
     key: jax.Array
-    model: dict[str, Any]  # "server": a model; "clients": stacked models, one stack per architecture
+    model: dict[str, Any]  # "server": a model, or "clients": stacked models, one stack per architecture
     extra: Any = ()  # the consensus and its weights; or the units that each client has
 
 
@@ -90,15 +93,33 @@ class Clients:
         self.losses.extend(figures["loss"].tolist())
         return new
 
-    def learn(self, state: State, objective: str, learners: models.Model, consensus: Any) -> models.Model:
-        """Trains stacked models on the consensus alone."""
-        config, count = self.run.config, len(jax.tree.leaves(learners)[0])
+    def learn(self, state: State, clients: models.Model, consensus: Any) -> models.Model:
+        """Trains stacked clients on the consensus alone, as in FedMD."""
+        config, count = self.run.config, len(jax.tree.leaves(clients)[0])
         order = federated.client_order(
             [np.arange(len(self.public))] * count, steps=config.steps, batch_size=config.batch_size,
             seed=1_000 + self.seed, number=int(state.step),
         )  # fmt: skip
         data = {"image": self.public, "teacher": consensus}
-        return self.programs[objective](learners, data, order, state.key)[0]
+        return self.programs["scores"](clients, data, order, state.key)[0]
+
+    def teach(self, model: models.Model, consensus: np.ndarray, number: int) -> models.Model:
+        """Distils the consensus into a network of the server, and stops where validation does not improve.
+
+        Returns:
+          The network with the fewest validation errors: as it is after an epoch, or as it was given.
+        """
+        config, errors = self.run.config, self.run.validation(model)["validation_errors"]
+        steps = len(self.public) // config.server_batch_size  # of an epoch
+        patience = math.ceil(config.server_patience / steps)
+        start = jax.tree.map(jnp.copy, model)  # training writes over its start
+        done = train.fit(
+            train.init_state(start, optimizer(config), jax.random.key(self.seed)), self.programs["server"],
+            {"image": self.public, "teacher": consensus}, epochs=math.ceil(config.server_steps / steps),
+            batch_size=config.server_batch_size, seed=1_000 * self.seed + number, validate=self.run.validation,
+            stop=lambda history: np.argmin(history["validation_errors"]) < len(history["loss"]) - patience,
+        )  # fmt: skip
+        return done.best if min(done.history["validation_errors"]) < errors else model
 
     def predict(self, stacks: Sequence[models.Model], groups: Groups) -> np.ndarray:
         """Computes the logits of all clients, in their order, for the public images: ``[clients, images, classes]``."""
@@ -161,29 +182,34 @@ def as_epoch(
     return epoch
 
 
+def optimizer(config: Any) -> optax.GradientTransformation:
+    """Makes the optimizer of clients and servers."""
+    return optax.adam(config.learning_rate)
+
+
 def make_programs(run: Run) -> dict[str, Any]:
     """Makes what is compiled once for all seeds and methods: the trainings, and the validation."""
     config = run.config
-    tx = optax.adam(config.learning_rate)
-    transforms = {"both": federated.with_public(config.batch_size, prepare=prepare)}
-    objectives = {
-        "own": train.supervised(),
-        "both": federated.co_distill(weight=config.weight),
-        "public": train.distill(temperature=1.0, alpha=0.0),
-        # FedMD's program: the mean absolute difference of logits
-        "scores": train.distill(temperature=None, alpha=0.0, soft=lambda s, t: jnp.abs(s - t).mean(-1)),
-    }
+    tx = optimizer(config)
     together = train.make_validation(arrays(run.dataset.validation), prepare=prepare, stacked=True)
 
     def validate(model):
-        of_clients = [e for each in model.get("clients", ()) for e in together(each)["validation_errors"]]
-        figures = {"client_errors": float(np.mean(of_clients))} if of_clients else {}
         if "server" in model:
-            return figures | run.validation(model["server"])
-        return figures | {"validation_errors": figures["client_errors"]}
+            return run.validation(model["server"])
+        each = [e for stack in model["clients"] for e in together(stack)["validation_errors"]]
+        return {"validation_errors": float(np.mean(each))}
 
-    programs: dict[str, Any] = {"validation": validate}
-    for name, loss_fn in objectives.items():
-        step = train.make_train_step(loss_fn, tx)
-        programs[name] = federated.make_local_training(step, tx, transform=transforms.get(name, plain))
-    return programs
+    def local(loss_fn, transform=plain):
+        return federated.make_local_training(train.make_train_step(loss_fn, tx), tx, transform=transform)
+
+    both = federated.with_public(config.batch_size, prepare=prepare)
+    soft = train.distill(temperature=1.0, alpha=0.0)
+    # FedMD's program: the mean absolute difference of logits
+    scores = train.distill(temperature=None, alpha=0.0, soft=lambda s, t: jnp.abs(s - t).mean(-1))
+    return {
+        "validation": validate,
+        "own": local(train.supervised()),
+        "both": local(federated.co_distill(weight=config.weight), both),
+        "scores": local(scores),
+        "server": train.make_epoch(train.make_train_step(soft, tx), transform=plain),
+    }

@@ -82,6 +82,16 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     return Paired(mean, error, mean / error)
 
 
+def points(a: Sequence[float], b: Sequence[float]) -> str:
+    """Writes the mean paired difference of accuracies b − a in points, with its standard error.
+
+    >>> points([0.25, 0.5], [0.375, 0.5])
+    '+6.25 ± 6.25'
+    """
+    mean, error, _ = paired(a, b)
+    return (f"{100 * mean:+.2f}" + (f" ± {100 * error:.2f}" if len(a) > 1 else "")).replace("-", "−")
+
+
 def summary(
     results: Results, *, baseline: str = "scratch", model: str = "distilled", method: str = "Distillation"
 ) -> str:

@@ -30,7 +30,8 @@ SETTINGS = {
     ),
     "federated": (
         "digits --seeds 1 --clients 3 --rounds 4 --steps 5 --hidden 8 4 --mixed mlp:8,4 mlp:6 --widths 1 0.5 "
-        "--central-epochs 4 --public 50 --methods FedAvg FedMD co-distilled alone unequal-widths"
+        "--central-epochs 4 --public 50 --server-batch-size 25 --methods FedAvg FedDF FedMD co-distilled alone "
+        "unequal-widths-different-initial-parameters-matched"
     ),
     "kd_vgg": (
         "digits --seeds 1 --teacher mlp:16 --student convnet:4,4 --teacher-epochs 20 --epochs 20 "
