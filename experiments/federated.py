@@ -127,12 +127,12 @@ def train_all(run: Run, seed: int, programs: Mapping[str, Any]) -> dict[str, Tra
                     f"{name} went on without some clients in an earlier run in this directory: pass --invalid "
                     '"leave out", or delete that run by --restart'
                 )
-            model = dict(done.model)
+            model = dict(done.state.model)
             if "teacher" in done.state.extra:
                 consensus = np.asarray(done.state.extra["teacher"])
                 model["server"] = clients.teach(clients.network(), consensus, config.rounds)
-            sent = [float(np.sum(done.history[way])) for way in ("bytes_up", "bytes_down")]
-            found[name] = Trained(model, tuple(sent), done.history)
+            up, down = (float(np.sum(done.history[way])) for way in ("bytes_up", "bytes_down"))
+            found[name] = Trained(model, (up, down), done.history)
     if "alone" in found:
         for name, (server, up) in after_alone(clients, found["alone"].model["clients"][0]).items():
             found[name] = Trained({"server": server}, (up, 0), {})
