@@ -25,7 +25,7 @@ seed's student on validation data, whose groups of fonts are neither in the trai
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,12 @@ from harness import (
     Trained,
     Whole,
     adam,
-    pictures,
-    plain,
-    prepare,
     read,
     readers,
-    results,
     run_main,
 )
+from harness.distortions import DISTORTIONS, STRONGEST, distorted
+from kd_characters_report import CONTROL, draw, explain, lead, not_better, prefix_of, verdict
 
 from distill_jax import data, models, train
 
@@ -89,92 +87,37 @@ class Config(Options):
         return [getattr(self, prefix + option) for option in ("epochs", "learning_rate", "distortion")]
 
 
-CONTROL = "scratch, teacher's recipe"  # a student's model in the report
-
-
 FEW = Config(
     students=("mlp:64", "convnet:8,16,24"), labelled=40, control=True, epochs=4, temperatures=(1.0, 2.0, 4.0, 8.0),
     every_temperature=True, learning_rate=3e-3,
+)  # fmt: skip
+FACES = dataclasses.replace(
+    FEW, seeds=3, control=False, students=("mlp:64",), temperatures=(1.0, 2.0), every_temperature=False,
+    curve=(10, 40, 160, 0),
 )  # fmt: skip
 SPOKEN = Config(
     dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), control=True, batch_size=64,
     epochs=15, learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
 )  # fmt: skip
+SMOKE = Config(
+    dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), control=True, labelled=100, batch_size=64,
+    epochs=40, teacher_epochs=40, warmup=10,
+)  # fmt: skip
 CONFIGS = {
     "pair": ("Networks of 8.4 million parameters, all faces labelled; an hour on two cores.", Config()),
     "few": ("Students of 70,000 parameters, 40 labelled faces, the teacher's labels for all.", FEW),
-    "faces": (
-        "A student of 70,000 parameters on 10, 40, 160 and all faces; minutes beside its teachers.",
-        dataclasses.replace(
-            FEW,
-            seeds=3,
-            control=False,
-            students=("mlp:64",),
-            temperatures=(1.0, 2.0),
-            every_temperature=False,
-            curve=(10, 40, 160, 0),
-        ),
-    ),
+    "faces": ("A student of 70,000 parameters on 10, 40, 160 and all faces; minutes beside its teachers.", FACES),
     "spoken": ("Spoken characters, students of 70,000 parameters; tested on people too.", SPOKEN),
-    "smoke": (
-        "Embedded digits and small networks: shows in seconds that the program runs, and nothing else.",
-        Config(
-            dataset="digits",
-            seeds=1,
-            teacher="mlp:32",
-            students=("mlp:8",),
-            control=True,
-            labelled=100,
-            batch_size=64,
-            epochs=40,
-            teacher_epochs=40,
-            warmup=10,
-        ),
-    ),
-}
-
-
-def distort_print(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
-    """Distorts printed characters: width of the strokes, an affine map, and smooth displacements."""
-    keys = jax.random.split(key, 3)
-    x = data.random_stroke(keys[0], images, pixels=strength)
-    x = data.random_affine(
-        keys[1], x, rotation=10 * strength, shear=0.2 * strength, scale=0.2 * strength, shift=2 * strength
-    )
-    return data.random_elastic(keys[2], x, pixels=strength)
-
-
-def distort_speech(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
-    """Changes spectrograms as another speaker does: length of the sound, of the vocal tract, and a shift in time."""
-    return data.sound.random_warp(
-        key, images, time=1 + 0.25 * strength, frequency=1 + 0.15 * strength, shift=3 * strength
-    )
-
-
-# The distortion of pictures by the kind of the data set: (key, floats from 0 to 1, strength) -> pictures
-DISTORTIONS: Mapping[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
-    "print": distort_print, "speech": distort_speech,
+    "smoke": ("Embedded digits and small networks: shows in seconds that the program runs, and nothing else.", SMOKE),
 }  # fmt: skip
-STRONGEST = 4.0  # beyond it the change of size would be more than 80 %
-
-
-def distorted(dataset: data.Dataset, strength: float) -> Callable[..., dict[str, Any]]:
-    """Makes a ``transform`` that prepares the pictures of a batch and distorts each at random."""
-    if not strength:
-        return plain
-    distort = DISTORTIONS[readers.kind(dataset)]
-    return lambda context, batch, key: {**batch, "image": distort(key, prepare(batch["image"]), strength)}
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.at_most(len(dataset.train.id), "batch_size")
     for name in ("temperatures", "students"):
-        config.need(
-            name,
-            len(set(getattr(config, name))) == len(getattr(config, name)) > 0,
-            "name one or more, each once",
-        )
+        values = getattr(config, name)
+        config.need(name, len(set(values)) == len(values) > 0, "name one or more, each once")
     named = {f"{t:g}" for t in config.temperatures}
     config.need("temperatures", len(named) == len(config.temperatures), "differ in their first six digits")
     for name in ("distortion", "teacher_distortion"):
@@ -184,15 +127,11 @@ def check(config: Config, dataset: data.Dataset) -> None:
     for network in (config.teacher, *config.students):
         build(dataset, network, 0, False)
     faces = len(np.unique(readers.origins(dataset, dataset.train)))
-    config.need(
-        "labelled", config.labelled < faces, f"be below the number of training faces, {faces}; 0 takes all"
-    )
-    config.need(
-        "curve", all(n <= faces for n in config.curve), f"be at most the number of training faces, {faces}"
-    )
-    config.need(
-        "curve", len({n or faces for n in config.curve}) == len(config.curve), "name each number once"
-    )
+    limit = f"the number of training faces, {faces}"
+    config.need("labelled", config.labelled < faces, f"be below {limit}; 0 takes all")
+    config.need("curve", all(n <= faces for n in config.curve), f"be at most {limit}")
+    once = len({n or faces for n in config.curve}) == len(config.curve)
+    config.need("curve", once, "name each number once")
 
 
 def build(dataset: data.Dataset, network: str, seed: int, student: bool) -> models.Model:
@@ -209,14 +148,9 @@ class Trainer:
         self.made: dict[Any, Any] = {}
 
     def __call__(
-        self,
-        name: str,
-        seed: int,
-        network: str,
-        examples: Mapping[str, Any],
-        temperature: float | None = None,
+        self, name: str, seed: int, network: str, examples: Mapping[str, Any], temperature: float | None = None,
         recipe: str = "",
-    ) -> Trained:
+    ) -> Trained:  # fmt: skip
         """Trains one model, or takes it from the checkpoint of the run.
 
         Args:
@@ -230,17 +164,13 @@ class Trainer:
         config, dataset, student = self.config, self.run.dataset, name != "teacher"
         epochs, rate, strength = config.recipe(recipe)
         if (recipe, temperature) not in self.made:
-            loss = (
-                train.supervised()
-                if temperature is None
-                else train.distill(temperature=temperature, alpha=config.alpha)
-            )
+            loss = train.supervised()
+            if temperature is not None:
+                loss = train.distill(temperature=temperature, alpha=config.alpha)
             tx = adam(rate, epochs, len(examples["label"]) // config.batch_size, warmup=config.warmup)
             step = train.make_train_step(loss, tx)  # (state, batch) -> (state, metrics)
-            self.made[recipe, temperature] = (
-                tx,
-                train.make_epoch(step, transform=distorted(dataset, strength)),
-            )
+            epoch = train.make_epoch(step, transform=distorted(dataset, strength))
+            self.made[recipe, temperature] = tx, epoch
         tx, epoch = self.made[recipe, temperature]
         order = (20_000 if student else 10_000) + seed
         state = train.init_state(build(dataset, network, seed, student), tx, self.run.key(seed, order))
@@ -286,14 +216,8 @@ class Lesson:
         return {"image": self.images[rows], "label": answers[rows], "teacher": self.soft[rows]}
 
     def student(
-        self,
-        name: str,
-        network: str,
-        faces: int,
-        labelled: int,
-        temperature: float | None = None,
-        recipe: str = "",
-    ) -> Trained:
+        self, name: str, network: str, faces: int, labelled: int, temperature: float | None = None, recipe: str = ""
+    ) -> Trained:  # fmt: skip
         """Trains a student, unless one of another name has learned the same in the same way."""
         faces, labelled = (count or len(self.faces) for count in (faces, labelled))
         in_loss = temperature is None or self.config.alpha > 0
@@ -317,10 +241,8 @@ class Lesson:
         if first:
             label = self.trainer.run.dataset.validation.label
             errors = {t: int((s.validation_logits.argmax(-1) != label).sum()) for t, s in students.items()}
-            self.chosen[name] = min(errors, key=lambda t: errors[t])
-            print(
-                f"{name}: of the temperatures with validation errors {errors}, {self.chosen[name]:g} is chosen"
-            )
+            best = self.chosen[name] = min(errors, key=lambda t: errors[t])
+            print(f"{name}: of the temperatures with validation errors {errors}, {best:g} is chosen")
         self.found[name] = students[self.chosen[name]]
         if every:
             self.found |= {f"{name}, T = {t:g}": student for t, student in students.items()}
@@ -347,112 +269,6 @@ def train_seed(trainer: Trainer, seed: int, chosen: dict[str, float]) -> dict[st
     return lesson.found
 
 
-def prefix_of(config: Config, network: str) -> str:
-    """Returns what the names of a student's models begin with."""
-    return f"{network}, " if len(config.students) > 1 else ""
-
-
-def share(scratch: Sequence[float], distilled: Sequence[float], teacher: Sequence[float]) -> str:
-    """Writes how much of the teacher's lead a student makes up, with the standard error of this ratio of means."""
-    gain, lead = np.subtract(distilled, scratch), np.subtract(teacher, scratch)
-    if lead.mean() <= 0:
-        return "the teacher does not lead"
-    part, error = gain.mean() / lead.mean(), ""
-    if len(gain) > 1:
-        spread = (gain - part * lead).std(ddof=1) / lead.mean() / np.sqrt(len(gain))
-        error = f" ± {100 * spread:.0f}"
-    return f"{100 * part:.0f}{error} % of its distance to the teacher".replace("-", "−")
-
-
-def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float]) -> str:
-    """Says what distillation did to the test accuracy of each student."""
-    accuracy = {name: model["test"]["accuracy"] for name, model in found["models"].items()}
-    said = []
-    for network in config.students:
-        prefix = prefix_of(config, network)
-        scratch, distilled = accuracy[f"{prefix}scratch"], accuracy[f"{prefix}distilled"]
-        own, all_ = (found["models"][name]["parameters"] for name in (f"{prefix}distilled", "teacher"))
-        said.append(
-            f"Distillation at T = {chosen[f'{prefix}distilled']:g} changed the test accuracy of {network} (parameters: "
-            f"{100 * own / all_:.3g} % of the teacher's) by {results.points(scratch, distilled)} points "
-            f"({share(scratch, distilled, accuracy['teacher'])})."
-        )
-        if config.control:
-            gain = results.points(accuracy[f"{prefix}{CONTROL}"], distilled)
-            said.append(f"Against the same student from scratch with the teacher's recipe: {gain} points.")
-        if config.labelled:
-            hard = accuracy[f"{prefix}hard labels"]
-            clear = "yes" if results.paired(hard, distilled).t > 2 else "no"
-            if config.seeds == 1:
-                clear = "not known from one seed"
-            said.append(
-                f"Soft labels against the teacher's hard labels: {results.points(hard, distilled)} points "
-                f"(better by more than two standard errors: {clear})."
-            )
-    if config.seeds > 1:
-        said.append("Here ± is the standard error over seeds, of paired differences.")
-    return " ".join(said)
-
-
-def explain(config: Config, dataset: data.Dataset) -> list[str]:
-    """Says, in paragraphs for the report, what must be known to compare its rows."""
-    faces, unit = len(np.unique(readers.origins(dataset, dataset.train))), readers.unit(dataset)
-    about = round(len(dataset.train.id) * config.labelled / faces) or len(dataset.train.id)
-    said = [
-        f"The temperatures were chosen on {len(dataset.validation.id):,} labelled validation examples; nothing was "
-        f"chosen for students from scratch, which learn from {about:,} labelled training examples."
-    ]
-    if not config.control and config.recipe() != config.recipe("teacher_"):
-        said.append(
-            "Epochs, learning rate or distortion of the teacher are not those of the students, so its lead is not "
-            "that of its size alone: --control trains students from scratch with its recipe."
-        )
-    if config.labelled:
-        said.append(
-            f"The teacher has learned the true labels of all {unit}, also of those that are unlabelled to the "
-            f'students. "True labels, all faces" is the student that knows them too.'
-        )
-    if config.distortion:
-        said.append("Students see distorted pictures, with the teacher's labels of the undistorted ones.")
-    return said
-
-
-def lead(config: Config, found: Mapping[str, Any]) -> str:
-    """Says how far the teacher leads the students before anything is distilled, on validation data."""
-    errors = {name: np.mean(model["validation"]["errors"]) for name, model in found["models"].items()}
-
-    def students(kind):
-        return ", ".join(f"{n} {errors[f'{prefix_of(config, n)}{kind}']:.1f}" for n in config.students)
-
-    said = f"Mean validation errors: teacher {errors['teacher']:.1f}; from scratch {students('scratch')}"
-    if config.control:
-        said += f"; from scratch with the teacher's recipe {students(CONTROL)}"
-    return f"{said}."
-
-
-def draw_curve(run: Run, logits: Sequence[Mapping[str, np.ndarray]], prefix: str) -> dict[str, str]:
-    """Draws the errors of a student against the number of faces, if that was wanted; returns caption → file name."""
-    dataset, unit = run.dataset, readers.unit(run.dataset)
-    faces = len(np.unique(readers.origins(dataset, dataset.train)))
-    counts = sorted(run.config.curve, key=lambda n: n or faces)
-    if not counts:
-        return {}
-
-    def errors(name):
-        return [100 * np.mean(seed[prefix + name].argmax(-1) != dataset.test.label) for seed in logits]
-
-    series = {
-        name: np.transpose([errors(f"{name} on {n or 'all'}") for n in counts])
-        for name in ("scratch", "distilled")
-    }
-    series[f"teacher's labels, all {unit}"] = np.transpose([errors("distilled")] * len(counts))
-    pictures.curves(
-        run.directory / "faces.png", [n or faces for n in counts], series, xlabel=unit, ylabel="test errors, %",
-        log_x=True,
-    )  # fmt: skip
-    return {f"Test errors of the first student against the number of {unit} that it learns from": "faces.png"}
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, "pair")
@@ -469,17 +285,9 @@ def main() -> int:
     headline = verdict(config, found, chosen)
     if readers.is_small(dataset):
         headline = f"A smoke test, whose figures say nothing about unseen fonts or voices. {headline}"
-    prefix = prefix_of(config, config.students[0])
-    shown = "teacher", f"{prefix}scratch", f"{prefix}distilled"
-    test = dataset.test._replace(image=readers.upright(dataset, dataset.test.image))
-    drawn = results.draw(run.directory, dataset._replace(test=test), trained, logits, shown)
-    drawn |= readers.draw(run.directory, dataset, logits, people, prefix) | draw_curve(run, logits, prefix)
+    drawn = draw(run, trained, logits, people)
     run.finish(found, drawn, headline=headline, notes=notes, columns=readers.COLUMNS)
-    accuracy = {name: np.mean(model["test"]["accuracy"]) for name, model in found["models"].items()}
-    worse = [
-        network for network in config.students
-        if accuracy[f"{prefix_of(config, network)}distilled"] <= accuracy[f"{prefix_of(config, network)}scratch"]
-    ]  # fmt: skip
+    worse = not_better(config, found)
     return run.check(not worse, f"distillation does not raise the test accuracy of {', '.join(worse)}")
 
 

@@ -6,10 +6,11 @@ import types
 from pathlib import Path
 
 import kd_characters
+import kd_characters_report
 import matplotlib
 import numpy as np
 import pytest
-from harness import experiment, pictures, readers, runs
+from harness import distortions, experiment, pictures, readers, runs
 
 from distill_jax import data, models
 
@@ -29,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 def test_a_whole_run_on_fonts(tmp_path, run, monkeypatch):
     pytest.importorskip("PIL")
     out = tmp_path / "run"
-    monkeypatch.setattr(kd_characters.results, "draw", lambda *arguments: {})  # tested elsewhere
+    monkeypatch.setattr(kd_characters_report.results, "draw", lambda *arguments: {})  # tested elsewhere
     words = (
         "few --seeds 1 --teacher mlp:8 --students mlp:4 mlp:5 --temperatures 1 4 --labelled 2 --curve 0 "
         "--epochs 1 --teacher-epochs 1 --save-seconds 0 --data-dir"
@@ -234,7 +235,7 @@ def test_the_curve_and_the_lead(tmp_path, monkeypatch):
     ]
     config = kd_characters.Config(curve=(0, 1), students=("mlp:1",))
     run = types.SimpleNamespace(config=config, dataset=small_data(), directory=tmp_path)
-    assert list(kd_characters.draw_curve(run, seeds, "").values()) == ["faces.png"]
+    assert list(kd_characters_report.draw_curve(run, seeds, "").values()) == ["faces.png"]
     third = 100 / 3
     expected = {
         "scratch": [[100, third], [third, third]], "distilled": [[third, 0], [third, 0]],
@@ -245,7 +246,10 @@ def test_the_curve_and_the_lead(tmp_path, monkeypatch):
         np.testing.assert_allclose(drawn[name], values, err_msg=name)
     errors = {"teacher": [3, 6], "scratch": [8, 9], "distilled": [1, 1]}
     found = {"models": {name: {"validation": {"errors": values}} for name, values in errors.items()}}
-    assert kd_characters.lead(config, found) == "Mean validation errors: teacher 4.5; from scratch mlp:1 8.5."
+    assert (
+        kd_characters_report.lead(config, found)
+        == "Mean validation errors: teacher 4.5; from scratch mlp:1 8.5."
+    )
 
 
 def test_the_verdict():
@@ -261,7 +265,7 @@ def test_the_verdict():
         }
     }
     config = kd_characters.Config(students=("mlp:1",), labelled=4, seeds=2)
-    said = kd_characters.verdict(config, found, {"distilled": 2.0})
+    said = kd_characters_report.verdict(config, found, {"distilled": 2.0})
     assert (
         "T = 2 changed the test accuracy of mlp:1 (parameters: 10 % of the teacher's) by +5.50 ± 0.50 points"
         in said
@@ -269,19 +273,19 @@ def test_the_verdict():
     assert "(55 ± 5 % of its distance to the teacher)" in said
     assert "hard labels: +2.00 ± 1.00 points (better by more than two standard errors: no)" in said
     found["models"]["hard labels"]["test"]["accuracy"] = [0.83, 0.859]
-    said = kd_characters.verdict(config, found, {"distilled": 2.0})
+    said = kd_characters_report.verdict(config, found, {"distilled": 2.0})
     assert "+2.05 ± 0.05 points (better by more than two standard errors: yes)" in said
     assert "recipe" not in said
     found["models"]["scratch, teacher's recipe"] = entry(100, 0.86, 0.88)
-    said = kd_characters.verdict(dataclasses.replace(config, control=True), found, {"distilled": 2.0})
+    said = kd_characters_report.verdict(dataclasses.replace(config, control=True), found, {"distilled": 2.0})
     assert "from scratch with the teacher's recipe: −0.50 ± 0.50 points" in said
     found["models"]["teacher"] = entry(1000, 0.8, 0.8)
-    assert "(the teacher does not lead)" in kd_characters.verdict(config, found, {"distilled": 2.0})
+    assert "(the teacher does not lead)" in kd_characters_report.verdict(config, found, {"distilled": 2.0})
 
 
 def test_what_must_be_known_to_compare_is_said():
     def said(**options):
-        return " ".join(kd_characters.explain(kd_characters.Config(**options), small_data()))
+        return " ".join(kd_characters_report.explain(kd_characters.Config(**options), small_data()))
 
     assert "--control trains students from scratch with its recipe" in said()
     assert "--control" not in said(control=True)
@@ -381,7 +385,7 @@ def test_distortion_is_mild_and_depends_on_the_key(name, like):
     dataset = small_data()._replace(name=name)
     other = dataset._replace(name=like)
     moved = [
-        kd_characters.distorted(which, 0.5)(None, batch, jax.random.key(k))["image"]
+        distortions.distorted(which, 0.5)(None, batch, jax.random.key(k))["image"]
         for which, k in ((dataset, 0), (other, 0), (dataset, 1))
     ]
     np.testing.assert_array_equal(moved[0], moved[1])  # data of one kind are distorted alike
@@ -389,7 +393,7 @@ def test_distortion_is_mild_and_depends_on_the_key(name, like):
     assert 0 <= moved[0].min() <= moved[0].max() <= 1
     assert 8 < moved[0][0].sum() < 40
     np.testing.assert_array_equal(
-        kd_characters.distorted(dataset, 0.0)(None, batch, jax.random.key(0))["image"], images / 255
+        distortions.distorted(dataset, 0.0)(None, batch, jax.random.key(0))["image"], images / 255
     )
 
 
