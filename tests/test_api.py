@@ -220,7 +220,7 @@ def test_every_import_is_declared():
             allowed |= requirements("experiments", "log") | {file.stem for file in path.parent.glob("*.py")}
         elif "data" in path.parts:
             allowed |= requirements("data", "sound")
-        if path.name == "bench_step.py":
+        if path.name == "step_peers.py":
             allowed |= {"torch", "keras", "torchdistill"}
         extra = set(imports(path)) - allowed
         assert not extra, f"{path.name} imports {extra}, which pyproject.toml does not declare"

@@ -4,10 +4,12 @@ import json
 import pathlib
 import sys
 
+import bench_start
+import bench_step
+import bench_store
 import numpy as np
 import pytest
 from benchmarks import all as all_benchmarks
-from benchmarks import bench_start, bench_step, bench_store
 
 
 def test_table_of_steps():
