@@ -10,7 +10,9 @@ from distill_jax.data.augment import (
     random_shift,
     random_stroke,
 )
-from distill_jax.data.datasets import Dataset, Origins, Split, from_arrays, load
+from distill_jax.data.datasets import load
+from distill_jax.data.own import from_arrays
+from distill_jax.data.splits import Dataset, Origins, Split
 
 __all__ = [
     "DataError", "Dataset", "Origins", "Split", "from_arrays", "load", "random_affine", "random_elastic",
