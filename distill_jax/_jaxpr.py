@@ -164,18 +164,18 @@ def product(eqn: Any, operands: list[Any]) -> Any:
     return eqn.primitive.bind(*operands, **eqn.params)
 
 
-def outputs_axis(eqn: Any, place: int, rank: int) -> int | None:
-    """Finds the axis of operand ``place`` that becomes the outputs of a matrix product or convolution.
+def outputs_axes(eqn: Any, place: int, rank: int) -> tuple[int, ...] | None:
+    """Finds the axes of operand ``place`` that become the outputs of a matrix product or convolution.
 
-    None if the equation is no product of this form: with several free axes, or in groups.
+    None if the equation is no such product, or one in groups.
     """
     if eqn.primitive.name == "dot_general":
         contracted, batch = eqn.params["dimension_numbers"]
-        free = set(range(rank)) - {*contracted[place], *batch[place]}
-        return free.pop() if len(free) == 1 and not batch[place] else None
+        free = tuple(axis for axis in range(rank) if axis not in contracted[place])
+        return None if batch[place] else free
     if eqn.primitive.name == "conv_general_dilated" and place == 1:
         groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
-        return eqn.params["dimension_numbers"].rhs_spec[0] if groups == (1, 1) else None
+        return (eqn.params["dimension_numbers"].rhs_spec[0],) if groups == (1, 1) else None
     return None
 
 
@@ -183,7 +183,8 @@ def summed_axes(eqn: Any, place: int) -> tuple[int, ...]:
     """Lists the axes of operand ``place`` that are summed over, in the order of :func:`rows_of`."""
     if eqn.primitive.name == "dot_general":
         return tuple(eqn.params["dimension_numbers"][0][place])
-    return tuple(eqn.params["dimension_numbers"].rhs_spec[1:])
+    _, channels, *window = eqn.params["dimension_numbers"].rhs_spec
+    return (*window, channels)
 
 
 def rows_of(eqn: Any, arrays: list[Any], place: int) -> jax.Array:
@@ -203,5 +204,7 @@ def rows_of(eqn: Any, arrays: list[Any], place: int) -> jax.Array:
         eqn.params["rhs_dilation"],
         dimension_numbers=numbers,
     )
-    axis = numbers.out_spec[1]  # channels first, then the places in the window
-    return jnp.moveaxis(patches, axis, -1).reshape(-1, patches.shape[axis])
+    axis, channels = numbers.out_spec[1], arrays[1].shape[numbers.rhs_spec[1]]
+    patches = jnp.moveaxis(patches, axis, -1)  # channels first, then the places in the window
+    rows = patches.reshape(-1, channels, patches.shape[-1] // channels)
+    return jnp.swapaxes(rows, 1, 2).reshape(len(rows), -1)

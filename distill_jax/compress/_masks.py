@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from distill_jax._checks import is_integer
 from distill_jax._model import PyTree
 from distill_jax.weights.structure import by_path, path_name
 
@@ -59,6 +60,14 @@ def choose_leaves(params: PyTree, exclude: Sequence[str], min_ndim: int) -> PyTr
             f"type, or have fewer than min_ndim={min_ndim} axes"
         )
     return tree
+
+
+def check_pattern(pattern: Any) -> tuple[int, int]:
+    """Returns N and M, or raises ``ValueError`` unless ``pattern`` is N of M neighbours."""
+    paired = isinstance(pattern, tuple | list) and len(pattern) == 2 and all(map(is_integer, pattern))
+    if not paired or not 1 <= pattern[0] < pattern[1]:
+        raise ValueError(f"pattern (N, M) must satisfy 1 ≤ N < M, got {pattern}")
+    return pattern[0], pattern[1]
 
 
 def check_groups(params: PyTree, chosen: PyTree, group: int, axis: int) -> None:

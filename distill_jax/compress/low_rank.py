@@ -17,18 +17,20 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from distill_jax import _jaxpr
 from distill_jax._checks import check_choice, check_count, check_fraction, check_mapping
 from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model, example_count
 from distill_jax.compress import linear_codes
+from distill_jax.compress._products import Kernel, probe, rows_of, stacked
 from distill_jax.weights.structure import by_path, path_name
+
+__all__ = ["Factors", "Kernel", "allocate", "factorise", "kernels", "layer_roots", "ranks_of"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["encoder", "decoder"], meta_fields=["axis"])
@@ -45,36 +47,6 @@ class Factors:
     encoder: jax.Array
     decoder: jax.Array
     axis: int
-
-
-class Kernel(NamedTuple):
-    """A parameter that multiplies its layer's inputs as a matrix ``[inputs, outputs]``.
-
-    Attributes:
-      shape: the shape of the parameter.
-      order: its axes in the order of the matrix: the axes of the inputs, and last that of the outputs.
-      positions: number of places of an example at which the kernel is applied; 1 for a dense layer on a
-        vector.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    positions: float
-
-    @property
-    def outputs(self) -> int:
-        """Number of columns of the matrix."""
-        return self.shape[self.order[-1]]
-
-    @property
-    def inputs(self) -> int:
-        """Number of rows of the matrix."""
-        return math.prod(self.shape) // self.outputs
-
-    def matrix(self, array: ArrayLike) -> np.ndarray:
-        """Returns the parameter as a float64 matrix ``[inputs, outputs]``."""
-        array = np.transpose(np.asarray(array, np.float64), self.order)
-        return array.reshape(-1, self.outputs)
 
 
 def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
@@ -95,13 +67,13 @@ def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
     """
     check_model("model", model)
     check_inputs("x", x)
-    found, _ = _probe(model, x)
+    found = probe(model, x).kernels
     if not found and "call_exported" in _jaxpr.primitives(jax.make_jaxpr(lambda m, x: m(x))(model, x)):
         raise ValueError(
             "model: it was loaded from a file, and its program is closed, so no kernel can be factorised: factorise "
             "the model before models.save"
         )
-    return found
+    return {path: kernel for path, kernel in found.items() if kernel.free == 1}
 
 
 def layer_roots(model: Model, x: PyTree, *, batch: int = 256) -> dict[str, np.ndarray]:
@@ -120,28 +92,17 @@ def layer_roots(model: Model, x: PyTree, *, batch: int = 256) -> dict[str, np.nd
     Raises:
       ValueError: if a layer's inputs are not finite.
     """
-
-    @jax.jit
-    def rows(part):
-        return _probe(model, part, rows=True)[1]
-
     check_model("model", model)
     check_count("batch", batch)
     examples = example_count("x", x)
     roots: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for start in range(0, examples, batch):
-        part = jax.tree.map(lambda leaf, i=start: jnp.asarray(leaf[i : i + batch]), x)
-        for path, values in rows(part).items():
-            values = np.asarray(values, np.float64)
-            if not np.isfinite(values).all():
-                raise ValueError(f"the inputs of {path} are not finite: check the model's parameters and x")
-            count = counts.get(path, 0)
-            total = counts[path] = count + len(values)
-            before = [np.sqrt(count) * roots[path]] if count else []
-            stacked = np.concatenate([*before, values]) / np.sqrt(total)
-            roots[path] = np.asarray(np.linalg.qr(stacked, mode="r"))
-    return roots
+        part = jax.tree.map(lambda leaf, i=start: leaf[i : i + batch], x)
+        for path, values in rows_of(model, part).items():
+            roots[path] = stacked(roots.get(path), values)
+            counts[path] = counts.get(path, 0) + len(values)
+    return {path: root / np.sqrt(counts[path]) for path, root in roots.items()}
 
 
 def allocate(
@@ -346,8 +307,8 @@ def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list
     """Multiplies by factors in place of a kernel: first by the encoder, then by the decoder."""
     place, view = views[0], inputs[views[0]]
     rank = view.value.encoder.ndim
-    axis = _jaxpr.outputs_axis(eqn, place, rank) if len(views) == 1 else None
-    if axis is None or view.order(rank)[axis] != view.value.axis:
+    axes = _jaxpr.outputs_axes(eqn, place, rank) if len(views) == 1 else None
+    if not axes or [view.order(rank)[axis] for axis in axes] != [view.value.axis]:
         raise ValueError(
             f"{view.path} is used by {eqn.primitive.name!r}, where factors cannot replace it: leave it whole"
         )
@@ -362,43 +323,3 @@ def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list
     precision = eqn.params["precision"]
     outputs = jax.lax.dot_general(code, decoder, (((axis,), (0,)), ((), ())), precision=precision)
     return [jnp.moveaxis(outputs, -1, axis)]
-
-
-def _probe(model: Model, x: PyTree, *, rows: bool = False) -> tuple[dict[str, Kernel], dict[str, jax.Array]]:
-    """Runs a model and notes its kernels, and if wanted the rows ``[any, inputs]`` that they multiply."""
-    found: dict[str, Kernel] = {}
-    seen: dict[str, list[jax.Array]] = {}
-    spoiled: set[str] = set()
-
-    def note(jaxpr, eqn, inputs, views):
-        arrays = [v.array(v.value) if isinstance(v, _jaxpr.View) else v for v in inputs]
-        outputs = _jaxpr.alone(jaxpr, eqn, arrays)
-        for place in views:
-            view = inputs[place]
-            axis = _jaxpr.outputs_axis(eqn, place, view.value.ndim) if len(views) == 1 else None
-            if axis is None:
-                spoiled.add(view.path)
-                continue
-            axes = view.order(view.value.ndim)
-            inner = _jaxpr.summed_axes(eqn, place)
-            order = tuple(axes[i] for i in (*inner, axis))
-            kernel = Kernel(tuple(view.value.shape), order, 0.0)
-            positions = outputs[0].size / (kernel.outputs * len(batch_of))
-            if view.path in found and found[view.path].order != order:
-                spoiled.add(view.path)
-            before = found[view.path].positions if view.path in found else 0.0
-            found[view.path] = kernel._replace(positions=before + positions)
-            if rows:
-                seen.setdefault(view.path, []).append(_jaxpr.rows_of(eqn, arrays, place))
-        return outputs
-
-    def run(params, state, x):
-        pairs = jax.tree_util.tree_leaves_with_path(params)
-        values = [_jaxpr.View(leaf, path_name(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs]
-        _jaxpr.run(model.apply_fn, [params, state, x, None], values, note)
-        return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in spoiled}
-
-    batch_of = jax.tree.leaves(x)[0]
-    arguments = model.params, model.state, x
-    collected = run(*arguments) if rows else jax.eval_shape(run, *arguments)
-    return {path: kernel for path, kernel in found.items() if path not in spoiled}, collected

@@ -27,6 +27,7 @@ from distill_jax._model import PyTree
 from distill_jax.compress._masks import (
     check_groups,
     check_masks,
+    check_pattern,
     choose_leaves,
     f32,
     map_present,
@@ -232,10 +233,7 @@ def sparsify(
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of expressions, such as ({exclude!r},)")
     if pattern is not None:
-        paired = isinstance(pattern, tuple | list) and len(pattern) == 2 and all(map(is_integer, pattern))
-        if not paired or not 1 <= pattern[0] < pattern[1]:
-            raise ValueError(f"pattern (N, M) must satisfy 1 ≤ N < M, got {pattern}")
-        keep, group = pattern
+        keep, group = check_pattern(pattern)
         if abs(schedule.final - (1 - keep / group)) > 1e-6:
             raise ValueError(
                 f"pattern {keep}:{group} is a sparsity of {1 - keep / group:g}, but the schedule's "

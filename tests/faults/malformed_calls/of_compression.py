@@ -26,7 +26,7 @@ from faults.malformed_calls.material import (
 )
 
 from distill_jax import models
-from distill_jax.compress import codes, linear_codes, low_rank, search, sparsity
+from distill_jax.compress import codes, linear_codes, low_rank, one_shot, search, sparsity
 
 # fmt: off
 
@@ -68,6 +68,33 @@ def of_compression() -> Iterator[Case]:
     yield Case("low_rank.layer_roots: no examples", r"\bx\b", lambda: low_rank.layer_roots(MODEL, X[:0]))
     yield Case("low_rank.layer_roots: NaN", "not finite", lambda: low_rank.layer_roots(MODEL, with_nan(X)))
     yield Case("low_rank.kernels: a loaded model", "loaded", lambda: low_rank.kernels(loaded(), X))
+    # at once
+    for method in (one_shot.wanda, one_shot.sparsegpt):
+        name = f"one_shot.{method.__name__}"
+        for options in (
+            {"sparsity": 1.0}, {"sparsity": -0.5}, {"sparsity": NAN}, {"sparsity": "0.5"}, {"pattern": (4, 4)},
+            {"pattern": (2, 4)}, {"pattern": 2}, {"pattern": (1.5, 3)}, {"exclude": ["c"]}, {"exclude": "a"},
+            {"exclude": ["a", "b"]}, {},
+        ):  # fmt: skip
+            words = "pattern" if "pattern" in options else "exclude|no leaf" if "exclude" in options else "sparsity"
+            given = {"sparsity": 0.5} | options if "exclude" in options else options
+            yield Case(f"{name}: {options}", words, lambda m=method, o=given: m(MODEL, [X], **o))
+        yield Case(f"{name}: both", "either", lambda m=method: m(MODEL, [X], sparsity=0.5, pattern=(1, 2)))
+        for batches in ([], X, None, "x"):
+            yield Case(f"{name}: batches {type(batches).__name__}", "batches",
+                       lambda m=method, b=batches: m(MODEL, b, sparsity=0.5))
+        yield Case(f"{name}: NaN", "not finite", lambda m=method: m(MODEL, [with_nan(X)], sparsity=0.5))
+        yield Case(f"{name}: a module", "from_nnx", lambda m=method: m(MODULE, [X], sparsity=0.5))
+        yield Case(f"{name}: no kernel", "multiplies as a matrix",
+                   lambda m=method: m(models.from_function(lambda p, x: x + p, X), [X], sparsity=0.5))
+    for wrong in (0.0, -1.0, NAN, "1"):
+        yield Case(f"one_shot.sparsegpt: damping {wrong!r}", "damping",
+                   lambda w=wrong: one_shot.sparsegpt(MODEL, [X], sparsity=0.5, damping=w))
+    for wrong in (0, 2.5, "8"):
+        yield Case(f"one_shot.sparsegpt: block {wrong!r}", "block",
+                   lambda w=wrong: one_shot.sparsegpt(MODEL, [X], sparsity=0.5, block=w))
+    yield Case("one_shot.sparsegpt: block 3", "block",
+               lambda: one_shot.sparsegpt(MODEL, [X], pattern=(1, 2), block=3))
     # linear codes
     matrices = {
         "complex": np.eye(3) * 1j, "a vector": np.ones(3), "none": np.ones((0, 3)), "NaN": np.full((3, 3), NAN),
