@@ -6,14 +6,14 @@ group are divided by their ``"mean"`` (the default), their ``"max"`` or their ``
 leaves them as they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_count, check_function, check_key
+from distill_jax._checks import check_count, check_function, check_key, check_mapping
 from distill_jax._model import Model, PyTree, check_model, example_count
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, UnitGraph, check_graph
@@ -286,6 +286,37 @@ def random(key: jax.Array, graph: UnitGraph) -> Scores:
     drawn = np.asarray(jax.random.uniform(key, (ends[-1],)), np.float64)
     parts = np.split(drawn, ends[:-1])
     return {group.name: part for group, part in zip(free, parts, strict=True)}
+
+
+def average(many: Iterable[Mapping[str, np.ndarray]], *, normalise: Normalise = "mean") -> Scores:
+    """Averages scores over batches, one batch after the other.
+
+    Args:
+      many: the scores of each batch, such as ``(scores.apoz(graph, model, x, normalise="none") for x in batches)``.
+      normalise: how the averages of a group are made comparable, see the module's first lines. The scores of the
+        batches should not be: the batches would count by other weights.
+
+    Returns:
+      For each group, float64 ``[size]``.
+
+    Raises:
+      ValueError: if there are no scores, or those of two batches are of other groups.
+
+    >>> average([{"a": np.array([1.0, 2.0])}, {"a": np.array([3.0, 2.0])}], normalise="none")
+    {'a': array([2., 2.])}
+    """
+    total: Scores = {}
+    count = 0
+    for scores in many:
+        check_mapping("many", scores, "group → array [size], for each batch")
+        shapes = {name: np.shape(x) for name, x in scores.items()}
+        if count and shapes != {name: x.shape for name, x in total.items()}:
+            raise ValueError(f"many: batch {count} has scores of {shapes}, the first one of {list(total)}")
+        total = {name: np.asarray(x, np.float64) + total.get(name, 0.0) for name, x in scores.items()}
+        count += 1
+    if not count:
+        raise ValueError("many: give the scores of at least one batch, got none")
+    return normalised({name: x / count for name, x in total.items()}, normalise)
 
 
 def normalised(scores: Mapping[str, np.ndarray], normalise: Normalise) -> Scores:

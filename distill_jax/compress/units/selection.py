@@ -1,11 +1,4 @@
-"""Chooses which units stay: by scores, or as many as a smaller network has.
-
-:func:`prune` and :func:`select` return ``kept``, the indices that stay in each group. Arrays become smaller
-only by :func:`~distill_jax.compress.units.keep`, which takes the model, the optimizer's state, or both:
-
-    kept = units.prune(graph, units.scores.l2(graph, model), 0.5)
-    model, opt_state = units.keep(graph, (model, opt_state), kept)
-"""
+"""Chooses which units stay as many as a smaller network has, or makes one unit of several that are alike."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,119 +6,14 @@ from typing import Any, Literal
 import numpy as np
 from scipy.cluster import hierarchy
 
-from distill_jax._checks import (
-    check_count,
-    check_fraction,
-    check_function,
-    check_mapping,
-    check_positive,
-    check_real,
-    is_integer,
-)
+from distill_jax._checks import check_count, check_mapping, check_real, is_integer
 from distill_jax._model import Model, check_model
 from distill_jax.compress.units._trace.roles import positions, roles
-from distill_jax.compress.units.costs import Cost, share
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, check_graph
 from distill_jax.compress.units.values import vectors
 
 Indices = dict[str, list[int]]
-
-
-def prune(
-    graph: UnitGraph,
-    scores: Mapping[str, np.ndarray],
-    budget: float,
-    *,
-    of: Cost = share,
-    across: Literal["network", "group"] = "network",
-    multiple: int = 1,
-) -> Indices:
-    """Chooses the units to keep so that a cost fits into a budget: those of the lowest scores go.
-
-    No more units go than the budget demands.
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      scores: group → ``[size]``, from :mod:`distill_jax.compress.units.scores`. Groups that are not named
-        stay whole.
-      budget: the highest cost that may be left, in the unit of ``of``.
-      of: the cost: ``units.costs.share`` of the scored groups' units, ``units.costs.parameters``,
-        ``units.costs.flops``, the measured ``units.costs.latency``, or any other
-        ``(graph, kept) -> number`` that falls when units go.
-      across: ``"network"``: all units are ranked together; ``"group"``: each group loses the same share.
-      multiple: group sizes are rounded up to multiples of this number (8, for example, for a GPU). A group
-        smaller than that stays whole.
-
-    Returns:
-      The indices that stay in each scored group, at least one.
-
-    Raises:
-      ValueError: if scores do not belong to free groups; if an option lies outside its bounds (a share of units lies
-        in [0, 1]); if the budget is below the cost of the smallest
-        network, which has one unit per group (or ``multiple``).
-
-    >>> import jax.numpy as jnp
-    >>> from distill_jax import models
-    >>> from distill_jax.compress import units
-    >>> params = {"a": jnp.array([[1.0, -3.0, 2.0]]), "b": jnp.ones((3, 1))}
-    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
-    >>> graph = units.trace(model, jnp.ones((1, 1)))
-    >>> units.prune(graph, units.scores.l1(graph, model), 4, of=units.costs.parameters)
-    {'a': [1, 2]}
-    """
-    _check_scores(graph, scores)
-    check_count("multiple", multiple)
-    check_function("of", of, "graph, kept")
-    if np.ndim(budget):
-        raise ValueError(f"budget must be one number, got shape {np.shape(budget)}")
-    (check_fraction if of is share else check_positive)("budget", budget)
-    order = {name: np.argsort(-np.asarray(x), kind="stable") for name, x in scores.items()}
-
-    def left(removed: int) -> Indices:
-        found = {}
-        for name, count in counts(removed).items():
-            size = len(order[name])
-            count = min(size, -(-max(count, 1) // multiple) * multiple)
-            found[name] = np.sort(order[name][:count]).tolist()
-        return found
-
-    if across == "group":
-        most = max(map(len, order.values()))
-
-        def counts(removed: int) -> dict[str, int]:
-            return {name: round(len(x) * (1 - removed / most)) for name, x in order.items()}
-    elif across == "network":
-        every = [(name, s) for name, x in scores.items() for s in np.sort(np.asarray(x))[:-1]]
-        lowest = sorted(every, key=lambda pair: pair[1])
-        most = len(lowest)
-
-        def counts(removed: int) -> dict[str, int]:
-            gone = [name for name, _ in lowest[:removed]]
-            return {name: len(x) - gone.count(name) for name, x in order.items()}
-    else:
-        raise ValueError(f"across must be 'network' or 'group', got {across!r}")
-
-    found = left(0)
-    if np.isnan(whole := of(graph, found)):
-        raise ValueError("of must give a number, the cost of the network, got NaN for the whole network")
-    if whole <= budget:
-        return found
-    low, high = 0, most
-    found = left(most)
-    if not (least := of(graph, found)) <= budget:
-        raise ValueError(
-            f"budget: the smallest network, with {multiple} unit{'' if multiple == 1 else 's'} per group, "
-            f"still costs {least:g}, more than {budget}: raise the budget, or score more groups"
-        )
-    while high - low > 1:  # above the budget at low, within it at high
-        middle = (low + high) // 2
-        trial = left(middle)
-        if of(graph, trial) <= budget:
-            high, found = middle, trial
-        else:
-            low = middle
-    return found
 
 
 def merge(
@@ -187,7 +75,7 @@ def merge(
     if incoming not in ("mean", "best"):
         raise ValueError(f"incoming must be 'mean' or 'best', got {incoming!r}")
     if scores is not None:
-        _check_scores(graph, scores)
+        check_scores(graph, scores)
         if missing := [name for name in sizes if name not in scores]:
             raise ValueError(f"scores has none of {missing}, only of {list(scores)}")
         for name in sizes:
@@ -279,7 +167,7 @@ def select(
     if layers is not None:
         check_mapping("layers", layers, "the student's layer → the teacher's")
     if isinstance(how, Mapping):
-        _check_scores(graph, how)
+        check_scores(graph, how)
     elif how not in ("uniform", "block"):
         raise ValueError(f"how must be 'uniform', 'block' or scores by group, got {how!r}")
     sizes: dict[str, int] = {}
@@ -380,7 +268,8 @@ def _free(graph: UnitGraph, name: str, argument: str) -> Group:
     return group
 
 
-def _check_scores(graph: UnitGraph, scores: Mapping[str, np.ndarray]) -> None:
+def check_scores(graph: UnitGraph, scores: Mapping[str, np.ndarray]) -> None:
+    """Raises ``ValueError`` unless there is one finite score for each unit of some free groups."""
     check_graph(graph)
     check_mapping("scores", scores, "group → array [size]")
     if not scores:

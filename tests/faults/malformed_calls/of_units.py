@@ -172,6 +172,34 @@ def of_units() -> Iterator[Case]:
     yield Case("units.match_widths: a module", "from_nnx",
                lambda: units.match_widths(graph(), MODEL, {}, MODULE))
     yield Case("units.activations: a module", "from_nnx", lambda: units.activations(graph(), MODULE, X))
+    for name, wrong in {
+        "most 2": {"most": 2.0}, "most NaN": {"most": NAN}, "most of unknown": {"most": {"c": 0.5}},
+        "across unknown": {"across": "layer"}, "budget of unknown": {"budget": {"c": 0.5}},
+        "budget of strings": {"budget": {"a": "0.5"}},
+    }.items():
+        yield Case(f"units.prune: {name}", name.split()[0],
+                   lambda w=wrong: units.prune(graph(), {"a": np.arange(5.0)}, **{"budget": 0.5} | w))
+    for wrong in (-1.0, NAN, "1"):
+        yield Case(f"units.group_lasso: {wrong!r}", "strength", lambda w=wrong: units.group_lasso(graph(), w))
+        yield Case(f"units.growing_decay: {wrong!r}", "growth",
+                   lambda w=wrong: units.growing_decay(graph(), {"a": [0]}, w))
+        yield Case(f"units.living: {wrong!r}", "above", lambda w=wrong: units.living(graph(), MODEL, above=w))
+    yield Case("units.group_lasso: a group of none", "groups", lambda: units.group_lasso(graph(), 0.1, groups=["c"]))
+    yield Case("units.growing_decay: an index", "kept", lambda: units.growing_decay(graph(), {"a": [9]}, 0.1))
+    yield Case("units.budgets: 0", "budget", lambda: units.budgets(0.0, 2))
+    yield Case("units.budgets: no round", "rounds", lambda: units.budgets(0.5, 0))
+    yield Case("units.budgets: steps", "steps", lambda: units.budgets(0.5, 2, steps="slow"))
+    yield Case("units.scores.average: none", "many", lambda: units.scores.average([]))
+    yield Case("units.scores.average: an array", "many", lambda: units.scores.average([X]))
+    for batches in ([], X, None):
+        yield Case(f"units.compensate: batches {type(batches).__name__}", "batches",
+                   lambda b=batches: units.compensate(graph(), MODEL, {"a": [0]}, b))
+    for wrong in (-1.0, NAN, "0"):
+        yield Case(f"units.compensate: damping {wrong!r}", "damping",
+                   lambda w=wrong: units.compensate(graph(), MODEL, {"a": [0]}, [X], damping=w))
+    yield Case("units.compensate: NaN", "not finite",
+               lambda: units.compensate(graph(), MODEL, {"a": [0]}, [with_nan(X)]))
+    yield Case("units.compensate: a module", "from_nnx", lambda: units.compensate(graph(), MODULE, {"a": [0]}, [X]))
 
 
 def normalise_name() -> str:
