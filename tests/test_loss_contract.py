@@ -70,9 +70,9 @@ def sequence(s, t, w, **options):
     return tokens.sequence(losses.kl, **options)(s, t, tokens=w[:, None] & np.ones(POSITIONS, bool))
 
 
-def chunked(s, t, w, chunk=7):
+def chunked(s, t, w, chunk=7, reduce=None):
     kernel = np.eye(UNITS, dtype=np.float32)
-    loss = tokens.sequence(tokens.chunked(losses.kl, chunk=chunk))
+    loss = tokens.sequence(tokens.chunked(losses.kl, chunk=chunk, reduce=reduce))
     where = w[:, None] & np.ones(POSITIONS, bool)
     return loss(s, t, tokens=where, student_kernel=kernel, teacher_kernel=kernel)
 
@@ -314,7 +314,7 @@ ELSEWHERE = {"axis", "where", "axis_name"}  # the rules of values above, and the
 def keywords(name):
     of_entry = {
         "tokens.bucketed": ["temperature"],
-        "tokens.chunked": ["chunk"],
+        "tokens.chunked": ["chunk", "reduce"],
         "tokens.sequence": ["reduce"],
     }
     if name in of_entry:

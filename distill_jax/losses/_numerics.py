@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
@@ -139,20 +139,73 @@ def mask_of(where: ArrayLike | None, logits: Array) -> Array:
     return jnp.broadcast_to(where, shape)
 
 
+def token_weights(
+    shape: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None, *, name: str = "where"
+) -> tuple[Array, Array]:
+    """Expands which tokens count (bool) and their weights (float) to a shape."""
+    if weights is not None:
+        check_real("weights", weights)
+    for argument, value in ((name, where), ("weights", weights)):
+        given = () if value is None else np.shape(value)
+        tail = zip(reversed(given), reversed(shape), strict=False)
+        if len(given) > len(shape) or any(a not in (1, b) for a, b in tail):
+            raise ValueError(f"{argument} must broadcast to {shape}, one entry per token, got {given}")
+    if where is not None:
+        check_bool(name, where)
+    counts = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
+    if weights is None:
+        return counts, counts.astype(jnp.float32)
+    if not isinstance(weights, jax.core.Tracer) and (np.asarray(weights) < 0).any():
+        raise ValueError(f"weights must be at least 0, got {np.min(weights)}")
+    weights = jnp.broadcast_to(to_float(weights), shape)
+    counts &= weights != 0
+    return counts, jnp.where(counts, weights, 0.0)
+
+
+# --- classes that are spread over devices ----------------------------------------------------
+
+
+def check_axis_name(name: str, logits: Array, axis_name: str | None) -> None:
+    """Raises ``ValueError`` unless logits are spread over a mesh axis inside ``jax.shard_map``."""
+    if axis_name is None:
+        return
+    if not isinstance(axis_name, str):
+        raise ValueError(f"axis_name must be the name of a mesh axis, got {axis_name!r}")
+    try:
+        lax.axis_size(axis_name)
+        lax.pcast(logits, axis_name, to="varying")
+    except NameError:  # there is no such axis
+        pass
+    except ValueError:  # there is nothing to convert: they vary over the axis
+        return
+    raise ValueError(
+        f"axis_name names the mesh axis over which the classes of {name} are spread inside jax.shard_map, whose "
+        f"check_vma must be True, but they do not vary over {axis_name!r}: leave it out, or check in_specs"
+    )
+
+
+def class_sum(x: Array, axis: int, axis_name: str | None = None, *, keepdims: bool = False) -> Array:
+    """Sums over the classes, also over those of other devices."""
+    total = jnp.sum(x, axis, keepdims=keepdims)
+    return total if axis_name is None else lax.psum(total, axis_name)
+
+
 # --- softmax ---------------------------------------------------------------------------------
 
 
-def peak(logits: Array, axis: int) -> Array:
+def peak(logits: Array, axis: int, axis_name: str | None = None) -> Array:
     """Computes the maximum, a constant to the gradient; 0 where no class exists."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
+    top = lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
+    if axis_name is not None:
+        top = lax.pmax(top, axis_name)
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 
-def log_total(logits: Array, axis: int) -> tuple[Array, Array]:
+def log_total(logits: Array, axis: int, axis_name: str | None = None) -> tuple[Array, Array]:
     """Computes the logits less their maximum, 0 where no class exists, and the logarithm of Σ exp of them."""
     valid = logits != -jnp.inf
-    shifted = jnp.where(valid, logits - peak(logits, axis), 0.0)
-    total = jnp.sum(jnp.where(valid, jnp.exp(shifted), 0.0), axis, keepdims=True)
+    shifted = jnp.where(valid, logits - peak(logits, axis, axis_name), 0.0)
+    total = class_sum(jnp.where(valid, jnp.exp(shifted), 0.0), axis, axis_name, keepdims=True)
     return shifted, jnp.log(jnp.where(total > 0, total, 1.0))
 
 
@@ -204,12 +257,14 @@ def soften(
     axis: int,
     where: ArrayLike | None,
     apart: Array | bool = False,
+    axis_name: str | None = None,
 ) -> Softened:
     """Divides checked logits by the temperature, each less its maximum over the classes that are not ``apart``."""
     student, teacher = masked(student, where), masked(teacher, where)
     has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
     top_q, top_p = (
-        peak(x if apart is False else jnp.where(apart, -jnp.inf, x), axis) for x in (student, teacher)
+        peak(x if apart is False else jnp.where(apart, -jnp.inf, x), axis, axis_name)
+        for x in (student, teacher)
     )
     # 0 before the division, or the gradient for the temperature would be −inf·0
     x, y = jnp.where(has_q, student - top_q, 0.0), jnp.where(has_p, teacher - top_p, 0.0)
@@ -233,9 +288,9 @@ def pair(
     return compare(soften(student, teacher, temperature_of(temperature, student, axis), axis, where), axis)
 
 
-def compare(x: Softened, axis: int) -> Pair:
+def compare(x: Softened, axis: int, axis_name: str | None = None) -> Pair:
     """Computes the probabilities of both, their logarithms, and the difference of these."""
-    q, p, log_q, log_p, log_ratio = _compare(axis, *x)
+    q, p, log_q, log_p, log_ratio = _compare(axis, axis_name, *x)
     return Pair(q, p, log_q, log_p, log_ratio, x.has_q, x.has_p)
 
 
@@ -252,29 +307,29 @@ def totals(x: Softened, axis: int) -> Totals:
     return Totals(*_totals(axis, *x))
 
 
-def _sums(axis, student, teacher, difference):
+def _sums(axis, axis_name, student, teacher, difference):
     """Computes exp of the softened logits, the sums of these, and log(Σ e^teacher / Σ e^student)."""
     e_q, e_p = jnp.exp(student), jnp.exp(teacher)
-    sum_q, sum_p = jnp.sum(e_q, axis, keepdims=True), jnp.sum(e_p, axis, keepdims=True)
+    sum_q, sum_p = (class_sum(e, axis, axis_name, keepdims=True) for e in (e_q, e_p))
     sum_q, sum_p = jnp.where(sum_q == 0, 1.0, sum_q), jnp.where(sum_p == 0, 1.0, sum_p)
     # By log1p where the sums almost agree
     has_both = (student != -jnp.inf) & (teacher != -jnp.inf)
     near = has_both & (jnp.abs(difference) < _NEAR)
     grown = jnp.where(near, e_q * (difference + excess(-difference)), e_p - e_q)
-    grown = jnp.sum(grown, axis, keepdims=True) / sum_q
+    grown = class_sum(grown, axis, axis_name, keepdims=True) / sum_q
     change = jnp.where(jnp.abs(grown) < _NEAR, jnp.log1p(grown), jnp.log(sum_p / sum_q))
     return e_q, e_p, sum_q, sum_p, change
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _totals(axis, student, teacher, difference):
-    _, _, sum_q, sum_p, change = _sums(axis, student, teacher, difference)
+    _, _, sum_q, sum_p, change = _sums(axis, None, student, teacher, difference)
     return jnp.log(sum_q), jnp.log(sum_p), change
 
 
 def _totals_jvp(axis, primals, tangents):
     result = _totals(axis, *primals)
-    q, p, *_ = _compare(axis, *primals)
+    q, p, *_ = _compare(axis, None, *primals)
     d_q, d_p = (
         jnp.zeros_like(total)
         if isinstance(tangent, SymbolicZero)
@@ -287,9 +342,9 @@ def _totals_jvp(axis, primals, tangents):
 _totals.defjvp(_totals_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _compare(axis, student, teacher, difference):
-    e_q, e_p, sum_q, sum_p, change = _sums(axis, student, teacher, difference)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _compare(axis, axis_name, student, teacher, difference):
+    e_q, e_p, sum_q, sum_p, change = _sums(axis, axis_name, student, teacher, difference)
     has_q, has_p = student != -jnp.inf, teacher != -jnp.inf
     return (
         e_q / sum_q,
@@ -300,14 +355,15 @@ def _compare(axis, student, teacher, difference):
     )
 
 
-def _compare_jvp(axis, primals, tangents):
-    q, p, *rest = _compare(axis, *primals)
+def _compare_jvp(axis, axis_name, primals, tangents):
+    q, p, *rest = _compare(axis, axis_name, *primals)
     has_q, has_p = (x != -jnp.inf for x in primals[:2])
 
     def tangent_of_log(tangent, probability, has):
         if isinstance(tangent, SymbolicZero):
             return jnp.zeros_like(probability)
-        return jnp.where(has, tangent - jnp.sum(probability * tangent, axis, keepdims=True), 0.0)
+        mean = class_sum(probability * tangent, axis, axis_name, keepdims=True)
+        return jnp.where(has, tangent - mean, 0.0)
 
     d_q, d_p = tangent_of_log(tangents[0], q, has_q), tangent_of_log(tangents[1], p, has_p)
     return (q, p, *rest), (q * d_q, p * d_p, d_q, d_p, jnp.where(has_q & has_p, d_p - d_q, 0.0))
@@ -438,37 +494,41 @@ _KINDS: dict[str, Callable[[Pair, Array], _Terms]] = {
 }
 
 
-def divergence(kind: str, x: Softened, axis: int, share: ArrayLike = 0.0) -> Array:
+def divergence(
+    kind: str, x: Softened, axis: int, share: ArrayLike = 0.0, axis_name: str | None = None
+) -> Array:
     """Computes a divergence of the teacher p from the student q, or of a mixture of both.
 
     It is +inf where the second distribution excludes a class that the first does not, and 0 in a row in which
     neither has a class.
     """
     share = jnp.asarray(share, x.student.dtype)
-    return _divergence(kind, axis, *x, share)
+    return _divergence(kind, axis, axis_name, *x, share)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _divergence(kind, axis, student, teacher, difference, share):
-    return jnp.sum(_KINDS[kind](compare(Softened(student, teacher, difference), axis), share).terms, axis)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _divergence(kind, axis, axis_name, student, teacher, difference, share):
+    x = compare(Softened(student, teacher, difference), axis, axis_name)
+    return class_sum(_KINDS[kind](x, share).terms, axis, axis_name)
 
 
-def _divergence_jvp(kind, axis, primals, tangents):
+def _divergence_jvp(kind, axis, axis_name, primals, tangents):
     *logits, share = primals
-    x = compare(Softened(*logits), axis)
+    x = compare(Softened(*logits), axis, axis_name)
     terms, by_q, by_p = _KINDS[kind](x, share)
-    value = jnp.sum(terms, axis)
+    value = class_sum(terms, axis, axis_name)
     tangent = jnp.zeros_like(value)
     for kept, probability, by_log in ((tangents[0], x.q, by_q), (tangents[1], x.p, by_p)):
         if isinstance(kept, SymbolicZero):
             continue
         if kind not in ("kl", "cross_entropy") or by_log is by_p:  # Σ (q − p) = 0
-            total = jnp.sum(by_log, axis, keepdims=True)
+            total = class_sum(by_log, axis, axis_name, keepdims=True)
             # The select changes nothing, but ends what YNNPACK takes
             by_log = by_log - probability * jnp.where(jnp.isnan(total), jnp.nan, total)
-        tangent += jnp.sum(by_log * kept, axis)
+        tangent += class_sum(by_log * kept, axis, axis_name)
     if not isinstance(tangents[-1], SymbolicZero):
-        tangent += jax.jvp(lambda s: jnp.sum(_KINDS[kind](x, s).terms, axis), (share,), (tangents[-1],))[1]
+        terms = jax.jvp(lambda s: _KINDS[kind](x, s).terms, (share,), (tangents[-1],))[1]
+        tangent += class_sum(terms, axis, axis_name)
     return value, tangent
 
 

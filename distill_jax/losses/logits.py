@@ -11,12 +11,14 @@ keep the digits of small divergences.
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction, check_real
 from distill_jax.losses._numerics import (
     both_logits,
+    check_axis_name,
+    class_sum,
     divergence,
     log_total,
     logits_of,
@@ -36,6 +38,7 @@ def kl(
     *,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Hinton's knowledge distillation (KD), the Kullback–Leibler divergence T²·KL(teacher‖student).
@@ -49,6 +52,8 @@ def kl(
       temperature: T > 0, a number, or an array with one axis per axis of the logits, each of
         the same size or 1, and 1 on the class axis.
       axis: the axis of the classes.
+      axis_name: the mesh axis over which the classes are spread inside ``jax.shard_map``: each device holds the
+        logits of its own, and gets the value of all.
       where: ``bool`` with one axis per axis of the logits, each of the same size or 1: which classes exist.
         ``[1, classes]`` leaves out classes, ``[batch, 1]`` examples, such as padding. A class whose logit is
         −inf does not exist either. A row that ``where`` leaves without a class has value 0 and gradient 0.
@@ -67,7 +72,7 @@ def kl(
     >>> f'{kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1308'
     """
-    return _scaled("kl", student_logits, teacher_logits, temperature, axis, where)
+    return _scaled("kl", student_logits, teacher_logits, temperature, axis, axis_name, where)
 
 
 def reverse_kl(
@@ -76,6 +81,7 @@ def reverse_kl(
     *,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Reverse Kullback–Leibler divergence: T²·KL(student‖teacher) = T²·Σ q·log(q/p).
@@ -90,7 +96,7 @@ def reverse_kl(
     >>> f'{reverse_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1438'
     """
-    return _scaled("kl", student_logits, teacher_logits, temperature, axis, where, swap=True)
+    return _scaled("kl", student_logits, teacher_logits, temperature, axis, axis_name, where, swap=True)
 
 
 def jensen_shannon(
@@ -100,6 +106,7 @@ def jensen_shannon(
     beta: float | ArrayLike = 0.5,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Generalised Jensen–Shannon divergence: T²·[β·KL(p‖m) + (1−β)·KL(q‖m)], m = β·p + (1−β)·q.
@@ -114,6 +121,7 @@ def jensen_shannon(
       beta: β in [0, 1], the teacher's share of the mixture m; a scalar.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
+      axis_name: as in :func:`kl`.
       where: as in :func:`kl`.
 
     Returns:
@@ -129,7 +137,14 @@ def jensen_shannon(
     '0.0338'
     """
     return _scaled(
-        "jensen_shannon", student_logits, teacher_logits, temperature, axis, where, share=("beta", beta)
+        "jensen_shannon",
+        student_logits,
+        teacher_logits,
+        temperature,
+        axis,
+        axis_name,
+        where,
+        share=("beta", beta),
     )
 
 
@@ -140,6 +155,7 @@ def skew_kl(
     alpha: float | ArrayLike = 0.1,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Skew Kullback–Leibler divergence: T²·KL(p‖α·p + (1−α)·q), p the teacher, q the student.
@@ -153,6 +169,7 @@ def skew_kl(
       alpha: α in [0, 1], the teacher's share of the mixture; a scalar.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
+      axis_name: as in :func:`kl`.
       where: as in :func:`kl`.
 
     Returns:
@@ -171,7 +188,9 @@ def skew_kl(
     >>> f'{skew_kl(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.1070'
     """
-    return _scaled("skew", student_logits, teacher_logits, temperature, axis, where, share=("alpha", alpha))
+    return _scaled(
+        "skew", student_logits, teacher_logits, temperature, axis, axis_name, where, share=("alpha", alpha)
+    )
 
 
 def skew_reverse_kl(
@@ -181,6 +200,7 @@ def skew_reverse_kl(
     alpha: float | ArrayLike = 0.1,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Skew reverse Kullback–Leibler divergence: T²·KL(q‖(1−α)·p + α·q), p the teacher, q the student.
@@ -196,7 +216,9 @@ def skew_reverse_kl(
     '0.1131'
     """
     share = ("alpha", alpha)
-    return _scaled("skew", student_logits, teacher_logits, temperature, axis, where, share=share, swap=True)
+    return _scaled(
+        "skew", student_logits, teacher_logits, temperature, axis, axis_name, where, share=share, swap=True
+    )
 
 
 def _scaled(
@@ -205,6 +227,7 @@ def _scaled(
     teacher: ArrayLike,
     temperature: float | ArrayLike,
     axis: int,
+    axis_name: str | None,
     where: ArrayLike | None,
     *,
     share: tuple[str, ArrayLike] = ("share", 0.0),
@@ -213,10 +236,12 @@ def _scaled(
     """Computes T² times a divergence of softened logits."""
     check_fraction(*share)
     student, teacher = both_logits(student, teacher, axis)
+    check_axis_name("student_logits", student, axis_name)
+    check_axis_name("teacher_logits", teacher, axis_name)
     of_teacher = scalar(*share, student.dtype)
     temperature = temperature_of(temperature, student, axis)
-    x = soften(student, teacher, temperature, axis, where)
-    value = divergence(kind, x.swapped if swap else x, axis, of_teacher)
+    x = soften(student, teacher, temperature, axis, where, axis_name=axis_name)
+    value = divergence(kind, x.swapped if swap else x, axis, of_teacher, axis_name)
     return value if kind == "total_variation" else scale(temperature, value, axis)
 
 
@@ -226,6 +251,7 @@ def total_variation(
     *,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Total variation distance between softened predictions: ½·Σ |p − q|.
@@ -239,6 +265,7 @@ def total_variation(
       teacher_logits: ``[..., classes]``, any float dtype.
       temperature: as in :func:`kl`.
       axis: the axis of the classes.
+      axis_name: as in :func:`kl`.
       where: as in :func:`kl`.
 
     Returns:
@@ -254,7 +281,7 @@ def total_variation(
     >>> f'{total_variation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.2500'
     """
-    return _scaled("total_variation", student_logits, teacher_logits, temperature, axis, where)
+    return _scaled("total_variation", student_logits, teacher_logits, temperature, axis, axis_name, where)
 
 
 def soft_cross_entropy(
@@ -263,6 +290,7 @@ def soft_cross_entropy(
     *,
     temperature: float | ArrayLike = 1.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Cross-entropy with the teacher's soft targets: −T²·Σ p·log q.
@@ -276,7 +304,7 @@ def soft_cross_entropy(
     >>> f'{soft_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.6931'
     """
-    return _scaled("cross_entropy", student_logits, teacher_logits, temperature, axis, where)
+    return _scaled("cross_entropy", student_logits, teacher_logits, temperature, axis, axis_name, where)
 
 
 def mean_squared_logits(
@@ -319,6 +347,7 @@ def cross_entropy(
     *,
     label_smoothing: float | ArrayLike = 0.0,
     axis: int = -1,
+    axis_name: str | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
     """Cross-entropy with labels: −log q[label], or −Σ y·log q for soft labels y.
@@ -329,6 +358,7 @@ def cross_entropy(
         checks that they sum to 1.
       label_smoothing: ε in [0, 1]. The labels y become (1 − ε)·y + ε/(number of classes that exist).
       axis: the axis of the classes.
+      axis_name: as in :func:`kl`. Integer labels count the classes of all devices, in the order of the axis.
       where: as in :func:`kl`.
 
     Returns:
@@ -349,6 +379,7 @@ def cross_entropy(
     logits, labels = logits_of("logits", logits, axis), jnp.asarray(labels)
     check_fraction("label_smoothing", label_smoothing)
     smoothing = scalar("label_smoothing", label_smoothing, logits.dtype)
+    check_axis_name("logits", logits, axis_name)
     axis = axis % logits.ndim
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
@@ -362,21 +393,25 @@ def cross_entropy(
     logits = masked(logits, where)
     valid = logits != -jnp.inf
     if integer:
-        bad: Array | bool = (labels < 0) | (labels >= classes)
+        parts, part = (1, 0) if axis_name is None else (lax.axis_size(axis_name), lax.axis_index(axis_name))
+        bad: Array | bool = (labels < 0) | (labels >= parts * classes)
+        labels = labels - part * classes
         targets, mass = (
             jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype),
             jnp.ones((), logits.dtype),
         )
     else:
         bad, targets = False, labels.astype(logits.dtype)
-        mass = jnp.sum(jnp.where(valid, targets, 0.0), axis)
+        mass = class_sum(jnp.where(valid, targets, 0.0), axis, axis_name)
     if not isinstance(label_smoothing, int | float) or label_smoothing:
-        count = jnp.maximum(jnp.sum(valid, axis, keepdims=True), 1)
+        count = jnp.maximum(class_sum(valid, axis, axis_name, keepdims=True), 1)
         targets = (1 - smoothing) * targets + smoothing * valid / count
         mass = (1 - smoothing) * mass + smoothing
-    shifted, total = log_total(logits, axis)
+    shifted, total = log_total(logits, axis, axis_name)
     impossible = (targets > 0) & ~valid
     terms = jnp.where(impossible, jnp.inf, -jnp.where(valid, targets, 0.0) * shifted)
-    loss = jnp.squeeze(total, axis) * mass + jnp.sum(terms, axis)
+    loss = jnp.squeeze(total, axis) * mass + class_sum(terms, axis, axis_name)
     loss = jnp.where(bad, jnp.nan, loss)
-    return loss if where is None else jnp.where(jnp.any(mask_of(where, logits), axis), loss, 0.0)
+    if where is None:
+        return loss
+    return jnp.where(class_sum(mask_of(where, logits), axis, axis_name) > 0, loss, 0.0)

@@ -22,12 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_bool, check_real, takes
-from distill_jax.losses._numerics import Loss, to_float
+from distill_jax._checks import takes
+from distill_jax.losses._numerics import Loss, to_float, token_weights
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
 from distill_jax.losses.chunks import chunked
 
@@ -76,7 +75,7 @@ def per_sequence(
     values = to_float(values)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce must be 'mean' or 'sum', got {reduce!r}")
-    counts, weights = _counts(values.shape, where, weights)
+    counts, weights = token_weights(values.shape, where, weights)
     weights = weights.astype(values.dtype)
     total = jnp.sum(jnp.where(counts, values, 0.0) * weights, -1)
     if reduce == "sum":
@@ -105,30 +104,7 @@ def sequence_weight(where: ArrayLike, *, weights: ArrayLike | None = None) -> Ar
     >>> print(sequence_weight(jnp.array([[True, True, False]])))
     [2.]
     """
-    return jnp.sum(_counts(jnp.shape(where), where, weights)[1], -1)
-
-
-def _counts(
-    shape: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
-) -> tuple[Array, Array]:
-    """Expands which tokens count (bool) and their weights (float) to a shape."""
-    if weights is not None:
-        check_real("weights", weights)
-    for name, value in (("where", where), ("weights", weights)):
-        given = () if value is None else np.shape(value)
-        tail = zip(reversed(given), reversed(shape), strict=False)
-        if len(given) > len(shape) or any(a not in (1, b) for a, b in tail):
-            raise ValueError(f"{name} must broadcast to {shape}, one entry per token, got {given}")
-    if where is not None:
-        check_bool("where", where)
-    counts = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
-    if weights is None:
-        return counts, counts.astype(jnp.float32)
-    if not isinstance(weights, jax.core.Tracer) and (np.asarray(weights) < 0).any():
-        raise ValueError(f"weights must be at least 0, got {np.min(weights)}")
-    weights = jnp.broadcast_to(to_float(weights), shape)
-    counts &= weights != 0
-    return counts, jnp.where(counts, weights, 0.0)
+    return jnp.sum(token_weights(jnp.shape(where), where, weights)[1], -1)
 
 
 def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
@@ -172,7 +148,7 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
         if tokens is None and weights is None:
             return per_sequence(loss(student, *others, **options), reduce=reduce)
         shape = jnp.shape(student)[:-1]
-        counts, full = _counts(shape, tokens, weights)
+        counts, full = token_weights(shape, tokens, weights, name="tokens")
 
         def blank(x):
             x = jnp.asarray(x)
