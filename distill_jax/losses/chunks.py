@@ -134,7 +134,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         if "where" in per_token and per_token["where"].shape[-1] == 1:  # not a mask of classes
             tokens = per_token.pop("where")[..., 0] & (True if tokens is None else tokens)
         counts, full = token_weights(shape, tokens, weights, name="tokens")
-        if tokens is not None or weights is not None:
+        some = tokens is not None or weights is not None
+        if some:
             rows = jax.tree.map(lambda x: _blank(counts, x), rows)
         count = math.prod(shape)
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(shape) :]), [*rows, per_token, counts])
@@ -142,6 +143,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
 
         def values_of(logits, others):
             *compared, per_token, counts = others
+            if some:  # labels of 0 may make a NaN, whose gradient is one too
+                logits = [_blank(counts, x) for x in logits]
             values = loss(*logits, *compared, **options, **per_token)
             if values.shape != counts.shape:
                 raise ValueError(
