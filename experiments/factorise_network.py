@@ -16,17 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from harness import (
     Count,
-    Dropout,
-    Options,
     Positive,
     Run,
     Share,
     Trained,
-    Whole,
     adam,
     arrays,
     jittered,
@@ -38,27 +34,22 @@ from harness import (
     results,
     run_main,
 )
+from harness.networks import OriginalOptions, build_original, train_original
 
 from distill_jax import data, metrics, models, train
 from distill_jax.compress import low_rank
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(OriginalOptions):
     """The options of the experiment."""
 
-    original: str = "mlp:1200,1200"  # the network to factorise, such as mlp:1200,1200 or convnet:16,32
-    original_epochs: Count = 20  # number of epochs to train the original
-    original_learning_rate: Positive = 1e-3  # highest learning rate of the original (Adam, cosine schedule)
-    dropout: Dropout = 0.2  # fraction of the original's hidden units that is dropped in training
     budget: Positive = 0.15  # share of its parameters (or operations) that the factorised network keeps
     of: Literal["parameters", "flops"] = "parameters"  # what the budget counts
     epochs: Count = 6  # number of epochs to fine-tune the factorised network
     learning_rate: Positive = 1e-3  # highest learning rate of fine-tuning (Adam, cosine schedule)
     temperature: Positive = 4.0  # temperature T that softens the predictions of both networks in fine-tuning
     alpha: Share = 0.0  # weight of the labels in fine-tuning; the original's predictions have 1 - alpha
-    batch_size: Count = 128  # number of examples per step
-    jitter: Whole = 2  # largest random shift of training images, in pixels
     check: bool = False  # exit with status 1 if factorising costs more than 0.15 points of accuracy
 
 
@@ -93,13 +84,7 @@ def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.need("budget", config.budget <= 1, "be at most 1")
     config.at_most(len(dataset.train.id), "batch_size")
-    build(config, dataset, 0)
-
-
-def build(config: Config, dataset: data.Dataset, seed: int) -> models.Model:
-    """Builds the original with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    return models.build(config.original, dataset.image_shape, dataset.classes, key, dropout=config.dropout)
+    build_original(config, dataset, 0)
 
 
 def train_model(
@@ -116,15 +101,6 @@ def train_model(
         name, seed, state, epoch, examples, epochs=epochs, batch_size=size, order=order, context=context
     )
     return run.judge(done.model, done.history, done.seconds)
-
-
-def train_original(config: Config, run: Run, seed: int) -> Trained:
-    """Trains the network that is factorised, on the labels."""
-    return train_model(
-        run, "original", seed, build(config, run.dataset, seed), train.supervised(),
-        epochs=config.original_epochs, learning_rate=config.original_learning_rate, order=10_000 + seed,
-        transform=jittered(config.jitter),
-    )  # fmt: skip
 
 
 def factorise(config: Config, run: Run, seed: int, original: models.Model) -> dict[str, Trained]:
@@ -168,7 +144,7 @@ def main() -> int:
     run = Run.start("factorise_network", name, config, check)
     trained = []
     for seed in range(config.seeds):
-        original = train_original(config, run, seed)
+        original = train_original(run, seed)
         trained.append({"original": original, **factorise(config, run, seed, original.model)})
     logits = run.test_logits(trained)
     found = run.evaluate(trained, logits, reference="original")

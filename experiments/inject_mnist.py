@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from harness import lanes, pictures, results
 from harness.experiment import Run, adam, arrays, mnist_or_digits, plain, prepare
+from harness.networks import build
 from harness.options import Count, Dropout, Options, Positive, Share, Whole, read
 from harness.runs import run_main
+from inject_mnist_starts import RANDOM, SELECTED, SHUFFLED, STARTS, Start, all_starts, begin
 
 from distill_jax import data, models, train
 from distill_jax.compress import units
 from distill_jax.train import sweeps
 
-STARTS = RANDOM, SHUFFLED, UNIFORM, SCORED, MERGED = "random", "shuffled", "uniform", "by score", "merged"
-SELECTED = (UNIFORM, SCORED)
 SCORES = ("l1", "l2", "fpgm", "lamp", "mean_activation", "apoz")
 WATCHED = 1000  # number of validation examples on which the errors of every epoch are counted
 
@@ -102,76 +101,6 @@ def check(config: Config, dataset: data.Dataset) -> None:
     teacher, student = (build(config, dataset, kind, 0) for kind in ("teacher", "student"))
     image = prepare(dataset.train.image[:1])
     units.select(units.trace(teacher, image), units.trace(student, image))
-
-
-def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
-    """Builds the teacher or the student with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    dropout = config.dropout if kind == "teacher" else 0.0
-    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key, dropout=dropout)
-
-
-class Start(NamedTuple):
-    """One way to start: one of STARTS, the score that selected the units, and the power of the scale."""
-
-    start: str
-    score: str = ""
-    scale: float = 0.0
-
-    def __str__(self) -> str:
-        power = f", p = {self.scale:g}" if self.start in (*SELECTED, SHUFFLED) else ""
-        return self.start + (f", {self.score}" if self.score else "") + power
-
-
-def all_starts(config: Config) -> list[Start]:
-    """Lists all starts that are tried."""
-    scaled = [Start(kind, "", p) for kind in (SHUFFLED, UNIFORM) for p in config.scales]
-    scored = [Start(SCORED, score, p) for score in config.scores for p in config.scales]
-    return [Start(RANDOM), *scaled, *scored, Start(MERGED)]
-
-
-def begin(
-    config: Config, dataset: data.Dataset, teacher: models.Model, seed: int
-) -> dict[Start, models.Model]:
-    """Makes the students of one seed before their first step."""
-    rows = np.random.default_rng([2, seed]).permutation(len(dataset.train.label))
-    x = prepare(dataset.train.image[rows[: config.examples]])
-    student = build(config, dataset, "student", seed)
-    large, small = units.trace(teacher, x), units.trace(student, x)
-
-    def cut(model: models.Model, kept: Any) -> models.Model:
-        return units.inject(student, units.keep(large, model, kept)).model
-
-    def by_score(name: str) -> models.Model:
-        inputs = (x,) if name in ("mean_activation", "apoz") else ()
-        scores = getattr(units.scores, name)(large, teacher, *inputs)
-        return cut(teacher, units.select(large, small, how=scores))
-
-    def scaled(model: models.Model, power: float) -> models.Model:
-        """Scales the kernels, whose inputs are on the last axis but one."""
-
-        def scale(own, theirs):
-            return own if own.ndim < 2 else own * (theirs.shape[-2] / own.shape[-2]) ** power
-
-        return model.replace(params=jax.tree.map(scale, model.params, teacher.params))
-
-    uniform = units.select(large, small)
-    values = units.activations(large, teacher, x)
-    likeness = {name: values[name].T for name in uniform}
-    sizes = {name: len(kept) for name, kept in uniform.items()}
-    selected, places = cut(teacher, uniform), np.random.default_rng([3, seed])
-
-    def shuffled(values: jax.Array) -> jax.Array:
-        return jnp.asarray(places.permutation(np.ravel(values)).reshape(values.shape))
-
-    made = {
-        (RANDOM, ""): student,
-        (SHUFFLED, ""): jax.tree.map(shuffled, selected),
-        (UNIFORM, ""): selected,
-        (MERGED, ""): cut(*units.merge(large, teacher, sizes, likeness=likeness)),
-        **{(SCORED, name): by_score(name) for name in config.scores},
-    }
-    return {start: scaled(made[start.start, start.score], start.scale) for start in all_starts(config)}
 
 
 class Setting(NamedTuple):

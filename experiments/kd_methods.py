@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,10 @@ from harness import (
     results,
     run_main,
 )
-from kd_methods_table import METHODS
+from harness.networks import build
+from kd_methods_table import METHODS, Layers, choose_layers
 
 from distill_jax import data, features, metrics, models, teachers, train
-
-OUTPUTS = "outputs"  # the name of a model's logits among its layers
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,6 @@ def weights(config: Config) -> dict[str, float]:
     return found
 
 
-def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
-    """Builds the teacher or the student with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key)
-
-
 def optimizer(config: Config, learning_rate: float, epochs: int, steps: int) -> optax.GradientTransformation:
     """Makes the optimizer for a number of epochs with a number of steps per epoch."""
     if config.optimizer == "adam":
@@ -144,33 +137,6 @@ def in_steps(learning_rate: float, steps: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(
         learning_rate, {steps * eighths // 8: 0.1 for eighths in (5, 6, 7)}
     )
-
-
-class Layers(NamedTuple):
-    """The layers that are compared.
-
-    Attributes:
-      pairs: for each kind of ``Method.layers``, the pairs (student's layer, teacher's layer).
-      shapes: name → shape of the layers of the student, and of the teacher.
-      teacher: the names of the teacher's layers that some method needs.
-    """
-
-    pairs: Mapping[str, list[tuple[str, str]]]
-    shapes: tuple[Mapping[str, Any], Mapping[str, Any]]
-    teacher: list[str]
-
-
-def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> Layers:
-    """Pairs the layers of two models, and prints how."""
-    shapes = [features.layer_shapes(model, image) for model in (student, teacher)]
-    pairing = features.match_layers(*shapes)
-    print(f"\nPairs of layers:\n{pairing}\n")
-    maps = [pair for pair in pairing if len(shapes[0][pair[0]].shape) > 2] or list(pairing)
-    vectors = [pair for pair in pairing if len(shapes[0][pair[0]].shape) == 2] or maps
-    pairs = {"maps": maps, "map": maps[-1:], "vector": vectors[-1:], "logits": [(OUTPUTS, OUTPUTS)]}
-    logits = [{OUTPUTS: jax.eval_shape(model, image)} for model in (student, teacher)]
-    names = sorted({name for _, name in maps + vectors})
-    return Layers(pairs, (shapes[0] | logits[0], shapes[1] | logits[1]), names)
 
 
 def augmented(config: Config, *, online: bool) -> Callable[..., dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from distill_jax import features, losses
+from distill_jax import features, losses, models
 from distill_jax.features import Learned
+
+OUTPUTS = "outputs"  # the name of a model's logits among its layers
 
 
 def on_logits(loss: Callable[..., jax.Array], *, labelled: bool = False) -> Callable[[], Learned]:
@@ -76,3 +78,30 @@ METHODS: dict[str, Method] = {
     "ickd": Method(1.0, 1.0, features.ickd, "map"),
     "info_nce": Method(1.0, 0.8, features.info_nce, "vector"),
 }
+
+
+class Layers(NamedTuple):
+    """The layers that are compared.
+
+    Attributes:
+      pairs: for each kind of ``Method.layers``, the pairs (student's layer, teacher's layer).
+      shapes: name → shape of the layers of the student, and of the teacher.
+      teacher: the names of the teacher's layers that some method needs.
+    """
+
+    pairs: Mapping[str, list[tuple[str, str]]]
+    shapes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    teacher: list[str]
+
+
+def choose_layers(student: models.Model, teacher: models.Model, image: Any) -> Layers:
+    """Pairs the layers of two models, and prints how."""
+    shapes = [features.layer_shapes(model, image) for model in (student, teacher)]
+    pairing = features.match_layers(*shapes)
+    print(f"\nPairs of layers:\n{pairing}\n")
+    maps = [pair for pair in pairing if len(shapes[0][pair[0]].shape) > 2] or list(pairing)
+    vectors = [pair for pair in pairing if len(shapes[0][pair[0]].shape) == 2] or maps
+    pairs = {"maps": maps, "map": maps[-1:], "vector": vectors[-1:], "logits": [(OUTPUTS, OUTPUTS)]}
+    logits = [{OUTPUTS: jax.eval_shape(model, image)} for model in (student, teacher)]
+    names = sorted({name for _, name in maps + vectors})
+    return Layers(pairs, (shapes[0] | logits[0], shapes[1] | logits[1]), names)

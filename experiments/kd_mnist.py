@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 import optax
 from harness import (
@@ -44,6 +43,7 @@ from harness import (
     run_main,
     shifted_views,
 )
+from harness.networks import build
 
 from distill_jax import data, models, teachers, train
 
@@ -110,13 +110,6 @@ def check(config: Config, dataset: data.Dataset) -> None:
     known = all(0 <= c < dataset.classes for c in config.omit_classes)
     enough = known and len(set(config.omit_classes)) < dataset.classes - 1
     config.need("omit_classes", enough, f"name some of 0 to {dataset.classes - 1} and leave at least two")
-
-
-def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
-    """Builds the teacher or the student with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    dropout = config.dropout if kind == "teacher" else 0.0
-    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key, dropout=dropout)
 
 
 class Recipe(NamedTuple):

@@ -40,6 +40,7 @@ from harness import (
     results,
     run_main,
 )
+from harness.networks import build
 from harness.options import Allowed
 
 from distill_jax import data, models, train
@@ -147,13 +148,6 @@ def check(config: Config, dataset: data.Dataset) -> None:
         config.need("dense_leaves", found, f"each be found in some path of {', '.join(paths)}")
     # An axis that the pattern does not divide shows here
     pruning(config, optax.identity(), schedule(config, len(dataset.train.id))).init(student.params)
-
-
-def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
-    """Builds the teacher or the student with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    dropout = config.dropout if kind == "teacher" else 0.0
-    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key, dropout=dropout)
 
 
 def schedule(config: Config, examples: int) -> sparsity.Schedule:

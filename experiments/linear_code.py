@@ -58,13 +58,8 @@ COLUMNS: Mapping[str, results.Column] = {
     "optimum": _figure("optimum"),
     "excess": _figure("excess"),
     "closed form's excess": _figure("closed form's excess"),
-    "epochs of stages": lambda model: stage_epochs(model["stages"]),
+    "epochs of stages": lambda model: results.stage_epochs(model["stages"]),
 }
-
-
-def stage_epochs(stages: Any) -> str:
-    """Writes how many epochs the stages of a pair took, and where one ended before it had converged."""
-    return "+".join(f"{stage['epochs']}{'' if stage['converged'] else '*'}" for stage in stages)
 
 
 def check(config: Config) -> None:
@@ -143,7 +138,10 @@ def main() -> int:
             "test optimum": best["test"][rank] / best["test"][0],
             "stages": [stage._asdict() for stage in done.stages],
         }
-        print(f"width {rank}: {stage_epochs(row['stages'])} epochs, error {row['error']:.3g}", flush=True)
+        print(
+            f"width {rank}: {results.stage_epochs(row['stages'])} epochs, error {row['error']:.3g}",
+            flush=True,
+        )
 
     drawn = {}
     # Where the optimum is 0, rounding errors are left, which would only stretch the axis

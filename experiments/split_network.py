@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,37 +24,30 @@ import numpy as np
 from harness import (
     Amount,
     Count,
-    Dropout,
-    Options,
     Positive,
     Run,
     Share,
     Trained,
-    Whole,
     adam,
     arrays,
     jittered,
     labelled,
     mnist_or_digits,
-    pictures,
     prepare,
     read,
-    results,
     run_main,
 )
+from harness.networks import OriginalOptions, train_original
+from split_network_report import COLUMNS, describe, draw, examples
 
 from distill_jax import data, features, losses, metrics, models, train
 from distill_jax.compress import codes
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(OriginalOptions):
     """The options of the experiment."""
 
-    original: str = "mlp:1200,1200"  # the network to cut, such as mlp:1200,1200 or convnet:16,32
-    original_epochs: Count = 20  # number of epochs to train the original
-    original_learning_rate: Positive = 1e-3  # highest learning rate of the original (Adam, cosine schedule)
-    dropout: Dropout = 0.2  # fraction of the original's hidden units that is dropped in training
     encoder: str = "convnet:4,6"  # the network on the device; one more layer makes the code of its output
     feature: str = "dense.1"  # where a code enters the original: the name of a layer
     codes: tuple[str, ...] = ("16x8", "8x4", "4x4", "4x2")  # codes of split networks: width x bits
@@ -66,8 +59,6 @@ class Config(Options):
     stage_learning_rate: Positive = 2e-3  # highest learning rate of a stage (Adam, cosine schedule)
     tolerance: Share = 0.02  # least relative improvement of the validation loss that lets a stage continue
     patience: Count = 2  # number of epochs in which this improvement must be made
-    batch_size: Count = 128  # number of examples per step
-    jitter: Whole = 2  # largest random shift of training images, in pixels
 
 
 MNIST = Config(dataset="mnist")
@@ -87,23 +78,6 @@ CONFIGS = {
     "digits": ("an MLP on scikit-learn's digits, which need no download: two minutes per seed", DIGITS),
     "digits_convnet": ("a convnet on scikit-learn's digits: two minutes per seed", DIGITS_CONVNET),
 }
-COLUMNS: Mapping[str, results.Column] = {
-    "parameters": results.count("parameters"),
-    "FLOPs": results.count("flops"),
-    "bytes of code": results.count("bytes_sent"),
-    "device FLOPs %": lambda m: f"{100 * m['device_flops']:.1f}" if "device_flops" in m else None,
-    "errors": results.score("errors"),
-    "accuracy %": results.score("accuracy", percent=True),
-    "agreement %": results.score("agreement", percent=True),
-    "KL from original": results.score("teacher_kl"),
-    "pixels' squared error": results.score("inputs_error"),
-    "epochs of stages": lambda m: stage_epochs(m["stages"][0]) if "stages" in m else None,
-}
-
-
-def stage_epochs(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Writes how many epochs the stages of a pair took, and where one ended before it had converged."""
-    return "+".join(f"{stage['epochs']}{'' if stage['converged'] else '*'}" for stage in stages)
 
 
 def check(config: Config, dataset: data.Dataset) -> None:
@@ -136,23 +110,6 @@ def build(
     """Builds a network for the images of the data set, by default with one output per class."""
     key = jax.random.fold_in(jax.random.key(seed), 0)
     return models.build(description, dataset.image_shape, outputs or dataset.classes, key, dropout=dropout)
-
-
-def train_original(config: Config, run: Run, seed: int) -> Trained:
-    """Trains the original on the labels, or takes it from the checkpoint of the run."""
-    examples, order = arrays(run.dataset.train), 10_000 + seed
-    model = build(config.original, run.dataset, seed, dropout=config.dropout)
-    tx = adam(
-        config.original_learning_rate, config.original_epochs, len(examples["label"]) // config.batch_size
-    )
-    step = train.make_train_step(train.supervised(), tx)  # (state, batch) -> (state, metrics)
-    epoch = train.make_epoch(step, transform=jittered(config.jitter))  # many steps in one call
-    state = train.init_state(model, tx, run.key(seed, order))
-    done = run.fit(
-        "original", seed, state, epoch, examples, epochs=config.original_epochs, batch_size=config.batch_size,
-        order=order,
-    )  # fmt: skip
-    return run.judge(done.model, done.history, done.seconds)
 
 
 class Pair(NamedTuple):
@@ -236,7 +193,7 @@ def main() -> None:
     trained: list[dict[str, Trained]] = []
     pairs: list[dict[str, Pair]] = []
     for seed in range(config.seeds):
-        original = train_original(config, run, seed)
+        original = train_original(run, seed)
         made = {name: split(config, run, seed, original, code) for code, name in splits.items()}
         made |= {
             name: autoencoder(config, run, seed, original, width) for width, name in autoencoders.items()
@@ -274,60 +231,6 @@ def main() -> None:
         examples(run, shown),
     ]
     run.finish(found, drawn, headline=about[0], notes=notes, columns=COLUMNS)
-
-
-def describe(found: Mapping[str, Any], name: str) -> str:
-    """Says in one sentence what a compressed network sends, computes on the device, and loses."""
-    model, original = found["models"][name], found["models"]["original"]
-    lost = 100 * (np.mean(original["test"]["accuracy"]) - np.mean(model["test"]["accuracy"]))
-    return (
-        f"{name}: it sends {model['bytes_sent']} B per example, computes {100 * model['device_flops']:.1f} % of the "
-        f"original's FLOPs on the device, and {'gains' if lost < 0 else 'loses'} {abs(lost):.2f} points of accuracy."
-    )
-
-
-def examples(run: Run, logits: Mapping[str, np.ndarray]) -> str:
-    """Lists what the original and some compressed networks predict for five test examples."""
-    test, names = run.dataset.test, run.dataset.class_names
-    lines = ["Test examples (seed 1), with the predicted class and its probability:"]
-    for i in range(5):
-        probabilities = {name: np.asarray(jax.nn.softmax(values[i])) for name, values in logits.items()}
-        parts = [f"{name}: {names[p.argmax()]} ({p.max():.3f})" for name, p in probabilities.items()]
-        lines.append("    " + "; ".join([f"true {names[test.label[i]]}", *parts]))
-    return "\n".join(lines)
-
-
-def draw(
-    run: Run, trained: Sequence[Mapping[str, Trained]], found: Mapping[str, Any], splits: Sequence[str],
-    kept: Mapping[str, np.ndarray],
-) -> dict[str, str]:  # fmt: skip
-    """Draws the pictures: caption → file name."""
-    seeds, dataset = len(trained), run.dataset
-    spread = f", mean over {seeds} seeds; band or bars: one standard deviation" if seeds > 1 else ""
-    histories = {"original": [seed["original"].history for seed in trained]}
-    pictures.learning_curves(
-        run.directory / "learning_curves.png", histories, validation_size=len(dataset.validation.id)
-    )
-    drawn = {f"Training of the original{spread}": "learning_curves.png"}
-    if splits:
-        order = sorted(splits, key=lambda name: found["models"][name]["bytes_sent"])
-        wrong = {
-            n: 100 * (1 - np.array(found["models"][n]["test"]["accuracy"])) for n in ("original", *order)
-        }
-        pictures.code_widths(
-            run.directory / "bytes.png", [found["models"][name]["bytes_sent"] for name in order],
-            {"split": [wrong[name] for name in order]}, ylabel="test error, %", xlabel="bytes sent per example",
-            levels={"original": float(wrong["original"].mean())},
-        )  # fmt: skip
-        drawn[f"Test error of split networks against the number of bytes sent per example{spread}"] = (
-            "bytes.png"
-        )
-    if kept:
-        rows = {"test images": prepare(dataset.test.image[:12]), **kept}
-        pictures.reconstructions(run.directory / "reconstructions.png", rows)
-        caption = f"Test images, and what the autoencoders make of their codes (seed 1 of {seeds})"
-        drawn[caption] = "reconstructions.png"
-    return drawn
 
 
 if __name__ == "__main__":

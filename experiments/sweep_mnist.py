@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from harness import lanes, pictures, results
 from harness.experiment import Run, adam, arrays, mnist_or_digits, plain, prepare
+from harness.networks import build
 from harness.options import Count, Dropout, Options, Positive, Share, Whole, read
 from harness.runs import run_main
 
@@ -83,13 +84,6 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need("rungs", rises, f"rise to less than --epochs, {config.epochs}")
     for kind in ("teacher", "student"):
         build(config, dataset, kind, 0)
-
-
-def build(config: Config, dataset: data.Dataset, kind: str, seed: int) -> models.Model:
-    """Builds the teacher or the student with the initial parameters of a seed."""
-    key = jax.random.fold_in(jax.random.key(seed), kind == "student")
-    dropout = config.dropout if kind == "teacher" else 0.0
-    return models.build(getattr(config, kind), dataset.image_shape, dataset.classes, key, dropout=dropout)
 
 
 def train_teachers(config: Config, run: Run) -> models.Model:

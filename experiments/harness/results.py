@@ -171,6 +171,11 @@ def count(name: str) -> Column:
     return lambda model: f"{model[name]:,.0f}" if name in model else None
 
 
+def stage_epochs(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Writes how many epochs the stages of a pair took, and where one ended before it had converged."""
+    return "+".join(f"{stage['epochs']}{'' if stage['converged'] else '*'}" for stage in stages)
+
+
 def _latency(model: Mapping[str, Any]) -> str | None:
     times = model.get("latency_ms")
     return times and f"{mean_sd([times['1']])} / {mean_sd([times['256']])}"
