@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,13 @@ from distill_jax.data._errors import one_line
 
 # train_image, train_label, test_image, test_label; glyphs has more
 Arrays = dict[str, np.ndarray]
+
+
+def folder_of(cache_dir: str | Path | None) -> Path:
+    """Returns the folder of kept data: the one given, or ``distill_jax`` in the user's cache."""
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill_jax"
+    return Path(cache_dir)
 
 
 def cached(folder: Path, what: str, version: str, build: Callable[[], Arrays]) -> Arrays:

@@ -7,14 +7,13 @@ asked for that comes from them: ``pip install 'distill_jax[data]'`` installs bot
 import functools
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from distill_jax._checks import check_count
 from distill_jax.data import _glyphs, _idx, _spoken, _tfds
-from distill_jax.data._cache import Arrays, cached
+from distill_jax.data._cache import Arrays, cached, folder_of
 from distill_jax.data._errors import DataError
 from distill_jax.data.own import load_npz
 from distill_jax.data.splits import Dataset, make_dataset
@@ -98,9 +97,7 @@ def load(
         data_dir = _expand(data_dir)
         if not data_dir.is_dir():
             raise ValueError(f"data_dir must be an existing folder, got {str(data_dir)!r}")
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distill_jax"
-    cache = Path(cache_dir)
+    cache = folder_of(cache_dir)
 
     own, spoken = str(name).endswith(".npz"), name in ("spoken", "spoken/waveform")
     if data_dir is not None and (own or spoken or name == "digits"):

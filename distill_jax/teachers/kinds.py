@@ -5,6 +5,7 @@
 - :class:`Sampled`: classes that are drawn from the teacher's distribution, an unbiased estimate of it.
 - :class:`Hidden`: the inputs of the teacher's last layer, from which its logits are computed when they are read.
 - :class:`Features`: logits and captured features.
+- :class:`Tokens`: texts that the teacher has written.
 
 A kind is an argument of :func:`distill_jax.teachers.write_labels`. By itself it turns outputs into the arrays that are
 stored or sent (``encode``), and these into labels (``decode``), without any file.
@@ -21,13 +22,14 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_count, check_positive, check_real, warn_if_probabilities
+from distill_jax._checks import check_count, check_integers, check_positive, check_real
 from distill_jax._model import PyTree, padded_batches
 from distill_jax.losses.tokens import TopK, top_k
+from distill_jax.teachers._encoding import as_array, as_logits, cast, narrowest, wide
 from distill_jax.teachers._ids import DRAWS, as_ids, check_seed, fold_view, keys_of
-from distill_jax.teachers._label_files import DTYPES, check_dtype
+from distill_jax.teachers._label_files import check_dtype
 
-__all__ = ["Features", "Hidden", "Kind", "Logits", "Sampled", "Top"]
+__all__ = ["Features", "Hidden", "Kind", "Logits", "Sampled", "Tokens", "Top"]
 
 PART = 2**22  # the number of logits that are worked on at once
 
@@ -94,10 +96,10 @@ class Logits(Kind):
     """All logits: they serve any loss at any temperature. Read back as float32 ``[..., classes]``."""
 
     def _encode(self, outputs, dtype, ids, view):
-        return {"logits": _cast("logits", _logits(outputs, ids), dtype, masked=True)}
+        return {"logits": cast("logits", as_logits(outputs, ids), dtype, masked=True)}
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> PyTree:  # noqa: D102
-        return _wide(arrays["logits"])
+        return wide(arrays["logits"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Top(Kind):
         _set_temperature(self)
 
     def _encode(self, outputs, dtype, ids, view):
-        logits = _cast("logits", _logits(outputs, ids), "float32", masked=True)
+        logits = cast("logits", as_logits(outputs, ids), "float32", masked=True)
         classes = logits.shape[1]
         if self.k > classes:
             raise ValueError(f"k must lie in [1, {classes}], the number of classes, got {self.k}")
@@ -129,13 +131,13 @@ class Top(Kind):
             indices.append(np.asarray(labels.indices)[: counted.sum()])
             log_probs.append(np.asarray(labels.log_probs)[: counted.sum()])
         return {
-            "indices": np.concatenate(indices).astype(_narrowest(classes - 1)),
-            "log_probs": _cast("log-probabilities", np.concatenate(log_probs), dtype, masked=True),
+            "indices": np.concatenate(indices).astype(narrowest(classes - 1)),
+            "log_probs": cast("log-probabilities", np.concatenate(log_probs), dtype, masked=True),
         }
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> TopK:  # noqa: D102
         indices: Any = arrays["indices"].astype(np.int32)
-        log_probs: Any = _wide(arrays["log_probs"])
+        log_probs: Any = wide(arrays["log_probs"])
         return TopK(indices, log_probs, self.temperature)
 
 
@@ -176,7 +178,7 @@ class Sampled(Kind):
         _set_temperature(self)
 
     def _encode(self, outputs, dtype, ids, view):
-        logits = _cast("logits", _logits(outputs, ids), "float32", masked=True)
+        logits = cast("logits", as_logits(outputs, ids), "float32", masked=True)
         if ids is None:
             raise ValueError("ids must be given, since the draws follow from them, got None")
         keys = fold_view(keys_of(self.seed, DRAWS, ids), np.uint32(view))
@@ -199,19 +201,19 @@ class Sampled(Kind):
         drawn = np.searchsorted((cumulated + rows).ravel(), uniform + rows, "right")
         counts = np.bincount(drawn.ravel(), minlength=z.size).reshape(z.shape)
         if self.draws >= classes:
-            return {"counts": counts.astype(_narrowest(self.draws))}
+            return {"counts": counts.astype(narrowest(self.draws))}
         indices = np.argsort(-counts, -1, "stable")[:, : self.draws]  # then classes that were not drawn
         counts = np.take_along_axis(counts, indices, -1)
         return {
-            "indices": indices.astype(_narrowest(classes - 1)),
-            "counts": counts.astype(_narrowest(self.draws)),
+            "indices": indices.astype(narrowest(classes - 1)),
+            "counts": counts.astype(narrowest(self.draws)),
         }
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> TopK:  # noqa: D102
         counts: Any = arrays["counts"]
         indices: Any = arrays.get("indices", np.arange(counts.shape[-1]))
         with np.errstate(divide="ignore"):
-            log_probs: Any = np.log(_wide(counts) / np.float32(self.draws))
+            log_probs: Any = np.log(wide(counts) / np.float32(self.draws))
         log_probs = np.append(log_probs, np.full_like(log_probs[..., :1], -np.inf), -1)
         indices = np.broadcast_to(indices.astype(np.int32), counts.shape)
         return TopK(indices, log_probs, self.temperature)
@@ -266,15 +268,15 @@ class Hidden(Kind):
 
     def _encode(self, outputs, dtype, ids, view):
         width = np.shape(self.kernel)[0]
-        hidden = _array("hidden states", outputs, ids, str(width))
+        hidden = as_array("hidden states", outputs, ids, str(width))
         if hidden.shape[1] != width:
             raise ValueError(
                 f"hidden states must have {width} numbers, as the kernel has rows, got {hidden.shape[1]}"
             )
-        return {"hidden": _cast("hidden states", hidden, dtype)}
+        return {"hidden": cast("hidden states", hidden, dtype)}
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> PyTree:  # noqa: D102
-        return _wide(arrays["hidden"]) @ np.asarray(self.kernel) + np.asarray(self.bias)
+        return wide(arrays["hidden"]) @ np.asarray(self.kernel) + np.asarray(self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,21 +292,57 @@ class Features(Kind):
         outputs = _captured(outputs)
         arrays = Logits()._encode(outputs["logits"], dtype, ids, view) if "logits" in outputs else {}
         for name, values in outputs["features"].items():
-            values = _array(f"features {name!r}", values, ids)
-            arrays[f"features/{name}"] = _cast(f"features {name!r}", values, dtype)
+            values = as_array(f"features {name!r}", values, ids)
+            arrays[f"features/{name}"] = cast(f"features {name!r}", values, dtype)
         return arrays
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> PyTree:  # noqa: D102
-        wide = {name: _wide(array) for name, array in arrays.items()}
-        logits = {"logits": wide.pop("logits")} if "logits" in wide else {}
-        return {**logits, "features": {name.removeprefix("features/"): x for name, x in wide.items()}}
+        read = {name: wide(array) for name, array in arrays.items()}
+        logits = {"logits": read.pop("logits")} if "logits" in read else {}
+        return {**logits, "features": {name.removeprefix("features/"): x for name, x in read.items()}}
 
     def count_classes(self, outputs: PyTree) -> int | None:  # noqa: D102
         logits = _captured(outputs).get("logits")
         return None if logits is None else np.shape(logits)[-1]
 
 
-KINDS = (Logits, Top, Sampled, Hidden, Features)
+@dataclasses.dataclass(frozen=True)
+class Tokens(Kind):
+    """Texts that the teacher has written: the labels of sequence-level distillation.
+
+    The teacher's outputs are a dict of ``"tokens"`` and ``"segments"``, integers ``[n, length]``, as
+    :func:`distill_jax.models.generate` makes it. Read back as this dict, int32.
+
+    Attributes:
+      vocabulary: the number of tokens that there are, which says how narrow a stored token is.
+    """
+
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        check_count("vocabulary", self.vocabulary)
+
+    def _encode(self, outputs, dtype, ids, view):
+        if not isinstance(outputs, Mapping) or not {"tokens", "segments"} <= outputs.keys():
+            raise ValueError(f"outputs must be a dict of tokens and segments, got {type(outputs).__name__}")
+        arrays = {}
+        for name in ("tokens", "segments"):
+            check_integers(name, outputs[name])
+            array = as_array(name, outputs[name], ids, "length")
+            most = self.vocabulary - 1 if name == "tokens" else array.shape[1]
+            if array.min() < 0 or array.max() > most:
+                raise ValueError(f"{name} must lie in [0, {most}], got {array.min()} to {array.max()}")
+            arrays[name] = array.astype(narrowest(most))
+        return arrays
+
+    def decode(self, arrays: Mapping[str, np.ndarray]) -> PyTree:  # noqa: D102
+        return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+    def count_classes(self, outputs: PyTree) -> int:  # noqa: D102
+        return self.vocabulary
+
+
+KINDS = (Logits, Top, Sampled, Hidden, Features, Tokens)
 
 
 def kind_of(described: Mapping[str, Any], head: bytes) -> Kind:
@@ -334,47 +372,3 @@ def _set_temperature(kind: Any) -> None:
     if np.ndim(kind.temperature):
         raise ValueError(f"temperature must be one number, got shape {np.shape(kind.temperature)}")
     object.__setattr__(kind, "temperature", float(kind.temperature))
-
-
-def _array(name: str, given: Any, ids: np.ndarray | None, form: str = "...") -> np.ndarray:
-    """Converts outputs to an array ``[n, ...]``, ``[n, form]`` with two axes."""
-    check_real(name, given)
-    given = np.asarray(given)
-    n = "n" if ids is None else str(len(ids))
-    fits = given.ndim == 2 if form != "..." else given.ndim > 0
-    if not fits or not given.size or n not in ("n", str(len(given))):
-        raise ValueError(f"expected {name} of shape [{n}, {form}], got {given.shape}")
-    return given.astype(np.float32) if given.dtype.isbuiltin == 2 else given  # bfloat16 and narrower types
-
-
-def _logits(outputs: Any, ids: np.ndarray | None) -> np.ndarray:
-    logits = _array("logits", outputs, ids, "classes")
-    warn_if_probabilities("the labels to store", logits)
-    return logits
-
-
-def _cast(name: str, given: np.ndarray, dtype: str, *, masked: bool = False) -> np.ndarray:
-    """Converts numbers to the dtype on disk; classes may be masked by −∞, but not all of an example."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = given.astype(DTYPES[dtype], order="C")
-    without = given == -np.inf if masked else np.zeros(given.shape, bool)
-    lost = ~np.isfinite(stored) & ~without
-    if lost.any():
-        raise ValueError(
-            f"{lost.reshape(len(lost), -1).any(-1).sum()} of {len(lost)} examples have {name} that are NaN, infinite, "
-            f"or too large for {dtype}: check the teacher, or store float32"
-        )
-    if masked and without.all(-1).any():
-        raise ValueError(
-            f"{without.all(-1).sum()} of {len(given)} examples have no class: all their {name} are -inf"
-        )
-    return stored
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32, copy=False)
-
-
-def _narrowest(most: int) -> type[np.unsignedinteger]:
-    """The narrowest dtype of integers from 0 to ``most``."""
-    return np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.uint32

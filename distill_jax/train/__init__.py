@@ -37,13 +37,22 @@ from distill_jax.train.step import (
     step_key,
     weighted_mean,
 )
+from distill_jax.train.text_objectives import (
+    distill_tokens,
+    exposure,
+    next_token,
+    on_policy,
+    predicted,
+    token_weight,
+)
 
 __all__ = [
     "Batch", "Checkpoints", "Fit", "History", "LossFn", "Metrics", "Schedule", "Stage", "Staged", "Step",
-    "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "compiler_options", "converged", "data_mesh",
-    "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features", "encoder_decoder",
-    "epoch_order", "error_rate", "federated", "fit", "freeze", "init_state", "interpolation", "keep_memory",
-    "make_epoch", "make_measure", "make_train_step", "make_validation", "max_norm", "mean_squares", "mean_teacher",
-    "mutual", "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
-    "train_stages", "use_cpu_devices", "weighted_mean",
+    "TrainState", "attach_learned", "attach_mean_teacher", "batch_weight", "compiler_options", "converged",
+    "data_mesh", "detach_learned", "detach_mean_teacher", "distill", "distill_each", "distill_features",
+    "distill_tokens", "encoder_decoder", "epoch_order", "error_rate", "exposure", "federated", "fit", "freeze",
+    "init_state", "interpolation", "keep_memory", "make_epoch", "make_measure", "make_train_step",
+    "make_validation", "max_norm", "mean_squares", "mean_teacher", "mutual", "next_token", "on_policy", "predicted",
+    "replicated", "scan_is_fast", "self_distillation", "sharded", "step_key", "supervised", "sweeps",
+    "token_weight", "train_stages", "use_cpu_devices", "weighted_mean",
 ]  # fmt: skip

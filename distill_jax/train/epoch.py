@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_count, check_function, check_integers, is_integer
+from distill_jax._checks import check_count, check_function, check_integers, is_integer, takes
 from distill_jax._cpu import compiler_options
 from distill_jax._jaxpr import primitives
 from distill_jax.train.step import Batch, Metrics, PyTree, Step, TrainState, step_key
@@ -44,7 +44,8 @@ def make_epoch(
       step: a train step, from :func:`make_train_step`.
       transform: ``(context, batch, key) -> batch``, applied to each batch inside the compiled step, for
         augmentation or for a teacher that labels online. Arrays that it needs, such as the teacher,
-        are passed as ``context``: an argument, so that they are not compiled into the program.
+        are passed as ``context``: an argument, so that they are not compiled into the program. One with a
+        parameter ``model``, such as that of :func:`on_policy`, also gets the model in training by that name.
       sharding: how each batch is laid over devices, from :func:`sharded`.
 
     Returns:
@@ -57,15 +58,18 @@ def make_epoch(
       ValueError: if ``step`` or ``transform`` is no such function; from ``epoch``, if ``order`` is no such array.
     """
     check_function("step", step, "state, batch")
+    on_policy = False
     if transform is not None:
-        check_function("transform", transform, "context, batch, key")
+        on_policy = callable(transform) and takes(transform, "model")
+        check_function("transform", transform, "context, batch, key" + (", *, model" if on_policy else ""))
 
     def one(state, rows, data, context):
         batch = jax.tree.map(lambda x: x[rows], data)
         if sharding is not None:
             batch = jax.lax.with_sharding_constraint(batch, sharding)
         if transform is not None:
-            batch = transform(context, batch, step_key(state, 1))
+            options = {"model": state.model} if on_policy else {}
+            batch = transform(context, batch, step_key(state, 1), **options)
         return step(state, batch)
 
     return in_one_call(one)

@@ -33,6 +33,10 @@ SETTINGS = {
         "--central-epochs 4 --public 50 --server-batch-size 25 --methods FedAvg FedDF FedMD co-distilled alone "
         "unequal-widths-different-initial-parameters-matched"
     ),
+    "kd_text": (
+        "smoke --length 16 --prompt 4 --teacher 8 1 2 8 --student 8 1 2 8 --steps 4 --batch-size 8 --samples 40 "
+        "--teacher-rounds 4 --rounds 2 --evaluated 16 --time-rounds 4 2 2 2 2 3 3 3 3"
+    ),
     "kd_vgg": (
         "digits --seeds 1 --teacher mlp:16 --student convnet:4,4 --teacher-epochs 20 --epochs 20 "
         "--fine-tune-epochs 10 --prune-every 3"

@@ -7,6 +7,7 @@ colours (Okabe and Ito's) and lines that colour-blind readers and grey print kee
 from harness.pictures.characters import hesitation, lookalikes
 from harness.pictures.classifiers import confusion, gallery, learning_curves, reliability
 from harness.pictures.comparisons import (
+    against,
     against_bytes,
     by_bytes,
     code_widths,
@@ -18,6 +19,7 @@ from harness.pictures.comparisons import (
 from harness.pictures.insides import reconstructions
 
 __all__ = [
+    "against",
     "against_bytes",
     "by_bytes",
     "code_widths",

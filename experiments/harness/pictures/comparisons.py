@@ -1,6 +1,7 @@
 """Pictures that compare many models, or one model at several values of a setting."""
 
 import math
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,6 @@ def by_bytes(
     save(path, picture)
 
 
-@style
 def against_bytes(
     path: str | Path,
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
@@ -200,22 +200,37 @@ def against_bytes(
     ylabel: str,
     levels: Mapping[str, float],
 ) -> None:
-    """Draws what a method reaches against the bytes that it has sent: means over seeds, bands one standard deviation.
+    """Draws what a method reaches against the bytes that it has sent, as :func:`against` does."""
+    megabytes = {name: (np.asarray(sent) / 1e6, values) for name, (sent, values) in curves.items()}
+    against(path, megabytes, xlabel="megabytes sent", ylabel=ylabel, levels=levels)
+
+
+@style
+def against(
+    path: str | Path,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    levels: Mapping[str, float] = types.MappingProxyType({}),
+) -> None:
+    """Draws what a method reaches against what it has cost: means over seeds, bands one standard deviation.
 
     Args:
       path: the PNG file.
-      curves: name → (bytes sent until then ``[points]``, all positive; values ``[points, seeds]``).
+      curves: name → (the cost until then ``[points]``, all positive; values ``[points, seeds]``).
+      xlabel: the label of the horizontal axis, which is logarithmic.
       ylabel: the label of the vertical axis.
       levels: name → a value, drawn as a horizontal line.
 
     Raises:
-      ValueError: if a curve has not as many values as bytes.
+      ValueError: if a curve has not as many values as costs.
     """
     picture = Figure((7, 3.6), layout="constrained")
     axes = picture.subplots()
     looks = looks_of([*curves, *levels])
-    for name, (sent, values) in curves.items():
-        x, y = np.asarray(sent, np.float64) / 1e6, np.asarray(values, np.float64)
+    for name, (cost, values) in curves.items():
+        x, y = np.asarray(cost, np.float64), np.asarray(values, np.float64)
         check(name, y.shape[:1], "[points, seeds]", x.shape)
         mean, sd = y.mean(1), y.std(1, ddof=1) if y.shape[1] > 1 else np.zeros(len(y))
         axes.plot(x, mean, label=name, marker=".", markersize=3, **looks[name])
@@ -224,7 +239,7 @@ def against_bytes(
         axes.axhline(level, label=name, zorder=0, **looks[name])
     axes.set_xscale("log")
     _log_ticks(axes.xaxis, *axes.get_xlim())
-    axes.set(xlabel="megabytes sent", ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(axis="y")
     picture.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     save(path, picture)

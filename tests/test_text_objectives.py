@@ -1,0 +1,238 @@
+"""Language models in training: word-level, sequence-level and on-policy distillation, and labels per token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distill_jax import losses, models, teachers, train
+from distill_jax.data import text
+from distill_jax.losses.tokens import bucketed, top_k
+from distill_jax.teachers import kinds
+
+V, LENGTH, PROMPT = 11, 8, 3
+RNG = np.random.default_rng(0)
+TEXTS = [RNG.integers(0, V - 1, n) for n in (9, 4, 12, 17, 3, 8, 8, 8)]
+IMAGE = text.pack(TEXTS, LENGTH, begin=V - 1)
+ROWS = len(IMAGE["tokens"])
+WEIGHT = np.asarray(train.token_weight(IMAGE))
+
+
+@functools.cache
+def network(seed, width=8):
+    config = models.TransformerConfig(vocabulary=V, width=width, layers=1, heads=2, hidden=8)
+    model = models.build_transformer(config, jax.random.key(seed))
+    return model.replace(params=jax.tree.map(lambda x: 8 * x, model.params))  # far from uniform
+
+
+STUDENT, TEACHER = network(0), network(1)
+TX = optax.sgd(0.1)
+SAMPLER = functools.partial(models.generate, length=LENGTH - PROMPT)
+ORDER = np.array([[0, 1, 2, 3]], np.int32)
+
+
+def one_step(loss_fn, transform=None, teacher=TEACHER, data=None):
+    epoch = train.make_epoch(train.make_train_step(loss_fn, TX), transform=transform)
+    state = train.init_state(STUDENT, TX, jax.random.key(5))
+    data = {"image": IMAGE, "weight": WEIGHT} if data is None else data
+    state, metrics = epoch(state, jax.tree.map(jnp.asarray, data), ORDER, teacher)
+    return state.model.params, metrics["loss"][0]
+
+
+def same(a, b, **tolerance):
+    if tolerance:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def online(context, batch, key):
+    return teachers.label(context, batch)
+
+
+@functools.cache
+def word_level():
+    return one_step(train.distill_tokens(), online)
+
+
+def means_by_hand(image, values, counts=None):
+    """The mean over predicted tokens of values [rows, length − 1], in loops."""
+    total, number = 0.0, 0
+    for i, j in np.ndindex(len(values), LENGTH - 1):
+        segments = image["segments"][i, j : j + 2]
+        if segments[0] == segments[1] != 0 and (counts is None or counts[i, j + 1]):
+            total, number = total + values[i, j], number + 1
+    return total / number
+
+
+def test_the_losses_are_means_over_predicted_tokens():
+    batch = {"image": IMAGE, "weight": WEIGHT, "teacher": TEACHER(IMAGE)}
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(model(IMAGE))) for model in (TEACHER, STUDENT))
+    options = {"key": None, "step": jnp.int32(0)}
+    hard = -np.take_along_axis(log_q[:, :-1], IMAGE["tokens"][:, 1:, None], -1)[..., 0]
+    soft = (np.exp(log_p) * (log_p - log_q)).sum(-1)[:, :-1]
+    loss, (_, metrics) = train.next_token()(STUDENT, batch, **options)
+    assert loss == pytest.approx(means_by_hand(IMAGE, hard), rel=1e-5)
+    wrong = (log_q[:, :-1].argmax(-1) != IMAGE["tokens"][:, 1:]).astype(float)
+    assert metrics["error_rate"] == pytest.approx(means_by_hand(IMAGE, wrong), rel=1e-5)
+    loss, (_, metrics) = train.distill_tokens(alpha=0.25)(STUDENT, batch, **options)
+    expected = [means_by_hand(IMAGE, values) for values in (hard, soft)]
+    assert [metrics["hard"], metrics["soft"]] == pytest.approx(expected, rel=1e-4)
+    assert loss == pytest.approx(0.25 * expected[0] + 0.75 * expected[1], rel=1e-4)
+    counts = np.arange(LENGTH) >= PROMPT + np.zeros((ROWS, 1))
+    batch |= {"counts": counts, "weight": train.token_weight(IMAGE, counts)}
+    loss, _ = train.distill_tokens()(STUDENT, batch, **options)
+    assert loss == pytest.approx(means_by_hand(IMAGE, soft, counts), rel=1e-4)
+
+
+def test_on_policy_without_own_texts_is_word_level():
+    same(one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=PROMPT, share=0)), word_level())
+
+
+def test_an_on_policy_step_is_that_made_by_hand():
+    soft = functools.partial(losses.jensen_shannon, beta=0.3)
+    found, loss = one_step(train.distill_tokens(soft=soft), train.on_policy(SAMPLER, prompt=PROMPT, share=1))
+    state = train.init_state(STUDENT, TX, jax.random.key(5))
+    image = {name: jnp.asarray(values)[ORDER[0]] for name, values in IMAGE.items()}
+    key = jax.random.split(train.step_key(state, 1))[0]
+    prompts = {name: values[:, :PROMPT] for name, values in image.items()}
+    rows = models.generate(STUDENT, prompts, key=key, length=LENGTH - PROMPT)
+    assert (np.asarray(rows["tokens"]) != np.asarray(image["tokens"])).any()
+    rows = {name: rows[name] for name in image}
+    counts = np.arange(LENGTH) >= PROMPT + np.zeros((len(ORDER[0]), 1))
+
+    @jax.value_and_grad
+    def mean(params):
+        student, teacher = STUDENT.replace(params=params)(rows), TEACHER(rows)
+        values = soft(student, teacher)[:, :-1]
+        keep = jnp.asarray(counts)[:, 1:] & (rows["segments"][:, 1:] == rows["segments"][:, :-1])
+        keep &= rows["segments"][:, 1:] != 0
+        return jnp.sum(jnp.where(keep, values, 0)) / keep.sum()
+
+    value, gradient = mean(STUDENT.params)
+    assert loss == pytest.approx(value, rel=1e-5)
+    same(found, jax.tree.map(lambda p, g: p - 0.1 * g, STUDENT.params, gradient), atol=1e-6)
+
+
+def test_on_policy_mixes_with_the_share():
+    """One program draws for each step; any sampler will do, here one that repeats the prompt's last token."""
+
+    def sampler(model, prompts, *, key):
+        more = jnp.repeat(prompts[:, -1:], LENGTH - PROMPT, 1)
+        return {"tokens": jnp.concatenate([prompts, more], 1)}
+
+    transform = jax.jit(train.on_policy(sampler, prompt=PROMPT, share=0.25))
+    tokens = jnp.asarray(IMAGE["tokens"])
+    own = 0
+    for i in range(80):
+        batch = transform(TEACHER, {"image": tokens}, jax.random.key(i), model=STUDENT)
+        repeated = bool((batch["image"][:, PROMPT:] == tokens[:, PROMPT - 1 : PROMPT]).all())
+        assert batch["weight"].tolist() == [LENGTH - PROMPT if repeated else LENGTH - 1] * ROWS
+        own += repeated
+    assert 10 <= own <= 32  # of 80 with 0.25: four standard deviations are 15
+
+
+def test_stored_labels_of_tokens_are_those_online(tmp_path):
+    ids = RNG.permutation(100)[:ROWS]
+    kind = kinds.Top(3)
+
+    def outputs(rows):
+        return models.predict(TEACHER, {n: x[rows] for n, x in IMAGE.items()}, batch_size=4)
+
+    options = {"length": LENGTH, "fingerprint": {"teacher": "t"}, "kind": kind}
+    store = teachers.write_token_labels(tmp_path / "a", ids, outputs, shard_rows=4, **options)
+    assert (store.count, store.bytes_per_label) == (ROWS * LENGTH, 3 + 4 * 4)
+    stored = store[teachers.token_ids(ids, LENGTH)]
+    fresh = jax.jit(lambda logits: top_k(logits, 3))(outputs(np.arange(ROWS)))
+    same(stored, fresh)
+    loss_fn = train.distill_tokens(soft=bucketed(losses.kl))
+    data = {"image": IMAGE, "weight": WEIGHT}
+    same(*(one_step(loss_fn, data=data | {"teacher": labels}) for labels in (stored, fresh)))
+    # One label per token, of which any can be read alone
+    one = store[ids[2] * LENGTH + 5]
+    same(one, jax.tree.map(lambda x: x[2, 5], stored))
+    with pytest.raises(ValueError, match=r"outputs must be \[4, 8, ...\], one entry per token"):
+        teachers.write_token_labels(tmp_path / "b", ids, lambda r: outputs(r)[:, 1:], shard_rows=4, **options)
+
+
+def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
+    sampler = functools.partial(models.generate, TEACHER, length=LENGTH - PROMPT)
+    prompts = {name: values[:, :PROMPT] for name, values in IMAGE.items()}
+    options = {"vocabulary": V, "batch_size": 3, "fingerprint": {"teacher": "t"}, "seed": 4}
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(done, total):
+        if done == 6:
+            raise StoppedError
+
+    calm = teachers.write_samples(tmp_path / "calm", prompts, sampler, **options)
+    with pytest.raises(StoppedError):
+        teachers.write_samples(tmp_path / "killed", prompts, sampler, **options, progress=stop)
+    made = []
+    counted = lambda given, *, key: made.append(1) or sampler(given, key=key)  # noqa: E731
+    again = teachers.write_samples(tmp_path / "killed", prompts, counted, **options)
+    assert len(made) == -(-ROWS // 3) - 2  # the first two batches are not made again
+    texts = calm[np.arange(ROWS)]
+    same(again[np.arange(ROWS)], texts)
+    assert texts["tokens"].shape == (ROWS, LENGTH)
+    np.testing.assert_array_equal(texts["tokens"][:, :PROMPT], prompts["tokens"])
+    assert len({tuple(row) for row in texts["tokens"][:, PROMPT:].tolist()}) > ROWS // 2
+    with pytest.raises(ValueError, match="seed"):
+        teachers.write_samples(tmp_path / "calm", prompts, sampler, **options | {"seed": 5})
+    # They are the rows of the next training
+    batch = {"image": texts, "weight": train.token_weight(texts)}
+    assert np.isfinite(train.next_token()(STUDENT, batch, key=None, step=jnp.int32(0))[0])
+
+
+def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():
+    measure = jax.jit(
+        lambda student: train.exposure(student, TEACHER, IMAGE, SAMPLER, prompt=PROMPT, key=jax.random.key(0))
+    )
+    own, other = measure(TEACHER), measure(STUDENT)
+    assert own["on_data"] == pytest.approx(0, abs=1e-6)
+    assert own["on_own"] == pytest.approx(0, abs=1e-6)
+    counts = np.arange(LENGTH) >= PROMPT + np.zeros((ROWS, 1))
+    soft = np.asarray(losses.kl(STUDENT(IMAGE), TEACHER(IMAGE)))[:, :-1]
+    assert other["on_data"] == pytest.approx(means_by_hand(IMAGE, soft, counts), rel=1e-4)
+    assert other["on_own"] > 0.01
+    assert other["own_loss"] > own["own_loss"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train.on_policy(SAMPLER, prompt=0), "prompt must be"),
+        (lambda: train.on_policy(SAMPLER, prompt=2, share=1.5), "share must lie in"),
+        (lambda: train.on_policy(3, prompt=2), "sampler must be a function"),
+        (lambda: train.distill_tokens(temperature=0), "temperature must be positive"),
+        (lambda: train.predicted(np.zeros(3, int)), r"tokens must have shape \[batch, length\]"),
+        (lambda: train.predicted({"segments": 1}), "a dict with 'tokens'"),
+        (
+            lambda: train.predicted({"tokens": np.zeros((2, 3)), "segments": np.ones((2, 2))}),
+            "segments must be",
+        ),
+        (
+            lambda: one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=2)),
+            "rows must have the shape",
+        ),
+        (
+            lambda: one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=8)),
+            "prompt must be below",
+        ),
+        (
+            lambda: kinds.Tokens(4).encode({"tokens": [[4]], "segments": [[1]]}),
+            r"tokens must lie in \[0, 3\]",
+        ),
+        (lambda: kinds.Tokens(4).encode([[4]]), "dict of tokens and segments"),
+        (lambda: teachers.token_ids([1], 0), "length"),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
