@@ -147,7 +147,7 @@ def load(
         raise DataError(
             f"the text must be one of {', '.join(_SOURCES)}, or the path of a folder or a file, got {str(name)!r}"
         )
-    found = [(n, t) for n, t in _read_files(_below(path, "*")) if _is_text(t)]
+    found = list(_read_files(_below(path, "*")))
     return _split(path.name, path, "that of your files", found, validation, test)
 
 
@@ -307,7 +307,7 @@ def _cut(arrays: Arrays) -> Iterator[bytes]:
 
 
 def _common(files: list[Path]) -> Path:
-    shared = files[0].parent
+    shared = files[0].parent if files else Path()
     while not all(shared in path.parents for path in files):
         shared = shared.parent
     return shared
@@ -333,9 +333,11 @@ def _below(folder: Path, pattern: str) -> list[Path]:
 
 
 def _read_files(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    common = _common(files) if files else None
+    shared = _common(files)
     for path in files:
-        yield path.relative_to(common).as_posix(), _read(path)  # type: ignore[arg-type]
+        text = _read(path)
+        if _is_text(text):
+            yield path.relative_to(shared).as_posix(), text
 
 
 def _library_files(folder: Path | None) -> list[Path]:

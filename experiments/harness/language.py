@@ -35,10 +35,15 @@ class Rows(NamedTuple):
     segments: np.ndarray
 
     def examples(self, first: int = 1) -> dict[str, Any]:
-        """Makes the training arrays; tokens before the position ``first`` do not count."""
+        """Makes the arrays of training and evaluation; tokens before the position ``first`` do not count."""
         image = {"tokens": self.tokens, "segments": self.segments}
         counts = np.broadcast_to(np.arange(self.tokens.shape[1]) >= first, self.tokens.shape)
         return {"image": image, "counts": counts, "weight": np.asarray(train.token_weight(image, counts))}
+
+    def prompts(self, length: int) -> dict[str, np.ndarray]:
+        """Takes the first tokens of the rows that are long enough, the input of a transformer."""
+        whole = self.segments[:, length - 1] != 0
+        return {"tokens": self.tokens[whole, :length], "segments": self.segments[whole, :length]}
 
 
 class TextRows(NamedTuple):
@@ -204,8 +209,9 @@ class Author:
     def texts(self, name: str, count: int, prompt: int) -> Stored:
         """Stores texts that go on from the first bytes of some rows."""
         rows, size = self.rows, self.batch_size
-        chosen = np.random.default_rng(0).permutation(len(rows.id))[:count]
-        prompts = {key: getattr(rows, key)[chosen, :prompt] for key in ("tokens", "segments")}
+        prompts = rows.prompts(prompt)
+        chosen = np.random.default_rng(0).permutation(len(prompts["tokens"]))[:count]
+        prompts = {key: values[chosen] for key, values in prompts.items()}
         sampler = functools.partial(models.generate, self.teacher, length=rows.tokens.shape[1] - prompt)
         store = teachers.write_samples(
             self.folder / name, prompts, sampler, vocabulary=text.VOCABULARY, fingerprint=self.described,
@@ -214,7 +220,7 @@ class Author:
         first = {key: values[:size] for key, values in prompts.items()}
         batches = -(-count // size)
         return Stored(
-            Rows(chosen, **store[np.arange(count)]).examples(first=prompt),
+            Rows(chosen, **store[np.arange(len(chosen))]).examples(first=prompt),
             lambda: batches * processor_seconds(lambda: sampler(first, key=jax.random.key(0))),
         )
 
