@@ -111,9 +111,8 @@ def check(config: Config, dataset: language.TextRows) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     rows, least, names = len(dataset.train.id), config.steps * config.batch_size, list(methods(config))
     config.need("steps", least <= rows, f"be at most --batch-size times fewer than the {rows} rows")
-    config.need(
-        "samples", least <= config.samples <= rows, f"lie between {least} and {rows}, the number of rows"
-    )
+    enough = least <= config.samples < rows
+    config.need("samples", enough, f"lie between {least} and {rows - 1}, one less than the rows")
     config.need("prompt", config.prompt <= config.length, "be at most --length")
     config.need("top", config.top < VOCABULARY, f"be below {VOCABULARY}")
     fits = len(config.time_rounds) in (0, len(names))
@@ -207,7 +206,7 @@ def evaluate(lesson: Lesson, trained: Sequence[Students], choice: Mapping[str, A
     config, sampler = lesson.config, make_sampler(lesson.config)
     examples = lesson.run.dataset.test.examples()
     image, measure = examples["image"], train.make_measure(train.next_token(), examples, batch_size=100)
-    prompts = {name: values[:32, : config.prompt] for name, values in image.items()}
+    prompts = {n: values[:32] for n, values in lesson.run.dataset.test.prompts(config.prompt).items()}
 
     @jax.jit
     def exposure(student, teacher, rows):
