@@ -1,4 +1,4 @@
-"""Text as tokens: real texts in three splits, tokens of bytes or of a byte-pair encoding, and packing into rows.
+"""Text as tokens: real texts in three splits, tokens of bytes, and rows of packed texts of any tokens.
 
 >>> rows = pack([to_tokens(b"abcd"), to_tokens(b"xy")], 5)
 >>> print(rows["tokens"], rows["segments"])
@@ -9,32 +9,23 @@
 
 import functools
 import hashlib
-import html
 import itertools
 import json
-import re
-import struct
-import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, check_fraction, check_integers, is_integer, shown
 from distill_jax.data._cache import Arrays, cached, folder_of
-from distill_jax.data._errors import DataError, need, one_line
+from distill_jax.data._errors import DataError, need
+from distill_jax.data._texts import SOURCES, below, common, is_text, read, read_files
 
 BEGIN = 0  # the token before the first byte of a text: NUL, a byte that no text has
 VOCABULARY = 256
 _VERSION = 1  # of what is made of the files; part of what the cache is known by
-_BOOK = re.compile(rb'<div [^>]*?osisID="(\w+)" sID=[^>]*?type="book"/>')
-_BREAK = re.compile(
-    r'<div [^>]*sID="[^"]*" type="(?:x-p|x-m|section|book|paragraph)"/>|<lg\b[^>]*>|<l\b[^>]*>|<chapter[^>]*>'
-)
-_PYTHON_DOC = "/usr/share/doc"
 
 
 class Documents(NamedTuple):
@@ -69,15 +60,6 @@ class Text(NamedTuple):
     train: Documents
     validation: Documents
     test: Documents
-
-
-class _Source(NamedTuple):
-    """A text that has a name: its licence, where its files are by default, and how they are read."""
-
-    licence: str
-    files: Callable[[Path | None], list[Path]]
-    read: Callable[[list[Path]], Iterable[tuple[str, bytes]]]
-    install: str
 
 
 def load(
@@ -125,8 +107,8 @@ def load(
             f"validation and test must be above 0 and together below 1, got {validation} and {test}"
         )
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    if str(name) in _SOURCES:
-        source = _SOURCES[str(name)]
+    if str(name) in SOURCES:
+        source = SOURCES[str(name)]
         if folder is not None and not folder.is_dir():
             raise ValueError(f"data_dir must be an existing folder, got {str(folder)!r}")
         files = source.files(folder)
@@ -137,7 +119,7 @@ def load(
         build = functools.partial(_arrays, source.read, files)
         arrays = cached(folder_of(cache_dir), f"text/{name}", json.dumps([_VERSION, stats]), build)
         found = list(zip(arrays["names"].tolist(), _cut(arrays), strict=True))
-        return _split(str(name), _common(files), source.licence, found, validation, test)
+        return _split(str(name), common(files), source.licence, found, validation, test)
     if folder is not None:
         raise ValueError(f"data_dir must not be given for {str(name)!r}, a path; got {str(folder)!r}")
     path = Path(name).expanduser()
@@ -145,9 +127,9 @@ def load(
         return _one_file(path, validation, test)
     if not path.is_dir():
         raise DataError(
-            f"the text must be one of {', '.join(_SOURCES)}, or the path of a folder or a file, got {str(name)!r}"
+            f"the text must be one of {', '.join(SOURCES)}, or the path of a folder or a file, got {str(name)!r}"
         )
-    found = list(_read_files(_below(path, "*")))
+    found = list(read_files(below(path, "*")))
     return _split(path.name, path, "that of your files", found, validation, test)
 
 
@@ -279,8 +261,8 @@ def _split(
 
 def _one_file(path: Path, validation: float, test: float) -> Text:
     """Cuts a file into its beginning, to train, what follows, to validate, and its end, to test."""
-    text = _read(path)
-    need(_is_text(text), path, "a text in UTF-8", "other bytes")
+    text = read(path)
+    need(is_text(text), path, "a text in UTF-8", "other bytes")
     cuts = [0]
     for share in (1 - validation - test, 1 - test):
         line = text.find(b"\n", max(int(share * len(text)), cuts[-1]))
@@ -294,8 +276,10 @@ def _one_file(path: Path, validation: float, test: float) -> Text:
     return Text(path.name, f"{len(text):,} bytes in {path}", "that of your file", *splits)
 
 
-def _arrays(read: Callable[[list[Path]], Iterable[tuple[str, bytes]]], files: list[Path]) -> Arrays:
-    names, texts = zip(*read(files), strict=True)
+def _arrays(reader: Callable[[list[Path]], Iterable[tuple[str, bytes]]], files: list[Path]) -> Arrays:
+    found = list(reader(files))
+    need(found, common(files), "files in UTF-8", "none")
+    names, texts = zip(*found, strict=True)
     lengths = np.array([len(text) for text in texts], np.int64)
     return {"names": np.array(names), "text": np.frombuffer(b"".join(texts), np.uint8), "lengths": lengths}
 
@@ -304,100 +288,3 @@ def _cut(arrays: Arrays) -> Iterator[bytes]:
     ends = np.cumsum(arrays["lengths"])
     for length, end in zip(arrays["lengths"], ends, strict=True):
         yield arrays["text"][end - length : end].tobytes()
-
-
-def _common(files: list[Path]) -> Path:
-    shared = files[0].parent if files else Path()
-    while not all(shared in path.parents for path in files):
-        shared = shared.parent
-    return shared
-
-
-def _is_text(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in text
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read, {one_line(error)}") from error
-
-
-def _below(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.rglob(pattern) if path.is_file())
-
-
-def _read_files(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    shared = _common(files)
-    for path in files:
-        text = _read(path)
-        if _is_text(text):
-            yield path.relative_to(shared).as_posix(), text
-
-
-def _library_files(folder: Path | None) -> list[Path]:
-    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-    return [path for path in _below(folder, "*.py") if not left_out & set(path.relative_to(folder).parts)]
-
-
-def _documentation_files(folder: Path | None) -> list[Path]:
-    if folder is not None:
-        return _below(folder, "*.rst*")
-    places = sorted(Path(_PYTHON_DOC).glob("python3*/html/_sources"))
-    return _below(places[-1], "*.rst.txt") if places else []
-
-
-def _sword_files(folder: Path | None) -> list[Path]:
-    root = Path("/usr/share/sword") if folder is None else folder
-    found = sorted(root.glob("modules/texts/ztext/engWEB*/ot.bzs"))
-    return (
-        [found[-1].with_name(f"{part}.bz{kind}") for part in ("ot", "nt") for kind in "sz"] if found else []
-    )
-
-
-def _books(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """Reads the blocks of a SWORD module in order, and cuts them at the beginnings of books."""
-    marked = b""
-    for index, blocks in zip(files[::2], files[1::2], strict=True):
-        data = _read(blocks)
-        for place, size, length in struct.iter_unpack("<III", _whole_entries(index)):
-            try:
-                block = zlib.decompress(data[place : place + size]) if size else b""
-            except zlib.error as error:
-                raise DataError(
-                    f"{blocks} is damaged, {one_line(error)}: install the package again"
-                ) from error
-            need(len(block) == length, blocks, f"a block of {length} bytes", f"{len(block)}: it is damaged")
-            marked += block
-    starts = list(_BOOK.finditer(marked))
-    need(starts, files[0].parent, "the beginnings of books", "none")
-    ends = [*(match.start() for match in starts[1:]), len(marked)]
-    for start, end in zip(starts, ends, strict=True):
-        yield start[1].decode(), _plain(marked[start.start() : end].decode()).encode()
-
-
-def _whole_entries(index: Path) -> bytes:
-    entries = _read(index)
-    need(len(entries) % 12 == 0, index, "entries of 12 bytes", f"{len(entries)} bytes: it is damaged")
-    return entries
-
-
-def _plain(marked: str) -> str:
-    """Turns OSIS into plain text: notes are left out, paragraphs and lines become line breaks."""
-    text = re.sub(r"<note\b.*?</note>|<title\b.*?</title>", "", marked, flags=re.DOTALL)
-    text = html.unescape(re.sub(r"<[^>]*>", "", _BREAK.sub("\n", text)))
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
-
-
-_SOURCES: dict[str, Any] = {
-    "stdlib": _Source("PSF-2.0", _library_files, _read_files, "give the folder of Python's library, data_dir"),
-    "python-doc": _Source("PSF-2.0", _documentation_files, _read_files, "apt-get install python3-doc"),
-    "bible": _Source("public domain", _sword_files, _books, "apt-get install sword-text-web"),
-}  # fmt: skip
