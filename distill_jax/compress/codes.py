@@ -18,7 +18,7 @@ from distill_jax._checks import check_count, check_positive, check_real, is_inte
 from distill_jax._model import ApplyFn, Model, PyTree, check_model, identity, predict
 from distill_jax.compress import linear_codes
 from distill_jax.features.capturing import capture, resume
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.weights.structure import by_path
 
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from distill_jax._checks import check_function
 from distill_jax.features._layers import init_maps, map_channels, no_params, over_aligned, over_pairs
 from distill_jax.features.learned import Learned
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.losses._space import common_space, count, pool_mean
 
 Loss = Callable[..., jax.Array]

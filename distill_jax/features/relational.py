@@ -26,7 +26,7 @@ from distill_jax.features._layers import (
 )
 from distill_jax.features.learned import Learned, LearnedWithState
 from distill_jax.features.projection import relation
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.losses._space import example_mask, pool_mean
 
 

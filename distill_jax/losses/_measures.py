@@ -12,7 +12,7 @@ from jax.scipy.special import log_ndtr
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.losses._space import (
     common_space,
     direction,

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_bool, check_real
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # or a GPU multiplies float32 in 10 bits
 matmul = functools.partial(jnp.matmul, precision=_HIGHEST)

@@ -17,7 +17,8 @@ from distill_jax._checks import (
     takes,
     warn_if_probabilities,
 )
-from distill_jax.losses._numerics import Loss, log_softmax, scale, to_float, valid_classes
+from distill_jax.losses._arguments import to_float, valid_classes
+from distill_jax.losses._numerics import Loss, log_softmax, scale
 
 
 @dataclasses.dataclass(frozen=True)

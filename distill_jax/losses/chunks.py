@@ -16,7 +16,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax._checks import check_bool, check_choice, check_count, check_positive, check_real
-from distill_jax.losses._numerics import Loss, token_weights
+from distill_jax.losses._arguments import token_weights
+from distill_jax.losses._numerics import Loss
 from distill_jax.losses.correlations import dist, mlkd
 
 Head = ArrayLike | Sequence[ArrayLike]  # a kernel, or a kernel and a bias

@@ -12,20 +12,16 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction, check_positive, check_real
-from distill_jax.losses._numerics import (
-    Softened,
+from distill_jax.losses._arguments import (
     both_logits,
-    compare,
-    divergence,
     logits_of,
     mask_of,
     scalar,
-    scale,
     temperature_of,
-    totals,
     valid_classes,
     weight,
 )
+from distill_jax.losses._numerics import Softened, compare, divergence, scale, totals
 from distill_jax.losses._numerics import soften as _soften
 from distill_jax.losses.logits import soft_cross_entropy
 

@@ -16,19 +16,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_count, check_positive
-from distill_jax.losses._numerics import (
+from distill_jax.losses._arguments import (
     both_logits,
-    compare,
-    divergence,
-    log_softmax,
     logits_of,
     mask_of,
-    probability_difference,
-    soften,
     temperature_of,
     valid_classes,
     weight,
 )
+from distill_jax.losses._numerics import compare, divergence, log_softmax, probability_difference, soften
 from distill_jax.losses._space import matmul
 
 

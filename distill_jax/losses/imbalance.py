@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_finite, check_fraction, check_integers, check_positive, check_real
-from distill_jax.losses._numerics import logits_of, mask_of, scalar
+from distill_jax.losses._arguments import logits_of, mask_of, scalar
 from distill_jax.losses.logits import cross_entropy
 
 

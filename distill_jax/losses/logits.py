@@ -15,21 +15,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction, check_real
-from distill_jax.losses._numerics import (
+from distill_jax.losses._arguments import (
     both_logits,
     check_axis_name,
-    class_sum,
-    divergence,
-    log_total,
     logits_of,
     mask_of,
     masked,
     scalar,
-    scale,
-    soften,
     temperature_of,
     valid_classes,
 )
+from distill_jax.losses._numerics import class_sum, divergence, log_total, scale, soften
 
 
 def kl(

@@ -8,7 +8,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_not_negative
-from distill_jax.losses._numerics import both_logits, pair, probability_difference, scalar, valid_classes
+from distill_jax.losses._arguments import both_logits, scalar, valid_classes
+from distill_jax.losses._numerics import pair, probability_difference
 
 _PAIRS = 2**22  # number of pairs of classes that are in memory at a time
 

@@ -26,7 +26,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import takes
-from distill_jax.losses._numerics import Loss, to_float, token_weights
+from distill_jax.losses._arguments import to_float, token_weights
+from distill_jax.losses._numerics import Loss
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
 from distill_jax.losses.chunks import chunked
 

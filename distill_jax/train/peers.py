@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from distill_jax import losses, weights
 from distill_jax._checks import check_fraction, need
 from distill_jax._model import ApplyFn, Model, PyTree, check_model
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.train.objectives import Schedule, at, check_options, check_weight, error_rate, soft_mean
 from distill_jax.train.step import LossFn, weighted_mean
 

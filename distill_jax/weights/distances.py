@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.weights.structure import check, is_float
 
 

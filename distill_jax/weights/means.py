@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from distill_jax._checks import check_fraction, check_function, check_not_negative, check_real, check_sequence
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.weights.structure import Scalar, Scalars, check, is_float, map_floats, scalars
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_jax._checks import check_fraction, check_key, check_sequence
 from distill_jax._model import PyTree
-from distill_jax.losses._numerics import to_float
+from distill_jax.losses._arguments import to_float
 from distill_jax.weights.structure import Scalars, check, is_float, map_floats, scalars
 
 
