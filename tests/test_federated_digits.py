@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import federated
@@ -39,7 +40,14 @@ def compiled_once(monkeypatch):
     monkeypatch.setattr(federated, "make_programs", make_programs)
 
 
-def test_a_whole_run(tmp_path, run):
+def test_a_whole_run(tmp_path, run, monkeypatch):
+    average, means = train.federated.average_predictions, []
+
+    def recording(predictions, sizes=None, *, of="logits", **options):
+        means.append((of, sizes))
+        return average(predictions, sizes, of=of, **options)
+
+    monkeypatch.setattr(train.federated, "average_predictions", recording)
     out = tmp_path / "run"
     status, printed, error = run("--out", out)
     assert status == 0, error
@@ -70,6 +78,9 @@ def test_a_whole_run(tmp_path, run):
     assert all(np.shape(table[name]["rounds"]) == (2, 1) for name in sent)
     last = {name: (out / "seed0" / f"{name}.jsonl").read_text().splitlines()[-1] for name in sent}
     assert len({json.loads(line)["loss"] for line in last.values()}) == len(sent)  # no two do the same
+    # In two rounds, FedDF and FedMD average logits; co-distillation averages probabilities, whatever is sent, as do
+    # "alone, distilled once" and the ensembles of five methods. Each client counts alike
+    assert Counter(means) == {("logits", None): 2 * 2, ("probabilities", None): 3 * 2 + 1 + 5}
     ratios = f"with 1/{once / top:.3g} of its bytes (1/{once / 2 / top:.3g} of those in float16)"
     points = table["co-distilled-top-k"]["clients_difference"]
     assert f"co-distilled-top-k {ratios}: the clients {points} points, a network" in printed
