@@ -116,6 +116,20 @@ def test_what_code_takes_from_a_width_is_noticed(name):
         assert "exactly by shrink" in str(graph)
 
 
+@pytest.mark.parametrize(("size", "divisor"), [(24, 8), (45, 15), (12, 4)])
+def test_a_check_that_a_size_is_divisible_hides_nothing(size, divisor):
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        if h.shape[-1] % divisor:
+            raise ValueError(f"the width must be a multiple of {divisor}")
+        return h / h.shape[-1] @ p["b"]
+
+    _, graph = traced(fn, a=(3, size), b=(size, 2))
+    group = graph.groups["a"]
+    assert (group.exact, group.removable, group.runs) == (False, "exactly by shrink", False)
+    assert "computes a number" in group.reason
+
+
 def test_what_takes_fewer_units_of_two_groups_at_once_is_noticed():
     def fn(p, x):
         gain = 2.0 if max(p["a"].shape[1], p["b"].shape[1]) < 8 else 1.0

@@ -168,7 +168,7 @@ def test_a_wrong_order_is_refused():
     broken.params["dense"][1]["bias"][0] = np.nan
     with pytest.raises(ValueError, match="not finite in the model"):
         units.match_weights(graph, broken, model)
-    with pytest.raises(ValueError, match="must be what was traced"):
+    with pytest.raises(ValueError, match=r"x: a batch of the shapes .* was traced"):
         units.match_activations(graph, model, model, x[:1])
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_units_architectures import numbers, shapes
 
 from distill_jax.compress import units
+from distill_jax.compress.units._trace import adapted, program, rules
 from distill_jax.models import from_function
 
 P = PartitionSpec
@@ -146,6 +148,12 @@ def test_sharded_programs(name, mesh):
     assert free_units(lambda p, x: mapped(x, p["a"], p["b"]), given, keep=True) == expected
 
 
+def test_units_with_random_numbers_of_their_own_cannot_be_merged():
+    model, x = from_function(noisy, shapes(a=(3, 6), c=(6,), b=(6, 2))), numbers(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="random_bits gives each of its units other numbers"):
+        units.merge(units.trace(model, x), model, {"a": 3})
+
+
 def test_a_sharding_constraint_that_fewer_units_cannot_keep_is_left_out(mesh):
     def fn(p, x):
         return jax.lax.with_sharding_constraint(hidden(p, x), NamedSharding(mesh, P(None, "d"))) @ p["b"]
@@ -177,3 +185,95 @@ def test_what_is_filled_in_where_an_index_is_outside_counts():
         model = from_function(lambda p, x, fill=fill: fn(p, x, fill), shapes(a=(3, 4)))
         (group,) = [g for g in units.trace(model, numbers(np.zeros((2, 3)))).groups.values() if g.free]
         assert group.exact_shrunk is exact
+
+
+def kernel(x, scale, y):
+    y[...] = jnp.tanh(x[...]) * scale[...] / 4
+
+
+def gain(x, scale):
+    """A kernel of which no rule is known."""
+    return pallas.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(
+        x, jnp.broadcast_to(scale, x.shape)
+    )
+
+
+def plain(x, scale, **_):
+    return jnp.tanh(x) * scale / 4
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Forgets afterwards what a test registers."""
+    for table in (program.OWN, rules.RULES, adapted.ADAPTED):
+        monkeypatch.setitem(table, "pallas_call:kernel", None)
+        del table["pallas_call:kernel"]
+
+
+def network(p, x):
+    return gain(x @ p["a"], p["c"]) @ p["b"]
+
+
+def test_a_kernel_of_ones_own(registered):
+    given = {"a": (3, 4), "c": (4,), "b": (4, 2)}
+    graph = units.trace(from_function(network, shapes(**given)), numbers(np.zeros((2, 3))))
+    assert graph.notes[0].startswith("no rule for pallas_call:kernel")
+    assert not any(group.free for group in graph.groups.values())
+
+    operands = [jax.ShapeDtypeStruct((3, 5), "float64")] * 2
+    called = []
+    for run in (None, lambda x, scale, **_: called.append(1) or gain(x, scale)):
+        units.register_rule("pallas_call:kernel", plain, run=run)
+        assert free_units(network, given, keep=True) == {"a": 4}
+        found = units.check_rule(gain, *operands, programs=6)
+        assert found == {f"operand {i}, axis {a}": "exactly" for i in range(2) for a in range(2)}
+    assert called
+
+
+WRONG = {
+    "another function": (lambda x, scale, **_: x * scale, None, "differ by"),
+    "zeros that are none": (plain, lambda x, scale, **_: gain(x, scale) + 1, "differ by"),
+    "a number from a size": (plain, lambda x, scale, **_: gain(x, scale) * x.size, "differ by"),
+    "another shape": (lambda x, scale, **_: x.sum(), None, r"gives float64\[\] where .* gives float64\[3, 5\]"),
+    "sizes written in": (plain, lambda x, scale, **_: gain(x, scale).reshape(3, 5), "does not run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rule_is_noticed(name, registered):
+    reference, run, message = WRONG[name]
+    units.register_rule("pallas_call:kernel", reference, run=run)
+    with pytest.raises(ValueError, match=message):
+        units.check_rule(gain, *[jax.ShapeDtypeStruct((3, 5), "float64")] * 2, programs=6)
+
+
+def test_rules_are_for_primitives_without_one():
+    with pytest.raises(ValueError, match="no rule for pallas_call:kernel"):
+        units.check_rule(gain, *[jax.ShapeDtypeStruct((3, 5), "float64")] * 2)
+    with pytest.raises(ValueError, match="the library has a rule for 'tanh'"):
+        units.register_rule("tanh", jnp.tanh)
+
+
+OPERATIONS = {
+    "stack": (lambda a, b: jnp.stack([a, b], 1), (3, 4), (3, 4)),
+    "unstack": (lambda a: jnp.unstack(a, axis=1), (4, 2, 3)),
+    "tile": (lambda a: jnp.tile(a, (2, 1, 3)), (4, 1, 3)),
+    "set": (lambda a, b: a.at[:, 1].set(b), (3, 4, 5), (3, 5)),
+    "add": (lambda a, b: a.at[INDICES].add(b), (3, 4), (2, 4)),
+    "times": (lambda a, b: a.at[INDICES].mul(b), (3, 4), (2, 4)),
+    "least": (lambda a, b: a.at[INDICES].min(b), (3, 4), (2, 4)),
+    "each its own": (jax.vmap(lambda a, b, i: a.at[i].set(b)), (2, 3, 4), (2, 4), INDICES),
+    "take": (lambda a, i: jnp.take_along_axis(a, i[:, None, None], 1), (2, 3, 4), INDICES),
+    "pad": (lambda a: jnp.pad(a, ((1, 0), (0, 2)), constant_values=2.0), (3, 4)),
+    "filled": (lambda a: jnp.take(a, np.array([0, 9]), axis=0, mode="fill", fill_value=3), (3, 4)),
+    "fft": (lambda a: jnp.abs(jnp.fft.rfft2(a, axes=(0, 1))), (3, 4, 5)),
+    "ragged": (lambda a, b: jax.lax.ragged_dot(a, b, np.array([1, 2])), (3, 4), (2, 4, 5)),
+    "complex": (lambda a, b: jax.lax.complex(a, b).real * b, (3, 4), (3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rules_of_the_library(name):
+    function, *given = OPERATIONS[name]
+    operands = [jax.ShapeDtypeStruct(x, "float64") if isinstance(x, tuple) else x for x in given]
+    assert units.check_rule(function, *operands, programs=4)

@@ -206,8 +206,12 @@ def test_what_is_missing_or_of_another_shape_is_refused(case):
         scores.taylor(graph, model, jax.tree.map(lambda x: x[..., None], params))
     with pytest.raises(ValueError, match="model: expected the model that was traced"):
         scores.l1(graph, {"other": np.zeros(3)})
-    with pytest.raises(ValueError, match="must be what was traced"):
+    with pytest.raises(
+        ValueError, match=r"x: a batch of the shapes .* was traced: give batches of that size"
+    ):
         units.activations(graph, model, x[:1])
+    with pytest.raises(ValueError, match="must be what was traced"):
+        units.activations(graph, model.replace(params={}), x)
 
 
 # --- what slices are for -------------------------------------------------------------------------

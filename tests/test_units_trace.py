@@ -84,6 +84,10 @@ def test_what_still_counts_when_silenced_is_not_exact():
     assert "div by 0" in reason(lambda h, p: h * (h / p["s"]).sum(-1, keepdims=True), s=(5,))
     assert reason(lambda h, p: h / (p["s"] ** 2 + 1), s=(5,)) == ""
     assert reason(lambda h, p: h * (h**2).sum(-1, keepdims=True) ** -0.5) == ""
+    for filling in (0.0, 1.0):
+        padded = reason(lambda h, p, x=filling: jnp.pad(h, ((0, 1), (0, 0)), constant_values=x).sum() * h)
+        assert ("reduce_sum" in padded) == bool(filling)
+    assert "acosh of 0" in reason(lambda h, p: h * (h * jnp.arccosh(p["s"])).sum(), s=(5,))
     # Of two zeros the angle may be π
     assert "reduce_sum" in reason(lambda h, p: h * jnp.arctan2(h, -h).sum(-1, keepdims=True))
     assert reason(lambda h, p: jnp.minimum(jax.nn.relu(h), 6) * (h @ h.T).sum()) == ""

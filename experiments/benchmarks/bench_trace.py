@@ -2,6 +2,7 @@
 
 ``python experiments/benchmarks/bench_trace.py``. Each network is a Linen module, which has its widths written
 into it, or a plain function, which reads them from its arrays. No weights are allocated.
+``--tables`` prints the tables of units of ResNet-50 and of a GPT that stand in the documentation.
 """
 
 import argparse
@@ -157,7 +158,15 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="*", default=[2, 4, 8, 12, 32])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-large", dest="large", action="store_false")
+    parser.add_argument(
+        "--tables", action="store_true", help="print two tables of units, and measure nothing"
+    )
     arguments = parser.parse_args()
+    if arguments.tables:
+        images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        print(units.trace(linen(ResNet(), images), images), end="\n\n")
+        print(units.trace(plain(12, 768, 12), jax.ShapeDtypeStruct((1, 128), jnp.int32)))
+        return
     print("network | processor seconds | exact / free groups")
     for name, model, x in networks(arguments.depths, arguments.large):
         times = []

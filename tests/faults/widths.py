@@ -318,6 +318,64 @@ def weight_norm(width, rng):
     return {"w": (width, n)}, lambda p, h: jnp.tanh(h @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))), n
 
 
+@part
+def experts(width, rng):
+    n, sizes = int(rng.choice(WIDTHS)), rng.multinomial(BATCH * TIME, [0.5, 0.3, 0.2])
+
+    def fn(p, h):
+        rows = jax.lax.ragged_dot(h.reshape(-1, h.shape[-1]), p["w"], sizes)
+        return jnp.tanh(rows).reshape(*h.shape[:2], -1)
+
+    return {"w": (3, width, n)}, fn, n
+
+
+@part
+def scattered_parameter(width, rng):
+    how = str(rng.choice(["set", "add", "multiply", "min"]))
+    return (
+        {"s": (2, width)},
+        lambda p, h: getattr(h.at[:, np.array([1, 4])], how)(jnp.cos(p["s"]) if rng.integers(2) else p["s"]),
+        width,
+    )
+
+
+INTERLEAVED = [0, 3, 1, 4, 2, 5]
+alike("stacked", lambda h: jnp.stack([-h[..., 1::2], h[..., ::2]], -1).reshape(h.shape))
+alike("unstacked", lambda h: gated(*jnp.unstack(folded(h, 2), axis=2)))
+alike("tiled", lambda h: jnp.tile(jnp.sin(h), (1, 1, 2)))
+alike("tile_to_twelve", lambda h: jnp.tile(h, (1, 1, 12 // h.shape[-1] or 1)))
+alike("set_time", lambda h: h.at[:, 1].set(jnp.cos(h[:, 0])))
+alike("set_time_by_width", lambda h: h.at[:, h.shape[-1] % TIME].set(0.0))
+alike("set_half", lambda h: h.at[..., : h.shape[-1] // 2].set(1.0))
+alike("added", lambda h: h.at[:, np.array([0, 0, 3])].add(h[:, 1:4]))
+alike("segments", lambda h: jax.vmap(lambda r: jax.ops.segment_sum(r, np.array(INTERLEAVED) // 2, TIME))(h))
+alike("segments_of_units", lambda h: jax.ops.segment_sum(h.T, np.arange(h.shape[-1]) // 2, h.shape[-1]).T)
+alike("spectrum", lambda h: jnp.abs(jnp.fft.fft(h, axis=1)))
+alike("spectrum_of_units", lambda h: jnp.fft.fft(h).real)
+alike("noise", lambda h: h + jax.random.normal(jax.random.key(0), h.shape))
+alike("noise_of_units", lambda h: h * jax.random.uniform(jax.random.key(1), h.shape[-1:]))
+alike(
+    "filled",
+    lambda h: (
+        h + jnp.take(h, np.array([0, 1, 99, 3]), axis=1, mode="fill", fill_value=2.0).sum(1, keepdims=True)
+    ),
+)
+alike("ones_before", lambda h: jnp.pad(h, ((0, 0), (1, 0), (0, 0)), constant_values=1.0)[:, :TIME])
+alike("along", lambda h: jnp.take_along_axis(h, np.array(INTERLEAVED)[None, :, None], 1))
+
+
+@part
+def divisible(width, rng):
+    n = int(rng.choice([2, 3, 4]))
+
+    def fn(p, h):
+        if h.shape[-1] % n:
+            raise ValueError("the width must be divisible")
+        return h / h.shape[-1]
+
+    return {}, fn, width
+
+
 def program(rng: np.random.Generator, names: list[str] | None = None) -> tuple[Any, Any, Any, list[str]]:
     """Draws a program: its function, its parameters, an input, and the names of its parts."""
     for _ in range(100):

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from distill_jax._model import Model, PyTree
-from distill_jax.compress.units.tables import table
+from distill_jax.compress.units._trace.adapted import Adapted
+from distill_jax.compress.units._trace.work import multiplications
+from distill_jax.compress.units.tables import WIDTH, count, cut, fit, share, short, tail
 from distill_jax.weights.structure import path_name
 
 
@@ -126,8 +129,92 @@ class UnitGraph:
     traced: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        """The table, see :func:`distill_jax.compress.units.tables.table`."""
+        """The table, see :func:`distill_jax.compress.units.table`."""
         return table(self)
+
+
+def table(graph: UnitGraph, *, show_all: bool = False) -> str:
+    """Writes a network's units as a table that is 120 columns wide.
+
+    The first line counts the free groups, those that are exact (with ``keep`` or with ``shrink`` alone), and the
+    share of the parameters and of the operations of matrix products and convolutions that belong to free units.
+    Then comes a line for each free group. What cannot be removed follows, one line for each reason.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      show_all: whether there is also a line for each group that is not free.
+
+    Returns:
+      The table. ``print(graph)`` shows it, too.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
+    >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    >>> model = models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    >>> print(units.table(units.trace(model, jnp.ones((1, 3)))))
+    1 free group of 4 units, 1 exact; prunable: 100 % of 20 parameters, 100 % of 40 FLOP
+    group  units  removable  where
+    ─────────────────────────────────
+    a          4  exactly    a:1, b:0
+    not removable: 1 group, tied to the outside by dot_general: a:0
+    not removable: 1 group, a result of the network: b:1
+    """
+    check_graph(graph)
+    every = [*graph.groups.values()]
+    shown = [group for group in every if group.free or show_all]
+    marks: dict[str, int] = {}
+    for group in shown:
+        if group.reason:
+            marks.setdefault(group.reason, len(marks) + 1)
+    rows = [("group", "units", "removable")]
+    rows += [(tail(g.name), str(g.size), g.removable + _mark(g, marks)) for g in shown]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = []
+    for row, places in zip(rows, [["where"], *map(_places, shown)], strict=True):
+        start = f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  "
+        lines.append(start + fit(places, WIDTH - len(start)))
+    lines.insert(1, "─" * max(map(len, lines)))
+    for reason, number in marks.items():
+        lines.append(cut(f"[{number}] {reason}"))
+    frozen: dict[str, list[Group]] = {}
+    for group in every:
+        if not group.free and not show_all:
+            frozen.setdefault(group.reason, []).append(group)
+    for reason, groups in frozen.items():
+        start = f"not removable: {count(len(groups), 'group')}, {reason}: "
+        lines.append(start + fit([place for g in groups for place in _places(g)], WIDTH - len(start)))
+    return "\n".join([_summary(graph), *lines, *(cut(f"note: {note}") for note in graph.notes)])
+
+
+def _summary(graph: UnitGraph) -> str:
+    free = [group for group in graph.groups.values() if group.free]
+    fixed: dict[str, list[np.ndarray]] = {
+        name: [np.ones(n, bool) for n in like.shape] for name, like in graph.shapes.items()
+    }
+    for group in free:
+        for path, axis, index in group.slices:
+            fixed[path][axis] &= index < 0
+    names = [name for name in jax.tree.leaves(graph.names.params) if name in fixed]
+    total = sum(prod(graph.shapes[name].shape) for name in names)
+    left = sum(prod(int(mask.sum()) for mask in fixed[name]) for name in names)
+    groups, units = count(len(free), "free group"), count(sum(group.size for group in free), "unit")
+    text = f"{groups} of {units}, {sum(group.exact_shrunk for group in free)} exact"
+    text += f"; prunable: {share(total, left)} of {short(total).strip()} parameters"
+    if graph.traced is not None:
+        traced = graph.traced
+        small = Adapted(traced.program, traced.tracer, [traced.units[group.name] for group in free])
+        total, left = multiplications(small, traced.program)
+        text += f", {share(total, left)} of {short(2 * total)}FLOP"
+    return text
+
+
+def _places(group: Group) -> list[str]:
+    return [f"{s.path}:{s.axis}" for s in group.slices]
+
+
+def _mark(group: Group, marks: dict[str, int]) -> str:
+    return f" [{marks[group.reason]}]" if group.reason else ""
 
 
 def check_graph(graph: UnitGraph) -> None:

@@ -34,10 +34,16 @@ def activations(graph: UnitGraph, model: Model, x: PyTree) -> dict[str, np.ndarr
     traced = graph.traced
     leaves, structure = jax.tree.flatten((model.params, model.state, x))
     expected = [traced.program.avals[number].shape for number in traced.program.inputs]
-    if structure != traced.arguments or [np.shape(leaf) for leaf in leaves] != expected:
+    shapes, count = [np.shape(leaf) for leaf in leaves], len(graph.shapes)
+    if structure == traced.arguments and shapes[:count] == expected[:count] and shapes != expected:
+        raise ValueError(
+            f"x: a batch of the shapes {shapes[count:]} where {expected[count:]} was traced: give batches of that "
+            "size, or trace the model on a batch of this size"
+        )
+    if structure != traced.arguments or shapes != expected:
         raise ValueError(
             f"model and x must be what was traced, {traced.arguments} of shapes {expected}; got "
-            f"{structure} of shapes {[np.shape(leaf) for leaf in leaves]}"
+            f"{structure} of shapes {shapes}"
         )
     uses = {name: role.uses for name, role in roles(graph).items()}
     wanted = {number for each in uses.values() for number, _, _ in each}

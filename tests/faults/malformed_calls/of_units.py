@@ -71,6 +71,17 @@ def of_units() -> Iterator[Case]:
     yield Case("units.verify: no inputs", "inputs", lambda: units.verify(graph(), MODEL, {"a": [0]}))
     yield Case("units.verify: words", "inputs", lambda: units.verify(graph(), MODEL, {"a": [0]}, "words"))
     yield Case("units.verify: NaN", "not finite", lambda: units.verify(graph(), MODEL, {"a": [0]}, with_nan(X)))
+    yield Case("units.table: a model", "graph", lambda: units.table(MODEL))
+    for wrong in (None, 3, ("a",)):
+        yield Case(f"units.register_rule: name {wrong!r}", "name", lambda w=wrong: units.register_rule(w, jnp.sin))
+    yield Case("units.register_rule: a rule of the library", "name", lambda: units.register_rule("sin", jnp.sin))
+    yield Case("units.register_rule: no function", "reference", lambda: units.register_rule("mine", "sin"))
+    yield Case("units.register_rule: run a number", r"\brun\b", lambda: units.register_rule("mine", jnp.sin, run=3))
+    yield Case("units.check_rule: no function", "function", lambda: units.check_rule("sin", X))
+    yield Case("units.check_rule: a list", "operands", lambda: units.check_rule(jnp.sin, [1.0]))
+    yield Case("units.check_rule: integers to be drawn", "operands",
+               lambda: units.check_rule(jnp.sin, jax.ShapeDtypeStruct((3,), "int32")))
+    yield Case("units.check_rule: programs 0", "programs", lambda: units.check_rule(jnp.sin, X, programs=0))
     yield Case("units.keep: a model in the place of the graph", "graph", lambda: units.keep(MODEL, MODEL, {"a": [0]}))
     yield Case("units.prune: a model in the place of the graph", "graph", lambda: units.prune(MODEL, scores(), 0.5))
     yield Case("units.scores.l1: arguments exchanged", "graph", lambda: units.scores.l1(MODEL, graph()))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.compress.units._trace.device_rules import parts
-from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
+from distill_jax.compress.units._trace.program import OWN, Program, Step, bind, evaluate
 from distill_jax.compress.units._trace.rules import Tracer, Value
 
 Shape = tuple[int, ...]
@@ -268,6 +268,14 @@ def _shard_map(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]
         lambda *values: tuple(small.run(body, values)), axis_names=step.params["newly_manual_axes"], **options
     )
     return mapped(*operands)
+
+
+def run_own(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
+    """A user's primitive: by the user's function for any sizes, or by its plain program."""
+    run = OWN[step.name].run
+    return (
+        small.run(step.bodies[0], operands) if run is None else jax.tree.leaves(run(*operands, **step.params))
+    )
 
 
 # How steps run on smaller values where that is not as they ran before

@@ -17,7 +17,7 @@ from jax.extend import core
 
 from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.adapted import Adapted, shape_of, taken
-from distill_jax.compress.units._trace.program import BODIES, Program, Step, flatten
+from distill_jax.compress.units._trace.program import BODIES, OWN, Program, Step, flatten
 from distill_jax.compress.units._trace.rules import Value
 from distill_jax.compress.units.graph import Group, UnitGraph
 from distill_jax.compress.units.removal import shapes_of
@@ -81,7 +81,7 @@ def reruns(graph: UnitGraph) -> dict[str, str]:
             ran |= outcome.ran
             runs += bool(outcome.ran)
             checked &= outcome.checked
-            if runs >= enough or (not runs and (i >= enough or (checked and i > 2))):
+            if runs >= enough or (not runs and (i >= enough or (checked and i >= _planned(kinds)))):
                 break
         return Outcome(ran, checked and not ran, "")
 
@@ -123,7 +123,7 @@ def reruns(graph: UnitGraph) -> dict[str, str]:
         # Code with widths written into it refuses all the groups that it makes
         for kind in _by(groups, lambda group: lines[group.name]):
             first, last = kind[:1], kind[-1:]
-            if probe([first], 4).checked and (len(kind) == 1 or probe([last], 1).checked):
+            if probe([first], _planned([first]) + 1).checked and (len(kind) == 1 or probe([last], 1).checked):
                 note(kind, REFUSED)
         open_ = _by([group for group in groups if group.name not in found], alike)
     search(open_)
@@ -168,9 +168,10 @@ def _lines(graph: UnitGraph) -> dict[str, Any]:
 def _probes(kinds: Sequence[Sequence[Group]]) -> Iterator[dict[str, np.ndarray]]:
     """Yields units to keep, in several ways.
 
-    First each group loses its last unit; then a random half of its units; then all but one. Then come random
-    numbers of random units: at first the same number in all groups of a kind, so that inner functions need
-    not be traced for each, later another in each group.
+    First each group loses its last unit; then a random half of its units; then all but one; then all but a third,
+    a fifth and so on of them, for code that checks that a size is divisible. Then come random numbers of random
+    units: at first the same number in all groups of a kind, so that inner functions need not be traced for each,
+    later another in each group.
     """
     rng = np.random.default_rng(0)
 
@@ -184,10 +185,26 @@ def _probes(kinds: Sequence[Sequence[Group]]) -> Iterator[dict[str, np.ndarray]]
     yield {group.name: np.arange(max(1, group.size - 1)) for group in groups}
     yield {group.name: some(group, -(-group.size // 2)) for group in groups}
     yield {group.name: some(group, 1) for group in groups}
+    for p in _odd_primes(groups):
+        yield {g.name: some(g, g.size // p) for g in groups if g.size % p == 0}
     for i in count(0):
         first = [number(kind[0]) for kind in kinds for _ in kind]
         counts = first if i < 2 else [number(group) for group in groups]
         yield {g.name: some(g, n) for g, n in zip(groups, counts, strict=True) if n < g.size}
+
+
+def _planned(kinds: Sequence[Sequence[Group]]) -> int:
+    """Counts the probes before those with random numbers of units."""
+    return 3 + len(_odd_primes([group for kind in kinds for group in kind]))
+
+
+def _odd_primes(groups: Sequence[Group]) -> list[int]:
+    """Lists the odd primes that divide sizes of groups. Every divisor of a size n divides n/2 or one of n/p."""
+    sizes = {group.size for group in groups}
+    odd = range(3, max(sizes) // 2 + 1, 2)
+    return [
+        p for p in odd if any(n % p == 0 for n in sizes) and all(p % d for d in range(3, int(p**0.5) + 1, 2))
+    ]
 
 
 def _run(graph: UnitGraph, kept: Mapping[str, np.ndarray]) -> Outcome:
@@ -298,7 +315,7 @@ def difference(small: Adapted, again: Program) -> str:
     def other_option(old: Step, new: Step, any_size: Sequence[bool]) -> str:
         expected = small.options(old)
         apart = {*IN_SHAPES.get(old.name, ()), *BODIES.get(old.name, ())}
-        if old.name == "relu":
+        if old.name == "relu" or old.name in OWN:
             return ""
         if old.name == "slice":
             apart |= {"start_indices", "limit_indices", "strides"}

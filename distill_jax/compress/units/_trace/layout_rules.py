@@ -186,7 +186,9 @@ def _pad(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             ends = [tracer.labels.fresh(n) for n in (low, high)]
             units = append([ends[0], axis[0], ends[1]])
             axes.append((units, np.pad(axis[1], (low, high), constant_values=filling.nil)))
-    return [value(axes, nil=operand.nil and filling.nil)]
+    # What is filled in counts for all units of the other axes, too
+    zeros = filling.nil or not any(map(any, step.params["padding_config"]))
+    return [value(((units, zero & zeros) for units, zero in axes), nil=operand.nil and filling.nil)]
 
 
 @rule("iota")

@@ -1,4 +1,4 @@
-"""Rules for loops and choices."""
+"""Rules for loops, choices, and primitives of which a plain program is known."""
 
 from typing import Any
 
@@ -84,3 +84,8 @@ def _cond(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
             else [v._replace(total=None) for v in outputs]
         )
     return results
+
+
+def own(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+    """The rule for a user's primitive: units go the way that they go in its plain program."""
+    return inner(tracer, step.bodies[0], [v._replace(total=None) for v in operands])

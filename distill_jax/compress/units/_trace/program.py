@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.extend import core
 
@@ -14,11 +15,26 @@ BODIES = {
 }  # fmt: skip
 
 
+class Own(NamedTuple):
+    """What a user says of a primitive of their own.
+
+    Attributes:
+      reference: computes the same in plain JAX: ``(*operands, **parameters) -> result or results``.
+      run: computes the same for operands of any sizes, or None to run the reference.
+    """
+
+    reference: Callable[..., Any]
+    run: Callable[..., Any] | None
+
+
+OWN: dict[str, Own] = {}
+
+
 class Step(NamedTuple):
     """One operation on values, which are given by their numbers.
 
     Attributes:
-      name: of the primitive.
+      name: of the primitive, see :func:`name_of`.
       primitive: the primitive.
       params: its parameters.
       inputs: the numbers of its operands.
@@ -85,7 +101,7 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
             return values[atom]
 
         for eqn in jaxpr.eqns:
-            name, operands = eqn.primitive.name, [read(atom) for atom in eqn.invars]
+            name, operands = name_of(eqn), [read(atom) for atom in eqn.invars]
             body, here = _jaxpr.body_of(eqn), (*source, eqn.source_info.traceback)
             if body and not _is_relu(eqn):
                 outputs = run(body[0], [(c,) for c in body[1]], operands, here)
@@ -96,6 +112,8 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                     inner: Any = [eqn.params[key] for key in BODIES[name]]
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
                     bodies = tuple(_read(_closed(each), avals, constants) for each in inner)
+                elif name in OWN:
+                    bodies = (_read(_reference(name, eqn), avals, constants),)
                 name = "relu" if _is_relu(eqn) else name
                 if eqn.effects:
                     effects.add(len(program.steps))
@@ -115,6 +133,36 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
             needed.update(step.inputs)
     program.steps = steps[::-1]
     return program
+
+
+def name_of(eqn: Any) -> str:
+    """Returns the name of an equation's primitive; with that of the kernel, where one primitive has many.
+
+    >>> [name_of(eqn) for eqn in jax.make_jaxpr(jax.numpy.sin)(1.0).eqns]
+    ['sin']
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name == "pallas_call":
+        return f"{name}:{params.get('name') or params['jaxpr'].debug_info.func_name}"
+    return f"{name}:{params['target_name']}" if name == "ffi_call" else name
+
+
+def _reference(name: str, eqn: Any) -> Any:
+    """Traces the user's plain program for a primitive of their own, on operands of the equation's shapes."""
+    operands = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
+    closed, _ = _jaxpr.trace(lambda *operands: OWN[name].reference(*operands, **eqn.params), *operands)
+    expected = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+    given = [(aval.shape, aval.dtype) for aval in closed.out_avals]
+    if given != expected:
+        raise ValueError(
+            f"reference: that of {name!r} gives {_text(given)} where the primitive gives {_text(expected)}: it must "
+            "compute what the primitive computes"
+        )
+    return closed
+
+
+def _text(avals: Sequence[tuple[Any, Any]]) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in avals)
 
 
 def _closed(jaxpr: Any) -> Any:

@@ -45,6 +45,7 @@ ALONG = {
     "cumsum": "axis", "cumlogsumexp": "axis", "cummax": "axis", "cummin": "axis", "cumprod": "axis",
     "sort": "dimension", "top_k": "axis",
 }  # fmt: skip
+DRAWS = "random_bits", "rng_bit_generator"
 View = tuple[str, tuple[frozenset[int], ...]]  # a leaf's path, and its axes in each of the value's
 
 
@@ -160,10 +161,10 @@ class _Reader:
         elif step.name == "while":
             first = options["cond_nconsts"]
             same = [(0, 0, first), (1, first, options["body_nconsts"])]
-        elif step.name == "shard_map":
-            same = [(0, 0, len(step.inputs))]
-        else:
+        elif step.name == "cond":
             same = [(i, 1, len(step.inputs) - 1) for i in range(len(step.bodies))]
+        else:
+            same = [(0, 0, len(step.inputs))]
         for body, start, count in same:
             outer = step.inputs[start : start + count]
             for number, inner in zip(outer, step.bodies[body].inputs, strict=False):
@@ -198,6 +199,10 @@ class _Reader:
             for a in over:
                 for name in self.on(operand, a % len(operand.shape)):
                     self.refuse(name, f"{step.name} over it")
+        for output in step.outputs if step.name in DRAWS else ():
+            for a in range(len(self.tracer.avals[output].shape)):
+                for name in self.on(self.tracer.read(output, self.program), a):
+                    self.refuse(name, f"{step.name} gives each of its units other numbers")
         number = step.inputs[0] if step.inputs else -1
         axes = self.same(step) if number in self.views else None
         if axes is not None:
