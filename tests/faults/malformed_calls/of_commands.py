@@ -85,6 +85,8 @@ linear_code | --ranks must be at least 1 | matrix --ranks 0
 linear_code | --ranks must be at most | matrix --ranks 1000000
 linear_code | --condition must be at least 1 | matrix --condition 0.5
 linear_code | --tolerance must be below 1 | matrix --tolerance 1
+prune_without_training | --shares must | digits --shares 0.5 0.75
+prune_without_training | --groups must | digits --groups nope
 factorise_network | --budget must be positive | digits --budget 0
 factorise_network | --budget must be at most 1 | digits --budget 2
 split_network | bits | digits --codes 8x17
