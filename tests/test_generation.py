@@ -74,6 +74,30 @@ def test_cached_parts_are_the_whole(config):
     np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
+def test_what_does_not_exist_is_nan_under_jit():
+    """An index below 0 or above the table, and tokens beyond the end of the cache."""
+
+    @jax.jit
+    def run(model, tokens, positions):
+        cache = models.init_cache(model, 1, 3)
+        given = {"tokens": tokens, "positions": positions}
+        logits, cache = models.extend(model, given, cache)
+        return model(given), logits, models.extend(model, given, cache)[0]
+
+    one = np.ones((1, 2), int)
+    whole, first, second = run(network(GPT2), one, one)
+    assert np.isfinite(whole).all()
+    assert np.isfinite(first).all()
+    assert np.isnan(second).all()
+    for tokens, positions in (
+        (one * [1, -1], one),
+        (one * [1, 13], one),
+        (one, one * [1, -1]),
+        (one, one * [1, 12]),
+    ):
+        assert np.isnan(run(network(GPT2), tokens, positions)[0][0, 1]).all()
+
+
 @both
 def test_greedy_tokens_are_the_likeliest_and_the_cache_changes_nothing(config):
     model, prompts = network(config), {"tokens": TOKENS, "segments": LEFT}
@@ -98,6 +122,37 @@ def test_a_text_ends_at_its_stop():
         kept = ends[0] + 1 if ends else 5
         np.testing.assert_array_equal(text, [*row[:kept], *[11] * (5 - kept)])
         np.testing.assert_array_equal(segments, np.arange(5) < kept)
+
+
+def test_a_traced_or_tiny_temperature_takes_the_likeliest_too():
+    model, prompts = network(LLAMA), TOKENS[:, :3]
+    greedy = models.generate(model, prompts, length=4, temperature=0)["tokens"]
+
+    @jax.jit
+    def run(temperature):
+        return models.generate(model, prompts, length=4, key=jax.random.key(5), temperature=temperature)
+
+    for temperature in (0.0, 1e-40, 2e-38):
+        np.testing.assert_array_equal(run(temperature)["tokens"], greedy)
+
+
+def test_a_step_may_generate_and_learn():
+    """No gradient passes through what was generated."""
+    model = network(LLAMA)
+
+    @jax.jit
+    def step(params, key):
+        def loss(params):
+            student = model.replace(params=params)
+            samples = models.generate(student, TOKENS[:, :3], length=2, key=key)
+            return jnp.square(student(samples)).mean(), samples
+
+        (_, samples), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        given = jax.grad(lambda params: jnp.square(model.replace(params=params)(samples)).mean())(params)
+        return gradient, given
+
+    gradient, given = step(model.params, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, given)
 
 
 def test_draws_follow_the_key_and_the_cache_changes_nothing():
@@ -204,6 +259,8 @@ X = {"tokens": TOKENS, "segments": LEFT}
         (X | {"segments": LEFT[:1]}, "segments must have the shape of the tokens"),
         (X | {"segments": LEFT * 1.0}, "segments must be integers"),
         (X | {"positions": LEFT * 1.0}, "positions must be integers"),
+        (X | {"positions": LEFT + 11}, r"positions must lie in \[0, 12\), the learned ones, got 11 to 12"),
+        (X | {"positions": LEFT - 1}, r"positions must lie in \[0, 12\), the learned ones, got -1 to 0"),
         (np.ones((1, 13), int), "at most 12, the number of learned positions, got 13"),
     ],
 )
@@ -243,6 +300,11 @@ def test_configurations_that_are_refused(changes, message):
         ({"stops": 3}, "stops must be a list of tokens"),
         ({"stops": (1.5,)}, "stops must be tokens"),
         ({"pad": -1}, "pad must be tokens"),
+        ({"pad": 13}, r"pad must lie in \[0, 13\), the vocabulary"),
+        (
+            {"model": models.hidden_states(network(GPT2))},
+            "model must return logits, got one of models.hidden_states",
+        ),
         ({"prompts": X | {"segments": LEFT[:, ::-1]}}, "padded on the left"),
         ({"prompts": TOKENS + 7}, "tokens must lie in"),
         ({"model": models.from_function(lambda p, x: x, {})}, "model must be a transformer"),

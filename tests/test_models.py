@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.make_models import CLASSES, draw, fingerprint, images, reference_name
 
 from distill_jax import train
+from distill_jax.features import capture
 from distill_jax.models import VGG, Characters, build, feature_names, from_linen, from_nnx, nnx_module
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("models.json").read_text())
@@ -358,6 +359,54 @@ def test_initial_weights(description, variance):
             assert (leaf == (path[-1] == "scale")).all()
 
 
+def test_a_vision_transformer_is_its_formula():
+    """Two heads, patches of 2 × 4 places, one block; and the names of its features."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 16, 3)).astype(np.float32)
+    model = build("vit1-4:0.3", (8, 16, 3), 5, jax.random.key(0))
+    names = feature_names("vit1-4:0.3", (8, 16, 3))
+    assert names == ("stem", "stages.0", "pool")
+    logits, (_, found) = jax.jit(lambda m, x: (m(x), capture(m, names)(x)))(model, x)
+    assert [found[name].shape for name in names] == [(2, 2, 4, 64), (2, 2, 4, 64), (2, 64)]
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params)
+
+    def norm(p, x):
+        return (
+            p["scale"] * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            + p["bias"]
+        )
+
+    patches = x.reshape(2, 2, 4, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+    stem = p["stem"]
+    y = (
+        np.einsum("bhwijc,ijcf->bhwf", patches, stem["conv"]["kernel"])
+        + stem["conv"]["bias"]
+        + stem["positions"]
+    )
+    y = y.reshape(2, 8, 64)
+    block = p["stages"][0]["blocks"][0]
+    parts = block["attention"]
+    q, k, v = (
+        np.einsum("btf,fhd->bthd", norm(block["norm1"], y), parts[name]["kernel"]) + parts[name]["bias"]
+        for name in ("query", "key", "value")
+    )
+    weights = np.exp(np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(32))
+    weights /= weights.sum(-1, keepdims=True)
+    y = y + np.einsum("bhts,bshd,hdf->btf", weights, v, parts["out"]["kernel"]) + parts["out"]["bias"]
+    inner = norm(block["norm2"], y) @ block["up"]["kernel"] + block["up"]["bias"]
+    inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+    y = y + inner @ block["down"]["kernel"] + block["down"]["bias"]
+    pooled = norm(p["neck"], y).mean(1)
+    np.testing.assert_allclose(logits, pooled @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5)
+
+
+def test_the_stages_of_a_vision_transformer():
+    for depth, stages in ((1, [1]), (2, [1, 1]), (5, [2, 1, 2]), (6, [2, 2, 2])):
+        found = abstract(f"vit{depth}-4", (8, 8, 1)).stages
+        assert [len(stage.blocks) for stage in found] == stages
+    model = build("vit1-4:0.1", (8, 8, 1), 5, jax.random.key(0), dtype=jnp.bfloat16)
+    assert model(jnp.zeros((1, 8, 8, 1))).dtype == jnp.float32
+
+
 def test_descriptions_of_unusual_widths():
     assert feature_shapes("shufflenetv2:0.5", (8, 8, 1))[-2].shape == (2, 1024)
     assert [f.shape[-1] for f in feature_shapes("resnet14x3", (8, 8, 1))] == [24, 48, 96, 192, 192, 10]
@@ -386,6 +435,8 @@ def test_a_bad_description_is_refused(text):
         ("resnet8x0", "widening must be at least 1, got 0"),
         ("wrn17-2", r"6n \+ 4 .* got 17"),
         ("mobilenetv2-t0", "expansion must be at least 1, got 0"),
+        ("vit0-4", "depth must be an integer of at least 1"),
+        ("vit2-3", "patch must divide the height and width of an image, got 3"),
     ],
 )
 def test_a_network_that_is_not_there(text, message):

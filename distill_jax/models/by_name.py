@@ -19,6 +19,7 @@ from distill_jax.models.mobilenet import MobileNetV2
 from distill_jax.models.resnet import ResNet
 from distill_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from distill_jax.models.vgg import VGG
+from distill_jax.models.vit import ViT
 from distill_jax.models.wrn import WideResNet
 
 
@@ -46,6 +47,7 @@ NAMED: dict[str, tuple[str, Callable[..., Network]]] = {
     r"mobilenetv2(?:-t(?P<expansion>\d+))?": ("mobilenetv2", MobileNetV2),
     r"shufflenetv1": ("shufflenetv1", ShuffleNetV1),
     r"shufflenetv2": ("shufflenetv2", ShuffleNetV2),
+    r"vit(?P<depth>\d+)-(?P<patch>\d+)": ("vit6-4", ViT),
 }
 
 
@@ -59,7 +61,8 @@ def nnx_module(
         the convolutions) or ``characters:512,128`` (the units of the dense layers); or the name of a
         network, with or without a factor for its channels:
         ``vgg8``, ``vgg16:0.5``, ``resnet20``, ``resnet8x4``, ``wrn16-2``, ``mobilenetv2:0.5``
-        (``mobilenetv2-t3:0.5`` expands 3 times instead of 6), ``shufflenetv1``, ``shufflenetv2:1.5``.
+        (``mobilenetv2-t3:0.5`` expands 3 times instead of 6), ``shufflenetv1``, ``shufflenetv2:1.5``,
+        ``vit6-4`` (6 blocks, patches of 4 × 4 pixels).
       shape: ``(height, width, channels)`` of an image.
       classes: the number of classes, which is the number of outputs.
       rngs: the random streams that initialise the parameters and draw dropout's masks.

@@ -20,7 +20,11 @@ from distill_jax._checks import (
     shown,
 )  # fmt: skip
 from distill_jax._model import Model, PyTree, check_model
-from distill_jax.models import transformer
+from distill_jax.models import _blocks
+from distill_jax.models.cache import extend, init_cache
+from distill_jax.models.transformer import TransformerFn, hidden_states, transformer_fn
+
+TINY = float(np.finfo(np.float32).tiny)  # a smaller temperature is 0
 
 
 def generate(
@@ -52,7 +56,7 @@ def generate(
       length: the number of tokens to generate at most.
       temperature: logits are divided by it. 0 takes the likeliest token each time (greedy).
       top_p: draws from the smallest set of likeliest tokens that has at least this probability, in (0, 1]. 1 draws
-        from all.
+        from all. Tokens that are as likely as the least likely of the set belong to it.
       stops: tokens that end a text. A text keeps its stop and is padded after it; where all texts have ended,
         generation ends.
       pad: the token that fills up a text after its stop.
@@ -81,15 +85,20 @@ def generate(
     check_model("model", model)
     check_choice("cached", cached, (True, False))
     if cached:
-        transformer.transformer_fn("model", model)
-    tokens, segments, positions = transformer.read_inputs(prompts)
+        transformer_fn("model", model)
+    function = model.apply_fn
+    known = isinstance(function, TransformerFn)
+    if isinstance(function, TransformerFn) and not function.head:
+        raise ValueError("model must return logits, got one of models.hidden_states")
+    inputs = _blocks.read_inputs(prompts, "positions")
+    segments = inputs["segments"]
     check_count("length", length)
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if np.ndim(value):
             raise ValueError(f"{name} must be one number, got shape {np.shape(value)}")
     check_not_negative("temperature", temperature)
     check_fraction("top_p", top_p, without=0)
-    greedy = not isinstance(temperature, jax.core.Tracer) and bool(np.asarray(temperature) == 0)
+    greedy = not isinstance(temperature, jax.core.Tracer) and bool(np.asarray(temperature) < TINY)
     if key is not None:
         check_key("key", key)
     elif not greedy:
@@ -100,14 +109,16 @@ def generate(
             raise ValueError(f"{name} must be tokens, integers from 0, got {shown(token)}")
     if not isinstance(segments, jax.core.Tracer) and (np.asarray(segments)[:, -1] == 0).any():
         raise ValueError("prompts must be padded on the left, but a prompt ends with padding (segment 0)")
-    if not isinstance(tokens, jax.core.Tracer) and cached:
-        transformer.check_tokens(model.params, tokens)
-    if positions is None:
-        positions = transformer.count_positions(segments)
+    if known:
+        table = model.params["embedding"]
+        _blocks.check_indices("tokens", inputs["tokens"], table, "the vocabulary")
+        _blocks.check_indices("pad", np.asarray(pad), table, "the vocabulary")
+    if inputs["positions"] is None:
+        inputs["positions"] = _blocks.count_positions(segments)
     nucleus = isinstance(top_p, jax.core.Tracer) or bool(np.asarray(top_p) < 1)
     return _generate(
         model,
-        {"tokens": tokens, "segments": segments, "positions": positions},
+        inputs,
         jax.random.key(0) if key is None else key,
         1.0 if greedy else temperature,
         top_p,
@@ -143,10 +154,10 @@ def _generate(
     }
     cache = None
     if cached:
-        cache = transformer.init_cache(model, batch, prompt + length)
+        cache = init_cache(model, batch, prompt + length)
         if prompt > 1:  # the last token of the prompt is the first that the loop computes
             before = {name: value[:, :-1] for name, value in prompts.items()}
-            _, cache = transformer.extend(transformer.hidden_states(model), before, cache)
+            _, cache = extend(hidden_states(model), before, cache)
 
     segment, position = (prompts[name][:, -1] for name in ("segments", "positions"))
 
@@ -159,16 +170,19 @@ def _generate(
         here = prompt - 1 + step
         if cached:
             now = {name: jax.lax.dynamic_slice_in_dim(value, here, 1, 1) for name, value in text.items()}
-            logits, cache = transformer.extend(model, now, cache)
+            logits, cache = extend(model, now, cache)
             logits = logits[:, 0]
         else:
             logits = jax.lax.dynamic_index_in_dim(model(text), here, 1, keepdims=False)
         if greedy:
             token = jnp.argmax(logits, -1)
         else:
-            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
-            logits = _likeliest(logits, top_p) if nucleus else logits
-            token = jax.random.categorical(jax.random.fold_in(key, step), logits)
+            # The largest is 0, so that a small temperature makes no two logits infinite
+            warm = logits.astype(_blocks.wide(logits)) - logits.max(-1, keepdims=True)
+            warm /= jnp.maximum(temperature, TINY)
+            warm = _likeliest(warm, top_p) if nucleus else warm
+            token = jax.random.categorical(jax.random.fold_in(key, step), warm)
+            token = jnp.where(jnp.less(temperature, TINY), jnp.argmax(logits, -1), token)
         new = {
             "tokens": jnp.where(done, pad, token),
             "segments": jnp.where(done, 0, segment),

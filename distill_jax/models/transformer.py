@@ -1,28 +1,17 @@
-"""Causal transformers for text, as Llama, Qwen2, Qwen3 and GPT-2 are built, with a cache for generation."""
+"""Causal transformers for text, as Llama, Qwen2, Qwen3 and GPT-2 are built."""
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from distill_jax._checks import (
-    check_choice,
-    check_count,
-    check_integers,
-    check_key,
-    check_positive,
-    shown,
-)  # fmt: skip
+from distill_jax._checks import check_choice, check_count, check_key, check_positive, shown
 from distill_jax._model import Model, PyTree, check_model
-from distill_jax.features.capturing import name_values, naming
-
-DTYPES = ("float32", "bfloat16")
+from distill_jax.models import _blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +179,8 @@ def build_transformer(config: TransformerConfig, key: Array, *, dtype: DTypeLike
     if not isinstance(config, TransformerConfig):
         raise ValueError(f"config must be a models.TransformerConfig, got {type(config).__name__}")
     check_key("key", key)
-    return Model(TransformerFn(config), init_params(config, key, check_dtype("dtype", dtype)), {})
+    function = TransformerFn(config)
+    return Model(function, function.init(key, _blocks.check_dtype("dtype", dtype)), {})
 
 
 def hidden_states(model: Model) -> Model:
@@ -228,79 +218,6 @@ def head_kernel(model: Model) -> Array:
     return _head(model.params)
 
 
-def init_cache(model: Model, batch: int, capacity: int) -> dict[str, Any]:
-    """Makes an empty cache of keys and values, for :func:`extend`.
-
-    Args:
-      model: a transformer.
-      batch: the number of rows.
-      capacity: the number of tokens for which each row has room.
-
-    Returns:
-      A dict: ``"keys"`` and ``"values"``, one array ``[batch, capacity, kv_heads, head_size]`` per layer in the dtype
-      of the parameters; ``"segments"``, int32 ``[batch, capacity]``; ``"length"``, int32, the number of tokens so far.
-
-    Raises:
-      ValueError: if ``model`` is no transformer, a number is not positive, or there are fewer learned positions than
-        ``capacity``.
-    """
-    config = transformer_fn("model", model).config
-    check_count("batch", batch)
-    check_count("capacity", capacity)
-    _check_length(config, model.params, capacity)
-    shapes = [
-        (batch, capacity, *layer["attention"]["key"]["kernel"].shape[1:]) for layer in model.params["layers"]
-    ]
-    dtype = model.params["embedding"].dtype
-    return {
-        "keys": [jnp.zeros(shape, dtype) for shape in shapes],
-        "values": [jnp.zeros(shape, dtype) for shape in shapes],
-        "segments": jnp.zeros((batch, capacity), jnp.int32),
-        "length": jnp.zeros((), jnp.int32),
-    }
-
-
-def extend(model: Model, x: PyTree, cache: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-    """Computes the outputs of further tokens from those before them, whose keys and values are cached.
-
-    The outputs are those that the model gives for these tokens in the whole text.
-
-    Args:
-      model: a transformer.
-      x: the next tokens, ``[batch, length]`` with length ≥ 1, in the form that the model takes. Where there is no entry
-        ``"positions"``, they are counted on from the cached ones.
-      cache: what :func:`init_cache` or an earlier call gave.
-
-    Returns:
-      Logits ``[batch, length, vocabulary]``, or hidden states, and the new cache.
-
-    Raises:
-      ValueError: if ``model`` is no transformer, the input is not of that form, or the cache has no room for it. (Under
-        ``jit`` the length of the cache is not known: then nothing is checked, and later tokens would replace the last.)
-
-    >>> config = TransformerConfig(vocabulary=50, width=8, layers=1, heads=2, hidden=16)
-    >>> model = build_transformer(config, jax.random.key(0))
-    >>> text = jnp.array([[7, 8, 9]])
-    >>> _, cache = extend(model, text[:, :2], init_cache(model, 1, 3))
-    >>> logits, cache = extend(model, text[:, 2:], cache)
-    >>> bool(jnp.allclose(logits, model(text)[:, 2:], atol=1e-6))
-    True
-    """
-    function = transformer_fn("model", model)
-    tokens, segments, positions = read_inputs(x)
-    rows, room = cache["segments"].shape
-    if tokens.shape[0] != rows:
-        raise ValueError(f"x must have as many rows as the cache, {rows}, got {tokens.shape[0]}")
-    used = 0 if isinstance(cache["length"], jax.core.Tracer) else int(cache["length"])
-    if used + tokens.shape[1] > room:
-        raise ValueError(
-            f"cache has room for {room} tokens, but {used} and {tokens.shape[1]} were given: make a larger one with "
-            "init_cache"
-        )
-    hidden, longer = forward(function.config, model.params, tokens, segments, positions, cache)
-    return (project(model.params, hidden) if function.head else hidden), longer
-
-
 # --- what the public functions, the files and the generation are made of -------------------------
 
 
@@ -315,9 +232,49 @@ class TransformerFn:
         self, params: PyTree, state: PyTree, x: PyTree, *, key: Array | None = None
     ) -> tuple[Array, PyTree]:
         """Computes logits, or hidden states without the head."""
-        tokens, segments, positions = read_inputs(x)
-        hidden, _ = forward(self.config, params, tokens, segments, positions)
-        return (project(params, hidden) if self.head else hidden), state
+        hidden, _ = forward(self.config, params, _blocks.read_inputs(x, "positions"))
+        return self.outputs(params, hidden), state
+
+    def outputs(self, params: PyTree, hidden: Array) -> Array:
+        """Computes logits in float32 at least, or returns the hidden states without the head."""
+        if not self.head:
+            return hidden
+        return jnp.matmul(hidden, _head(params), preferred_element_type=_blocks.wide(hidden))
+
+    def init(self, key: Array, dtype: DTypeLike) -> PyTree:
+        """Draws the parameters."""
+        config, draw = self.config, _blocks.Drawer(key, dtype)
+        heads, kv_heads = (config.heads, config.head_size), (config.kv_heads, config.head_size)
+        width, hidden, last = (config.width,), (config.hidden,), (2 * config.layers) ** -0.5
+
+        def layer() -> PyTree:
+            attention = {
+                "query": draw.linear(width, heads, config.qkv_bias),
+                "key": draw.linear(width, kv_heads, config.qkv_bias),
+                "value": draw.linear(width, kv_heads, config.qkv_bias),
+                "output": draw.linear(heads, width, config.output_bias, last),
+            }
+            if config.qk_norm:
+                attention |= {f"{name}_norm": draw.norm("rms", config.head_size) for name in ("query", "key")}
+            inner = ("gate", "up") if config.feed_forward == "swiglu" else ("up",)
+            return {
+                "attention_norm": draw.norm(config.norm, width),
+                "attention": attention,
+                "feed_forward_norm": draw.norm(config.norm, width),
+                "feed_forward": {
+                    **{name: draw.linear(width, hidden, config.feed_forward_bias) for name in inner},
+                    "down": draw.linear(hidden, width, config.feed_forward_bias, last),
+                },
+            }
+
+        params: dict[str, Any] = {"embedding": draw.table(config.vocabulary, config.width)}
+        if config.positions == "learned":
+            params["positions"] = draw.table(config.max_length, config.width)
+        params["layers"] = [layer() for _ in range(config.layers)]
+        params["norm"] = draw.norm(config.norm, width)
+        if not config.tied:
+            params["head"] = draw.linear(width, (config.vocabulary,), bias=False)
+        return params
 
 
 def transformer_fn(name: str, model: Model) -> TransformerFn:
@@ -331,188 +288,56 @@ def transformer_fn(name: str, model: Model) -> TransformerFn:
     return model.apply_fn
 
 
-def check_dtype(name: str, dtype: DTypeLike | None) -> np.dtype:
-    """Returns the dtype; raises ``ValueError`` unless it is one that parameters may have."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if dtype is None or found is None or found.name not in DTYPES:
-        raise ValueError(f"{name} must be float32 or bfloat16, got {shown(dtype)}")
-    return found
-
-
-def init_params(config: TransformerConfig, key: Array, dtype: DTypeLike) -> PyTree:
-    """Draws the parameters of an architecture."""
-    numbers = itertools.count()
-    heads, kv_heads = (config.heads, config.head_size), (config.kv_heads, config.head_size)
-
-    def draw(*shape: Any, scale: float = 1.0) -> Array:
-        normal = jax.random.normal(jax.random.fold_in(key, next(numbers)), shape)
-        return (0.02 * scale * normal).astype(dtype)
-
-    def linear(inputs: tuple[Any, ...], outputs: tuple[Any, ...], bias: bool, scale: float = 1.0) -> PyTree:
-        kernel = {"kernel": draw(*inputs, *outputs, scale=scale)}
-        return kernel | ({"bias": jnp.zeros(outputs, dtype)} if bias else {})
-
-    def norm(kind: str, size: Any) -> PyTree:
-        bias = {"bias": jnp.zeros(size, dtype)} if kind == "layer" else {}
-        return {"scale": jnp.ones(size, dtype)} | bias
-
-    def layer() -> PyTree:
-        width, hidden, last = (config.width,), (config.hidden,), (2 * config.layers) ** -0.5
-        attention = {
-            "query": linear(width, heads, config.qkv_bias),
-            "key": linear(width, kv_heads, config.qkv_bias),
-            "value": linear(width, kv_heads, config.qkv_bias),
-            "output": linear(heads, width, config.output_bias, last),
-        }
-        if config.qk_norm:
-            attention |= {f"{name}_norm": norm("rms", config.head_size) for name in ("query", "key")}
-        inner = ("gate", "up") if config.feed_forward == "swiglu" else ("up",)
-        return {
-            "attention_norm": norm(config.norm, config.width),
-            "attention": attention,
-            "feed_forward_norm": norm(config.norm, config.width),
-            "feed_forward": {
-                **{name: linear(width, hidden, config.feed_forward_bias) for name in inner},
-                "down": linear(hidden, width, config.feed_forward_bias, last),
-            },
-        }
-
-    params: dict[str, Any] = {"embedding": draw(config.vocabulary, config.width)}
-    if config.positions == "learned":
-        params["positions"] = draw(config.max_length, config.width)
-    params["layers"] = [layer() for _ in range(config.layers)]
-    params["norm"] = norm(config.norm, config.width)
-    if not config.tied:
-        params["head"] = linear((config.width,), (config.vocabulary,), bias=False)
-    return params
-
-
-def read_inputs(x: PyTree) -> tuple[Array, Array, Array | None]:
-    """Checks the input of a transformer, and returns tokens, segments, and positions if they are given."""
-    entries = x if isinstance(x, Mapping) else {"tokens": x}
-    if "tokens" not in entries or entries.keys() - {"tokens", "segments", "positions"}:
-        raise ValueError(
-            f"x must be tokens, or a dict with 'tokens' and perhaps 'segments' and 'positions', got {sorted(entries)}"
-        )
-    check_integers("tokens", entries["tokens"])
-    shape = np.shape(entries["tokens"])
-    if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"tokens must have shape [batch, length] with length ≥ 1, got {shape}")
-    segments = entries.get("segments")
-    if segments is not None and getattr(segments, "dtype", None) != np.bool_:
-        check_integers("segments", segments)
-    positions = entries.get("positions")
-    if positions is not None:
-        check_integers("positions", positions)
-    for name, value in (("segments", segments), ("positions", positions)):
-        if value is not None and np.shape(value) != shape:
-            raise ValueError(f"{name} must have the shape of the tokens, {shape}, got {np.shape(value)}")
-    return (
-        jnp.asarray(entries["tokens"]),
-        jnp.ones(shape, jnp.int32) if segments is None else jnp.asarray(segments, jnp.int32),
-        None if positions is None else jnp.asarray(positions),
-    )
-
-
-def count_positions(segments: Array) -> Array:
-    """Counts from 0 in each run of equal segments, ``[batch, length]``; 0 at padding."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(segments == 0, 0, index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1))
-
-
 def forward(
-    config: TransformerConfig,
-    params: PyTree,
-    tokens: Array,
-    segments: Array,
-    positions: Array | None,
-    cache: dict[str, Any] | None = None,
+    config: TransformerConfig, params: PyTree, x: dict[str, Any], cache: dict[str, Any] | None = None
 ) -> tuple[Array, dict[str, Any]]:
     """Computes hidden states ``[batch, length, width]``, and all keys and values as a cache."""
+    tokens, segments, positions = x["tokens"], x["segments"], x["positions"]
     length = tokens.shape[1]
     start: Any = 0 if cache is None else cache["length"]
-    known = segments if cache is None else _put(cache["segments"], segments, start)
+    known = segments if cache is None else _blocks.put(cache["segments"], segments, start)
+    _blocks.check_indices("tokens", tokens, params["embedding"], "the vocabulary")
+    hidden = _blocks.look_up(params["embedding"], tokens)
+    if config.positions == "learned":
+        _blocks.check_length(params["positions"], length)
+        if positions is not None:
+            _blocks.check_indices("positions", positions, params["positions"], "the learned ones")
     if positions is None:
-        positions = jax.lax.dynamic_slice_in_dim(count_positions(known), start, length, axis=1)
+        positions = jax.lax.dynamic_slice_in_dim(_blocks.count_positions(known), start, length, axis=1)
+    if config.positions == "learned":
+        hidden += _blocks.look_up(params["positions"], positions)
+    turn = _turn(config, positions) if config.positions == "rotary" else None
+    if cache is not None:  # new keys would replace earlier ones
+        hidden = jnp.where(start + length > known.shape[1], jnp.nan, hidden)
     order = jnp.arange(known.shape[1]) <= start + jnp.arange(length)[:, None]
     # Padding sees padding, so no token sees nothing at all, which would make its softmax NaN
     visible = order & (segments[:, :, None] == known[:, None, :])
-    _check_length(config, params, length)
-    check_tokens(params, tokens)
-    # A token that does not exist becomes NaN, where another index would be taken silently
-    x = params["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan)
-    if config.positions == "learned":
-        x += params["positions"].at[positions].get(mode="fill", fill_value=jnp.nan)
-    turn = _turn(config, positions) if config.positions == "rotary" else None
-    x = _named("embedding", x)
+    hidden = _blocks.named("embedding", hidden)
     keys, values = [], []
     for i, layer in enumerate(params["layers"]):
         name = f"layers.{i}"
-        past = None if cache is None else (cache["keys"][i], cache["values"][i], start)
-        normed = _norm(layer["attention_norm"], x, config.norm_eps, config.norm)
-        attended, key, value = _attention(
-            config, layer["attention"], normed, turn, visible, past, f"{name}.attention"
+        attended, key, value = _blocks.attention(
+            layer["attention"],
+            _blocks.norm(layer["attention_norm"], hidden, config.norm_eps, config.norm),
+            visible,
+            scale=config.head_size**-0.5,  # type: ignore[operator]
+            name=f"{name}.attention",
+            eps=config.norm_eps,
+            turn=turn,
+            past=None if cache is None else (cache["keys"][i], cache["values"][i], start),
         )
-        x += _named(f"{name}.attention", attended)
-        normed = _norm(layer["feed_forward_norm"], x, config.norm_eps, config.norm)
-        x += _named(f"{name}.feed_forward", _feed_forward(layer["feed_forward"], normed))
-        x = _named(name, x)
+        hidden += _blocks.named(f"{name}.attention", attended)
+        normed = _blocks.norm(layer["feed_forward_norm"], hidden, config.norm_eps, config.norm)
+        hidden += _blocks.named(f"{name}.feed_forward", _blocks.feed_forward(layer["feed_forward"], normed))
+        hidden = _blocks.named(name, hidden)
         keys.append(key)
         values.append(value)
-    x = _named("norm", _norm(params["norm"], x, config.norm_eps, config.norm))
-    return x, {"keys": keys, "values": values, "segments": known, "length": start + length}
-
-
-def project(params: PyTree, hidden: Array) -> Array:
-    """Computes logits, in float32 at least."""
-    return jnp.matmul(hidden, _head(params), preferred_element_type=_wide(hidden))
+    hidden = _blocks.named("norm", _blocks.norm(params["norm"], hidden, config.norm_eps, config.norm))
+    return hidden, {"keys": keys, "values": values, "segments": known, "length": start + length}
 
 
 def _head(params: PyTree) -> Array:
     return params["head"]["kernel"] if "head" in params else params["embedding"].T
-
-
-def _named(name: str, x: Array) -> Array:
-    return name_values(name, x) if naming() else x
-
-
-def _wide(x: Array) -> np.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _put(old: Array, new: Array, start: ArrayLike) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-
-
-def _check_length(config: TransformerConfig, params: PyTree, length: int) -> None:
-    if config.positions == "learned" and length > params["positions"].shape[0]:
-        raise ValueError(
-            f"the length must be at most {params['positions'].shape[0]}, the number of learned positions, got {length}"
-        )
-
-
-def check_tokens(params: PyTree, tokens: Array) -> None:
-    """Raises ``ValueError`` if a token does not exist. Traced tokens pass."""
-    if isinstance(tokens, jax.core.Tracer) or not tokens.size:
-        return
-    least, most = int(tokens.min()), int(tokens.max())
-    if least < 0 or most >= params["embedding"].shape[0]:
-        raise ValueError(
-            f"tokens must lie in [0, {params['embedding'].shape[0]}), the vocabulary, got {least} to {most}"
-        )
-
-
-def _norm(params: PyTree, x: Array, eps: float, kind: str) -> Array:
-    wide = x.astype(_wide(x))
-    if kind == "layer":
-        wide -= wide.mean(-1, keepdims=True)
-    wide *= jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-    wide *= params["scale"]
-    return (wide + params["bias"] if "bias" in params else wide).astype(x.dtype)
 
 
 def _turn(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
@@ -526,53 +351,3 @@ def _turn(config: TransformerConfig, positions: Array) -> tuple[Array, Array]:
         frequency *= fast + (1 - fast) / scaling.factor
     angle = positions[:, :, None, None] * frequency.astype(np.float32)
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: Array, turn: tuple[Array, Array]) -> Array:
-    cos, sin = turn
-    a, b = jnp.split(x.astype(_wide(x)), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-def _linear(params: PyTree, x: Array, equation: str) -> Array:
-    y = jnp.einsum(equation, x, params["kernel"])
-    return y + params["bias"] if "bias" in params else y
-
-
-def _attention(
-    config: TransformerConfig,
-    params: PyTree,
-    x: Array,
-    turn: tuple[Array, Array] | None,
-    visible: Array,
-    past: tuple[Array, Array, Any] | None,
-    name: str,
-) -> tuple[Array, Array, Array]:
-    """Returns what is added to the residual stream, and all keys and values."""
-    query, key, value = (_linear(params[part], x, "btw,whd->bthd") for part in ("query", "key", "value"))
-    if "query_norm" in params:
-        query = _norm(params["query_norm"], query, config.norm_eps, "rms")
-        key = _norm(params["key_norm"], key, config.norm_eps, "rms")
-    if turn is not None:
-        query, key = _rotate(query, turn), _rotate(key, turn)
-    if past is not None:
-        key, value = _put(past[0], key, past[2]), _put(past[1], value, past[2])
-    batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=_wide(x))
-    scores = jnp.where(visible[:, None, None], scores * config.head_size**-0.5, -jnp.inf)  # type: ignore[operator]
-    weights = jax.nn.softmax(scores, axis=-1)
-    if naming():
-        shape = (batch, heads, length, key.shape[1])
-        weights = _named(f"{name}.weights", weights.reshape(shape)).reshape(weights.shape)
-    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
-    return _linear(params["output"], y.reshape(batch, length, heads, -1), "bthd,hdw->btw"), key, value
-
-
-def _feed_forward(params: PyTree, x: Array) -> Array:
-    up = _linear(params["up"], x, "btw,wh->bth")
-    if "gate" in params:
-        inner = jax.nn.silu(_linear(params["gate"], x, "btw,wh->bth")) * up
-    else:
-        inner = jax.nn.gelu(up, approximate=True)
-    return _linear(params["down"], inner, "bth,hw->btw")

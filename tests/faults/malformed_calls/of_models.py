@@ -107,6 +107,8 @@ def of_transformers() -> Iterator[Case]:
     for name, (wrong, words) in NO_MODELS.items():
         yield Case(f"models.hidden_states: {name}", words, lambda w=wrong: models.hidden_states(w))
         yield Case(f"models.head_kernel: {name}", words, lambda w=wrong: models.head_kernel(w))
+        yield Case(f"models.sentence_embeddings: {name}", words, lambda w=wrong: models.sentence_embeddings(w))
+        yield Case(f"models.given_source: {name}", words, lambda w=wrong: models.given_source(w, text))
         yield Case(f"models.init_cache: {name}", words, lambda w=wrong: models.init_cache(w, 1, 1))
         yield Case(f"models.extend: {name}", words, lambda w=wrong: models.extend(w, text, {}))
         yield Case(f"models.generate: {name}", words, lambda w=wrong: models.generate(w, text, length=1, key=KEY))
@@ -144,6 +146,7 @@ def of_transformers() -> Iterator[Case]:
                           "key": 3}.items():
         yield Case(f"models.generate: {option} {wrong}", option,
                    lambda o=option, w=wrong: models.generate(small(), text, **{"length": 1, "key": KEY, o: w}))
+    yield from of_encoders(small(), sizes, text)
     yield Case("models.load_pretrained: absent", "no directory", lambda: models.load_pretrained(fresh()))
     yield Case("models.load_pretrained: empty", "config.json does not exist",
                lambda: models.load_pretrained(tempfile.mkdtemp()))
@@ -151,3 +154,26 @@ def of_transformers() -> Iterator[Case]:
                lambda: models.save_pretrained(fresh(), small(), shard_bytes=0))
     yield Case("models.save_pretrained: no folder", "does not exist",
                lambda: models.save_pretrained(fresh() / "x", small()))
+
+
+def of_encoders(transformer: models.Model, sizes: dict[str, int], text: np.ndarray) -> Iterator[Case]:
+    encoder = functools.cache(lambda: models.build_encoder(models.EncoderConfig(**sizes), KEY))
+    for field, wrong in {"vocabulary": 0, "heads": 3, "types": 1.0, "max_length": "9", "norm_eps": NAN,
+                         "masked_head": "yes"}.items():
+        yield Case(f"models.EncoderConfig: {field} {wrong}", field,
+                   lambda f=field, w=wrong: models.EncoderConfig(**sizes | {f: w}))
+    yield Case("models.build_encoder: config a dict", "config", lambda: models.build_encoder(sizes, KEY))
+    yield Case("models.build_encoder: key an integer", "key",
+               lambda: models.build_encoder(models.EncoderConfig(**sizes), 0))
+    yield Case("an encoder: types beyond the known", "types", lambda: encoder()({"tokens": text, "types": text + 1}))
+    yield Case("models.sentence_embeddings: a transformer", "model", lambda: models.sentence_embeddings(transformer))
+    yield Case("models.sentence_embeddings: normalise 2", "normalise",
+               lambda: models.sentence_embeddings(encoder(), normalise=2))
+    gru = {"source": 5, "target": 5, "width": 2, "hidden": 2}
+    for field in gru:
+        yield Case(f"models.GRUConfig: {field} 0", field, lambda f=field: models.GRUConfig(**gru | {f: 0}))
+    yield Case("models.build_gru: config a dict", "config", lambda: models.build_gru(gru, KEY))
+    yield Case("models.build_gru: key an integer", "key", lambda: models.build_gru(models.GRUConfig(**gru), 0))
+    yield Case("a GRU: no source", "source", lambda: models.build_gru(models.GRUConfig(**gru), KEY)({"tokens": text}))
+    yield Case("models.given_source: a transformer", "model", lambda: models.given_source(transformer, text))
+    yield Case("models.load_gru: absent", "does not exist", lambda: models.load_gru(fresh()))
