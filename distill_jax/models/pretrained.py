@@ -128,13 +128,13 @@ def save_pretrained(
 def _present(model: Model) -> Any:
     """Returns a transformer's function, with the sizes that its arrays have now."""
     check_model("model", model)
-    function: Any = model.apply_fn
-    params = model.params
-    if not isinstance(function, TransformerFn | EncoderFn):
+    if not isinstance(model.apply_fn, TransformerFn | EncoderFn):
         raise ValueError(
             "model must be of models.build_transformer, models.build_encoder or models.load_pretrained, got a model of "
-            f"{shown(function)}"
+            f"{shown(model.apply_fn)}"
         )
+    function: Any = model.apply_fn
+    params = model.params
     if not params["layers"]:
         raise ValueError("model: params have no layers, and files hold at least one")
     attention, up = params["layers"][0]["attention"], params["layers"][0]["feed_forward"]["up"]["kernel"]
