@@ -63,6 +63,7 @@ def extend(model: Model, x: PyTree, cache: dict[str, Any]) -> tuple[Array, dict[
       ValueError: if ``model`` is no transformer, the input is not of that form, or the cache has no room for it. (Under
         ``jit`` the length of the cache is not known: then the outputs are NaN.)
 
+    >>> from distill_jax.models import TransformerConfig, build_transformer
     >>> config = TransformerConfig(vocabulary=50, width=8, layers=1, heads=2, hidden=16)
     >>> model = build_transformer(config, jax.random.key(0))
     >>> text = jnp.array([[7, 8, 9]])
