@@ -2,6 +2,7 @@
 
 from distill_jax.data import sound, text
 from distill_jax.data._errors import DataError
+from distill_jax.data.arrays import from_arrays
 from distill_jax.data.augment import (
     random_affine,
     random_elastic,
@@ -11,7 +12,6 @@ from distill_jax.data.augment import (
     random_stroke,
 )
 from distill_jax.data.datasets import load
-from distill_jax.data.own import from_arrays
 from distill_jax.data.splits import Dataset, Origins, Split
 
 __all__ = [

@@ -15,7 +15,7 @@ from distill_jax._checks import check_count
 from distill_jax.data import _glyphs, _idx, _spoken, _tfds
 from distill_jax.data._cache import Arrays, cached, folder_of
 from distill_jax.data._errors import DataError
-from distill_jax.data.own import load_npz
+from distill_jax.data.arrays import load_npz
 from distill_jax.data.splits import Dataset, make_dataset
 
 Found = tuple[str, Arrays, tuple[str, ...]]  # source, arrays, names of the classes
