@@ -36,11 +36,15 @@ class Part(NamedTuple):
     quick: Sequence[str] = ()
 
 
-Name = Literal["step", "conv", "losses", "labels", "store", "start", "sweep"]
+Name = Literal["step", "conv", "losses", "head_losses", "labels", "store", "start", "sweep"]
 PARTS: dict[Name, Part] = {
     "step": Part("Training steps", quick=("--rounds", "2", "--seconds", "0.05")),
     "conv": Part("Convolutions with and without the compiler options", quick=("--rounds", "1")),
     "losses": Part("Losses", quick=("--rounds", "2", "--sizes", "128x10", "--milliseconds", "5")),
+    "head_losses": Part(
+        "Losses from hidden states",
+        quick=("--rounds", "2", "--tokens", "64", "--hidden", "16", "--vocabulary", "1000"),
+    ),
     "labels": Part("Kinds of labels", quick=("--rounds", "1", "--seconds", "0.05")),
     "store": Part("The store of soft labels", quick=("--rounds", "1", "--megabytes", "5")),
     "start": Part("Imports and starts", quick=("--rounds", "1")),
