@@ -104,6 +104,7 @@ LOSSES = {
     "tokens.chunked": Entry(chunked),
     "tokens.per_sequence": Entry(per_sequence, teacher=False),
     "tokens.sequence": Entry(sequence),
+    "tokens.uld": logits_of(tokens.uld),
 }
 
 

@@ -109,6 +109,9 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         where: ArrayLike | None = None,
         **options: Any,
     ) -> Array:
+        check_real("student_hidden", student_hidden)
+        if teacher_kernel is not None:
+            check_real("teacher_hidden", teacher)
         rows = jax.tree.map(jnp.asarray, [student_hidden, teacher, *labels])
         if getattr(rows[0], "ndim", 0) < 2:
             raise ValueError(
@@ -190,7 +193,6 @@ def _head(name: str, head: Head, softcap: ArrayLike | None, hidden: Any) -> _Hea
             f"{name}_kernel must have shape [hidden, vocabulary] for hidden states of shape "
             f"{getattr(hidden, 'shape', type(hidden).__name__)}, got {kernel.shape}"
         )
-    check_real(f"{name}_hidden", hidden)
     if bias is not None:
         check_real(f"the bias of {name}_kernel", bias)
         if jnp.shape(bias) != kernel.shape[1:]:

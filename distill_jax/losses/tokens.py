@@ -8,8 +8,8 @@ here take such a loss and return one that language models need:
   for the rest of the vocabulary;
 - :func:`chunked` never holds the logits of all positions at once.
 
-They nest: ``sequence(chunked(bucketed(kl), chunk=256))``. Call :func:`common_vocabulary` before any of
-them.
+They nest: ``sequence(chunked(bucketed(kl)))``. Call :func:`common_vocabulary` before any of them. Between
+networks whose tokenizers differ, :func:`align_tokens` finds the places of equal text, and :func:`uld` compares there.
 
 **The mean over tokens or over sequences?** A training step averages values over examples, weighted by
 ``batch["weight"]``. With ``batch["weight"] = sequence_weight(mask)`` the result is the mean over all
@@ -30,9 +30,11 @@ from distill_jax.losses._arguments import to_float, token_weights
 from distill_jax.losses._numerics import Loss
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
 from distill_jax.losses.chunks import chunked
+from distill_jax.losses.tokenizers import align_tokens, uld
 
 __all__ = [
     "TopK",
+    "align_tokens",
     "append_other",
     "bucket",
     "bucket_labels",
@@ -43,6 +45,7 @@ __all__ = [
     "sequence",
     "sequence_weight",
     "top_k",
+    "uld",
 ]
 
 

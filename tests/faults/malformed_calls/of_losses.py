@@ -114,3 +114,45 @@ def of_losses() -> Iterator[Case]:
             elif isinstance(parameter.default, str):
                 yield Case(f"losses.{name}: {option} unknown", option,
                            lambda f=loss, g=good, o=option: f(**g, **{o: "no"}))
+    yield from of_chunks()
+
+
+def of_chunks() -> Iterator[Case]:
+    hidden, kernel, tokens = X[None], np.ones((6, 3), np.float32), losses.tokens
+
+    def call(student: Any = hidden, teacher: Any = hidden, reduce: Any = None, **options: Any) -> Any:
+        options = {"student_kernel": kernel, "teacher_kernel": kernel} | options
+        return tokens.chunked(losses.kl, chunk=3, reduce=reduce)(student, teacher, **options)
+
+    for wrong in (0, -1, 1.5, "1", NAN):
+        yield Case(f"tokens.chunked: chunk {wrong!r}", "chunk", lambda w=wrong: tokens.chunked(losses.kl, chunk=w))
+    for wrong in ("max", 1, True):
+        yield Case(f"tokens.chunked: reduce {wrong!r}", "reduce",
+                   lambda w=wrong: tokens.chunked(losses.kl, reduce=w))
+    for kind, wrong in WRONG_NUMBERS.items():
+        yield Case(f"tokens.chunked: student_hidden {kind}", "student_hidden", lambda w=wrong: call(w))
+        yield Case(f"tokens.chunked: teacher_hidden {kind}", "teacher_hidden", lambda w=wrong: call(teacher=w))
+        yield Case(f"tokens.chunked: student_kernel {kind}", "student_kernel",
+                   lambda w=wrong: call(student_kernel=w))
+        yield Case(f"tokens.uld: student_logits {kind}", "student_logits",
+                   lambda w=wrong: tokens.uld(w, LOGITS))
+    for name in ("student_softcap", "teacher_softcap", "temperature"):
+        for wrong in (0.0, -1.0, NAN, "1", 1j, np.ones(3)):
+            yield Case(f"tokens.chunked: {name} {wrong!r}", name, lambda n=name, w=wrong: call(**{n: w}))
+    yield Case("tokens.chunked: a bias too short", "bias", lambda: call(student_kernel=(kernel, np.ones(2))))
+    yield Case("tokens.chunked: a bias of bool", "bias", lambda: call(student_kernel=(kernel, np.ones(3, bool))))
+    yield Case("tokens.chunked: kernels of two vocabularies", "shape", lambda: call(teacher_kernel=kernel[:, :2]))
+    yield Case("tokens.chunked: short teacher", "row per token", lambda: call(teacher=hidden[:, :5]))
+    yield Case("tokens.chunked: softcap without kernel", "teacher_softcap",
+               lambda: call(teacher_kernel=None, teacher_softcap=3.0))
+    yield Case("tokens.chunked: weights without reduce", "weights", lambda: call(weights=np.ones(8)))
+    for wrong in (-np.ones(8), np.ones(5), "heavy", 1j * np.ones(8)):
+        yield Case(f"tokens.chunked: weights {np.shape(wrong)}", "weights",
+                   lambda w=wrong: call(reduce="sum", weights=w))
+    for name, wrong in (("tokens", np.ones(5, bool)), ("tokens", np.ones(8)), ("where", np.ones((1, 3), bool)),
+                        ("where", np.ones((1, 1, 3))), ("where", np.ones((1, 2, 3), bool))):
+        yield Case(f"tokens.chunked: {name} {wrong.dtype} {wrong.shape}", name,
+                   lambda n=name, w=wrong: call(**{n: w}))
+    yield Case("tokens.uld: other texts", "same shape", lambda: tokens.uld(LOGITS, LOGITS[:5]))
+    for wrong in ([2, 1], [-1], [1.5], [[1]], "12", [True]):
+        yield Case(f"tokens.align_tokens: {wrong!r}", "student_ends", lambda w=wrong: tokens.align_tokens(w, [1]))
