@@ -6,7 +6,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_integers
-from distill_jax.losses._numerics import log_total, logits_of, masked, temperature_of
+from distill_jax.losses._arguments import logits_of, masked, temperature_of
+from distill_jax.losses._numerics import log_total
 
 
 def uld(
