@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -153,6 +154,16 @@ def test_tokenizers_refuse(file):
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: ") as error:
         models.load_tokenizer(file)
     assert "\n" not in str(error.value)
+
+
+def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
+    for name in ("safetensors", "safetensors.numpy", "tokenizers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModuleNotFoundError, match=r"package tokenizers: pip install 'distill_jax\[text\]'"):
+        models.load_tokenizer(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=r"package safetensors: pip install 'distill_jax\[text\]'"):
+        models.save_pretrained(tmp_path / "model", network())
 
 
 @pytest.fixture(scope="module")

@@ -203,11 +203,16 @@ def test_an_index_chooses_between_two_tensors_of_one_name(tmp_path):
 
 
 def test_a_network_that_transformers_has_not_is_refused(tmp_path):
-    config = TransformerConfig(vocabulary=5, width=4, layers=1, heads=1, hidden=4, feed_forward="gelu")
-    with pytest.raises(
-        ValueError, match=r"no known architecture of transformers \(llama, qwen2, qwen3, gpt2, bert\)"
-    ):
-        models.save_pretrained(tmp_path / "x", models.build_transformer(config, jax.random.key(0)))
+    sizes = {"vocabulary": 5, "layers": 1, "hidden": 4}
+    gelu = TransformerConfig(**sizes, width=4, heads=1, feed_forward="gelu")
+    uneven = TransformerConfig(
+        **sizes, width=4, heads=3, head_size=2
+    )  # which the Llama of transformers refuses
+    for config in (gelu, uneven):
+        with pytest.raises(
+            ValueError, match=r"no known architecture of transformers \(llama, qwen2, qwen3, gpt2, bert\)"
+        ):
+            models.save_pretrained(tmp_path / "x", models.build_transformer(config, jax.random.key(0)))
 
 
 def changed(change):
