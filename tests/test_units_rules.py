@@ -97,7 +97,7 @@ CASES = {
     ),
     "index of each example": (
         lambda p, x: jax.vmap(lambda h, i: h[i])(sequence(p, x), INDICES) @ p["b"],
-        {"a": (3, 3, 4), "b": (4, 2)}, {"a": 4}, False,
+        {"a": (3, 3, 4), "b": (4, 2)}, {"a": 4}, True,
     ),
     "take_along_axis": (
         lambda p, x: jnp.take_along_axis(sequence(p, x), INDICES[:, None, None], 1)[:, 0] @ p["b"],

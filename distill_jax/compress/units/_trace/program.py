@@ -14,6 +14,12 @@ BODIES = {
     "scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",), "shard_map": ("jaxpr",),
 }  # fmt: skip
 
+# What JAX computes of constant indices: one of −1 is counted from the end, for which it needs the size of the axis
+FOLDED: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "lt": np.less, "ge": np.greater_equal,
+    "select_n": lambda which, *cases: cases[int(which)],
+}  # fmt: skip
+
 
 class Own(NamedTuple):
     """What a user says of a primitive of their own.
@@ -102,6 +108,12 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
 
         for eqn in jaxpr.eqns:
             name, operands = name_of(eqn), [read(atom) for atom in eqn.invars]
+            if name in FOLDED and all(_is_index(constants.get(n)) for n in operands):
+                result = FOLDED[name](*(np.asarray(constants[n]) for n in operands))
+                values[eqn.outvars[0]] = constant(
+                    np.asarray(result, eqn.outvars[0].aval.dtype), eqn.outvars[0].aval
+                )
+                continue
             body, here = _jaxpr.body_of(eqn), (*source, eqn.source_info.traceback)
             if body and not _is_relu(eqn):
                 outputs = run(body[0], [(c,) for c in body[1]], operands, here)
@@ -133,6 +145,10 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
             needed.update(step.inputs)
     program.steps = steps[::-1]
     return program
+
+
+def _is_index(value: Any) -> bool:
+    return value is not None and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iub"
 
 
 def name_of(eqn: Any) -> str:

@@ -11,7 +11,8 @@ from distill_jax.compress.units._trace.sum_rules import contractions
 def multiplications(small: Adapted, program: Program) -> tuple[int, int]:
     """Counts the multiplications of matrix products and convolutions.
 
-    The body of a ``scan`` counts as often as it runs, that of a ``while`` once; of a ``cond`` the largest branch.
+    The body of a ``scan`` counts as often as it runs, that of a ``shard_map`` for each device, that of a ``while`` once;
+    of a ``cond`` the largest branch counts.
 
     Args:
       small: the program adapted to the units that are left.
@@ -25,7 +26,11 @@ def multiplications(small: Adapted, program: Program) -> tuple[int, int]:
         counts = [multiplications(small, body) for body in step.bodies] or [_of_step(small, step)]
         if step.name == "cond":
             counts = [max(counts)]
-        times = step.params["length"] if step.name == "scan" else 1
+        times = 1
+        if step.name == "scan":
+            times = step.params["length"]
+        elif step.name == "shard_map":
+            times = step.params["mesh"].size
         total += times * sum(n for n, _ in counts)
         left += times * sum(n for _, n in counts)
     return total, left
