@@ -11,8 +11,8 @@ from distill_jax.compress.units._trace.sum_rules import contractions
 def multiplications(small: Adapted, program: Program) -> tuple[int, int]:
     """Counts the multiplications of matrix products and convolutions.
 
-    The body of a ``scan`` counts as often as it runs, that of a ``shard_map`` for each device, that of a ``while`` once;
-    of a ``cond`` the largest branch counts.
+    The body of a ``scan`` counts as often as it runs, that of a ``shard_map`` for each device, that of a ``while``
+    once; of a ``cond`` the largest branch counts.
 
     Args:
       small: the program adapted to the units that are left.
