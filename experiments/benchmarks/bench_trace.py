@@ -152,6 +152,16 @@ def networks(depths: list[int], large: bool):
         yield "ResNet-50, Linen", linen(ResNet(), images), images
 
 
+def tables() -> list[str]:
+    """The tables of units of ResNet-50 and of a GPT of the size of GPT-2 small."""
+    images, tokens = (
+        jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 128), jnp.int32),
+    )
+    graphs = units.trace(linen(ResNet(), images), images), units.trace(plain(12, 768, 12), tokens)
+    return [str(graph) for graph in graphs]
+
+
 def main() -> None:
     """Prints one line for each network: the smallest of several times, and the groups."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,9 +173,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.tables:
-        images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-        print(units.trace(linen(ResNet(), images), images), end="\n\n")
-        print(units.trace(plain(12, 768, 12), jax.ShapeDtypeStruct((1, 128), jnp.int32)))
+        print(*tables(), sep="\n\n")
         return
     print("network | processor seconds | exact / free groups")
     for name, model, x in networks(arguments.depths, arguments.large):
