@@ -186,6 +186,21 @@ def test_chunks_of_any_size_and_the_teachers_gradient():
             assert close(x, exact, 3e-6)
 
 
+def test_tokens_that_fill_up_the_last_chunk_reach_no_gradient():
+    student, _, _ = draw()
+
+    @jax.jit
+    def run(student):
+        def total(student, chunk):
+            loss = tokens.chunked(tokens.bucketed(losses.kl), chunk=chunk, reduce="sum")
+            return loss(student[0], TOP, student_kernel=student[1:], temperature=T)
+
+        return [jax.grad(total)(student, chunk) for chunk in (5, None)]
+
+    chunks, plain = run(student)
+    assert all(close(x, y, 3e-6) for x, y in zip(chunks, plain, strict=True))
+
+
 def test_bfloat16_is_summed_in_float32():
     student, teacher, _ = draw((1, 64))
     low = [tuple(jnp.asarray(x, jnp.bfloat16) for x in network) for network in (student, teacher)]
@@ -247,18 +262,25 @@ def test_where_and_temperature_have_the_axes_of_the_logits():
         for options in (
             {"where": exists[None, None]},
             {"where": MASK[..., None]},
-            {"where": MASK[..., None] & exists},
+            {"where": MASK[..., None] & exists, "hidden": np.where(MASK[..., None], student[0], np.nan)},
             {"temperature": 1 + LABELS[..., None]},
             {"temperature": np.full((1, 1, 1), 3.0)},
         ):
-            chunks = small(
-                student[0], teacher[0], student_kernel=student[1], teacher_kernel=teacher[1], **options
-            )
-            found.append((chunks, losses.kl(*logits, **options)))
+            hidden = options.pop("hidden", student[0])
+
+            def each(hidden, kernel, options=options):
+                values = small(
+                    hidden, teacher[0], student_kernel=kernel, teacher_kernel=teacher[1], **options
+                )
+                return values.sum(), values
+
+            gradients, chunks = jax.grad(each, (0, 1), has_aux=True)(hidden, student[1])
+            found.append((chunks, losses.kl(*logits, **options), gradients))
         return found
 
-    for chunks, whole in run():
+    for chunks, whole, gradients in run():
         np.testing.assert_allclose(chunks, whole, rtol=1e-5, atol=1e-6)
+        assert all(np.isfinite(x).all() for x in gradients)
 
 
 # --- the vocabulary on several devices -------------------------------------------------------
@@ -277,29 +299,29 @@ def test_a_vocabulary_on_four_devices_is_that_of_one(axes):
     rows = P(*axes[:-1])
     network = (rows, P(None, "vocabulary"), P("vocabulary"))
 
-    def values(name, student, teacher, labels, reduce, weights, **options):
+    def values(name, student, teacher, labels, reduce, chunk, weights, **options):
         _, loss, given, factor = SPREAD[name]
         options |= {"temperature": T} if factor != 1 else {}
         options |= {"weights": weights} if reduce else {}
         options |= {"teacher_kernel": teacher[1:], "teacher_softcap": 4.0} if given is None else {}
-        return tokens.chunked(loss, chunk=2, reduce=reduce)(
+        return tokens.chunked(loss, chunk=chunk, reduce=reduce)(
             student[0], teacher[0] if given is None else labels, student_kernel=student[1:],
             student_softcap=5.0, **options,
         )  # fmt: skip
 
-    def total(student, teacher, labels, weights, name, reduce, **options):
-        value = values(name, student, teacher, labels, reduce, weights, **options)
+    def total(student, teacher, labels, weights, name, reduce, chunk=2, **options):
+        value = values(name, student, teacher, labels, reduce, chunk, weights, **options)
         value = value if reduce else jnp.sum(weights * value)
         return jax.lax.psum(value, "batch") if options and len(axes) > 1 else value
 
     everything = [("kl", "sum"), *((name, None) for name in SPREAD)]
     if len(axes) > 1:
-        everything = [("kl", "sum"), ("cross_entropy", None)]
+        everything = [("kl", "sum"), ("cross_entropy", None), ("kl", "sum", None)]
 
     def spread(student, teacher, labels, weights):
-        def mapped(name, reduce):
+        def mapped(name, reduce, chunk=2):
             return jax.shard_map(
-                functools.partial(total, name=name, reduce=reduce, axis_name="vocabulary"),
+                functools.partial(total, name=name, reduce=reduce, chunk=chunk, axis_name="vocabulary"),
                 mesh=mesh, in_specs=(network, network, rows, rows), out_specs=P(),
             )  # fmt: skip
 

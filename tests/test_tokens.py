@@ -900,7 +900,7 @@ def test_shapes_and_values_are_checked():
         tokens.bucketed(losses.kl)(student, tokens.TopK(labels.indices, labels.log_probs[..., :3], 1.0))
     with pytest.raises(ValueError, match="a TopK, got tuple"):
         tokens.bucketed(losses.kl)(student, (labels.indices, labels.log_probs))
-    with pytest.raises(ValueError, match="weights must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="weights must be at least 0 and finite, got -1"):
         tokens.per_sequence(np.zeros((2, 3)), weights=np.array([1, -1, 1]))
 
 

@@ -127,8 +127,10 @@ def token_weights(
     counts = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
     if weights is None:
         return counts, counts.astype(jnp.float32)
-    if not isinstance(weights, jax.core.Tracer) and (np.asarray(weights) < 0).any():
-        raise ValueError(f"weights must be at least 0, got {np.min(weights)}")
+    if not isinstance(weights, jax.core.Tracer):
+        least, most = np.min(weights, initial=0), np.max(weights, initial=0)
+        if not 0 <= least <= most < np.inf:  # a NaN is both
+            raise ValueError(f"weights must be at least 0 and finite, got {least if least < 0 else most}")
     weights = jnp.broadcast_to(to_float(weights), shape)
     counts &= weights != 0
     return counts, jnp.where(counts, weights, 0.0)

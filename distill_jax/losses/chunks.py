@@ -64,7 +64,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         gradient 0, whatever their arrays hold.
       - ``weights``: ≥ 0, broadcastable to ``[..., length]``: w, the weight of each token, with ``reduce`` alone.
       - ``where`` and ``temperature`` have one axis per axis of the logits, ``[..., length, vocabulary]``, as for the
-        loss. So ``where[None, None]`` says which classes exist.
+        loss. So ``where[None, None]`` says which classes exist. A token that ``where`` leaves without a class does not
+        count.
       - Other options go to the loss unchanged, the same for every chunk.
 
       Kernels are multiplied in their own dtype. Logits, and the sums of gradients over tokens, are float32 also for
@@ -135,8 +136,11 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         shaped |= {name: options.pop(name) for name in ("temperature",) if name in options}
         per_token, fixed = _options_of_rows(shaped, shape)
         options |= fixed
-        if "where" in per_token and per_token["where"].shape[-1] == 1:  # not a mask of classes
-            tokens = per_token.pop("where")[..., 0] & (True if tokens is None else tokens)
+        if "where" in per_token:
+            mask = per_token["where"]
+            if mask.shape[-1] == 1:  # not of classes
+                del per_token["where"]
+            tokens = jnp.any(mask, -1) & token_weights(shape, tokens, None, name="tokens")[0]
         counts, full = token_weights(shape, tokens, weights, name="tokens")
         some = tokens is not None or weights is not None
         if some:
@@ -282,7 +286,8 @@ def _in_parts(
     """Computes the values of all tokens, ``[tokens]``, or their weighted sum, at most ``size`` tokens at a time."""
     softcaps = [head.softcap for head in heads]
     layers = [head._replace(softcap=None) for head in heads]
-    hidden, others, split_weights = jax.tree.map(lambda x: _split(x, size), (hidden, others, weights))
+    hidden, others = jax.tree.map(lambda x: _split(x, size, "edge"), (hidden, others))
+    split_weights = _split(weights, size, "constant")
 
     def from_products(products, others):
         return values_of([_capped(*pair) for pair in zip(products, softcaps, strict=True)], others)
@@ -406,12 +411,13 @@ def _fitted(gradient: Array | None, x: Array) -> Array | None:
     return jax.vjp(lambda x: x.astype(gradient.dtype) + gradient, x)[1](gradient)[0]
 
 
-def _split(x: Array, chunk: int) -> Array:
+def _split(x: Array, chunk: int, mode: str) -> Array:
     """Cuts tokens into parts of at most ``chunk``, ``[parts, tokens of a part, ...]``.
 
-    A part takes every so many tokens, so that it has some of each device's. The last are filled up with zeros.
+    A part takes every so many tokens, so that it has some of each device's. The last are filled up: with zeros, or with
+    the last token, whose loss is as well defined as it was.
     """
     parts = max(1, -(-x.shape[0] // chunk))
     size = -(-x.shape[0] // parts)
-    x = jnp.pad(x, [(0, parts * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    x = jnp.pad(x, [(0, parts * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1), mode)
     return jnp.swapaxes(x.reshape(size, parts, *x.shape[1:]), 0, 1)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax._checks import takes
+from distill_jax._checks import check_bool, check_count, takes
 from distill_jax.losses._arguments import to_float, token_weights
 from distill_jax.losses._numerics import Loss
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
@@ -164,8 +164,17 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
             mask = counts.reshape(shape + (1,) * (x.ndim - len(shape)))
             return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
-        if takes(loss, "where"):  # a loss that compares tokens with each other must not see padding
-            where = options.get("where")
+        where = options.get("where")
+        if where is not None:
+            check_bool("where", where)
+            if jnp.ndim(where) != len(shape) + 1:
+                raise ValueError(
+                    f"where must have one axis per axis of the logits {(*shape, 'vocabulary')}, got shape "
+                    f"{jnp.shape(where)}"
+                )
+        if takes(loss, "tokens"):  # the result of chunked
+            options["tokens"] = counts
+        elif takes(loss, "where"):  # a loss that compares tokens with each other must not see padding
             options["where"] = counts[..., None] & (True if where is None else where)
         values = loss(*jax.tree.map(blank, (student, *others)), **options)
         return per_sequence(values, where=counts, weights=full, reduce=reduce)
@@ -202,6 +211,7 @@ def common_vocabulary(
     >>> print(s.shape, t.shape)
     (2, 5) (2, 5)
     """
+    check_count("vocabulary_size", vocabulary_size)
     if teacher_vocabulary_size not in (None, vocabulary_size):
         raise ValueError(
             f"the vocabularies differ: student {vocabulary_size} tokens, teacher "
