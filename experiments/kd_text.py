@@ -54,7 +54,8 @@ class Config(RunOptions):
     prompt: Count = 32  # number of bytes of a row from which a model goes on
     samples: Count = 16384  # number of texts of the teacher for sequence-level distillation
     share: Share = 0.5  # probability that a batch is the student's own, on-policy
-    evaluated: Count = 2000  # number of held-out rows that are evaluated
+    rows: Count = 32_000  # number of training rows at most
+    evaluated: Count = 2000  # number of rows of the validation data, and of the test data, at most
     check: bool = (
         False  # exit with status 1 unless the teacher leads and top-k labels are as good as all logits
     )
@@ -63,7 +64,8 @@ class Config(RunOptions):
 CONFIGS = {
     "smoke": ("The sources of Python's library, a minute; shows that all works, and nothing else.", Config(
         seeds=1, length=48, teacher=(48, 2, 4, 128), student=(16, 1, 2, 32), steps=20, teacher_rounds=6, rounds=2,
-        batch_size=16, prompt=16, samples=320, evaluated=64,
+        batch_size=16, prompt=16, samples=320, rows=512,
+        evaluated=64,
     )),
     "python": ("The sources of Python's library; about half a day on one core.", Config()),
     "bible": ("The World English Bible; about half a day on one core.", Config(dataset="bible")),
@@ -175,7 +177,7 @@ class Lesson:
             return _files.unseal(json.loads(file.read_bytes()))
         stored = {name: given.seconds() for name, given in self.stored.items()}
         before = {name: stored[method.stored] for name, method in self.methods.items()}
-        one = {name: config.steps * float(np.median(fit.history["seconds"])) for name, fit in done.items()}
+        one = {name: config.steps * language.step_seconds(fit.history) for name, fit in done.items()}
         most = max(before[name] + config.rounds * one[name] for name in done)
         rounds = {name: max(1, round((most - before[name]) / one[name])) for name in done}
         if config.time_rounds:
@@ -205,7 +207,8 @@ def evaluate(lesson: Lesson, trained: Sequence[Students], choice: Mapping[str, A
     """Evaluates all models on the held-out texts: the ``models`` of results.json."""
     config, sampler = lesson.config, make_sampler(lesson.config)
     examples = lesson.run.dataset.test.examples()
-    image, measure = examples["image"], train.make_measure(train.next_token(), examples, batch_size=100)
+    measure = train.make_measure(train.next_token(), examples, batch_size=100)
+    image = {name: values[:: 1 + len(values) // 500] for name, values in examples["image"].items()}
     prompts = {n: values[:32] for n, values in lesson.run.dataset.test.prompts(config.prompt).items()}
 
     @jax.jit
@@ -264,7 +267,7 @@ def draw(run: Run, trained: Sequence[Students], choice: Mapping[str, Any]) -> di
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, "smoke")
-    rows = language.load(config.dataset, config.data_dir, config.length, config.evaluated)
+    rows = language.load(config.dataset, config.data_dir, config.length, config.rows, config.evaluated)
     run = Run.start("kd_text", name, config, check, rows)
     lesson, choice = Lesson(run), dict[str, Any]()
     trained = [train_seed(lesson, seed, choice) for seed in range(config.seeds)]
@@ -280,9 +283,9 @@ def main() -> int:
     lead = bits["scratch"][1] - bits["teacher"][0]
     loss = 100 * (bits["top-k, OTHER"][0] / bits["KL"][0] - 1)
     headline = (
-        f"Best {'; '.join(told)}. The teacher has {bits['teacher'][0]:.3f}, {lead:+.3f} below the student from scratch "
-        f"at equal time. Top-{config.top} labels with OTHER of {lesson.stored['top'].bytes} bytes per token instead of "
-        f"all logits change the bits by {loss:+.2f} %."
+        f"Best {'; '.join(told)}. The teacher has {bits['teacher'][0]:.3f}, {lead:.3f} less than the student from "
+        f"scratch at equal time. Top-{config.top} labels with OTHER of {lesson.stored['top'].bytes} bytes per token "
+        f"instead of all logits change the bits by {loss:+.2f} %."
     )
     run.finish(found, draw(run, trained, choice), headline=headline, columns=language.COLUMNS)
     return run.check(

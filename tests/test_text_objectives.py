@@ -151,6 +151,19 @@ def test_stored_labels_of_tokens_are_those_online(tmp_path):
     loss_fn = train.distill_tokens(soft=bucketed(losses.kl))
     data = {"image": IMAGE, "weight": WEIGHT}
     same(*(one_step(loss_fn, data=data | {"teacher": labels}) for labels in (stored, fresh)))
+
+    # Hidden states with the head, and draws
+    def hidden(rows):
+        inputs = {n: x[rows] for n, x in IMAGE.items()}
+        return models.predict(models.hidden_states(TEACHER), inputs, batch_size=4)
+
+    other = {"length": LENGTH, "fingerprint": {"teacher": "t"}, "shard_rows": 4}
+    head = kinds.Hidden(models.head_kernel(TEACHER))
+    store_h = teachers.write_token_labels(tmp_path / "h", ids, hidden, kind=head, **other)
+    found = store_h[teachers.token_ids(ids, LENGTH)]
+    np.testing.assert_allclose(found, outputs(np.arange(ROWS)), rtol=1e-5, atol=1e-5)
+    drawn = teachers.write_token_labels(tmp_path / "s", ids, outputs, kind=kinds.Sampled(5), **other)
+    assert (store_h.bytes_per_label, drawn.bytes_per_label) == (8 * 4, 5 * 2)
     # One label per token, of which any can be read alone
     one = store[ids[2] * LENGTH + 5]
     same(one, jax.tree.map(lambda x: x[2, 5], stored))

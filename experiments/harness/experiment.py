@@ -197,7 +197,8 @@ class Run:
             options["mesh"] = self.sharding and self.sharding.mesh  # type: ignore[attr-defined]
         else:
             options["seed"] = order
-            options.setdefault("validate", self.validation)
+            if "validate" not in options:  # that of classifiers, which other data does not have
+                options["validate"] = self.validation
             if self.sharding is not None:
                 mesh = self.sharding.mesh  # type: ignore[attr-defined]
                 state, context = jax.device_put((state, context), train.replicated(mesh))

@@ -56,25 +56,26 @@ class TextRows(NamedTuple):
     test: Rows
 
 
-def load(name: str, data_dir: Path | None, length: int, evaluated: int) -> TextRows:
+def load(name: str, data_dir: Path | None, length: int, learned: int, evaluated: int) -> TextRows:
     """Loads texts and packs them.
 
     Args:
       name: which texts, as in :func:`distill_jax.data.text.load`.
       data_dir: as there.
       length: the number of tokens of a row that are predicted at most.
-      evaluated: how many rows of the validation and of the test data are taken at most, spread over all texts.
+      learned: how many rows of the training data are taken at most, spread over all texts.
+      evaluated: the same of the validation and of the test data.
     """
     found = text.load(name, data_dir=data_dir)
 
-    def rows(documents: text.Documents, most: int | None = None) -> Rows:
+    def rows(documents: text.Documents, most: int) -> Rows:
         packed = text.pack([text.to_tokens(each) for each in documents.texts], length + 1)
         count = len(packed["tokens"])
-        chosen = np.arange(count) if most is None or most >= count else np.arange(most) * count // most
+        chosen = np.arange(min(most, count)) * count // min(most, count)
         return Rows(chosen.astype(np.int64), packed["tokens"][chosen], packed["segments"][chosen])
 
     held_out = (rows(documents, evaluated) for documents in (found.validation, found.test))
-    return TextRows(found.name, f"{found.source} ({found.licence})", rows(found.train), *held_out)
+    return TextRows(found.name, f"{found.source} ({found.licence})", rows(found.train, learned), *held_out)
 
 
 def network(sizes: tuple[int, ...], key: jax.Array) -> models.Model:
@@ -131,6 +132,12 @@ def rounds_of(epoch: Callable[..., Any], steps: int) -> Callable[..., Any]:
         return state, {**metrics, "seconds": jnp.full(steps, seconds)}
 
     return one_round
+
+
+def step_seconds(history: Mapping[str, Any]) -> float:
+    """Computes the processor time of a step from the rounds of a training, without the one that compiled the most."""
+    rounds = sorted(history["seconds"])
+    return float(np.median(rounds[: max(1, len(rounds) - 1)]))
 
 
 def processor_seconds(call: Callable[[], Any]) -> float:

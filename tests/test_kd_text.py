@@ -1,0 +1,70 @@
+"""Language models of bytes: a small run of all methods, killed and resumed, and bad input."""
+
+import json
+
+import kd_text
+import numpy as np
+import pytest
+from faults.kills import torture
+
+EXPERIMENT = kd_text
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """A folder of small texts."""
+    folder = tmp_path_factory.mktemp("books")
+    words = ["see", "the", "cat", "and", "a", "dog", "run", "home"]
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 120)))
+    return folder
+
+
+def small(folder):
+    return [
+        *("smoke", "--dataset", str(folder), "--length", "16", "--prompt", "4", "--teacher", "8", "1", "2", "8"),
+        *("--student", "8", "1", "2", "4", "--steps", "3", "--batch-size", "8", "--samples", "32"),
+        *("--teacher-rounds", "2", "--rounds", "2", "--evaluated", "16", "--save-seconds", "0"),
+        *("--time-rounds", "3", "2", "2", "2", "2", "3", "2", "2", "2"),
+    ]  # fmt: skip
+
+
+SMALL: list[str] = []
+
+
+def test_killed_and_resumed(tmp_path, books):
+    done = torture(
+        tmp_path, "kd_text", small(books), 2,
+        triggers={0: "seed0/labels/texts/00000.bin", 1: "seed0/scratch-equal-time"},
+    )  # fmt: skip
+    assert "arrays and results.json are the same" in done
+    found = json.loads((tmp_path / "calm" / "results.json").read_text())["models"]
+    assert list(found) == ["teacher", *kd_text.methods(kd_text.Config())]
+    assert found["top-k, OTHER"]["bytes_per_token"] == 12 + 13 * 2
+    assert found["scratch"]["rounds"] == [2, 3]
+    assert found["scratch"]["bits"][0] != found["scratch"]["bits"][1]
+    assert found["KL"]["bits"][0] == found["KL"]["bits"][1]
+    assert all(0 < model["bits"][0][0] < 9 for model in found.values())
+    for picture in ("tokens.png", "time.png"):
+        assert (tmp_path / "calm" / picture).stat().st_size > 500
+    assert "excess %" in (tmp_path / "calm" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dataset nope", "must be one of stdlib, python-doc, bible"),
+        ("--steps 1000", "--steps must be at most"),
+        ("--samples 8", "--samples must lie between 24 and"),
+        ("--prompt 17", "--prompt must be at most --length"),
+        ("--top 256", "--top must be below 256"),
+        ("--time-rounds 1 2", "--time-rounds must be none, or 9 numbers: scratch, KL"),
+        ("--student 6 1 4 8", "width must be a multiple of heads"),
+    ],
+)
+def test_bad_options(tmp_path, books, run, options, message):
+    status, _, error = run(*options.split(), "--out", tmp_path / "run", small=small(books))
+    assert status == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
