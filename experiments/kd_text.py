@@ -126,12 +126,10 @@ def check(config: Config, dataset: language.TextRows) -> None:
 class Lesson:
     """The teacher, what it has stored, and the programs that train: made once for all seeds."""
 
-    def __init__(self, run: Run):
-        self.run, self.config, self.methods = run, run.config, methods(run.config)
-        config, rows, self.programs = run.config, run.dataset.train, dict[Any, Any]()
-        self.measure = train.make_measure(
-            train.next_token(), run.dataset.validation.examples(), batch_size=100
-        )
+    def __init__(self, run: Run, data: language.TextRows):
+        self.run, self.data, self.config, self.methods = run, data, run.config, methods(run.config)
+        config, rows, self.programs = run.config, data.train, dict[Any, Any]()
+        self.measure = train.make_measure(train.next_token(), data.validation.examples(), batch_size=100)
         plain = language.Stored(rows.examples(), lambda: 0.0)
         start = language.network(config.teacher, jax.random.key(0))
         rounds, rate = config.teacher_rounds, config.teacher_learning_rate
@@ -206,10 +204,10 @@ def train_seed(lesson: Lesson, seed: int, choice: dict[str, Any]) -> Students:
 def evaluate(lesson: Lesson, trained: Sequence[Students], choice: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates all models on the held-out texts: the ``models`` of results.json."""
     config, sampler = lesson.config, make_sampler(lesson.config)
-    examples = lesson.run.dataset.test.examples()
+    examples = lesson.data.test.examples()
     measure = train.make_measure(train.next_token(), examples, batch_size=100)
     image = {name: values[:: 1 + len(values) // 500] for name, values in examples["image"].items()}
-    prompts = {n: values[:32] for n, values in lesson.run.dataset.test.prompts(config.prompt).items()}
+    prompts = {n: values[:32] for n, values in lesson.data.test.prompts(config.prompt).items()}
 
     @jax.jit
     def exposure(student, teacher, rows):
@@ -269,7 +267,7 @@ def main() -> int:
     name, config = read(CONFIGS, __doc__, "smoke")
     rows = language.load(config.dataset, config.data_dir, config.length, config.rows, config.evaluated)
     run = Run.start("kd_text", name, config, check, rows)
-    lesson, choice = Lesson(run), dict[str, Any]()
+    lesson, choice = Lesson(run, rows), dict[str, Any]()
     trained = [train_seed(lesson, seed, choice) for seed in range(config.seeds)]
     found = run.record(evaluate(lesson, trained, choice))
     bits = {

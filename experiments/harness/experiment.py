@@ -123,8 +123,8 @@ class Run:
         experiment: str,
         config_name: str,
         config: Any,
-        check: Callable[[Any, data.Dataset], None] = lambda config, dataset: None,
-        dataset: data.Dataset | None = None,
+        check: Callable[[Any, Any], None] = lambda config, dataset: None,
+        dataset: Any = None,
     ) -> "Run":
         """Loads the data, checks the options, and opens the directory of the run.
 

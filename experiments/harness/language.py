@@ -234,7 +234,7 @@ class Author:
 
 def renormalised(labels: TopK) -> TopK:
     """Leaves out OTHER: the probabilities of the k tokens alone sum to 1."""
-    kept = labels.log_probs[..., :-1]
+    kept: Any = labels.log_probs[..., :-1]
     kept = kept - np.logaddexp.reduce(kept, -1, keepdims=True)
     none = np.full_like(kept[..., :1], -np.inf)
     return TopK(labels.indices, np.append(kept, none, -1), labels.temperature)
