@@ -40,7 +40,10 @@ nitpicky = True
 highlight_language = "text"  # of blocks that name none: what a program prints
 # Names of other projects, and the parameters of generic types: this site has no page for them.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|jaxlib|flax|nnx|linen|optax|numpy|np|tokenizers|collections|typing|types|pathlib|os)(\..*)?"),
+    (
+        "py:.*",
+        r"(jax|jaxlib|flax|nnx|linen|optax|numpy|np|tokenizers|collections|typing|types|pathlib|os)(\..*)?",
+    ),
     ("py:.*", "|".join(api_pages.OUTSIDE)),
 ]
 
