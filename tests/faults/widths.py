@@ -449,7 +449,7 @@ def check(fn, params, x, rng, *, sets=3) -> tuple[list[str], Any, int]:
         cases.append((subset(graph, rng, shrunk), False))
     cases = [case for case in cases if case[0]]
     silent = [units.silence(graph, model, kept) for kept, _ in cases]
-    smaller = [units.keep(graph, model, kept) for kept, _ in cases]
+    smaller = [units.keep(graph, model, kept).replace(apply_fn=model.apply_fn) for kept, _ in cases]
     shrinks = [units.shrink(graph, model, kept) for kept, _ in cases]
     reran = 0
 

@@ -14,7 +14,7 @@ from distill_jax import metrics
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.removal import Kept, shapes_of, unit_masks
-from distill_jax.compress.units.shrinking import ShrunkFn
+from distill_jax.compress.units.running import traced_function
 
 Cost = Callable[[UnitGraph, Kept], float]
 
@@ -72,7 +72,9 @@ def flops(graph: UnitGraph, kept: Kept) -> float:
     Raises:
       ValueError: if XLA has no count, or if there is a ``while`` loop, whose number of rounds is unknown.
     """
-    return _counted(jax.make_jaxpr(_evaluation(graph, kept))(*_arguments(graph, kept, jax.ShapeDtypeStruct)))
+    return _counted(
+        jax.make_jaxpr(traced_function(graph, kept))(*_arguments(graph, kept, jax.ShapeDtypeStruct))
+    )
 
 
 def _counted(closed: Any) -> float:
@@ -174,12 +176,6 @@ def architecture(graph: UnitGraph, kept: Kept) -> dict[str, Any]:
     }
 
 
-def _evaluation(graph: UnitGraph, kept: Kept) -> Callable[..., Any]:
-    """The function ``(params, state, x) -> outputs`` of the smaller network."""
-    apply_fn = ShrunkFn(graph, kept)
-    return lambda params, state, x: apply_fn(params, state, x)[0]
-
-
 def _arguments(graph: UnitGraph, kept: Kept, make: Callable[..., Any]) -> Any:
     """Makes ``(params, state, x)`` for a call, of ``make(shape, dtype)`` each."""
     traced = graph.traced
@@ -192,6 +188,6 @@ def _latencies(graph: UnitGraph, each: Sequence[Kept], repeats: int) -> list[flo
     calls = []
     for kept in each:
         arguments = _arguments(graph, kept, jnp.zeros)
-        compiled = jax.jit(_evaluation(graph, kept)).lower(*arguments).compile()
+        compiled = jax.jit(traced_function(graph, kept)).lower(*arguments).compile()
         calls.append(functools.partial(compiled, *arguments))
     return (np.median(metrics.timings(calls, repeats=repeats), 0) * 1e3).tolist()

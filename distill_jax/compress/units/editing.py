@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._model import Model, PyTree
+from distill_jax._model import Model, PyTree, identity
 from distill_jax.compress.units.graph import UnitGraph, check_graph
 
 Kind = Literal["params", "state"]
 Edit = Callable[[Any, str], Any]
+Function = Callable[[Any], Any]
 
 
-def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree) -> PyTree:
+def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree, function: Function = identity) -> PyTree:
     """Applies a function to all leaves of a tree that belong to a parameter or to the state of a network.
 
     Those are the leaves of each subtree that has the structure of the traced parameters or of the traced
@@ -27,6 +28,7 @@ def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree) -> PyTree:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       edit: ``(leaf, name) -> new leaf``.
       tree: the pytree.
+      function: ``apply_fn -> apply_fn``, for each Model that has the traced parameters and state as a whole.
 
     Returns:
       A pytree of the same structure.
@@ -36,7 +38,7 @@ def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree) -> PyTree:
         one may be either the parameters or the state.
     """
     check_graph(graph)
-    edited, count = _edit(graph, edit, tree, "tree")
+    edited, count = _edit(graph, edit, tree, "tree", function)
     if not count:
         raise ValueError(
             f"tree: nothing in it has the structure of the traced parameters, "
@@ -46,7 +48,7 @@ def map_leaves(graph: UnitGraph, edit: Edit, tree: PyTree) -> PyTree:
     return edited
 
 
-def _edit(graph: UnitGraph, edit: Edit, tree: PyTree, where: str) -> tuple[PyTree, int]:
+def _edit(graph: UnitGraph, edit: Edit, tree: PyTree, where: str, function: Function) -> tuple[PyTree, int]:
     """The edited tree, and in how many of its subtrees something was found."""
     count = 0
 
@@ -70,13 +72,16 @@ def _edit(graph: UnitGraph, edit: Edit, tree: PyTree, where: str) -> tuple[PyTre
             if kind in _kinds(graph, tree):
                 found[kind], counts[kind] = _edit_part(graph, edit, tree, kind, place_of), 1
             else:
-                found[kind], counts[kind] = _edit(graph, edit, tree, place_of)
+                found[kind], counts[kind] = _edit(graph, edit, tree, place_of, function)
         if counts["state"] and not counts["params"]:
             raise ValueError(
                 f"{place}.params has another structure than the traced parameters, and the state alone "
                 "would be edited: trace this model, or one of the same structure"
             )
         count += counts["params"]
+        traced: Any = jax.tree.structure(tuple(graph.names))
+        if jax.tree.structure((node.params, node.state)) == traced:
+            found["apply_fn"] = function(node.apply_fn)
         return node.replace(**found)
 
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=part), count

@@ -12,7 +12,7 @@ from distill_jax._checks import check_mapping
 from distill_jax._model import PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph, check_graph
-from distill_jax.compress.units.shrinking import ShrunkFn
+from distill_jax.compress.units.running import traced_function
 from distill_jax.compress.units.tracing import Traced
 
 Permutations = Mapping[str, Sequence[int] | np.ndarray]
@@ -195,9 +195,11 @@ def _try_all(graph: UnitGraph) -> dict[str, str]:
         lambda like: _random(rng, like, np.prod(like.shape[:-1])), (traced.model.params, traced.model.state)
     )
     x = jax.tree.map(lambda like: _random(rng, like), traced.x)
-    model = traced.model.replace(apply_fn=ShrunkFn(graph, {}), params=params, state=state)
+    function = traced_function(graph, {})
+    model = traced.model.replace(params=params, state=state)
     options: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    run = jax.jit(lambda model, x: model(x)).lower(model, x).compile(compiler_options=options)
+    forward = jax.jit(lambda model, x: function(model.params, model.state, x))
+    run = forward.lower(model, x).compile(compiler_options=options)
     expected = [np.asarray(y) for y in jax.tree.leaves(run(model, x))]
 
     def fails(names: list[str]) -> str:

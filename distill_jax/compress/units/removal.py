@@ -1,21 +1,30 @@
 """Removes units, or sets them to zero: the one edit of which all others are made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from distill_jax._checks import check_mapping
-from distill_jax._model import PyTree
+from distill_jax._model import ApplyFn, PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
-from distill_jax.compress.units.graph import Slice, UnitGraph, check_graph
+from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of, unit_masks
+from distill_jax.compress.units.running import function_for
 
-Kept = Mapping[str, Sequence[int] | np.ndarray]
+Choice = Callable[[UnitGraph, ApplyFn, Kept], ApplyFn]
+
+__all__ = ["Kept", "keep", "position_masks", "remove", "shapes_of", "silence", "unit_masks"]
 
 
 def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
-    """Removes all units except the kept ones: the same pytree with smaller arrays.
+    """Removes all units except the kept ones: the same pytree with smaller arrays, and models that run.
+
+    A model keeps its function where the function, traced with the smaller arrays, is the traced program with
+    every size adapted. Elsewhere (its code has widths written into it, or computes numbers from them) the
+    adapted program becomes its function. That program is made anew for each shape and dtype of inputs and for
+    training mode, so the model takes any batch size and trains: with dropout, whose masks are those that the
+    kept units have in the whole network, with the new statistics in its state, and with the derivatives that
+    the network defines by ``custom_jvp`` and ``custom_vjp``.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
@@ -26,8 +35,9 @@ def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
         that are not named stay.
 
     Returns:
-      A pytree of the same structure. A smaller Model runs where the network's code takes its widths from
-      the parameters; else use :func:`distill_jax.compress.units.shrink`.
+      A pytree of the same structure. A Model in it whose parameters and state are the traced ones runs; it
+      raises ``ValueError`` when it is called in a way in which the units cannot be removed. The function of a
+      Model around others (an encoder and decoder, a student with a learned loss) stays as it is.
 
     Raises:
       ValueError: if ``kept`` names a group that does not exist or is not free, or has no indices, or
@@ -43,6 +53,21 @@ def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     >>> jax.tree.map(jnp.shape, units.keep(graph, model, {"a": [0, 3]}).params)
     {'a': (3, 2), 'b': (2, 2)}
     """
+    return remove(graph, tree, kept, function_for)
+
+
+def remove(graph: UnitGraph, tree: PyTree, kept: Kept, function: Choice) -> PyTree:
+    """Removes units as :func:`keep` does, with another way to make the functions of models.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      tree: as :func:`keep` takes it.
+      kept: group → the indices of the units that stay.
+      function: ``(graph, apply_fn, kept) -> apply_fn``.
+
+    Returns:
+      A pytree of the same structure.
+    """
     masks = position_masks(graph, kept)
 
     def edit(leaf: Any, name: str) -> Any:
@@ -50,7 +75,7 @@ def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
             leaf = numpy_of(leaf).take(leaf, np.flatnonzero(mask), axis=axis)
         return leaf
 
-    return map_leaves(graph, edit, tree)
+    return map_leaves(graph, edit, tree, lambda apply_fn: function(graph, apply_fn, kept))
 
 
 def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
@@ -79,7 +104,7 @@ def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     >>> units.silence(graph, model, {"a": [0, 3]}).params["b"][:, 0]
     Array([1., 0., 0., 1.], dtype=float32)
     """
-    masks = _masks({
+    masks = masks_of({
         name: (stays, graph.groups[name].silent or graph.groups[name].slices)
         for name, stays in unit_masks(graph, kept).items()
     })  # fmt: skip
@@ -92,81 +117,3 @@ def silence(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
         return leaf
 
     return map_leaves(graph, edit, tree)
-
-
-def position_masks(graph: UnitGraph, kept: Kept) -> dict[str, dict[int, np.ndarray]]:
-    """Says which positions along which axes stay.
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: group → the indices of the units that stay.
-
-    Returns:
-      name of an array → axis → bool ``[positions]``, only for axes of which some positions go.
-    """
-    return _masks({n: (stays, graph.groups[n].slices) for n, stays in unit_masks(graph, kept).items()})
-
-
-def _masks(given: Mapping[str, tuple[np.ndarray, Sequence[Slice]]]) -> dict[str, dict[int, np.ndarray]]:
-    masks: dict[str, dict[int, np.ndarray]] = {}
-    for stays, slices in given.values():
-        for path, axis, index in slices:
-            axes = masks.setdefault(path, {})
-            # Position −1 reads the last element, which np.where then ignores
-            mask = np.where(index < 0, True, stays[index])
-            axes[axis] = axes[axis] & mask if axis in axes else mask
-    return masks
-
-
-def shapes_of(graph: UnitGraph, kept: Kept) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes that all arrays have with these units, by name.
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: group → the indices of the units that stay.
-
-    Returns:
-      name of an array → shape and dtype.
-    """
-    masks = position_masks(graph, kept)
-    found = {}
-    for path, like in graph.shapes.items():
-        axes = masks.get(path, {})
-        shape = [int(axes[a].sum()) if a in axes else n for a, n in enumerate(like.shape)]
-        found[path] = jax.ShapeDtypeStruct(tuple(shape), like.dtype)
-    return found
-
-
-def unit_masks(graph: UnitGraph, kept: Kept) -> dict[str, np.ndarray]:
-    """Checks ``kept``, and turns its indices into masks, for the groups that lose units.
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      kept: group → the indices of the units that stay.
-
-    Returns:
-      group → bool ``[size]``, true for the units that stay.
-
-    Raises:
-      ValueError: if ``kept`` is not valid, see :func:`keep`.
-    """
-    check_graph(graph)
-    check_mapping("kept", kept, "group → indices")
-    stays = {name: _stays(graph, name, indices) for name, indices in kept.items()}
-    return {name: mask for name, mask in stays.items() if not mask.all()}
-
-
-def _stays(graph: UnitGraph, name: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    if name not in graph.groups:
-        raise ValueError(f"kept names {name!r}, which is no group; there are {list(graph.groups)}")
-    group = graph.groups[name]
-    index = np.asarray(indices)
-    if index.size == 0 or index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(f"kept[{name!r}] must be a list of at least one index, got {indices!r}")
-    if index[0] < 0 or index[-1] >= group.size or (np.diff(index) <= 0).any():
-        raise ValueError(f"kept[{name!r}] must rise and lie in 0 … {group.size - 1}, got {indices!r}")
-    if not group.free and index.size < group.size:
-        raise ValueError(f"kept[{name!r}]: the group is not free: {group.reason}")
-    stays = np.zeros(group.size, bool)
-    stays[index] = True
-    return stays

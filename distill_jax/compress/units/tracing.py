@@ -24,7 +24,6 @@ class Traced(NamedTuple):
     Attributes:
       model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
       x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
-      key: the random key of training mode as a shape, or None for evaluation.
       program: the steps.
       tracer: the labels of every value.
       units: for each group, the nodes of its units.
@@ -33,7 +32,6 @@ class Traced(NamedTuple):
 
     model: Model
     x: PyTree
-    key: Any
     program: Program
     tracer: Tracer
     units: dict[str, np.ndarray]
@@ -121,26 +119,23 @@ def _silenced_behind(graph: UnitGraph) -> UnitGraph:
     return UnitGraph(groups, graph.shapes, graph.names, graph.notes, graph.traced)
 
 
-def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | None = None) -> UnitGraph:
+def groups_of(model: Model, x: PyTree) -> UnitGraph:
     """Finds the units as :func:`trace` does, but does not look for numbers computed from sizes.
 
     Args:
       model: the model, with ``jax.ShapeDtypeStruct`` as its arrays.
       x: the input, with ``jax.ShapeDtypeStruct`` as its arrays.
-      key: the shape of a random key, to read the program of training mode, whose results are the outputs
-        and the new state; None for evaluation, whose results are the outputs.
 
     Returns:
       The groups of units.
     """
 
-    def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
-        now = model.replace(params=params, state=state)
-        return now.apply(x, key=keys[0]) if keys else now(x)
+    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+        return model.replace(params=params, state=state)(x)
 
-    closed, results = _jaxpr.trace(run, model.params, model.state, x, *([] if key is None else [key]))
+    closed, results = _jaxpr.trace(run, model.params, model.state, x)
     program = flatten(closed)
-    tracer = Tracer(training=key is not None)
+    tracer = Tracer()
     names = names_of(model)
     paths = jax.tree.leaves(names)
     for i, number in enumerate(program.inputs):
@@ -153,13 +148,6 @@ def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | N
             tracer.values[number] = value((units, np.ones_like(zero)) for units, zero in axes)
     tracer.run(program)
     outputs = [tracer.result(program, i) for i in range(len(program.outputs))]
-    if key is not None:
-        states = len(jax.tree.leaves(model.state))
-        olds = program.inputs[len(paths) - states : len(paths)]
-        for old, new in zip(olds, outputs[len(outputs) - states :], strict=True):
-            for a, units in enumerate(tracer.read(old, program).units):
-                tracer.labels.unify(units, new.units[a], "the new state")
-        outputs = outputs[: len(outputs) - states]
     for output in outputs:
         for units in output.units:
             tracer.labels.freeze(units, "a result of the network")
@@ -170,7 +158,7 @@ def groups_of(model: Model, x: PyTree, key: jax.Array | jax.ShapeDtypeStruct | N
         for path, n in zip(paths, program.inputs, strict=False)
     }
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
-    traced = Traced(model, x, key, program, tracer, members, jax.tree.structure(results))
+    traced = Traced(model, x, program, tracer, members, jax.tree.structure(results))
     return UnitGraph(groups, shapes, names, tuple(notes), traced)
 
 

@@ -28,8 +28,8 @@ def verify(
       model: the model, of the traced structure and shapes.
       kept: group → the indices of the units that stay.
       inputs: one or more batches of inputs.
-      by: what makes the smaller network: :func:`~distill_jax.compress.units.keep` or
-        :func:`~distill_jax.compress.units.shrink`.
+      by: what makes the smaller network: :func:`~distill_jax.compress.units.keep`,
+        :func:`~distill_jax.compress.units.shrink`, or a function of yours.
 
     Returns:
       The largest absolute difference between the outputs of both, divided by the largest absolute output.
@@ -47,8 +47,8 @@ def verify(
     >>> graph = units.trace(model, x)
     >>> graph.groups["a"].removable
     'exactly by shrink'
-    >>> units.verify(graph, model, {"a": [0, 3]}, x), units.verify(graph, model, {"a": [0, 3]}, x, by=units.shrink)
-    (1.0, 0.0)
+    >>> units.verify(graph, model, {"a": [0, 3]}, x)
+    0.0
     """
     check_model("model", model)
     if not inputs:
@@ -63,13 +63,12 @@ def verify(
             given = jax.tree.map(np.asarray, run(small, x))
         except Exception as error:
             raise ValueError(
-                f"kept: the network does not run with the smaller arrays, give by=units.shrink if it is the network's "
-                f"own code that refuses them: {_one_line(error)}"
+                f"kept: the network does not run with the smaller arrays: {_one_line(error)}"
             ) from error
         if _shapes(given) != _shapes(expected):
             raise ValueError(
                 f"kept: the smaller network has outputs of shapes {_shapes(given)[1]} where the silenced one has "
-                f"{_shapes(expected)[1]}: its code reads them from its arrays; give by=units.shrink"
+                f"{_shapes(expected)[1]}: its code reads them from its arrays; give by=units.keep"
             )
         for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

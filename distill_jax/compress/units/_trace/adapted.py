@@ -26,11 +26,16 @@ class Adapted:
     def __init__(self, program: Program, tracer: Tracer, removed: Sequence[np.ndarray]):
         self.program = program
         self.tracer = tracer
+        # Shapes and dtypes, with symbolic sizes where the program has numbers in their places
+        self.avals = program.avals
         # One longer: NONE reads the last
         self.removed = np.zeros(tracer.labels.count + 1, bool)
         for nodes in removed:
             self.removed[nodes] = True
         self.masks: dict[int, np.ndarray] = {}
+        self.constants: dict[int, Any] = {}
+        # The adapted derivatives of calls, by their first result
+        self.derivatives: dict[int, Any] = {}
 
     @classmethod
     def of(cls, traced: Any, kept: Mapping[str, Any]) -> "Adapted":
@@ -67,7 +72,17 @@ class Adapted:
 
     def constant(self, number: int) -> Any:
         """Returns a constant, cut to the positions that stay."""
-        return cut(self.program.constants[number], self.stays(self.value(number)))
+        if number not in self.constants:
+            array, masks = self.program.constants[number], self.stays(self.value(number))
+            if not isinstance(array, jax.core.Tracer) and not all(mask.all() for mask in masks):
+                array = np.asarray(array)  # so that it stays a constant in a program that is traced
+            self.constants[number] = cut(array, masks)
+        return self.constants[number]
+
+    def shape(self, number: int, masks: Sequence[np.ndarray]) -> tuple[Any, ...]:
+        """Returns the shape of a value of which these positions stay."""
+        sizes = zip(self.avals[number].shape, masks, strict=True)
+        return tuple(n if mask.all() else int(mask.sum()) for n, mask in sizes)
 
     def changes(self, step: Step) -> bool:
         """Says whether a step has another size, or a mean with another number of terms."""
@@ -80,20 +95,35 @@ class Adapted:
         sized = SIZED.get(step.name)
         return step.params | (sized(self, step) if sized else {})
 
+    def count(self, step: Step, place: int, operand: Any) -> Any:
+        """Returns an operand, with its number of terms adapted if the step divides a sum over units by it."""
+        axes = self.tracer.means.get(step.outputs[0])
+        count = None if axes is None else self.tracer.number(step.inputs[place])
+        if axes is None or count is None:
+            return operand
+        left = float(np.prod([self.mask(units).mean() for units in axes]))
+        factor = left if step.name == "div" else 1 / left
+        return np.asarray(count * factor, self.program.avals[step.inputs[place]].dtype)
+
     def run(self, program: Program, values: Sequence[Any]) -> list[Any]:
         """Runs a program, the whole or one within a loop, on smaller values."""
         results = evaluate(program, self.step, self.constant, values)
         return [
-            resize(x, shape_of(self.stays(self.tracer.result(program, i)))) for i, x in enumerate(results)
+            resize(x, self.shape(program.outputs[i], self.stays(self.tracer.result(program, i))))
+            for i, x in enumerate(results)
         ]
 
     def step(self, step: Step, operands: list[Any]) -> Sequence[Any]:
         """Runs one step on smaller values."""
-        operands = [resize(x, shape_of(self.operand(step, i))) for i, x in enumerate(operands)]
+        operands = [
+            resize(x, self.shape(step.inputs[i], self.operand(step, i))) for i, x in enumerate(operands)
+        ]
+        if step.symbolic is not None:
+            step = step._replace(params=step.symbolic)
         function = ADAPTED.get(step.name) if self.changes(step) else None
         results = function(self, step, operands) if function else bind(step, operands)
         for i, result in enumerate(results):
-            shape = shape_of(self.output(step, i))
+            shape = self.shape(step.outputs[i], self.output(step, i))
             if np.shape(result) != shape:
                 raise ValueError(
                     f"graph: {step.name} gives {np.shape(result)} where its units make {shape}: please "
@@ -109,9 +139,10 @@ def shape_of(masks: Sequence[np.ndarray]) -> Shape:
 
 def cut(array: Any, masks: Sequence[np.ndarray]) -> Any:
     """Takes the positions that stay out of an array."""
+    module = np if isinstance(array, np.ndarray) else jnp
     for a, mask in enumerate(masks):
         if not mask.all():
-            array = jnp.take(array, np.flatnonzero(mask), axis=a)
+            array = module.take(array, np.flatnonzero(mask), axis=a)
     return array
 
 
@@ -125,7 +156,7 @@ def resize(x: Any, shape: Shape) -> Any:
 
 def _split(small: Adapted, step: Step) -> dict[str, Any]:
     axis = step.params["axis"]
-    sizes = [shape_of(small.output(step, i))[axis] for i in range(len(step.outputs))]
+    sizes = [small.shape(number, small.output(step, i))[axis] for i, number in enumerate(step.outputs)]
     return {"sizes": tuple(sizes)}
 
 
@@ -141,7 +172,7 @@ def _pad(small: Adapted, step: Step) -> dict[str, Any]:
 def _gather(small: Adapted, step: Step) -> dict[str, Any]:
     sizes = step.params["slice_sizes"]
     new = [
-        int(mask.sum()) if n == mask.size else n
+        n if mask.all() or n != mask.size else int(mask.sum())
         for n, mask in zip(sizes, small.operand(step, 0), strict=True)
     ]
     return {"slice_sizes": tuple(new)}
@@ -154,7 +185,7 @@ def _conv(small: Adapted, step: Step) -> dict[str, Any]:
 
 
 def _output_shape(option: str) -> Any:
-    return lambda small, step: {option: shape_of(small.output(step))}
+    return lambda small, step: {option: small.shape(step.outputs[0], small.output(step))}
 
 
 # Primitives that have sizes among their parameters, and what these become
@@ -166,16 +197,16 @@ SIZED: dict[str, Callable[[Adapted, Step], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def taken(small: Adapted, step: Step) -> list[np.ndarray]:
-    """Says which positions of the smaller operand a slice takes along each axis."""
-    shape = small.program.avals[step.inputs[0]].shape
-    strides = step.params["strides"] or (1,) * len(shape)
-    cuts = zip(step.params["start_indices"], step.params["limit_indices"], strides, strict=True)
-    found = []
-    for old, mask in zip(cuts, small.operand(step, 0), strict=True):
-        positions = np.arange(*old)
-        found.append((np.cumsum(mask) - 1)[positions[mask[positions]]])
-    return found
+def cuts(step: Step) -> list[tuple[Any, Any, Any]]:
+    """Returns start, limit and stride of a slice along each axis."""
+    starts, limits = step.params["start_indices"], step.params["limit_indices"]
+    return [*zip(starts, limits, step.params["strides"] or (1,) * len(starts), strict=True)]
+
+
+def taken(mask: np.ndarray, cut: tuple[int, int, int]) -> np.ndarray:
+    """Says which positions a slice takes along an axis of which these positions stay."""
+    positions = np.arange(*cut)
+    return (np.cumsum(mask) - 1)[positions[mask[positions]]]
 
 
 def _sized(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
@@ -188,27 +219,23 @@ def _relu(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
 
 def _slice(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
     (x,) = operands
-    for a, index in enumerate(taken(small, step)):
+    new = cuts(step)
+    for a, mask in enumerate(small.operand(step, 0)):
+        if mask.all():
+            continue
+        index = taken(mask, new[a])
         gaps = np.unique(np.diff(index))
         if index.size and gaps.size <= 1:
-            gap = int(gaps[0]) if gaps.size else 1
-            x = jax.lax.slice_in_dim(x, int(index[0]), int(index[-1]) + 1, gap, a)
+            new[a] = int(index[0]), int(index[-1]) + 1, int(gaps[0]) if gaps.size else 1
         else:
-            x = jnp.take(x, index, axis=a)
-    return [x]
+            x, new[a] = jnp.take(x, index, axis=a), (0, index.size, 1)
+    starts, limits, strides = zip(*new, strict=True)
+    return bind(step, [x], start_indices=starts, limit_indices=limits, strides=strides)
 
 
 def _scaled(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
     """A sum over n units that is divided by n, or multiplied by 1/n: n becomes the number that stays."""
-    axes = small.tracer.means.get(step.outputs[0])
-    if axes is not None:
-        left = float(np.prod([small.mask(units).mean() for units in axes]))
-        factor = left if step.name == "div" else 1 / left
-        for i, number in enumerate(step.inputs):
-            count = small.tracer.number(number)
-            if count is not None:
-                operands[i] = np.asarray(count * factor, small.program.avals[number].dtype)
-    return bind(step, operands)
+    return bind(step, [small.count(step, i, x) for i, x in enumerate(operands)])
 
 
 def _scan(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
@@ -242,10 +269,7 @@ def _cond(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
 
 
 def _drawn(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
-    """Random numbers: in evaluation all are drawn, since each unit that stays keeps the ones it had."""
-    if small.tracer.training and step.name == "random_bits":
-        keys = len(small.operand(step, 0))
-        return bind(step, operands, shape=shape_of(small.output(step))[keys:])
+    """Random numbers are drawn for all units: those that stay get the ones that they had among all."""
     return [cut(x, small.output(step, i)) for i, x in enumerate(bind(step, operands))]
 
 

@@ -8,6 +8,7 @@ is another than the traced one with every size adapted, which computes what the 
 import dis
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ import numpy as np
 from jax.extend import core
 
 from distill_jax import _jaxpr
-from distill_jax.compress.units._trace.adapted import Adapted, shape_of, taken
+from distill_jax.compress.units._trace.adapted import Adapted, cuts, shape_of, taken
 from distill_jax.compress.units._trace.program import BODIES, OWN, Program, Step, flatten
 from distill_jax.compress.units._trace.rules import Value
 from distill_jax.compress.units.graph import Group, UnitGraph
-from distill_jax.compress.units.removal import shapes_of
+from distill_jax.compress.units.masks import shapes_of
 
 SAME, REFUSED = "same", "refused"
 # Packages whose errors are those of operations, which may run by chance for other sizes
@@ -283,7 +284,13 @@ def difference(small: Adapted, again: Program) -> str:
             a == b or free for a, b, free in zip(given, shape, any_size, strict=True)
         )
 
-    def other_value(old: int, new: int, masks: Sequence[np.ndarray], any_size: Sequence[bool] = ()) -> str:
+    def other_value(
+        old: int,
+        new: int,
+        masks: Sequence[np.ndarray],
+        any_size: Sequence[bool] = (),
+        term: Any = lambda a: a,
+    ) -> str:
         if not has_shape(masks, new, any_size):
             return f"{OTHER} other shapes"
         if (old in constants) != (new in again.constants):
@@ -291,7 +298,7 @@ def difference(small: Adapted, again: Program) -> str:
         if old not in constants:
             found = numbers.get(root(old, same[0]))
             return "" if found == root(new, same[1]) else f"{OTHER} another order of operations"
-        a, b = constants[old], again.constants[new]
+        a, b = term(constants[old]), again.constants[new]
         return "" if _same_array(a, b, masks, any_size) else NUMBER
 
     def other_step(old: Step, new: Step) -> str:
@@ -299,7 +306,8 @@ def difference(small: Adapted, again: Program) -> str:
         repeats = any(any(result.repeats) for result in results)
         for i, (a, b) in enumerate(zip(old.inputs, new.inputs, strict=True)):
             operand = small.tracer.operand(old, i, small.program)
-            if reason := other_value(a, b, small.stays(operand), operand.repeats if repeats else ()):
+            any_size = operand.repeats if repeats else ()
+            if reason := other_value(a, b, small.stays(operand), any_size, partial(small.count, old, i)):
                 return reason
         for a, b, result in zip(old.outputs, new.outputs, results, strict=True):
             if not has_shape(small.stays(result), b, result.repeats):
@@ -319,10 +327,9 @@ def difference(small: Adapted, again: Program) -> str:
             return ""
         if old.name == "slice":
             apart |= {"start_indices", "limit_indices", "strides"}
-            strides = new.params["strides"] or (1,) * len(new.params["start_indices"])
-            cuts = zip(new.params["start_indices"], new.params["limit_indices"], strides, strict=True)
-            for a, (cut, index) in enumerate(zip(cuts, taken(small, old), strict=True)):
-                if any_size[a : a + 1] != (True,) and not np.array_equal(np.arange(*cut), index):
+            for a, mask in enumerate(small.operand(old, 0)):
+                index = taken(mask, cuts(old)[a])
+                if any_size[a : a + 1] != (True,) and not np.array_equal(np.arange(*cuts(new)[a]), index):
                     return "cut"
         if any(isinstance(option, PROGRAMS) for option in new.params.values()):
             # The function that such a program was traced from is another object each time

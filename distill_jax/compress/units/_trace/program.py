@@ -1,18 +1,23 @@
 """A traced program as one list of steps, in which calls are written out and each value has a number."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import export
 from jax.extend import core
 
 from distill_jax import _jaxpr
 
+SYMBOL = 8  # the number in the place of a symbol
 BODIES = {
     "scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",), "shard_map": ("jaxpr",),
 }  # fmt: skip
+# Calls that say more than their body computes: its derivative, or what of it is stored for the derivative
+DERIVED = "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"
 
 # What JAX computes of constant indices: one of −1 is counted from the end, for which it needs the size of the axis
 FOLDED: dict[str, Callable[..., Any]] = {
@@ -47,6 +52,7 @@ class Step(NamedTuple):
       outputs: the numbers of its results.
       bodies: the programs within a loop or a choice.
       source: the tracebacks of the code that the operation comes from, of the calls around it first.
+      symbolic: the parameters as they are, where ``params`` has numbers in the place of symbolic sizes.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Step(NamedTuple):
     outputs: tuple[int, ...]
     bodies: tuple["Program", ...] = ()
     source: tuple[Any, ...] = ()
+    symbolic: dict[str, Any] | None = None
 
 
 @dataclass(eq=False)
@@ -77,12 +84,18 @@ class Program:
     constants: dict[int, Any] = field(default_factory=dict)
 
 
-def flatten(jaxpr: Any) -> Program:
-    """Reads a closed jaxpr into a :class:`Program`."""
-    return _read(jaxpr, [], {})
+def flatten(jaxpr: Any, *, calls: bool = False) -> Program:
+    """Reads a closed jaxpr into a :class:`Program`.
+
+    Args:
+      jaxpr: the closed jaxpr.
+      calls: whether calls with a derivative of their own, or that are computed again for the derivative, are
+        steps with a body; else they are written out as all other calls are.
+    """
+    return _read(jaxpr, [], {}, calls)
 
 
-def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
+def _read(closed: Any, avals: list[Any], constants: dict[int, Any], calls: bool) -> Program:
     program = Program(avals=avals, constants=constants)
     needed: set[int] = set()
     effects: set[int] = set()
@@ -115,7 +128,8 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                 )
                 continue
             body, here = _jaxpr.body_of(eqn), (*source, eqn.source_info.traceback)
-            if body and not _is_relu(eqn):
+            whole = _is_relu(eqn) or (calls and name in DERIVED)
+            if body and not whole:
                 outputs = run(body[0], [(c,) for c in body[1]], operands, here)
             else:
                 outputs = [new(var.aval) for var in eqn.outvars]
@@ -123,9 +137,11 @@ def _read(closed: Any, avals: list[Any], constants: dict[int, Any]) -> Program:
                 if name in BODIES:
                     inner: Any = [eqn.params[key] for key in BODIES[name]]
                     inner = inner[0] if isinstance(inner[0], tuple) else inner
-                    bodies = tuple(_read(_closed(each), avals, constants) for each in inner)
+                    bodies = tuple(_read(_closed(each), avals, constants, calls) for each in inner)
                 elif name in OWN:
-                    bodies = (_read(_reference(name, eqn), avals, constants),)
+                    bodies = (_read(_reference(name, eqn), avals, constants, calls),)
+                elif body and not _is_relu(eqn):
+                    bodies = (_read(core.ClosedJaxpr(*body), avals, constants, calls),)
                 name = "relu" if _is_relu(eqn) else name
                 if eqn.effects:
                     effects.add(len(program.steps))
@@ -198,6 +214,35 @@ def _is_relu(eqn: Any) -> bool:
         return False
     x, zero = jaxpr.eqns[0].invars
     return x in jaxpr.invars and isinstance(zero, core.Literal) and bool(np.all(zero.val == 0))
+
+
+def numbered(program: Program, avals: list[Any] | None = None) -> Program:
+    """Returns a program with a number in the place of each symbolic size, such as that of the batch."""
+    if avals is None:
+        avals = [_numbered_aval(aval) for aval in program.avals]
+        if all(new is old for new, old in zip(avals, program.avals, strict=True)):
+            return program
+    steps = [
+        step._replace(
+            params={name: _number(option) for name, option in step.params.items()},
+            bodies=tuple(numbered(body, avals) for body in step.bodies),
+            symbolic=step.params,
+        )
+        for step in program.steps
+    ]
+    return Program(program.inputs, program.outputs, steps, avals, program.constants)
+
+
+def _number(option: Any) -> Any:
+    if export.is_symbolic_dim(option):
+        # JAX has no public function that puts a number in the place of a symbol
+        return option._evaluate(defaultdict(lambda: SYMBOL))
+    return type(option)(map(_number, option)) if type(option) in (tuple, list) else option
+
+
+def _numbered_aval(aval: Any) -> Any:
+    shape = tuple(map(_number, aval.shape))
+    return aval if shape == aval.shape else jax.ShapeDtypeStruct(shape, aval.dtype)
 
 
 def evaluate(

@@ -83,15 +83,9 @@ def fixed(size: int) -> Axis:
 
 
 class Tracer:
-    """Runs a program on labels in the place of numbers.
+    """Runs a program on labels in the place of numbers."""
 
-    Args:
-      training: whether the program is one of training mode, where random masks may have other numbers
-        once units are gone.
-    """
-
-    def __init__(self, *, training: bool = False) -> None:
-        self.training = training
+    def __init__(self) -> None:
         self.labels = Labels()
         self.values: dict[int, Value] = {}
         self.notes: list[str] = []

@@ -1,0 +1,266 @@
+"""The function of a network with fewer units: its own where it can be, else its program with sizes adapted."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from distill_jax import _jaxpr
+from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax.compress.units._trace.adapted import Adapted
+from distill_jax.compress.units._trace.again import difference
+from distill_jax.compress.units._trace.examples import examples_apart
+from distill_jax.compress.units._trace.fitting import Masks, MisfitError, fit
+from distill_jax.compress.units._trace.program import flatten
+from distill_jax.compress.units.graph import UnitGraph
+from distill_jax.compress.units.masks import Kept, position_masks, shapes_of
+from distill_jax.features.capturing import naming
+
+Like = jax.ShapeDtypeStruct
+
+
+def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
+    """Chooses the function of a smaller network: its own where that computes what the adapted program computes.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      apply_fn: a function of arrays of the traced shapes.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      The function itself, or a :class:`KeptFn`.
+    """
+    masks = position_masks(graph, kept)
+    if not masks:
+        return apply_fn
+    small = adapt(graph, apply_fn, kept)
+    traced = graph.traced
+    leaves = jax.tree.unflatten(small.structure, [*shapes_of(graph, kept).values()])
+
+    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+        return Model(apply_fn, params, state)(x)
+
+    try:
+        closed, _ = _jaxpr.trace(run, *leaves, traced.x)
+    except Exception:  # whatever the network raises: it does not run with these sizes
+        return small
+    if apply_fn == traced.model.apply_fn:
+        adapted = Adapted.of(traced, kept)
+    else:
+        try:
+            adapted = small.fitted(traced.x, None, [*graph.shapes.values()], calls=False).adapted
+        except Exception:  # it runs, and there is nothing to compare it with
+            return apply_fn
+    return small if difference(adapted, flatten(closed)) else apply_fn
+
+
+def adapt(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> "KeptFn":
+    """Makes the function of the smaller arrays that computes what the kept units compute.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      apply_fn: the function of arrays of the traced shapes.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      The function, which traces the network when it is called.
+    """
+    found = position_masks(graph, kept)
+    masks = [
+        [found.get(name, {}).get(a, np.ones(n, bool)) for a, n in enumerate(like.shape)]
+        for name, like in graph.shapes.items()
+    ]
+    if isinstance(apply_fn, KeptFn):  # pruned before
+        masks = [
+            [_within(*pair) for pair in zip(before, now, strict=True)]
+            for before, now in zip(apply_fn.masks, masks, strict=True)
+        ]
+        apply_fn = apply_fn.apply_fn
+    return KeptFn(apply_fn, jax.tree.structure(tuple(graph.names)), masks)
+
+
+def _within(before: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Says which of all positions stay, if the mask speaks of those that stayed before."""
+    found = before.copy()
+    found[before] = mask
+    return found
+
+
+class KeptFn:
+    """The ``apply_fn`` of a smaller network; equal where the function and what stays are the same.
+
+    The function is traced with arrays of the whole network's shapes, once for each shape and dtype of
+    parameters, state and inputs and for each mode, and its program adapted to the smaller ones.
+
+    Args:
+      apply_fn: the function of the whole network.
+      structure: that of ``(params, state)``.
+      masks: for each array, for each of its axes, bool ``[positions]``: which of them stay.
+    """
+
+    def __init__(self, apply_fn: ApplyFn, structure: jax.tree_util.PyTreeDef, masks: Sequence[Masks]):
+        self.apply_fn, self.structure, self.masks = apply_fn, structure, masks
+        self.shapes = [tuple(int(mask.sum()) for mask in axes) for axes in masks]
+        self.programs: dict[Any, _Fitted] = {}
+        text = repr([[(mask.size, mask.tobytes()) for mask in axes] for axes in masks]).encode()
+        self.identity = hashlib.sha256(text).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Compares the whole network's function and what stays, so that equal models share programs."""
+        if self is other or not isinstance(other, KeptFn):
+            return self is other
+        return (
+            self.identity == other.identity
+            and self.structure == other.structure
+            and self.apply_fn == other.apply_fn
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __call__(
+        self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
+        """Computes the outputs and the state with the smaller arrays."""
+        arrays, given = jax.tree.flatten((params, state))
+        shapes = [np.shape(leaf) for leaf in arrays]
+        if given != self.structure or shapes != self.shapes:
+            raise ValueError(
+                f"params and state must have the shapes that the kept units make, {self.shapes} in the "
+                f"structure {self.structure}: give those of keep(graph, model, kept); got {shapes} in {given}"
+            )
+        arrays = [jnp.asarray(leaf) for leaf in arrays]
+        found = self.program_for(x, key, arrays)(arrays, x, key)
+        return (found, state) if key is None else found
+
+    def whole(self, arrays: Sequence[Any]) -> list[Like]:
+        """Returns the shapes of the whole network's arrays, in the dtypes of the given ones."""
+        return [
+            Like(tuple(mask.size for mask in axes), array.dtype)
+            for axes, array in zip(self.masks, arrays, strict=True)
+        ]
+
+    def program_for(self, x: PyTree, key: jax.Array | None, arrays: Sequence[Any]) -> Any:
+        """Returns the program for such inputs and arrays, in training mode if there is a key."""
+        leaves, structure = jax.tree.flatten((x, key))
+        if any(export.is_symbolic_dim(n) for leaf in leaves for n in np.shape(leaf)):
+            return self.for_any_batch(*jax.tree.map(_like, (x, key)), arrays)
+        # What a trace depends on besides its arguments
+        context = naming(), jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        kind = context, structure, *((np.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *arrays))
+        if kind not in self.programs:
+            self.programs[kind] = self.fitted(*jax.tree.map(_like, (x, key)), self.whole(arrays))
+        return self.programs[kind]
+
+    def for_any_batch(self, x: PyTree, key: jax.Array | Like | None, arrays: Sequence[Any]) -> Any:
+        """Returns the program for a batch whose size is a symbol, as ``models.save`` exports it."""
+        try:  # not stored: symbols of two exports must not meet
+            return self.fitted(x, key, self.whole(arrays))
+        except MisfitError:
+            # With symbols JAX writes slices as gathers. In evaluation one example after another may do, if no
+            # number is computed from the size of the batch.
+            one, two = (jax.tree.map(lambda y, n=n: Like((n, *y.shape[1:]), y.dtype), x) for n in (1, 2))
+            batches = [False] * len(arrays) + [True] * len(jax.tree.leaves(x))
+            whole = self.whole(arrays)
+            if (
+                key is not None
+                or "dim_as_value" in _jaxpr.primitives(self.trace(x, None, whole)[0])
+                or not examples_apart(self.trace(two, None, whole)[0], batches)
+            ):
+                raise
+        program = self.fitted(one, None, self.whole(arrays))
+
+        def each(arrays: Sequence[Any], x: PyTree, key: None) -> PyTree:
+            def example(x: PyTree) -> PyTree:
+                outputs = program(arrays, jax.tree.map(lambda leaf: leaf[None], x), key)
+                return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+            return jax.vmap(example)(x)
+
+        return each
+
+    def trace(self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like]) -> tuple[Any, Any]:
+        """Traces the whole network: its closed jaxpr, and its results as shapes."""
+
+        def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
+            model = Model(self.apply_fn, params, state)
+            return model.apply(x, key=keys[0]) if keys else model(x)
+
+        params, state = jax.tree.unflatten(self.structure, whole)
+        return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
+
+    def fitted(
+        self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like], *, calls: bool = True
+    ) -> "_Fitted":
+        """Traces the network for such inputs, and adapts its program."""
+        closed, results = self.trace(x, key, whole)
+        outputs: Any = results
+        after: Sequence[Masks] = []
+        if key is not None:
+            outputs, new = results
+            old = jax.tree.unflatten(self.structure, whole)[1]
+            if _shapes(new) != _shapes(old):
+                raise ValueError(
+                    f"key: in training mode the network turns its state {_shapes(old)} into {_shapes(new)}: give it "
+                    "one that keeps its structure and shapes, or train it without the arrays that come and go"
+                )
+            after = self.masks[len(self.masks) - len(jax.tree.leaves(old)) :]
+        inputs = [*self.masks, *[None] * (len(closed.in_avals) - len(self.masks))]
+        ends = [None] * len(jax.tree.leaves(outputs))
+        try:
+            adapted = fit(closed, inputs, [*ends, *after], calls=calls)
+        except MisfitError as error:
+            mode = "evaluation" if key is None else "training mode"
+            shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+            raise MisfitError(
+                f"x: in {mode}, on inputs of shapes {shapes}, the kept units are not the only ones that must "
+                f"stay ({error}): trace the model on these inputs, or build the network anew with the widths of "
+                "units.architecture(graph, kept)"
+            ) from None
+        return _Fitted(adapted, jax.tree.structure(results))
+
+
+class _Fitted:
+    """A program adapted to the kept units, as a function of pytrees.
+
+    Args:
+      adapted: the program.
+      structure: of its results.
+    """
+
+    def __init__(self, adapted: Adapted, structure: Any):
+        self.adapted, self.structure = adapted, structure
+
+    def __call__(self, arrays: Sequence[Any], x: PyTree, key: jax.Array | None) -> PyTree:
+        """Runs the program on the smaller arrays of parameters and state, the inputs, and perhaps a key."""
+        leaves = [*arrays, *map(jnp.asarray, jax.tree.leaves((x, key)))]
+        return jax.tree.unflatten(self.structure, self.adapted.run(self.adapted.program, leaves))
+
+
+def traced_function(graph: UnitGraph, kept: Kept) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
+    """Makes the function of the smaller network in evaluation, for the traced shapes alone.
+
+    Nothing is traced again, but derivatives that the network defines are lost: it is for measuring.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      kept: group → the indices of the units that stay.
+
+    Returns:
+      ``(params, state, x) -> outputs``.
+    """
+    program = _Fitted(Adapted.of(graph.traced, kept), graph.traced.structure)
+    return lambda params, state, x: program([*map(jnp.asarray, jax.tree.leaves((params, state)))], x, None)
+
+
+def _like(leaf: Any) -> Like:
+    return Like(np.shape(leaf), jnp.result_type(leaf))
+
+
+def _shapes(tree: PyTree) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [leaf.shape for leaf in leaves]
