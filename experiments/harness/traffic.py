@@ -128,4 +128,6 @@ def times(part: float, whole: float) -> str:
     >>> times(4, 100), times(250, 100)
     ('1/25', '2.5 times')
     """
+    if part == whole:
+        return "1"
     return f"1/{whole / part:.3g}" if part < whole else f"{part / whole:.3g} times"
