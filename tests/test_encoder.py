@@ -164,6 +164,7 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
         models.load_tokenizer(tmp_path)
     with pytest.raises(ModuleNotFoundError, match=r"package safetensors: pip install 'distill_jax\[text\]'"):
         models.save_pretrained(tmp_path / "model", network())
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.fixture(scope="module")

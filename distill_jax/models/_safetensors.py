@@ -23,7 +23,8 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def _package() -> Any:
+def package() -> Any:
+    """Returns the package safetensors; raises ``ModuleNotFoundError``, which says how it is installed, without it."""
     try:
         import safetensors.numpy
     except ModuleNotFoundError:
@@ -40,12 +41,12 @@ def read(path: Path) -> dict[str, Tensor]:
       ValueError: if the file is missing, damaged or truncated; the message names the file and, where its header tells,
         the tensor.
     """
-    package = _package()
+    safetensors = package()
     if not path.is_file():
         raise ValueError(f"path: {path} does not exist")
     try:
-        file = package.safe_open(path, framework="np")
-    except package.SafetensorError as error:
+        file = safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path} is damaged or truncated: {_culprit(path)}{reason}") from None
 
@@ -144,7 +145,7 @@ def write_directory(directory: Path, arrays: Mapping[str, np.ndarray], shard_byt
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    save = _package().numpy.save_file
+    save = package().numpy.save_file
     # The package writes the memory of an array as it lies, so a transposed one would be written as it was
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     # Without this entry, transformers refuses the file

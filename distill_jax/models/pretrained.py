@@ -120,6 +120,7 @@ def save_pretrained(
         parts = [leaves[name].reshape(_flat(name, leaves[name].shape)) for name in names]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
         arrays[tensor] = whole.T if _transposed(family, names[0]) else whole
+    _safetensors.package()  # before the directory is made
     directory.mkdir(exist_ok=True)
     _safetensors.write_directory(directory, arrays, shard_bytes)
     _files.write_json(directory / CONFIG, description)
