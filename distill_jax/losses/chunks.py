@@ -69,7 +69,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
       - Other options go to the loss unchanged, the same for every chunk.
 
       Kernels are multiplied in their own dtype. Logits, and the sums of gradients over tokens, are float32 also for
-      bfloat16 input.
+      bfloat16 input; there, the gradient for the logits is rounded to bfloat16 before it is multiplied.
 
     Raises:
       ValueError: if ``chunk`` is not positive, ``reduce`` is another word, or the loss compares tokens; when called,
