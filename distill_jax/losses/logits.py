@@ -132,15 +132,9 @@ def jensen_shannon(
     >>> f'{jensen_shannon(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0986123]]))[0]:.4f}'
     '0.0338'
     """
+    share = ("beta", beta)
     return _scaled(
-        "jensen_shannon",
-        student_logits,
-        teacher_logits,
-        temperature,
-        axis,
-        axis_name,
-        where,
-        share=("beta", beta),
+        "jensen_shannon", student_logits, teacher_logits, temperature, axis, axis_name, where, share=share
     )
 
 
@@ -160,13 +154,8 @@ def skew_kl(
     is :func:`kl`, at α = 1 it is 0.
 
     Args:
-      student_logits: ``[..., classes]``, any float dtype.
-      teacher_logits: ``[..., classes]``, any float dtype.
+      student_logits, teacher_logits, temperature, axis, axis_name, where: as in :func:`kl`.
       alpha: α in [0, 1], the teacher's share of the mixture; a scalar.
-      temperature: as in :func:`kl`.
-      axis: the axis of the classes.
-      axis_name: as in :func:`kl`.
-      where: as in :func:`kl`.
 
     Returns:
       ``[...]``, nats × T², float32 (float64 for float64 input). +inf at α = 0 where the student excludes
@@ -259,10 +248,7 @@ def total_variation(
     Args:
       student_logits: ``[..., classes]``, any float dtype.
       teacher_logits: ``[..., classes]``, any float dtype.
-      temperature: as in :func:`kl`.
-      axis: the axis of the classes.
-      axis_name: as in :func:`kl`.
-      where: as in :func:`kl`.
+      temperature, axis, axis_name, where: as in :func:`kl`.
 
     Returns:
       ``[...]``, a probability, float32 (float64 for float64 input).
@@ -392,10 +378,8 @@ def cross_entropy(
         parts, part = (1, 0) if axis_name is None else (lax.axis_size(axis_name), lax.axis_index(axis_name))
         bad: Array | bool = (labels < 0) | (labels >= parts * classes)
         labels = labels - part * classes
-        targets, mass = (
-            jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype),
-            jnp.ones((), logits.dtype),
-        )
+        targets = jax.nn.one_hot(labels, classes, axis=axis, dtype=logits.dtype)
+        mass = jnp.ones((), logits.dtype)
     else:
         bad, targets = False, labels.astype(logits.dtype)
         mass = class_sum(jnp.where(valid, targets, 0.0), axis, axis_name)
