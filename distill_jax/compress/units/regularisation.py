@@ -44,7 +44,8 @@ def group_lasso(
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      strength: η λ, the learning rate times the weight of the penalty; or a schedule, step → η λ.
+      strength: η λ, the learning rate times the weight of the penalty; or a schedule, step → η λ. After Adam, whose
+        steps are about η in each weight, it must stay below η, or all units become zero.
       groups: the groups to shorten; None for all free groups with incoming slices.
 
     Returns:
