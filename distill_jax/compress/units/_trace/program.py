@@ -235,8 +235,9 @@ def numbered(program: Program, avals: list[Any] | None = None) -> Program:
 
 def _number(option: Any) -> Any:
     if export.is_symbolic_dim(option):
+        size: Any = option
         # JAX has no public function that puts a number in the place of a symbol
-        return option._evaluate(defaultdict(lambda: SYMBOL))
+        return size._evaluate(defaultdict(lambda: SYMBOL))
     return type(option)(map(_number, option)) if type(option) in (tuple, list) else option
 
 
