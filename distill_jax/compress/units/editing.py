@@ -64,7 +64,7 @@ def _edit(graph: UnitGraph, edit: Edit, tree: PyTree, where: str, function: Func
                 return node
             count += 1
             return _edit_part(graph, edit, node, _choose(graph, node, kinds, place), place)
-        found = {}
+        found: dict[str, Any] = {}
         counts = {}
         kind: Kind
         for kind in ("params", "state"):

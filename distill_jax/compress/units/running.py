@@ -148,12 +148,14 @@ class KeptFn:
         """Returns the program for such inputs and arrays, in training mode if there is a key."""
         leaves, structure = jax.tree.flatten((x, key))
         if any(export.is_symbolic_dim(n) for leaf in leaves for n in np.shape(leaf)):
-            return self.for_any_batch(*jax.tree.map(_like, (x, key)), arrays)
+            return self.for_any_batch(jax.tree.map(_like, x), jax.tree.map(_like, key), arrays)
         # What a trace depends on besides its arguments
-        context = naming(), jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        options: Any = jax.config  # its type does not name them
+        context = naming(), options.jax_enable_x64, options.jax_default_matmul_precision
         kind = context, structure, *((np.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *arrays))
         if kind not in self.programs:
-            self.programs[kind] = self.fitted(*jax.tree.map(_like, (x, key)), self.whole(arrays))
+            x, key = jax.tree.map(_like, (x, key))
+            self.programs[kind] = self.fitted(x, key, self.whole(arrays))
         return self.programs[kind]
 
     def for_any_batch(self, x: PyTree, key: jax.Array | Like | None, arrays: Sequence[Any]) -> Any:
