@@ -60,8 +60,8 @@ def evaluate(run: Run, trained: Sequence[Mapping[str, Trained]]) -> dict[str, An
             for figure, value in shown.items():
                 entry["test"].setdefault(figure, []).append(value)
         histories = [seed[name].history for seed in trained]
-        if trained[0][name].sent:
-            entry["sent"] = np.mean([seed[name].sent for seed in trained], 0).tolist()
+        if once := [seed[name].sent for seed in trained if seed[name].sent is not None]:
+            entry["sent"] = np.mean(np.asarray(once, float), 0).tolist()
         if histories[0]:
             wrong = np.array([h["validation_errors"] for h in histories])
             right = 100 - 100 * wrong / len(run.dataset.validation.label)
