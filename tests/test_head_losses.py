@@ -283,6 +283,31 @@ def test_where_and_temperature_have_the_axes_of_the_logits():
         assert all(np.isfinite(x).all() for x in gradients)
 
 
+def test_options_may_be_traced_where_the_loss_is_differentiated():
+    student, teacher, _ = draw()
+    exists, whole_number = jnp.arange(VOCABULARY) < 9, jnp.int32(2)
+
+    def value(hidden, exists, temperature, chunk=3):
+        return tokens.chunked(losses.kl, chunk=chunk, reduce="sum")(
+            hidden, teacher[0], student_kernel=student[1], teacher_kernel=teacher[1], where=exists[None, None],
+            temperature=temperature,
+        )  # fmt: skip
+
+    def repeated(hidden, exists, temperature):
+        def step(total, _):
+            return total + value(hidden, exists & (total < jnp.inf), temperature), None
+
+        return jax.lax.scan(step, 0.0, length=1)[0]
+
+    arguments = student[0], exists, whole_number
+    found = jax.jit(lambda *x: [jax.grad(f)(*x) for f in (jax.jit(value), jax.checkpoint(value), repeated)])(
+        *arguments
+    )
+    wanted = jax.grad(functools.partial(value, chunk=None))(*arguments)
+    for each in found:
+        np.testing.assert_allclose(each, wanted, rtol=1e-5, atol=1e-6)
+
+
 # --- the vocabulary on several devices -------------------------------------------------------
 
 

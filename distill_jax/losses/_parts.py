@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax.losses._numerics import Loss
@@ -77,9 +78,15 @@ def in_parts(
     def from_products(logits, others):
         return values_of([capped(*pair) for pair in zip(logits, softcaps, strict=True)], others)
 
-    # Options may be traced, even differentiated: what the loss closes over becomes an argument
+    # Options may be traced, even differentiated: what the loss closes over becomes an argument (jax.closure_convert
+    # would do so with floating-point numbers alone)
     first, first_others = jax.tree.map(lambda x: x[0], (hidden, others))
-    loss, closed = jax.closure_convert(from_products, products(first, layers), first_others)
+    program = jax.make_jaxpr(from_products)(products(first, layers), first_others)
+    closed = list(program.consts)
+
+    def loss(logits, others, *closed):
+        converted = core.ClosedJaxpr(program.jaxpr, closed)
+        return core.jaxpr_as_fun(converted)(*jax.tree.leaves((logits, others)))[0]
 
     def summed(values, weights):
         return jnp.sum(values * weights.astype(values.dtype)) if total else values
