@@ -55,7 +55,7 @@ class Config(Options):
     """highest number of steps on public images by which FedDF's server learns in each round, and by which a network of
     the server learns the last consensus of predictions; the step with the fewest validation errors counts"""
     server_patience: Count = (
-        300  # number of steps without fewer validation errors after which the server stops
+        150  # number of steps without fewer validation errors after which the server stops
     )
     server_batch_size: Count = 128  # number of public images in such a step
     weight: Amount = 1.0  # weight of the consensus in the loss of co-distillation

@@ -49,9 +49,7 @@ from distill_jax.compress import one_shot, units
 class Config(Options):
     """The options of the experiment."""
 
-    original: str = (
-        "mlp:128,128"  # the network to prune: an MLP, a ConvNet or "transformer", which has its own form
-    )
+    original: str = "mlp:128,128"  # network to prune: such as mlp:128,128 or convnet:16,32, or transformer
     epochs: Count = 8  # number of epochs to train the original
     learning_rate: Positive = 2e-3  # highest learning rate (Adam, cosine schedule)
     batch_size: Count = 128  # number of examples per step
@@ -59,9 +57,8 @@ class Config(Options):
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # shares of the units or weights to keep, falling
     groups: str = "."  # regular expression for the names of the groups of units that are pruned
     examples: Count = 1024  # number of training images for least squares, merging, Wanda and SparseGPT
-    damping: Amount = (
-        0.01  # how strongly least squares holds the weights, as a share of the inputs' mean square
-    )
+    damping: Amount = 0.01
+    """how strongly least squares holds the weights where they are, as a share of the inputs' mean square"""
     check: bool = False  # exit with status 1 unless least squares takes back half of what pruning loses
 
 

@@ -881,7 +881,7 @@ def test_shapes_and_values_are_checked():
         tokens.sequence(losses.kl, reduce="tokens")
     with pytest.raises(ValueError, match="reduce must be"):
         tokens.per_sequence(np.zeros((2, 3)), reduce="none")
-    with pytest.raises(ValueError, match=r"where must broadcast to \(2, 5\), .* got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"tokens must broadcast to \(2, 5\), .* got \(2, 4\)"):
         tokens.sequence(losses.kl)(student, teacher, tokens=MASK[:, :4])
     with pytest.raises(ValueError, match=r"weights must broadcast to \(2, 3\)"):
         tokens.per_sequence(np.zeros((2, 3)), weights=np.ones((1, 2, 3)))
