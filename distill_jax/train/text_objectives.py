@@ -241,12 +241,14 @@ def exposure(
     """Measures how much worse a student is on its own texts than on given ones.
 
     Both continue the first ``prompt`` tokens of the rows. At each further token, the student's distribution is compared
-    with the teacher's.
+    with the teacher's. Only the places count, of either text, where the row goes on with the text in which the prompt
+    ends: what is packed behind it begins without a prompt.
 
     Args:
       student: the student.
       teacher: the teacher, which stands for the truth.
-      rows: held-out texts, an input of both.
+      rows: held-out texts, an input of both. A row whose prompt ends with padding does not count; outside of ``jit``
+        :func:`distill_jax.models.generate` refuses it.
       sampler: as in :func:`on_policy`.
       prompt: as in :func:`on_policy`.
       key: a random key for the sampler.
@@ -268,9 +270,12 @@ def exposure(
     truth = next_token()
 
     def figure(share):
-        transform = on_policy(sampler, prompt=prompt, share=share)
-        counts = jnp.broadcast_to(jnp.arange(tokens_of(rows).shape[1]) >= prompt, tokens_of(rows).shape)
-        return transform(teacher, {"image": rows, "counts": counts}, key, model=student)
+        batch = on_policy(sampler, prompt=prompt, share=share)(teacher, {"image": rows}, key, model=student)
+        counts = batch["counts"] & (jnp.arange(tokens_of(rows).shape[1]) >= prompt)
+        if isinstance(rows, Mapping) and "segments" in rows:
+            segments = jnp.asarray(rows["segments"])
+            counts &= segments == segments[:, prompt - 1 : prompt]
+        return {**batch, "counts": counts, "weight": token_weight(batch["image"], counts)}
 
     options: dict[str, Any] = {"key": None, "step": jnp.int32(0)}
     on_data, on_own = figure(0), figure(1)
