@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import federated
@@ -161,6 +162,15 @@ def test_matched_units_are_those_of_all_later_rounds(tmp_path, run, monkeypatch)
     assert any(kept.tolist() != [*range(len(kept))] for kept in found[2].values())
     assert len(later) == 2 * 3
     jax.tree.map(np.testing.assert_array_equal, later, found * 2)
+
+
+def test_the_documentation_states_how_the_server_learns_by_default():
+    config = federated.CONFIGS["mnist"][1]
+    numbers = f"{config.server_steps:,} and {config.server_patience}"
+    documents = {"methods": f"{numbers} unless they are given", "results": f"here they are {numbers}."}
+    for folder, sentence in documents.items():
+        page = Path(__file__).parents[1] / "docs" / folder / "federated.md"
+        assert sentence in page.read_text(encoding="utf-8")
 
 
 def test_the_server_stops_where_validation_does_not_improve_and_keeps_what_it_prefers(monkeypatch):
