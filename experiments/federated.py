@@ -54,9 +54,7 @@ class Config(Options):
     server_steps: Count = 1000
     """highest number of steps on public images by which FedDF's server learns in each round, and by which a network of
     the server learns the last consensus of predictions; the step with the fewest validation errors counts"""
-    server_patience: Count = (
-        150  # number of steps without fewer validation errors after which the server stops
-    )
+    server_patience: Count = 150  # number of steps without fewer validation errors until it stops
     server_batch_size: Count = 128  # number of public images in such a step
     weight: Amount = 1.0  # weight of the consensus in the loss of co-distillation
     top: Count = 2  # number of classes of the top-k predictions
