@@ -46,7 +46,8 @@ def fit(
         axes = []
         for a, n in enumerate(program.avals[number].shape):
             mask = np.ones(n, bool) if masks is None else masks[a]
-            axes.append(fixed(n) if mask.all() else (tracer.labels.fresh(n), np.ones(n, bool)))
+            # An axis that stays whole has labels too: what pads it may go
+            axes.append(fixed(n) if masks is None else (tracer.labels.fresh(n), np.ones(n, bool)))
             ends.append((axes[-1][0], mask))
         tracer.values[number] = value(axes)
     tracer.run(program)
