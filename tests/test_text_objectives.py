@@ -1,6 +1,7 @@
 """Language models in training: word-level, sequence-level and on-policy distillation, and labels per token."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,8 @@ def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
     with pytest.raises(StoppedError):
         teachers.write_samples(tmp_path / "killed", prompts, sampler, **options, progress=stop)
     made = []
-    counted = lambda given, *, key: made.append(1) or sampler(given, key=key)  # noqa: E731
+    counted = lambda given, *, key, length: made.append(1) or sampler(given, key=key)  # noqa: E731
+    counted = functools.partial(counted, **sampler.keywords)
     again = teachers.write_samples(tmp_path / "killed", prompts, counted, **options)
     assert len(made) == -(-ROWS // 3) - 2  # the first two batches are not made again
     texts = calm[np.arange(ROWS)]
@@ -197,9 +199,26 @@ def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
     assert len({tuple(row) for row in texts["tokens"][:, PROMPT:].tolist()}) > ROWS // 2
     with pytest.raises(ValueError, match="seed"):
         teachers.write_samples(tmp_path / "calm", prompts, sampler, **options | {"seed": 5})
+    cold = functools.partial(sampler, temperature=0.1)
+    with pytest.raises(ValueError, match="sampler"):
+        teachers.write_samples(tmp_path / "calm", prompts, cold, **options)
     # They are the rows of the next training
     batch = {"image": texts, "weight": train.token_weight(texts)}
     assert np.isfinite(train.next_token()(STUDENT, batch, key=None, step=jnp.int32(0))[0])
+
+
+def test_the_guide_to_a_teachers_texts_takes_rows_whose_last_is_short(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "text.md").read_text(encoding="utf-8")
+    program = guide.split("**Sequence-level.**")[1].split("```python\n")[1].split("```")[0]
+    rows = text.pack([text.to_tokens(b"x" * 140)], 129)
+    assert (rows["segments"] != 0).sum(1).tolist() == [129, 13]
+    config = models.TransformerConfig(vocabulary=256, width=2, layers=1, heads=1, hidden=2)
+    teacher = models.build_transformer(config, jax.random.key(0))
+    monkeypatch.chdir(tmp_path)
+    names = {"rows": rows, "teacher": teacher, "functools": functools, "np": np}
+    names |= {"models": models, "teachers": teachers, "train": train}
+    exec(program, names)
+    assert names["examples"]["weight"].tolist() == [97]
 
 
 def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():

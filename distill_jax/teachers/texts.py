@@ -115,7 +115,8 @@ def write_samples(
         ``[batch, length]``. ``functools.partial(models.generate, teacher, length=64)`` is one.
       vocabulary: the number of tokens that there are.
       fingerprint: names → strings that say what the texts depend on: the teacher, and how it is sampled. Entries
-        ``"prompts"`` and ``"seed"`` are added.
+        ``"prompts"``, ``"seed"`` and ``"sampler"`` are added; the last has those keywords of a ``functools.partial``
+        that are numbers, strings or tuples, such as ``length`` and ``temperature``.
       seed: the seed of all draws, from 0.
       batch_size: the number of prompts that are continued at once. The draws depend on it.
       progress: called after each batch with the number of texts written and the number of all.
@@ -143,7 +144,13 @@ def write_samples(
         made = sampler(jax.tree.map(lambda x: x[rows], prompts), key=key)
         return {name: np.asarray(made[name])[: len(positions)] for name in ("tokens", "segments")}
 
-    described = {**fingerprint, "prompts": _fingerprint(prompts), "seed": str(seed)}
+    options = getattr(sampler, "keywords", {})
+    known = {
+        name: options[name]
+        for name in sorted(options)
+        if isinstance(options[name], int | float | str | tuple)
+    }
+    described = {**fingerprint, "prompts": _fingerprint(prompts), "seed": str(seed), "sampler": str(known)}
     return write_labels(
         path, np.arange(count), outputs, fingerprint=described, kind=Tokens(vocabulary), shard_rows=batch_size,
         progress=progress,
