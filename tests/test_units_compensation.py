@@ -35,7 +35,7 @@ def test_it_is_the_least_squares_optimum():
     model, x = two_layers()
     kept = {"a": [0, 3, 4]}
     graph = units.trace(model, x)
-    done = units.compensate(graph, model, kept, [x[:10], x[10:15], x[15:]])
+    done = units.compensate(graph, model, kept, [x[:10], x[10:15], x[15:]], damping=0)
     small = units.keep(graph, done.model, kept)
     hidden = np.maximum(x @ model.params["a"] + model.params["c"], 0)[:, kept["a"]]
     rows = np.concatenate([hidden, np.ones((60, 1))], 1)
@@ -65,13 +65,36 @@ def test_a_duplicate_is_replaced_exactly_and_few_examples_change_little():
     model, x = two_layers()
     model.params["a"][:, 5], model.params["c"][5] = model.params["a"][:, 2], model.params["c"][2]
     graph, kept = units.trace(model, x), {"a": [0, 1, 2, 3, 4, 6, 7]}
-    done = units.compensate(graph, model, kept, [x])
+    done = units.compensate(graph, model, kept, [x], damping=0)
     assert square(units.keep(graph, done.model, kept), model, numbers(x, 2)) < 1e-20
     # Both units in one: the rest is as it was, also where fewer examples than inputs fit any change
     for rows in (60, 3):
-        done = units.compensate(graph, model, kept, [x[:rows]])
+        done = units.compensate(graph, model, kept, [x[:rows]], damping=0)
         change = np.linalg.norm(np.asarray(done.model.params["b"]) - model.params["b"])
         assert change <= np.linalg.norm(model.params["b"][5]) * (1 + 1e-9)
+
+
+def test_few_examples_do_no_harm_on_new_inputs():
+    model, x = two_layers(inputs=16, hidden=64, outputs=4)
+    graph, kept = units.trace(model, x), {"a": range(32)}
+    new = numbers(np.zeros((2000, 16)), 2)
+    pruned = square(units.keep(graph, model, kept), model, new)
+    for rows in (33, 60):
+        done = units.compensate(graph, model, kept, [x[:rows]])
+        assert square(units.keep(graph, done.model, kept), model, new) < pruned
+
+
+def test_bfloat16_is_corrected_as_float32_is():
+    left = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, x = two_layers(inputs=16, hidden=240, outputs=4)
+        model = model.replace(
+            params=jax.tree.map(lambda p, dtype=dtype: jnp.asarray(p / 4, dtype), model.params)
+        )
+        x = jnp.asarray(numbers(np.zeros((600, 16)), 1), dtype)
+        graph = units.trace(model, x)
+        left[dtype] = units.compensate(graph, model, {"a": range(120)}, [x]).errors["b"][1]
+    assert left[jnp.bfloat16] < 2 * left[jnp.float32]
 
 
 class Normed(linen.Module):

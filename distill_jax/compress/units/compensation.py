@@ -49,7 +49,7 @@ def compensate(
     kept: Kept,
     batches: Sequence[PyTree],
     *,
-    damping: float = 0.0,
+    damping: float = 0.01,
     by: Callable[[UnitGraph, Model, Kept], Model] = shrink,
 ) -> Compensated:
     """Corrects the layers that used the removed units, so that the kept units do their work as well as they can.
@@ -67,9 +67,10 @@ def compensate(
       model: the model, of the traced structure and shapes.
       kept: group → the indices of the units that stay, from :func:`~distill_jax.compress.units.prune` and the like.
       batches: inputs, batch by batch. There should be more examples (times places, for a convolution) than
-        a layer has inputs, or its correction fits these inputs alone: then give ``damping``.
+        a layer has inputs, or its correction fits these inputs alone.
       damping: how strongly weights are held at their pruned values: this times the mean square of the layer's
-        inputs is added to the squares of each of them.
+        inputs is added to the squares of each of them. The default costs nothing where there are many examples. 0
+        gives the plain least-squares optimum, which is worse than no correction on new inputs where examples are few.
       by: what makes the smaller network: ``units.shrink``, or ``units.keep`` to correct what it computes for
         groups that are not exact.
 
@@ -161,10 +162,11 @@ def _solve(
     left, right = triangle[:, :count], triangle[:, count:]
     strength = damping * np.sum(left[:, : kernel.inputs] ** 2) / kernel.inputs
     held = np.sqrt(strength) * np.eye(kernel.inputs, count)
-    # Directions that are only rounding in the inputs' dtype are not fitted
+    # Directions that are only rounding are not fitted. Rows are sums of many: float32's rounding is theirs, at most
+    eps = min(float(jnp.finfo(dtype).eps) for dtype in (leaf.dtype, jnp.float32))
     change = np.linalg.lstsq(
         np.concatenate([left, held]), np.concatenate([right, np.zeros((len(held), right.shape[1]))]),
-        rcond=float(jnp.finfo(leaf.dtype).eps) * max(left.shape),
+        rcond=eps * max(left.shape),
     )[0]  # fmt: skip
     before, after = float(np.sum(right**2)), float(np.sum((right - left @ change) ** 2))
     return change, (before / (squares or 1.0), after / (squares or 1.0))

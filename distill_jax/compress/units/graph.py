@@ -47,9 +47,10 @@ class Group(NamedTuple):
         :func:`~distill_jax.compress.units.shrink`, and with the model that
         :func:`~distill_jax.compress.units.keep` returns, unless the network's code refuses smaller arrays.
       reason: why the group is not free or not exact, with the name of the operation; else empty.
-      exact_shrunk: whether removing units with ``shrink`` gives the same outputs as setting them to zero.
-        Only this is true of a group if the network's own code, which reads widths from its arrays, would
-        compute something else with smaller ones: then use ``shrink``.
+      exact_shrunk: whether the program that was read from the network, with its sizes adapted, gives the same
+        outputs as setting the units to zero. Only this is true of a group if the network's own code, which reads
+        widths from its arrays, would compute something else with smaller ones. Then ``keep`` uses the adapted
+        program, as ``shrink`` always does.
       runs: whether the network's own code was seen to run with fewer of these units.
       silent: the slices that :func:`~distill_jax.compress.units.silence` sets to zero; empty for all. They are
         only those by which the units' values are multiplied where the network divides by something that is
@@ -68,7 +69,7 @@ class Group(NamedTuple):
 
     @property
     def removable(self) -> str:
-        """``exactly``, ``exactly by shrink`` (alone), ``inexactly`` or ``no``."""
+        """``exactly``, ``exactly by shrink`` (by the adapted program alone), ``inexactly`` or ``no``."""
         if not self.free:
             return "no"
         if self.exact and self.runs:

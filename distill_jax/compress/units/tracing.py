@@ -61,7 +61,7 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     begins, a stride or the shape of a reshape. With smaller arrays it then computes something else. To find
     this out, the network is traced again with fewer units, in several random ways, and compared with the
     traced program adapted to these units: each operation, its options, its constants and its shapes. A group
-    for which they differ is exact for :func:`~distill_jax.compress.units.shrink` alone. (A difference that
+    for which they differ is exact for the adapted program alone, which ``keep`` then uses. (A difference that
     shows for few choices of units may be missed: :func:`~distill_jax.compress.units.verify` tries yours.)
 
     Args:
