@@ -1,9 +1,11 @@
 """Makes a small language model better with a large one: byte models of real text, method beside method.
 
 The texts are split by book or by file. One teacher is trained and kept for all methods and seeds. Each student begins
-with the same parameters and is trained twice: with as many tokens as the others ("equal tokens"), and for as much
-processor time as the dearest method takes for these ("equal time"), what the teacher stores included. The figures are
-those of texts that no training and no choice has seen.
+with the same parameters and is trained twice: with as many rows of the same length as the others ("equal tokens"), and
+for as much processor time as the dearest method takes for these ("equal time"), what the teacher stores included. In
+rows that a model has written the prompt is read but not learned: 97 tokens of 128 are, with the default sizes, so
+sequence-level distillation learns from 24 % fewer tokens than the others, and on-policy from 12 % fewer. The figures
+are those of texts that no training and no choice has seen.
 
     python experiments/kd_text.py smoke                    # a minute, on the sources of Python's library
     python experiments/kd_text.py python                   # the same sources, hours
@@ -177,7 +179,7 @@ class Lesson:
         before = {name: stored[method.stored] for name, method in self.methods.items()}
         one = {name: config.steps * language.step_seconds(fit.history) for name, fit in done.items()}
         most = max(before[name] + config.rounds * one[name] for name in done)
-        rounds = {name: max(1, round((most - before[name]) / one[name])) for name in done}
+        rounds = {name: round((most - before[name]) / one[name]) for name in done}
         if config.time_rounds:
             rounds = dict(zip(done, config.time_rounds, strict=True))
         found = {"rounds": rounds, "seconds": {"round": one, "stored": before, "all": most}}

@@ -1,11 +1,15 @@
 """Language models of bytes: a small run of all methods, killed and resumed, and bad input."""
 
 import json
+from types import SimpleNamespace
 
 import kd_text
 import numpy as np
 import pytest
 from faults.kills import torture
+from harness import language
+
+from distill_jax.losses.tokens import TopK
 
 EXPERIMENT = kd_text
 
@@ -49,6 +53,32 @@ def test_killed_and_resumed(tmp_path, books):
     for picture in ("tokens.png", "time.png"):
         assert (tmp_path / "calm" / picture).stat().st_size > 500
     assert "excess %" in (tmp_path / "calm" / "report.md").read_text()
+
+
+def test_equal_time_is_that_of_the_dearest_method_with_what_is_stored(tmp_path):
+    seconds = {"cheap": [0.1, 9.0, 0.1], "dear": [0.3, 0.3], "stored": [0.1, 0.1]}  # 9 s: it was compiled
+    done = {name: SimpleNamespace(history={"seconds": each}) for name, each in seconds.items()}
+    stores = [99.0, 99.0, 5.0]  # measured once, also when the run goes on
+    config = SimpleNamespace(steps=10, rounds=4, time_rounds=())
+    lesson = SimpleNamespace(
+        config=config, run=SimpleNamespace(directory=tmp_path),
+        methods={name: SimpleNamespace(stored="labels" if name == "stored" else "") for name in seconds},
+        stored={"": SimpleNamespace(seconds=lambda: 0.0), "labels": SimpleNamespace(seconds=stores.pop)},
+    )  # fmt: skip
+    found = kd_text.Lesson.equal_time(lesson, done)
+    # Rounds of 1, 3 and 1 s: four of the dearest take 12 s, of which 5 s were spent on labels
+    assert found["rounds"] == {"cheap": 12, "dear": 4, "stored": 7}
+    assert found["seconds"]["all"] == pytest.approx(12)
+    assert found["seconds"]["stored"] == {"cheap": 0.0, "dear": 0.0, "stored": 5.0}
+    assert kd_text.Lesson.equal_time(lesson, done) == found
+    assert len(stores) == 2
+
+
+def test_teachers_probabilities_without_other_and_the_excess():
+    labels = TopK(np.array([[3, 1]]), np.log(np.array([[0.5, 0.25, 0.25]])), 1.0)
+    kept = np.exp(language.renormalised(labels).log_probs)
+    np.testing.assert_allclose(kept, [[2 / 3, 1 / 3, 0]], rtol=1e-6)
+    assert language.excess({"on_own": [0.3, 0.1], "on_data": [0.2, 0.2]}) == pytest.approx([50, -50])
 
 
 @pytest.mark.parametrize(
