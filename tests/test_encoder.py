@@ -81,7 +81,7 @@ def test_logits_and_bfloat16():
     [
         (np.ones((1, 10), int), "at most 9, the number of learned positions, got 10"),
         (A + 9, r"tokens must lie in \[0, 13\)"),
-        ({"tokens": A, "types": A}, r"types must lie in \[0, 2\), the known ones, got 2 to 9"),
+        ({"tokens": A, "types": A}, r"types must lie in \[0, 2\), the kinds that the model knows, got 2 to 9"),
         ({"tokens": A, "positions": A}, "x must be tokens, or a dict with 'tokens' and perhaps 'segments' and 'types'"),
     ],
 )  # fmt: skip
@@ -139,7 +139,18 @@ def test_texts_become_tokens(file):
     np.testing.assert_array_equal(pairs["types"], [[0, 0, 0, 0, 1, 1]])
 
 
+def test_a_sentence_embedding_is_that_of_one_text():
+    packed = {"tokens": A, "segments": np.arange(1, 1 + A.shape[1]) + np.zeros((len(A), 1), int)}
+    with pytest.raises(ValueError, match="segments must have one text per row, got two"):
+        models.sentence_embeddings(network())(packed)
+
+
 def test_tokenizers_refuse(file):
+    with pytest.raises(ValueError, match="length must be at least 2, the number of special tokens of a text"):
+        models.load_tokenizer(file, length=1)
+    with pytest.raises(ValueError, match="length must be at least 3, the number of special tokens of a pair"):
+        models.load_tokenizer(file, length=2)([("the", "cat")])
+    assert models.load_tokenizer(file, length=1, special=False)(["the cat"])["tokens"].tolist() == [[4]]
     with pytest.raises(ValueError, match="side must be one of"):
         models.load_tokenizer(file, side="top")
     with pytest.raises(ValueError, match=r"does not exist: expected a tokenizer\.json"):

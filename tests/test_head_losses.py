@@ -364,6 +364,28 @@ def test_a_vocabulary_on_four_devices_is_that_of_one(axes):
         assert all(close(x, y) for x, y in zip(jax.tree.leaves(found), wanted, strict=True))
 
 
+def test_classes_that_exist_on_another_device_alone():
+    student, teacher, _ = draw()
+    mesh = jax.make_mesh((4,), ("vocabulary",), axis_types=(jax.sharding.AxisType.Auto,))
+    exists = (np.arange(VOCABULARY) < 3) | ~MASK[..., None]  # of most tokens those of the first device alone
+    columns = P(None, "vocabulary")
+
+    def total(student_kernel, teacher_kernel, where, **options):
+        return tokens.chunked(losses.kl, chunk=4, reduce="mean")(
+            student[0], teacher[0], student_kernel=student_kernel, teacher_kernel=teacher_kernel, where=where,
+            **options,
+        )  # fmt: skip
+
+    spread = jax.shard_map(
+        functools.partial(total, axis_name="vocabulary"),
+        mesh=mesh, in_specs=(columns, columns, P(None, None, "vocabulary")), out_specs=P(),
+    )  # fmt: skip
+    arrays = student[1], teacher[1], exists
+    found, wanted = (jax.jit(jax.value_and_grad(f))(*arrays) for f in (spread, total))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_vocabulary_that_is_not_spread_is_refused():
     student, teacher, _ = draw()
 

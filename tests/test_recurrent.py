@@ -44,6 +44,16 @@ def expected(arrays, source, tokens):
     return states(arrays, "dec", tokens, last) @ arrays["fc_w"].T + arrays["fc_b"]
 
 
+def test_texts_in_one_row_do_not_see_each_other():
+    model = models.build_gru(CONFIG, jax.random.key(0))
+    rows = {"source": SOURCE[:1], "tokens": np.array([[1, 2, 6, 3, 5]])}
+    found = model(rows | {"segments": np.array([[1, 1, 2, 2, 2]])})
+    first, second = (model(rows | {"tokens": rows["tokens"][:, part]}) for part in (slice(2), slice(2, 5)))
+    np.testing.assert_allclose(found, jnp.concatenate([first, second], 1), atol=1e-6)
+    with pytest.raises(ValueError, match="source_segments must have one text per row, got two"):
+        model(rows | {"source_segments": np.array([[1, 1, 2, 0]])})
+
+
 @pytest.fixture
 def loaded(tmp_path):
     np.savez(tmp_path / "gru.npz", **torch_like())

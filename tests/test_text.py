@@ -151,6 +151,12 @@ def test_the_standard_library_without_its_tests(tmp_path):
             "at least one text with a token to predict",
         ),
         (lambda path: text.pack([[1]], 4, begin=-1), "begin must be a token"),
+        (
+            lambda path: text.pack([[1], [-3, 7]], 4),
+            r"texts\[1\] must be tokens .*, got shape \(2,\), -3 to 7",
+        ),
+        (lambda path: text.pack([np.array([2**32 + 5, 7])], 4), "from 0 to 2³¹ − 1, .* 7 to 4294967301"),
+        (lambda path: text.pack([[[1, 2], [3, 4]]], 6), r"got shape \(2, 2\)"),
         (lambda path: text.to_tokens(3), "text must be bytes or a string"),
         (lambda path: text.to_tokens("a\0"), "must not have a byte 0"),
         (lambda path: text.to_bytes([256]), "tokens must be bytes, from 0 to 255, got 256 to 256"),

@@ -118,6 +118,23 @@ def test_an_on_policy_step_is_that_made_by_hand():
     same(found, jax.tree.map(lambda p, g: p - 0.1 * g, STUDENT.params, gradient), atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_rows_without_weight_stay_so(share):
+    def sampler(model, prompts, *, key):
+        return {
+            name: jnp.pad(values, ((0, 0), (0, LENGTH - PROMPT)), "edge") for name, values in prompts.items()
+        }
+
+    image = {"tokens": jnp.asarray(IMAGE["tokens"]), "segments": jnp.ones((ROWS, LENGTH), int)}
+    batch = {"image": image, "weight": jnp.asarray(WEIGHT).at[1].set(0)}
+    found = train.on_policy(sampler, prompt=PROMPT, share=share)(
+        TEACHER, batch, jax.random.key(0), model=STUDENT
+    )
+    assert found["weight"].tolist() == [
+        0 if i == 1 else LENGTH - (PROMPT if share else 1) for i in range(ROWS)
+    ]
+
+
 def test_on_policy_mixes_with_the_share():
     """One program draws for each step; any sampler will do, here one that repeats the prompt's last token."""
 
@@ -256,6 +273,12 @@ def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():
         (
             lambda: one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=2)),
             "rows must have the shape",
+        ),
+        (
+            lambda: train.on_policy(
+                lambda model, prompts, *, key: {"tokens": IMAGE["tokens"]}, prompt=2, share=1
+            )(TEACHER, {"image": IMAGE}, jax.random.key(0), model=STUDENT),
+            r"must have all entries of the data's, \['segments', 'tokens'\]: \['segments'\] are missing",
         ),
         (
             lambda: one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=8)),

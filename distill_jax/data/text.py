@@ -208,7 +208,13 @@ def pack(
     room, segment = 0, 0
     for number, text in enumerate(texts):
         check_integers(f"texts[{number}]", text)
-        given = np.concatenate([head, np.asarray(text, np.int32).reshape(-1)])
+        given = np.asarray(text)
+        if given.ndim != 1 or (given.size and not 0 <= given.min() <= given.max() < 2**31):
+            raise ValueError(
+                f"texts[{number}] must be tokens [tokens], from 0 to 2³¹ − 1, got shape {given.shape}"
+                + (f", {given.min()} to {given.max()}" if given.size else "")
+            )
+        given = np.concatenate([head, given.astype(np.int32)])
         at = 0
         while at < len(given) - 1:
             if room < 2:  # a single token in a row would predict nothing

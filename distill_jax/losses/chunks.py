@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_bool, check_choice, check_count, check_positive, check_real
 from distill_jax.losses import _parts
-from distill_jax.losses._arguments import token_weights
+from distill_jax.losses._arguments import check_axis_name, token_weights
 from distill_jax.losses._numerics import Loss
 from distill_jax.losses.correlations import dist, mlkd
 
@@ -29,7 +29,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
 
     Without ``reduce`` there is one value per token. The backward pass computes the logits again, because only then is
     the gradient known that each value gets. With ``reduce`` the result is one number, and the forward pass of a
-    gradient already computes the gradient for every hidden state and kernel, so no logit is computed twice.
+    gradient already computes the gradient for every hidden state and kernel, so no logit is computed twice. More than
+    one chunk has reverse-mode gradients alone: ``jax.jvp`` and ``jax.hessian`` raise ``TypeError``.
 
     Args:
       loss: ``(student_logits, teacher, ..., **options) -> [tokens]``, one value per token that depends on
@@ -39,7 +40,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         not be a multiple of it. A chunk takes its tokens from all parts of the batch, so a batch that is
         split over devices stays split. By default 2²⁶ divided by the size of the vocabulary.
       reduce: None for one value per token, ``"sum"`` for Σ w·v, or ``"mean"`` for Σ w·v / Σ w, over the tokens
-        that count. The mean is 0 if no token counts.
+        that count. The mean is 0 if no token counts. Inside ``jax.shard_map`` both are of the tokens of one device.
+        Where tokens are spread over devices, take ``"sum"`` and divide the ``psum`` of it by that of the weights.
 
     Returns:
       ``(student_hidden, teacher, ..., *, student_kernel, teacher_kernel=None, student_softcap=None,
@@ -61,7 +63,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
       - Other options go to the loss unchanged, the same for every chunk.
 
       Kernels are multiplied in their own dtype. Logits, and the sums of gradients over tokens, are float32 also for
-      bfloat16 input; there, the gradient for the logits is rounded to bfloat16 before it is multiplied.
+      bfloat16 input; there, with more than one chunk, the gradient for the logits is rounded to bfloat16 before it is
+      multiplied.
 
     Raises:
       ValueError: if ``chunk`` is not positive, ``reduce`` is another word, or the loss compares tokens; when called,
@@ -132,7 +135,12 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
             mask = per_token["where"]
             if mask.shape[-1] == 1:  # not of classes
                 del per_token["where"]
-            tokens = jnp.any(mask, -1) & token_weights(shape, tokens, None, name="tokens")[0]
+            exists = jnp.any(mask, -1)
+            axis_name = options.get("axis_name")
+            if axis_name is not None and mask.shape[-1] > 1:  # a class may exist on another device
+                check_axis_name("where", mask, axis_name)
+                exists = lax.psum(exists.astype(jnp.int32), axis_name) > 0
+            tokens = exists & token_weights(shape, tokens, None, name="tokens")[0]
         counts, full = token_weights(shape, tokens, weights, name="tokens")
         some = tokens is not None or weights is not None
         if some:
@@ -159,7 +167,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
             values = values_of(
                 [_parts.capped(x, head.softcap) for x, head in zip(products, heads, strict=True)], others
             )
-            total = values @ full.reshape(count).astype(values.dtype) if reduce else values.reshape(shape)
+            total = jnp.sum(values * full.reshape(count)) if reduce else values.reshape(shape)
         else:
             total = _parts.in_parts(
                 values_of, heads, hidden, others, full.reshape(count), size, reduce is not None

@@ -98,6 +98,16 @@ def count_positions(segments: Array) -> Array:
     return jnp.where(segments == 0, 0, index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1))
 
 
+def check_one_text(name: str, segments: Array) -> None:
+    """Raises ``ValueError`` if a row holds two texts. Traced segments pass."""
+    if isinstance(segments, jax.core.Tracer):
+        return
+    given = np.asarray(segments)
+    most = np.where(given == 0, np.iinfo(given.dtype).min, given).max(1, keepdims=True)
+    if ((given != 0) & (given != most)).any():
+        raise ValueError(f"{name} must have one text per row, got two: give each text a row of its own")
+
+
 def check_indices(name: str, index: Any, table: Array, what: str) -> None:
     """Raises ``ValueError`` if a number is no row of the table. Traced numbers pass."""
     if isinstance(index, jax.core.Tracer) or not np.size(index):

@@ -98,8 +98,9 @@ def build_encoder(config: EncoderConfig, key: Array, *, dtype: DTypeLike = jnp.f
 def sentence_embeddings(model: Model, *, normalise: bool = True) -> Model:
     """Makes an encoder return one embedding per text: the mean of the last hidden states of its tokens.
 
-    Padding (segment 0) does not count; each row holds one text. With the weights of a sentence encoder such as MiniLM
-    these are the embeddings of sentence-transformers, whose dot products are cosine similarities.
+    Padding (segment 0) does not count. Each row holds one text; packed rows are refused unless they are traced. With
+    the weights of a sentence encoder such as MiniLM these are the embeddings of sentence-transformers, whose dot
+    products are cosine similarities.
 
     Args:
       model: an encoder, of :func:`build_encoder` or :func:`load_pretrained`.
@@ -144,6 +145,7 @@ class EncoderFn:
         inputs = _blocks.read_inputs(x, "types")
         hidden = self.hidden(params, inputs)
         if self.pooling is not None:
+            _blocks.check_one_text("segments", inputs["segments"])
             counts = (inputs["segments"] != 0)[..., None]
             # Not a product with 0: padding need not be finite
             total = jnp.where(counts, hidden, 0).astype(_blocks.wide(hidden)).sum(1)
@@ -166,7 +168,7 @@ class EncoderFn:
         _blocks.check_length(params["positions"], x["tokens"].shape[1])
         positions = _blocks.count_positions(x["segments"])
         types = jnp.zeros_like(x["tokens"]) if x["types"] is None else x["types"]
-        _blocks.check_indices("types", types, params["types"], "the known ones")
+        _blocks.check_indices("types", types, params["types"], "the kinds that the model knows")
         hidden = _blocks.look_up(params["embedding"], x["tokens"])
         hidden += _blocks.look_up(params["types"], types) + _blocks.look_up(params["positions"], positions)
         hidden = _blocks.norm(params["embedding_norm"], hidden, config.norm_eps, "layer")

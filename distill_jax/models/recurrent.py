@@ -56,8 +56,9 @@ def build_gru(config: GRUConfig, key: Array) -> Model:
     - ``"source"``, ``[batch, source length]``, the tokens that are read;
     - ``"source_segments"``, of that shape, integers or bool: 0 (False) marks padding, on either side. Without this
       entry there is none;
-    - ``"tokens"``, ``[batch, length]``, what the decoder is given: the target behind its first token;
-    - ``"segments"``, of that shape, as for the source.
+    - ``"tokens"``, ``[batch, length]``, the input of the decoder: the tokens of the target, the first one included;
+    - ``"segments"``, of that shape, integers or bool: 0 (False) marks padding. The decoder begins anew with each text
+      of a row, while a source has one text per row.
 
     The output is logits ``[batch, length, target]`` of the next tokens. Padding leaves the state as it is. There is no
     dropout, so training and evaluation are the same. :func:`distill_jax.features.capture` finds ``encoder``, the states
@@ -215,6 +216,7 @@ def _encode(params: PyTree, x: Mapping[str, Any]) -> Array:
         )
     names = {"source": "tokens", "source_segments": "segments"}
     inputs = _blocks.read_inputs({names[name]: value for name, value in x.items()})
+    _blocks.check_one_text("source_segments", inputs["segments"])
     start = jnp.zeros((inputs["tokens"].shape[0], params["encoder"]["recurrent"]["kernel"].shape[0]))
     return _run("encoder", params["encoder"], inputs, start)[1]
 
@@ -230,19 +232,22 @@ def _decode(params: PyTree, start: Array, x: PyTree) -> Array:
 
 
 def _run(name: str, params: PyTree, inputs: dict[str, Any], start: Array) -> tuple[Array, Array]:
-    """Returns all states ``[batch, length, hidden]`` and the last one."""
+    """Returns all states ``[batch, length, hidden]`` and the last one. Each text of a row begins at ``start``."""
     _blocks.check_indices(name, inputs["tokens"], params["embedding"], "its vocabulary")
     x = _blocks.look_up(params["embedding"], inputs["tokens"])
     given = jnp.einsum("btw,wgh->tbgh", x, params["input"]["kernel"]) + params["input"]["bias"]
     recurrent = params["recurrent"]
 
-    def step(h: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        a, seen = now
+    def step(carry: tuple[Array, Array], now: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        (h, text), (a, segment) = carry, now
+        seen = segment != 0
+        h = jnp.where((seen & (segment != text))[:, None], start, h)
         b = jnp.einsum("bh,hgk->bgk", h, recurrent["kernel"]) + recurrent["bias"]
         r, z = jax.nn.sigmoid(a[:, 0] + b[:, 0]), jax.nn.sigmoid(a[:, 1] + b[:, 1])
         new = (1 - z) * jnp.tanh(a[:, 2] + r * b[:, 2]) + z * h
         new = jnp.where(seen[:, None], new, h)
-        return new, new
+        return (new, jnp.where(seen, segment, text)), new
 
-    last, states = jax.lax.scan(step, start, (given, (inputs["segments"] != 0).T))
+    segments = inputs["segments"].T
+    (last, _), states = jax.lax.scan(step, (start, jnp.zeros_like(segments[0])), (given, segments))
     return _blocks.named(name, states.swapaxes(0, 1)), last

@@ -62,7 +62,18 @@ def load_tokenizer(
             tokenizer.enable_truncation(length)
     except Exception as error:  # tokenizers raises no class of its own
         raise ValueError(f"path: {file} cannot be read: {' '.join(str(error).split())}") from None
+    _check_room(tokenizer, length, special, pair=False)
     return Tokenizer(tokenizer, length, side, special)
+
+
+def _check_room(tokenizer: "tokenizers.Tokenizer", length: int | None, special: bool, *, pair: bool) -> None:
+    """Raises ``ValueError`` if special tokens alone are longer than a row."""
+    least = tokenizer.num_special_tokens_to_add(pair) if special else 0
+    if length is not None and length < least:
+        raise ValueError(
+            f"length must be at least {least}, the number of special tokens of a {'pair' if pair else 'text'}, got "
+            f"{length}"
+        )
 
 
 class Tokenizer:
@@ -96,6 +107,8 @@ class Tokenizer:
                 raise ValueError(f"texts must be strings, or pairs of strings, got {shown(text)}")
         if not texts:
             raise ValueError("texts must hold at least one string, got none")
+        if any(isinstance(text, tuple) for text in texts):
+            _check_room(self.tokenizer, self.length, self.special, pair=True)
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=self.special)
         length = self.length or max(1, *(len(encoding.ids) for encoding in found))
         names = ["tokens", "segments"] + ["types"] * any(isinstance(text, tuple) for text in texts)

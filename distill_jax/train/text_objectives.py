@@ -164,13 +164,15 @@ def on_policy(
     """Makes the ``transform`` of on-policy distillation: the student writes, the teacher scores.
 
     With probability ``share`` the rows of a batch are replaced by the student's own: it goes on from the first
-    ``prompt`` tokens of each row, and what it has written counts. Else the rows stay as they are, and all of their
-    tokens count. Then the teacher labels the rows. The loss is that of :func:`distill_tokens`, with any divergence.
+    ``prompt`` tokens of each row, and what it has written counts. Otherwise the rows stay as they are, with the batch's
+    own ``"counts"``. Rows of weight 0 have weight 0 in either case. Then the teacher labels the rows. The loss is that
+    of :func:`distill_tokens`, with any divergence.
     The whole step, the sampler included, is one compiled program; no gradient flows through what was sampled.
 
     Args:
       sampler: ``(model, prompts, *, key) -> rows``: continues the inputs ``prompts``, of ``prompt`` tokens, to rows as
-        long as those of the data. ``functools.partial(models.generate, length=row length - prompt)`` is one.
+        long as those of the data, with all entries that the input has.
+        ``functools.partial(models.generate, length=row length - prompt)`` is one.
       prompt: the number of tokens of a row from which the student goes on.
       share: λ in [0, 1].
       score: ``(context, batch) -> batch`` with ``"teacher"``. By default ``context`` is the teacher, whose logits are
@@ -211,8 +213,14 @@ def on_policy(
                 )
             if "segments" in sampled:
                 written &= sampled["segments"] != 0
-            new = sampled if isinstance(image, Mapping) else sampled["tokens"]
-            new = {name: new[name] for name in image} if isinstance(image, Mapping) else new
+            new: PyTree = sampled["tokens"]
+            if isinstance(image, Mapping):
+                if missing := image.keys() - sampled.keys():
+                    raise ValueError(
+                        f"the sampler's rows must have all entries of the data's, {sorted(image)}: "
+                        f"{sorted(missing)} are missing"
+                    )
+                new = {name: sampled[name] for name in image}
             new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, image)
             return jax.lax.stop_gradient(new), written
 
@@ -224,6 +232,8 @@ def on_policy(
         else:
             image, counts = jax.lax.cond(jax.random.uniform(draws[1]) < share, own, data, None)
         weight = token_weight(image, counts)
+        if "weight" in batch:
+            weight = jnp.where(jnp.asarray(batch["weight"]) > 0, weight, 0.0)
         return dict(score(context, {**batch, "image": image, "counts": counts, "weight": weight}))
 
     return transform
