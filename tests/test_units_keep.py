@@ -290,3 +290,37 @@ def test_the_new_statistics_are_those_of_the_kept_units():
     close(given, wanted, 1e-5)
     assert given[1]["norm"]["mean"].shape == (3,)
     assert np.abs(given[1]["norm"]["mean"]).max() > 1e-4
+
+
+def test_units_that_count_in_training_or_at_other_shapes_are_refused():
+    def block(p, x, key=None):
+        h = jax.nn.relu(x @ p["a"])
+        assert h.shape[-1] == 4
+        if key is not None:  # DropBlock's scale
+            mask = jax.random.bernoulli(key, 0.9, h.shape).astype(h.dtype)
+            h = h * mask * (mask.size / mask.sum())
+        return h @ p["b"]
+
+    x, kept = numbers(5, 3), {"a": [0, 3]}
+    model, graph = traced(block, x, a=(3, 4), b=(4, 2))
+    small = units.keep(graph, model, kept)
+    close(small(x), units.silence(graph, model, kept)(x), 1e-5)
+    with pytest.raises(ValueError, match=r"^x: in training mode, .* units that are gone would still count .*sum"):
+        small.apply(x, key=jax.random.key(0))
+
+    def fourth(p, x):
+        h = jnp.tanh(x @ p["a"])
+        assert h.shape[-1] == 4
+        return h.sum((1, 2))[:, None] / 4.0 * p["b"]
+
+    x = numbers(2, 5, 3)
+    model, graph = traced(fourth, x, a=(3, 4), b=(2,))
+    small, silent = units.keep(graph, model, kept), units.silence(graph, model, kept)
+    close(small(x[:, :2]), silent(x[:, :2]), 1e-5)
+    with pytest.raises(ValueError, match=r"^x: in evaluation, .* would still count .*\(a mean over it\)"):
+        small(x[:, :1])
+    again = units.trace(small, x)
+    twice = units.keep(again, small, {"a": [1]})
+    close(twice(x), units.silence(graph, model, {"a": [3]})(x), 1e-5)
+    with pytest.raises(ValueError, match="would still count"):
+        twice(x[:, :1])

@@ -1,7 +1,7 @@
 """The function of a network with fewer units: its own where it can be, else its program with sizes adapted."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ from distill_jax._model import ApplyFn, Model, PyTree
 from distill_jax.compress.units._trace.adapted import Adapted
 from distill_jax.compress.units._trace.again import difference
 from distill_jax.compress.units._trace.examples import examples_apart
-from distill_jax.compress.units._trace.fitting import Masks, MisfitError, fit
+from distill_jax.compress.units._trace.fitting import Exact, Masks, MisfitError, fit
 from distill_jax.compress.units._trace.program import flatten
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.masks import Kept, position_masks, shapes_of
+from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of
 from distill_jax.features.capturing import naming
 
 Like = jax.ShapeDtypeStruct
@@ -69,24 +69,45 @@ def adapt(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> "KeptFn":
     Returns:
       The function, which traces the network when it is called.
     """
-    found = position_masks(graph, kept)
-    masks = [
+    masks = _all_axes(graph, position_masks(graph, kept))
+    exactly = {name: units for name, units in kept.items() if graph.groups[name].exact_shrunk}
+    # Of some groups not all slices are set to zero
+    others = {
+        name: (np.zeros(group.size, bool), [s for s in group.slices if (s.path, s.axis) not in zeroed])
+        for name in exactly
+        if (group := graph.groups[name]).silent and (zeroed := {(s.path, s.axis) for s in group.silent})
+    }
+    exact = [*map(Exact, _all_axes(graph, position_masks(graph, exactly)), _all_axes(graph, masks_of(others)))]
+    if isinstance(apply_fn, KeptFn):  # pruned before
+        exact = [
+            Exact(*([_within(*axis, where) for *axis, where in zip(*pair, stays, strict=True)] for pair in pairs))
+            for stays, *pairs in zip(
+                apply_fn.masks,
+                [(old.masks, new.masks) for old, new in zip(apply_fn.exact, exact, strict=True)],
+                [(old.silent, new.silent) for old, new in zip(apply_fn.exact, exact, strict=True)],
+                strict=True,
+            )
+        ]
+        masks = [
+            [_within(before, now, before) for before, now in zip(*pair, strict=True)]
+            for pair in zip(apply_fn.masks, masks, strict=True)
+        ]
+        apply_fn = apply_fn.apply_fn
+    return KeptFn(apply_fn, jax.tree.structure(tuple(graph.names)), masks, exact)
+
+
+def _all_axes(graph: UnitGraph, found: Mapping[str, Mapping[int, np.ndarray]]) -> list[Masks]:
+    """Returns the masks of all axes of all arrays, true where none was found."""
+    return [
         [found.get(name, {}).get(a, np.ones(n, bool)) for a, n in enumerate(like.shape)]
         for name, like in graph.shapes.items()
     ]
-    if isinstance(apply_fn, KeptFn):  # pruned before
-        masks = [
-            [_within(*pair) for pair in zip(before, now, strict=True)]
-            for before, now in zip(apply_fn.masks, masks, strict=True)
-        ]
-        apply_fn = apply_fn.apply_fn
-    return KeptFn(apply_fn, jax.tree.structure(tuple(graph.names)), masks)
 
 
-def _within(before: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Says which of all positions stay, if the mask speaks of those that stayed before."""
+def _within(before: np.ndarray, now: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """Joins a mask of all positions with one of those that stay."""
     found = before.copy()
-    found[before] = mask
+    found[stays] &= now
     return found
 
 
@@ -100,13 +121,21 @@ class KeptFn:
       apply_fn: the function of the whole network.
       structure: that of ``(params, state)``.
       masks: for each array, for each of its axes, bool ``[positions]``: which of them stay.
+      exact: for each array, what of it must be removed exactly.
     """
 
-    def __init__(self, apply_fn: ApplyFn, structure: jax.tree_util.PyTreeDef, masks: Sequence[Masks]):
-        self.apply_fn, self.structure, self.masks = apply_fn, structure, masks
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        structure: jax.tree_util.PyTreeDef,
+        masks: Sequence[Masks],
+        exact: Sequence[Exact],
+    ):
+        self.apply_fn, self.structure, self.masks, self.exact = apply_fn, structure, masks, exact
         self.shapes = [tuple(int(mask.sum()) for mask in axes) for axes in masks]
         self.programs: dict[Any, _Fitted] = {}
-        text = repr([[(mask.size, mask.tobytes()) for mask in axes] for axes in masks]).encode()
+        every = [*masks, *(axes for pair in exact for axes in pair)]
+        text = repr([[(mask.size, mask.tobytes()) for mask in axes] for axes in every]).encode()
         self.identity = hashlib.sha256(text).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -214,14 +243,13 @@ class KeptFn:
         inputs = [*self.masks, *[None] * (len(closed.in_avals) - len(self.masks))]
         ends = [None] * len(jax.tree.leaves(outputs))
         try:
-            adapted = fit(closed, inputs, [*ends, *after], calls=calls)
+            adapted = fit(closed, inputs, [*ends, *after], calls=calls, exact=self.exact)
         except MisfitError as error:
             mode = "evaluation" if key is None else "training mode"
             shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
             raise MisfitError(
-                f"x: in {mode}, on inputs of shapes {shapes}, the kept units are not the only ones that must "
-                f"stay ({error}): trace the model on these inputs, or build the network anew with the widths of "
-                "units.architecture(graph, kept)"
+                f"x: in {mode}, on inputs of shapes {shapes}, {error}: trace the model on these inputs, build the "
+                "network anew with the widths of units.architecture(graph, kept), or use units.silence"
             ) from None
         return _Fitted(adapted, jax.tree.structure(results))
 

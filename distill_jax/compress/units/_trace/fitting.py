@@ -1,13 +1,14 @@
 """Adapts any program to given sizes of its inputs and outputs, with the derivatives of the calls within it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.compress.units._trace.adapted import ADAPTED, Adapted
+from distill_jax.compress.units._trace.elementwise_rules import POLES
 from distill_jax.compress.units._trace.program import DERIVED, Step, bind, flatten, numbered
 from distill_jax.compress.units._trace.rules import Tracer, Value, fixed, rule, value
 
@@ -15,11 +16,28 @@ Masks = Sequence[np.ndarray]
 
 
 class MisfitError(ValueError):
-    """A program cannot have these sizes; the message says why, as a reason without a subject."""
+    """A program cannot have these sizes; the message says why, as a clause."""
+
+
+class Exact(NamedTuple):
+    """What is said of an input whose positions are removed as if they were set to zero.
+
+    Attributes:
+      masks: for each axis, bool ``[positions]``, false for those that are removed so.
+      silent: for each axis, bool ``[positions]``, whether setting the units of a position to zero makes it zero.
+    """
+
+    masks: Masks
+    silent: Masks
 
 
 def fit(
-    closed: Any, inputs: Sequence[Masks | None], outputs: Sequence[Masks | None], *, calls: bool = True
+    closed: Any,
+    inputs: Sequence[Masks | None],
+    outputs: Sequence[Masks | None],
+    *,
+    calls: bool = True,
+    exact: Sequence[Exact] = (),
 ) -> Adapted:
     """Adapts a program so that its inputs and outputs have the given positions alone.
 
@@ -31,29 +49,52 @@ def fit(
       inputs: for each input, for each of its axes, bool ``[positions]``, true for those that stay; None for all.
       outputs: for the first outputs the same. The others are whatever the inputs make.
       calls: whether calls with derivatives of their own keep them.
+      exact: for the first inputs, which positions must be removed exactly.
 
     Returns:
       The adapted program.
 
     Raises:
-      MisfitError: if the positions cannot be removed.
+      MisfitError: if the positions cannot be removed, or not exactly.
     """
     symbolic = flatten(closed, calls=calls)
     program = numbered(symbolic)
     tracer = Tracer()
     ends: list[tuple[np.ndarray, np.ndarray]] = []
-    for number, masks in zip(program.inputs, inputs, strict=True):
+    removed_exactly: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, (number, masks) in enumerate(zip(program.inputs, inputs, strict=True)):
         axes = []
         for a, n in enumerate(program.avals[number].shape):
             mask = np.ones(n, bool) if masks is None else masks[a]
+            zero = exact[i].silent[a] if i < len(exact) else np.ones(n, bool)
             # An axis that stays whole has labels too: what pads it may go
-            axes.append(fixed(n) if masks is None else (tracer.labels.fresh(n), np.ones(n, bool)))
+            axes.append(fixed(n) if masks is None else (tracer.labels.fresh(n), zero))
+            if i < len(exact):
+                removed_exactly.append((axes[-1][0], exact[i].masks[a]))
             ends.append((axes[-1][0], mask))
         tracer.values[number] = value(axes)
     tracer.run(program)
     for i, masks in enumerate(outputs):
         for a, units in enumerate(tracer.result(program, i).units):
             ends.append((units, np.ones(units.shape[1], bool) if masks is None else masks[a]))
+    removed = _removed(tracer, ends)
+    small = Adapted(program, tracer, [removed])
+    small.avals = symbolic.avals
+    for units, mask in ends:
+        wrong = small.mask(units) != mask
+        if wrong.any():
+            reason = _why(tracer, units[:, wrong])
+            raise MisfitError(f"the kept units are not the only ones that must stay ({reason})")
+    gone = _removed(tracer, removed_exactly)
+    for nodes, reason in tracer.labels.inexact:
+        # Where a silenced unit divides, the silenced network has no finite result to compare with
+        if not reason.endswith(POLES) and np.isin(tracer.labels.resolve(nodes[None]), gone).any():
+            raise MisfitError(f"units that are gone would still count if they were zero ({reason})")
+    return small
+
+
+def _removed(tracer: Tracer, ends: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the nodes of positions that go, except those that a position that stays has, too."""
     stays, goes = (np.zeros(tracer.labels.count + 1, bool) for _ in range(2))
     for nodes, _ in tracer.labels.frozen:
         stays[tracer.labels.resolve(nodes[None])] = True
@@ -61,14 +102,7 @@ def fit(
         stays[tracer.meaning(units)[:, mask]] = True
         goes[tracer.meaning(units)[:, ~mask]] = True
     stays[-1] = True  # what NONE reads
-    removed = np.flatnonzero(goes & ~stays)
-    small = Adapted(program, tracer, [removed])
-    small.avals = symbolic.avals
-    for units, mask in ends:
-        wrong = small.mask(units) != mask
-        if wrong.any():
-            raise MisfitError(_why(tracer, units[:, wrong]))
-    return small
+    return np.flatnonzero(goes & ~stays)
 
 
 def _why(tracer: Tracer, units: np.ndarray) -> str:
