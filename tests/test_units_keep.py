@@ -305,7 +305,9 @@ def test_units_that_count_in_training_or_at_other_shapes_are_refused():
     model, graph = traced(block, x, a=(3, 4), b=(4, 2))
     small = units.keep(graph, model, kept)
     close(small(x), units.silence(graph, model, kept)(x), 1e-5)
-    with pytest.raises(ValueError, match=r"^x: in training mode, .* units that are gone would still count .*sum"):
+    with pytest.raises(
+        ValueError, match=r"^x: in training mode, .* units that are gone would still count .*sum"
+    ):
         small.apply(x, key=jax.random.key(0))
 
     def fourth(p, x):
@@ -324,3 +326,48 @@ def test_units_that_count_in_training_or_at_other_shapes_are_refused():
     close(twice(x), units.silence(graph, model, {"a": [3]})(x), 1e-5)
     with pytest.raises(ValueError, match="would still count"):
         twice(x[:, :1])
+
+
+def test_a_function_that_computes_something_else_in_training_is_not_kept():
+    x, kept, key = numbers(5, 3), {"a": [0, 3]}, jax.random.key(0)
+
+    def scaled(p, x, key=None):
+        h = jnp.tanh(x @ p["a"])
+        return (h if key is None else h / h.shape[1]) @ p["b"]
+
+    model, graph = traced(scaled, x, a=(3, 4), b=(4, 2))
+    assert graph.groups["a"].removable == "exactly"
+    small = units.keep(graph, model, kept)
+    close(small.apply(x, key=key)[0], units.silence(graph, model, kept).apply(x, key=key)[0], 1e-5)
+
+    @jax.custom_vjp
+    def identity(h):
+        return h
+
+    identity.defvjp(lambda h: (h, None), lambda _, change: (change / change.shape[1],))
+    model, graph = traced(lambda p, x: identity(x @ p["a"]) @ p["b"], x, a=(3, 4), b=(4, 2))
+    networks = units.keep(graph, model, kept), units.silence(graph, model, kept)
+    found, wanted = (jax.grad(lambda network: network(x).sum())(network).params for network in networks)
+    close(found, units.keep(graph, wanted, kept), 1e-5)
+
+    def dropped(p, x, key=None):
+        h = x @ p["a"]
+        return (h if key is None else jnp.where(jax.random.bernoulli(key, 0.5, h.shape), 2 * h, 0)) @ p["b"]
+
+    model, graph = traced(dropped, x, a=(3, 4), b=(4, 2))
+    assert units.keep(graph, model, kept).apply_fn is model.apply_fn  # it draws masks of its own size
+
+
+def test_a_function_that_cannot_be_adapted_is_refused():
+    x, kept = numbers(5, 3), {"a": [0, 3]}
+    model, graph = traced(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], x, a=(3, 4), b=(4, 2))
+
+    def ordered(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return h @ p["b"] / h.shape[1], jnp.sort(h, -1)[:, -1]
+
+    small = units.keep(graph, from_function(ordered, model.params), kept)
+    with pytest.raises(
+        ValueError, match=r"^x: in evaluation, .* the only ones that must stay \(ordered by sort\)"
+    ):
+        small(x)

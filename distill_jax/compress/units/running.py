@@ -1,6 +1,7 @@
 """The function of a network with fewer units: its own where it can be, else its program with sizes adapted."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from distill_jax.compress.units._trace.adapted import Adapted
 from distill_jax.compress.units._trace.again import difference
 from distill_jax.compress.units._trace.examples import examples_apart
 from distill_jax.compress.units._trace.fitting import Exact, Masks, MisfitError, fit
-from distill_jax.compress.units._trace.program import flatten
+from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of
 from distill_jax.features.capturing import naming
@@ -25,6 +26,9 @@ Like = jax.ShapeDtypeStruct
 
 def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
     """Chooses the function of a smaller network: its own where that computes what the adapted program computes.
+
+    It does so if both programs are the same in evaluation and, but for the sizes of what is drawn at random, in
+    training mode. Derivatives that the network defines are not compared: then the adapted program is chosen.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
@@ -40,22 +44,48 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
     small = adapt(graph, apply_fn, kept)
     traced = graph.traced
     leaves = jax.tree.unflatten(small.structure, [*shapes_of(graph, kept).values()])
+    whole = [*graph.shapes.values()]
 
-    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-        return Model(apply_fn, params, state)(x)
+    def same(key: Like | None) -> bool:
+        closed, _ = _traced(apply_fn, *leaves, traced.x, key)
+        if _derives(flatten(closed, calls=True)):
+            return False
+        if key is None and apply_fn == traced.model.apply_fn:
+            adapted = Adapted.of(traced, kept)
+        else:
+            adapted = small.fitted(traced.x, key, whole, calls=False).adapted
+        return not difference(adapted, flatten(closed), draws=key is not None)
 
     try:
-        closed, _ = _jaxpr.trace(run, *leaves, traced.x)
-    except Exception:  # whatever the network raises: it does not run with these sizes
-        return small
-    if apply_fn == traced.model.apply_fn:
-        adapted = Adapted.of(traced, kept)
-    else:
-        try:
-            adapted = small.fitted(traced.x, None, [*graph.shapes.values()], calls=False).adapted
-        except Exception:  # it runs, and there is nothing to compare it with
+        if same(None) and same(jax.eval_shape(lambda: jax.random.key(0))):
             return apply_fn
-    return small if difference(adapted, flatten(closed)) else apply_fn
+    except (
+        Exception
+    ):  # whatever the network raises: it does not run so, or there is nothing to compare it with
+        return small
+    return small
+
+
+def _traced(apply_fn: ApplyFn, params: PyTree, state: PyTree, x: PyTree, key: Any) -> tuple[Any, Any]:
+    """Traces a network, in training mode if there is a key: its closed jaxpr, and its results as shapes."""
+
+    def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
+        model = Model(apply_fn, params, state)
+        return model.apply(x, key=keys[0]) if keys else model(x)
+
+    return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
+
+
+def _derives(program: Program) -> bool:
+    """Says whether there are calls with a derivative that is not JAX's own."""
+    for step in program.steps:
+        if step.name in ("custom_jvp_call", "custom_vjp_call"):
+            source = step.params["call_jaxpr"].jaxpr.debug_info.func_filename or ""
+            if f"{os.sep}jax{os.sep}_src{os.sep}" not in source:
+                return True
+        if any(map(_derives, step.bodies)):
+            return True
+    return False
 
 
 def adapt(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> "KeptFn":
@@ -77,10 +107,17 @@ def adapt(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> "KeptFn":
         for name in exactly
         if (group := graph.groups[name]).silent and (zeroed := {(s.path, s.axis) for s in group.silent})
     }
-    exact = [*map(Exact, _all_axes(graph, position_masks(graph, exactly)), _all_axes(graph, masks_of(others)))]
+    exact = [
+        *map(Exact, _all_axes(graph, position_masks(graph, exactly)), _all_axes(graph, masks_of(others)))
+    ]
     if isinstance(apply_fn, KeptFn):  # pruned before
         exact = [
-            Exact(*([_within(*axis, where) for *axis, where in zip(*pair, stays, strict=True)] for pair in pairs))
+            Exact(
+                *(
+                    [_within(*axis, where) for *axis, where in zip(*pair, stays, strict=True)]
+                    for pair in pairs
+                )
+            )
             for stays, *pairs in zip(
                 apply_fn.masks,
                 [(old.masks, new.masks) for old, new in zip(apply_fn.exact, exact, strict=True)],
@@ -216,13 +253,7 @@ class KeptFn:
 
     def trace(self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like]) -> tuple[Any, Any]:
         """Traces the whole network: its closed jaxpr, and its results as shapes."""
-
-        def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
-            model = Model(self.apply_fn, params, state)
-            return model.apply(x, key=keys[0]) if keys else model(x)
-
-        params, state = jax.tree.unflatten(self.structure, whole)
-        return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
+        return _traced(self.apply_fn, *jax.tree.unflatten(self.structure, whole), x, key)
 
     def fitted(
         self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like], *, calls: bool = True

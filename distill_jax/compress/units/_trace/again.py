@@ -244,12 +244,14 @@ def _is_check(error: Exception) -> bool:
     return raised and not any(f"{os.sep}{name}{os.sep}" in code.co_filename for name in OPERATIONS)
 
 
-def difference(small: Adapted, again: Program) -> str:
+def difference(small: Adapted, again: Program, *, draws: bool = False) -> str:
     """Says in what a program differs from an adapted one; the empty string if it is the same.
 
     Args:
       small: the traced program, adapted to the units that are left.
       again: the program of the network traced again with the smaller arrays.
+      draws: whether it may draw random numbers of the smaller sizes, which are others than those that the
+        kept units have in the whole network.
     """
     numbers: dict[int, int] = {}
     same: tuple[dict[int, int], dict[int, int]] = {}, {}  # results of idle steps → their operands
@@ -323,6 +325,8 @@ def difference(small: Adapted, again: Program) -> str:
     def other_option(old: Step, new: Step, any_size: Sequence[bool]) -> str:
         expected = small.options(old)
         apart = {*IN_SHAPES.get(old.name, ()), *BODIES.get(old.name, ())}
+        if draws and old.name in ("random_bits", "rng_bit_generator"):
+            apart.add("shape")
         if old.name == "relu" or old.name in OWN:
             return ""
         if old.name == "slice":
