@@ -179,6 +179,20 @@ def test_biases_are_only_what_is_added_to_the_outputs_alone():
     assert set(done.errors) == {"b", "c"}
 
 
+def test_a_bias_that_is_used_elsewhere_stays_as_it_is():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return h @ p["b"] + p["c"] + jnp.sin(p["c"]), h @ p["e"] + p["d"], p["d"], h @ p["f"] + p["g"]
+
+    p = shapes(a=(4, 6), b=(6, 3), c=(3,), e=(6, 3), d=(3,), f=(6, 3), g=(3,))
+    model, x = from_function(fn, p), numbers(np.zeros((9, 4)))
+    done = units.compensate(units.trace(model, x), model, {"a": [0, 1, 2]}, [x])
+    np.testing.assert_array_equal(done.model.params["c"], p["c"])
+    np.testing.assert_array_equal(done.model.params["d"], p["d"])
+    assert np.abs(done.model.params["g"] - p["g"]).max() > 1e-3
+    assert set(done.errors) == {"b", "e", "f"}
+
+
 def test_a_kernel_of_a_model_in_float32_is_corrected_in_float64():
     with jax.enable_x64(False):
         model = models.build("mlp:16", (6, 6, 1), 3, jax.random.key(0))

@@ -60,7 +60,8 @@ def compensate(
     the pruned kernel is taken. No step of training is made.
 
     Corrected are all kernels (dense, of convolutions, of attention with heads) over whose inputs units were removed;
-    b̃ is the bias that is added to their outputs, or the mean that a BatchNorm subtracts from them, if there is one.
+    b̃ is the bias that is added to their outputs, or the mean that a BatchNorm subtracts from them, if there is one
+    that is used nowhere else.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
@@ -196,12 +197,17 @@ def _biases(graph: UnitGraph, kernels: Mapping[str, Kernel]) -> dict[str, tuple[
     uses = Counter([*program.outputs, *(number for step in program.steps for number in step.inputs)])
     outputs: dict[int, tuple[str, list[int]]] = {}  # number → whose outputs it has, and on which axes
     found: dict[str, set[tuple[str, int] | None]] = {}
+    # How often arrays are used in all, and as biases
+    used: Counter[str] = Counter()
+    added: Counter[str] = Counter()
     for step in program.steps:
         if step.inputs and step.inputs[0] in views:
             name, axes = views[step.inputs[0]]
             new = _followed(step, axes, shapes[step.inputs[0]], shapes[step.outputs[0]])
             if new is not None:
                 views[step.outputs[0]] = name, new
+                continue
+        used.update(views[number][0] for number in step.inputs if number in views)
         for i, number in enumerate(step.inputs):
             path = views[number][0] if number in views else ""
             if path in kernels and step.name in ("dot_general", "conv_general_dilated"):
@@ -219,12 +225,19 @@ def _biases(graph: UnitGraph, kernels: Mapping[str, Kernel]) -> dict[str, tuple[
                 wanted = tuple(
                     places.index(a) if a in places and n > 1 else None for a, n in enumerate(shapes[number])
                 )
-                fits = name and axes == wanted and graph.shapes[name].shape == sizes and uses[number] == 1
                 sign = 1 if step.name == "add" else -1 if step.name == "sub" and i == 0 else 0
-                found.setdefault(path, set()).add((name, sign) if fits and sign else None)
+                fits = bool(name and sign and axes == wanted and uses[number] == 1)
+                fits = fits and graph.shapes[name].shape == sizes
+                added[name] += fits
+                found.setdefault(path, set()).add((name, sign) if fits else None)
+    used.update(views[number][0] for number in program.outputs if number in views)
     single = {path: each.pop() for path, each in found.items() if len(each) == 1}
     times = Counter(single.values())
-    return {path: bias for path, bias in single.items() if bias and times[bias] == 1}
+    return {
+        path: bias
+        for path, bias in single.items()
+        if bias and times[bias] == 1 and used[bias[0]] == added[bias[0]]
+    }
 
 
 def _followed(step: Step, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> Axes | None:
