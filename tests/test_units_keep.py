@@ -371,3 +371,25 @@ def test_a_function_that_cannot_be_adapted_is_refused():
         ValueError, match=r"^x: in evaluation, .* the only ones that must stay \(ordered by sort\)"
     ):
         small(x)
+
+
+def test_a_program_is_not_used_again_with_other_sizes_of_named_axes():
+    def centred(p, x, key=None):
+        h = jnp.tanh(x @ p["a"])
+        assert h.shape[-1] == 4
+        return (h if key is None else h - jax.lax.pmean(h.mean(0), "batch")) @ p["b"]
+
+    x, kept = numbers(8, 2, 3), {"a": [0, 3]}
+    model, graph = traced(centred, x[0], a=(3, 4), b=(4, 2))
+    networks = units.keep(graph, model, kept), units.silence(graph, model, kept)
+    for n in (2, 8):
+        small, silent = (
+            jax.vmap(lambda x, f=network: f.apply(x, key=jax.random.key(0))[0], axis_name="batch")(x[:n])
+            for network in networks
+        )
+        close(small, silent, 1e-5)
+    fn = networks[0].apply_fn
+    networks[0](x[0])
+    with jax.set_mesh(jax.make_mesh((1,), ("devices",))):
+        networks[0](x[0])
+    assert len(fn.programs) == 1

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.extend.core import nonempty_axis_env_DO_NOT_USE  # JAX has no other public name for it
 
 from distill_jax import _jaxpr
 from distill_jax._model import ApplyFn, Model, PyTree
@@ -43,11 +44,11 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
         return apply_fn
     small = adapt(graph, apply_fn, kept)
     traced = graph.traced
-    leaves = jax.tree.unflatten(small.structure, [*shapes_of(graph, kept).values()])
+    arrays = jax.tree.unflatten(small.structure, [*shapes_of(graph, kept).values()])
     whole = [*graph.shapes.values()]
 
     def same(key: Like | None) -> bool:
-        closed, _ = _traced(apply_fn, *leaves, traced.x, key)
+        closed, _ = _traced(apply_fn, arrays, traced.x, key)
         if _derives(flatten(closed, calls=True)):
             return False
         if key is None and apply_fn == traced.model.apply_fn:
@@ -66,13 +67,14 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
     return small
 
 
-def _traced(apply_fn: ApplyFn, params: PyTree, state: PyTree, x: PyTree, key: Any) -> tuple[Any, Any]:
-    """Traces a network, in training mode if there is a key: its closed jaxpr, and its results as shapes."""
+def _traced(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any) -> tuple[Any, Any]:
+    """Traces a network with params and state, in training mode if there is a key: its program, and its results."""
 
     def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
         model = Model(apply_fn, params, state)
         return model.apply(x, key=keys[0]) if keys else model(x)
 
+    params, state = arrays
     return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
 
 
@@ -111,24 +113,12 @@ def adapt(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> "KeptFn":
         *map(Exact, _all_axes(graph, position_masks(graph, exactly)), _all_axes(graph, masks_of(others)))
     ]
     if isinstance(apply_fn, KeptFn):  # pruned before
+        before = apply_fn
         exact = [
-            Exact(
-                *(
-                    [_within(*axis, where) for *axis, where in zip(*pair, stays, strict=True)]
-                    for pair in pairs
-                )
-            )
-            for stays, *pairs in zip(
-                apply_fn.masks,
-                [(old.masks, new.masks) for old, new in zip(apply_fn.exact, exact, strict=True)],
-                [(old.silent, new.silent) for old, new in zip(apply_fn.exact, exact, strict=True)],
-                strict=True,
-            )
+            Exact(_joined(old.masks, new.masks, stays), _joined(old.silent, new.silent, stays))
+            for old, new, stays in zip(before.exact, exact, before.masks, strict=True)
         ]
-        masks = [
-            [_within(before, now, before) for before, now in zip(*pair, strict=True)]
-            for pair in zip(apply_fn.masks, masks, strict=True)
-        ]
+        masks = [_joined(old, new, old) for old, new in zip(before.masks, masks, strict=True)]
         apply_fn = apply_fn.apply_fn
     return KeptFn(apply_fn, jax.tree.structure(tuple(graph.names)), masks, exact)
 
@@ -141,10 +131,11 @@ def _all_axes(graph: UnitGraph, found: Mapping[str, Mapping[int, np.ndarray]]) -
     ]
 
 
-def _within(before: np.ndarray, now: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """Joins a mask of all positions with one of those that stay."""
-    found = before.copy()
-    found[stays] &= now
+def _joined(old: Masks, new: Masks, stays: Masks) -> list[np.ndarray]:
+    """Joins masks of all positions with masks of those that stay."""
+    found = [mask.copy() for mask in old]
+    for mask, now, places in zip(found, new, stays, strict=True):
+        mask[places] &= now
     return found
 
 
@@ -152,7 +143,8 @@ class KeptFn:
     """The ``apply_fn`` of a smaller network; equal where the function and what stays are the same.
 
     The function is traced with arrays of the whole network's shapes, once for each shape and dtype of
-    parameters, state and inputs and for each mode, and its program adapted to the smaller ones.
+    parameters, state and inputs and for each mode, and its program adapted to the smaller ones. Within ``vmap``
+    and ``shard_map`` with named axes, and where a mesh is set, it is traced at each call.
 
     Args:
       apply_fn: the function of the whole network.
@@ -215,7 +207,11 @@ class KeptFn:
         leaves, structure = jax.tree.flatten((x, key))
         if any(export.is_symbolic_dim(n) for leaf in leaves for n in np.shape(leaf)):
             return self.for_any_batch(jax.tree.map(_like, x), jax.tree.map(_like, key), arrays)
-        # What a trace depends on besides its arguments
+        # What a trace depends on besides its arguments. The sizes of named axes and the mesh of devices become
+        # numbers in the program, so it is not stored then
+        if nonempty_axis_env_DO_NOT_USE() or not jax.sharding.get_abstract_mesh().empty:
+            x, key = jax.tree.map(_like, (x, key))
+            return self.fitted(x, key, self.whole(arrays))
         options: Any = jax.config  # its type does not name them
         context = naming(), options.jax_enable_x64, options.jax_default_matmul_precision
         kind = context, structure, *((np.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *arrays))
@@ -253,7 +249,7 @@ class KeptFn:
 
     def trace(self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like]) -> tuple[Any, Any]:
         """Traces the whole network: its closed jaxpr, and its results as shapes."""
-        return _traced(self.apply_fn, *jax.tree.unflatten(self.structure, whole), x, key)
+        return _traced(self.apply_fn, jax.tree.unflatten(self.structure, whole), x, key)
 
     def fitted(
         self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like], *, calls: bool = True
