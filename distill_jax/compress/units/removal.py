@@ -22,10 +22,10 @@ def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:
     A model keeps its function where the function, traced with the smaller arrays, is the traced program with
     every size adapted, in evaluation and in training mode on the traced inputs; other shapes are not compared.
     Elsewhere (its code has widths written into it, computes numbers from them, defines derivatives, or cannot be
-    traced with a key) the adapted program becomes its function. That program is made anew for each shape and dtype of inputs and for
-    training mode, so the model takes any batch size and trains: with dropout, whose masks are those that the
-    kept units have in the whole network, with the new statistics in its state, and with the derivatives that
-    the network defines by ``custom_jvp`` and ``custom_vjp``.
+    traced with a key) the adapted program becomes its function. That program is made anew for each shape and
+    dtype of inputs and for training mode, so the model takes any batch size and trains: with dropout, whose masks
+    are those that the kept units have in the whole network, with the new statistics in its state, and with the
+    derivatives that the network defines by ``custom_jvp`` and ``custom_vjp``.
 
     Units of exact groups may count in training mode, or for other shapes of inputs, even where they are zero, as
     in the mean of a mask over all units. The adapted program then raises ``ValueError``. The derivatives that
