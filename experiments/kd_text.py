@@ -5,7 +5,8 @@ with the same parameters and is trained twice: with as many rows of the same len
 for as much processor time as the dearest method takes for these ("equal time"), what the teacher stores included. In
 rows that a model has written the prompt is read but not learned: 97 tokens of 128 are, with the default sizes, so
 sequence-level distillation learns from 24 % fewer tokens than the others, and on-policy from 12 % fewer. The figures
-are those of texts that no training and no choice has seen.
+are those of texts that no training and no choice has seen. "Renormalised" are the teacher's k probabilities alone: the
+student's are still of all tokens.
 
     python experiments/kd_text.py smoke                    # a minute, on the sources of Python's library
     python experiments/kd_text.py python                   # the same sources, hours
@@ -69,8 +70,8 @@ CONFIGS = {
         batch_size=16, prompt=16, samples=320, rows=512,
         evaluated=64,
     )),
-    "python": ("The sources of Python's library; about half a day on one core.", Config()),
-    "bible": ("The World English Bible; about half a day on one core.", Config(dataset="bible")),
+    "python": ("The sources of Python's library; about half a day on one core, by estimate.", Config()),
+    "bible": ("The World English Bible; about half a day on one core, by estimate.", Config(dataset="bible")),
 }  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def methods(config: Config) -> dict[str, Method]:
 def check(config: Config, dataset: language.TextRows) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     rows, least, names = len(dataset.train.id), config.steps * config.batch_size, list(methods(config))
-    config.need("steps", least <= rows, f"be at most --batch-size times fewer than the {rows} rows")
+    config.need("steps", least <= rows, f"be at most {rows // config.batch_size}, as there are {rows} rows")
     enough = least <= config.samples < rows
     config.need("samples", enough, f"lie between {least} and {rows - 1}, one less than the rows")
     config.need("prompt", config.prompt <= config.length, "be at most --length")

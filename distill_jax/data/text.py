@@ -25,7 +25,7 @@ from distill_jax.data._texts import SOURCES, below, common, is_text, read, read_
 
 BEGIN = 0  # the token before the first byte of a text: NUL, a byte that no text has
 VOCABULARY = 256
-_VERSION = 1  # of what is made of the files; part of what the cache is known by
+_VERSION = 1  # of the arrays that are made of the files; a part of the cache's key
 
 
 class Documents(NamedTuple):

@@ -17,7 +17,7 @@ from distill_jax.losses.correlations import dist, mlkd
 
 Head = ArrayLike | Sequence[ArrayLike]  # a kernel, or a kernel and a bias
 
-# If the user gives no number of tokens, a chunk has at most so many logits of one network, 256 MiB
+# By default a chunk has at most this many logits of one network: 256 MiB in float32
 _HELD = 2**26
 
 
@@ -25,7 +25,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
     """Turns a loss over logits into one over hidden states that never holds the logits of all tokens.
 
     Value and gradient are those of ``loss(student @ student_kernel, teacher @ teacher_kernel)``, but only the logits
-    of ``chunk`` tokens exist at a time. Where they would be those of all tokens, the loss is computed in one piece.
+    of ``chunk`` tokens exist at a time. If ``chunk`` is at least the number of tokens, it is computed in one piece.
 
     Without ``reduce`` there is one value per token. The backward pass computes the logits again, because only then is
     the gradient known that each value gets. With ``reduce`` the result is one number, and the forward pass of a

@@ -56,7 +56,7 @@ def generate(
       length: the number of tokens to generate at most.
       temperature: logits are divided by it. 0 takes the likeliest token each time (greedy).
       top_p: draws from the smallest set of likeliest tokens that has at least this probability, in (0, 1]. 1 draws
-        from all. Tokens that are as likely as the least likely of the set belong to it.
+        from all. Ties with the least likely token of the set are kept.
       stops: tokens that end a text. A text keeps its stop and is padded after it; where all texts have ended,
         generation ends.
       pad: the token that fills up a text after its stop.

@@ -233,7 +233,7 @@ class Author:
 
 
 def renormalised(labels: TopK) -> TopK:
-    """Leaves out OTHER: the probabilities of the k tokens alone sum to 1."""
+    """Leaves out OTHER: the teacher's k probabilities alone sum to 1; the student's are still of all tokens."""
     kept: Any = labels.log_probs[..., :-1]
     kept = kept - np.logaddexp.reduce(kept, -1, keepdims=True)
     none = np.full_like(kept[..., :1], -np.inf)
