@@ -119,6 +119,7 @@ DAMAGED = {
     "missing": (lambda a: a.pop("dec_b_hh"), "lacks array 'dec_b_hh'"),
     "misshapen": (lambda a: a.update(enc_w_hh=a["enc_w_hh"][:-1]), r"array enc_w_hh of .* has shape \(17, 6\)"),
     "other vocabulary": (lambda a: a.update(fc_b=a["fc_b"][1:]), r"array fc_w of .* shape \(7, 6\), expected \(6, 6\)"),
+    "a number": (lambda a: a.update(fc_b=np.array(1.0)), "enc_emb, fc_w and fc_b of .* must have axes"),
     "no table": (lambda a: a.update(enc_emb=a["fc_b"]), r"array enc_emb of .* has shape \(7,\), expected \(7, 7\)"),
 }  # fmt: skip
 

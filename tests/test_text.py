@@ -116,10 +116,14 @@ def test_the_bible_is_read_by_book_and_kept(tmp_path):
     # A damaged copy is made anew, and so is that of changed files
     kept[0].write_bytes(kept[0].read_bytes()[:100])
     assert text.load("bible", **options).train.texts == found.train.texts
+    assert kept[0].stat().st_size > 100
     data = bytearray((place / "ot.bzz").read_bytes())
     data[5] ^= 1
     (place / "ot.bzz").write_bytes(data)
     with pytest.raises(DataError, match=r"ot\.bzz is damaged, .*install the package again"):
+        text.load("bible", **options)
+    (place / "nt.bzs").unlink()
+    with pytest.raises(DataError, match=r"bible was not found in .*apt-get install"):
         text.load("bible", **options)
 
 

@@ -81,9 +81,10 @@ def _documentation_files(folder: Path | None) -> list[Path]:
 def _sword_files(folder: Path | None) -> list[Path]:
     root = Path("/usr/share/sword") if folder is None else folder
     found = sorted(root.glob("modules/texts/ztext/engWEB*/ot.bzs"))
-    return (
+    files = (
         [found[-1].with_name(f"{part}.bz{kind}") for part in ("ot", "nt") for kind in "sz"] if found else []
     )
+    return files if all(file.is_file() for file in files) else []
 
 
 def _books(files: list[Path]) -> Iterator[tuple[str, bytes]]:

@@ -140,6 +140,10 @@ def load_gru(path: str | Path) -> Model:
                 )
     except KeyError as error:
         raise ValueError(f"path: {path} lacks array {error}") from None
+    except (IndexError, TypeError):
+        raise ValueError(
+            f"path: enc_emb, fc_w and fc_b of {path} must have axes, but one is a single number"
+        ) from None
 
     def gates(part: str, kind: str) -> PyTree:
         kernel, bias = arrays[f"{part}_w_{kind}"], arrays[f"{part}_b_{kind}"]
