@@ -91,7 +91,7 @@ def compensate(
     >>> model = models.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
     >>> x = jnp.array([[1.0], [2.0]])
     >>> graph = units.trace(model, x)
-    >>> done = units.compensate(graph, model, {"a": [1]}, [x])
+    >>> done = units.compensate(graph, model, {"a": [1]}, [x], damping=0.0)
     >>> units.keep(graph, done.model, {"a": [1]}).params["b"]  # the unit does the other one's work, half of its own
     Array([[1.5]], dtype=float32)
     """
