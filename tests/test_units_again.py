@@ -177,6 +177,17 @@ def test_verify_runs_both_networks():
     assert units.verify(graph, plain, {"a": [0, 4]}, x, by=lambda *given: plain) > 1e-2
 
 
+def test_imaginary_parts_are_compared():
+    model = from_function(
+        lambda p, x: (x @ p["a"] @ p["b"]) * (1 + 1j * p["a"].shape[1]), shapes(a=(3, 6), b=(6, 2))
+    )
+    x = np.ones((2, 3))
+    graph = units.trace(model, x)
+    assert units.verify(graph, model, {"a": [0, 4]}, x) < 1e-6
+    cut = lambda *given: units.keep(*given).replace(apply_fn=model.apply_fn)  # noqa: E731
+    assert units.verify(graph, model, {"a": [0, 4]}, x, by=cut) > 0.1
+
+
 def test_verify_says_what_it_cannot_compare():
     model, graph = traced(by_width, a=(3, 9), b=(9, 2))
     x = numbers(np.zeros((2, 6, 3)))

@@ -28,6 +28,8 @@ def test_each_group_gets_its_own_share():
         units.prune(graph, given, {"a": 0.5}, of=costs.parameters)
     with pytest.raises(ValueError, match="with what most leaves"):
         units.prune(graph, given, {"a": 0.25}, most=0.5)
+    with pytest.raises(ValueError, match="leave out across"):
+        units.prune(graph, given, {"a": 0.25}, across="isomorphic")
 
 
 @pytest.mark.parametrize("across", ["network", "group", "isomorphic"])

@@ -77,6 +77,10 @@ def prune(
     check_function("of", of, "graph, kept")
     check_choice("across", across, ("network", "group", "isomorphic"))
     if isinstance(budget, Mapping):
+        if across != "network":
+            raise ValueError(
+                f"across: budget gives a share for each group, so leave out across, got {across!r}"
+            )
         return _each(graph, scores, budget, of, most, multiple)
     if np.ndim(budget):
         raise ValueError(f"budget must be one number, got shape {np.shape(budget)}")

@@ -71,7 +71,7 @@ def verify(
                 f"{_shapes(expected)[1]}: its code reads them from its arrays; give by=units.keep"
             )
         for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
-            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            a, b = (np.asarray(y, np.complex128 if np.iscomplexobj(y) else np.float64) for y in (a, b))
             for name, outputs in (("smaller", a), ("silenced", b)):
                 if not np.isfinite(outputs).all():
                     raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from distill_jax.compress.units._trace.adapted import ADAPTED, Adapted
 from distill_jax.compress.units._trace.elementwise_rules import POLES
+from distill_jax.compress.units._trace.loop_rules import inner
 from distill_jax.compress.units._trace.program import DERIVED, Step, bind, flatten, numbered
 from distill_jax.compress.units._trace.rules import Tracer, Value, fixed, rule, value
 
@@ -116,9 +117,7 @@ def _why(tracer: Tracer, units: np.ndarray) -> str:
 @rule(*DERIVED)
 def _call(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     (body,) = step.bodies
-    tracer.values.update(zip(body.inputs, operands, strict=True))
-    tracer.run(body)
-    return [tracer.result(body, i) for i in range(len(body.outputs))]
+    return inner(tracer, body, operands)
 
 
 def _floating(small: Adapted, numbers: Sequence[int]) -> list[int]:
