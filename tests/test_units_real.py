@@ -1,6 +1,7 @@
-"""Networks of other libraries, pruned by half: they evaluate and train as the silenced ones do.
+"""Networks that people have, pruned by half: they evaluate and train as the silenced ones do.
 
-They are small, with random weights. Each is skipped where its library is missing (``pip install .[networks]``).
+They are small, with random weights. Those of other libraries are skipped where the library is missing
+(``pip install .[networks]``).
 """
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_units_keep import evaluates_as_silenced, half, trains_as_silenced
+from unseen_networks import UNSEEN, unseen
 
 from distill_jax.compress import units
 from distill_jax.models import Model
@@ -123,4 +125,17 @@ def test_half_of_a_network_evaluates_and_trains_as_the_silenced_one(name):
         some = jax.tree.map(lambda leaf: leaf[:3], x)
         evaluates_as_silenced(graph, model, kept, some)
         y = RNG.normal(size=jax.eval_shape(model, x).shape)
+        trains_as_silenced(graph, model, kept, x, y)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_half_of_a_network_of_another_kind_evaluates_and_trains_as_the_silenced_one(name):
+    with jax.enable_x64(True):
+        model, batch, exact = unseen(name)
+        graph = units.trace(model, batch(2))
+        kept = half(graph)
+        assert len(kept) == exact, str(graph)
+        evaluates_as_silenced(graph, model, kept, batch(3))
+        x = batch(4)
+        y = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape), jax.eval_shape(model, x))
         trains_as_silenced(graph, model, kept, x, y)
