@@ -10,6 +10,7 @@ from distill_jax.compress import units
 from distill_jax.compress.units import scores, values
 from distill_jax.compress.units._trace import roles
 from distill_jax.models import Model, from_function
+from distill_jax.weights.structure import path_name
 
 
 @pytest.fixture(autouse=True)
@@ -266,3 +267,120 @@ def test_why_units_cannot_be_merged():
     assert reason(lambda h, p: jax.nn.silu(h) @ p["b"], **b) == ""
     gated = lambda h, p: (lambda g, u: g * u)(*jnp.split(h @ p["g"], 2, 1)) @ p["b"]  # noqa: E731
     assert reason(gated, "g", g=(4, 8), **b) == ""
+
+
+def loss_of_example(model, example):
+    x, label = example
+    return -jax.nn.log_softmax(model(x[None])[0])[label]
+
+
+def examples_of(shape, count):
+    return numbers(np.zeros((count, *shape)), 5), jnp.arange(count) % 2
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_gates_are_derivatives_of_single_examples(case, order):
+    fn, model, x, graph = case
+    examples = examples_of(x.shape[1:], 5)
+    given = scores.gates(graph, model, loss_of_example, examples, order=order, chunk=2, normalise="none")
+    outgoing = {mlp: {"a.w": ["b.w"]}, convnet: {"a": ["w"], "w": ["v"]}, lstm: {"wx": ["wh", "out"]}}[fn]
+    assert given.keys() == outgoing.keys()
+
+    @jax.jit
+    def losses_at(params):
+        return jax.vmap(lambda e: loss_of_example(model.replace(params=params), e))(examples)
+
+    def gated(name, unit, gate):
+        def edit(path, leaf):
+            if path_name(path) not in outgoing[name]:
+                return leaf
+            here = np.arange(len(leaf)) % graph.groups[name].size == unit
+            return np.where(here[:, None], gate, 1) * leaf
+
+        return losses_at(jax.tree_util.tree_map_with_path(edit, model.params))
+
+    for name, found in given.items():
+        for unit in range(graph.groups[name].size):
+            slopes = (gated(name, unit, 1 + 1e-5) - gated(name, unit, 1 - 1e-5)) / 2e-5
+            expected = np.abs(slopes).mean() if order == 1 else (slopes**2).mean() / 2
+            np.testing.assert_allclose(found[unit], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_kronecker_factors_against_the_full_product():
+    """½ vec(W_u)ᵀ (A ⊗ G) vec(W_u), with the factors written out, for dense layers and a convolution."""
+    model = from_function(convnet, shapes(**CASES["convnet"][1]))
+    x, labels = examples_of((3, 3, 2), 6)
+    graph = units.trace(model, x[:2])
+    given = scores.kronecker(graph, model, loss_of_example, (x, labels), chunk=4)
+    p = model.params
+
+    def loss(logits):
+        return -jax.nn.log_softmax(logits, -1)[jnp.arange(6), labels].sum()
+
+    @jax.jit
+    def parts(x):
+        hidden = jax.nn.relu(conv(p["a"], x) * p["norm"]["scale"] + p["norm"]["bias"]).reshape(6, -1)
+        outputs = jnp.tanh(hidden @ p["w"])
+        g_w = jax.grad(lambda made: loss(jnp.tanh(made) @ p["v"]))(hidden @ p["w"])
+        return hidden, outputs, g_w, jax.grad(loss)(outputs @ p["v"])
+
+    hidden, outputs, g_w, g_v = map(np.asarray, parts(x))
+    for name, inputs, slopes, kernel in [("a", hidden, g_w, p["w"]), ("w", outputs, g_v, p["v"])]:
+        size = graph.groups[name].size
+        curvature = np.kron(inputs.T @ inputs / 6, slopes.T @ slopes / 6)
+        for unit in range(size):
+            rows = np.arange(len(kernel)) % size == unit
+            vector = np.where(rows[:, None], kernel, 0).ravel()
+            np.testing.assert_allclose(given[name][unit], vector @ curvature @ vector / 2, rtol=1e-9)
+
+
+def test_kronecker_factors_of_convolutions_sum_over_places():
+    """With one channel after, and the same input everywhere, all is known."""
+
+    def fn(p, x):
+        return conv(p["b"], conv(p["a"], x)).sum((1, 2))
+
+    model = from_function(
+        fn, {"a": numbers(np.zeros((1, 1, 1, 3)), 1), "b": numbers(np.zeros((1, 1, 3, 1)), 2)}
+    )
+    x = jnp.full((2, 2, 2, 1), 3.0)
+    graph = units.trace(model, x)
+    given = scores.kronecker(graph, model, lambda model, x: model(x[None])[0, 0], x)["a"]
+    a, b = (np.ravel(model.params[name]) for name in "ab")
+    np.testing.assert_allclose(given, (3 * a) ** 2 * 4 * b**2 / 2, rtol=1e-12)
+
+
+def test_heads_are_scored_as_they_are_used():
+    """The kernel stands on the left of its product, and each head has several rows."""
+
+    def fn(p, x):
+        heads = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, p["a"]))
+        return jnp.einsum("hdo,bhd->bo", p["b"], heads)
+
+    model = from_function(fn, shapes(a=(3, 4, 2), b=(4, 2, 2)))
+    x, labels = examples_of((3,), 1)
+    graph = units.trace(model, x)
+    whole = scores.kronecker(graph, model, loss_of_example, (x, labels))
+    gates = scores.gates(graph, model, loss_of_example, (x, labels), order=2, normalise="none")
+    assert {graph.groups[name].size for name in whole} == {4, 2}
+    agree(whole, gates)  # of a single example, A ⊗ G is the Fisher matrix itself
+
+
+def test_scores_of_a_loss_refuse():
+    fn, given, shape = CASES["mlp"]
+    model, x = from_function(fn, shapes(**given)), numbers(np.zeros(shape), 1)
+    graph = units.trace(model, x)
+    examples = (x, jnp.zeros(4, int))
+    with pytest.raises(ValueError, match="order must be 1 or 2, got 3"):
+        scores.gates(graph, model, loss_of_example, examples, order=3)
+    with pytest.raises(ValueError, match="chunk must be"):
+        scores.kronecker(graph, model, loss_of_example, examples, chunk=0)
+    with pytest.raises(ValueError, match="not finite"):
+        scores.gates(graph, model, loss_of_example, (np.full_like(x, np.nan), examples[1]))
+
+
+def test_units_used_in_a_loop_have_no_kronecker_factors():
+    fn, given, shape = CASES["lstm"]
+    model = from_function(fn, shapes(**given))
+    x, labels = examples_of(shape[1:], 3)
+    assert scores.kronecker(units.trace(model, x), model, loss_of_example, (x, labels)) == {}

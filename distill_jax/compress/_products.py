@@ -6,7 +6,7 @@ the rows of their inputs on a batch, and the triangle that stands for all rows s
 
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -95,31 +95,18 @@ def probe(model: Model, x: PyTree, rows: Collection[str] | None = ()) -> Probe:
     seen: dict[str, list[jax.Array]] = {}
     others: dict[str, str] = {}
 
-    def note(jaxpr, eqn, inputs, views):
-        arrays = [v.array(v.value) if isinstance(v, _jaxpr.View) else v for v in inputs]
-        outputs = _jaxpr.alone(jaxpr, eqn, arrays)
-        for place in views:
-            view = inputs[place]
-            free = _jaxpr.outputs_axes(eqn, place, view.value.ndim) if len(views) == 1 else None
-            if free is None:
-                others.setdefault(view.path, eqn.primitive.name)
-                continue
-            axes = view.order(view.value.ndim)
-            order = tuple(axes[i] for i in (*_jaxpr.summed_axes(eqn, place), *free))
-            kernel = Kernel(tuple(view.value.shape), order, 0.0, len(free))
-            positions = outputs[0].size / (kernel.outputs * len(batch_of))
-            if view.path in found and found[view.path][1:4:2] != kernel[1:4:2]:
-                others.setdefault(view.path, f"{eqn.primitive.name} in several ways")
-            before = found[view.path].positions if view.path in found else 0.0
-            found[view.path] = kernel._replace(positions=before + positions)
-            if rows is None or view.path in rows:
-                seen.setdefault(view.path, []).append(_jaxpr.rows_of(eqn, arrays, place))
-        return outputs
+    def note(use: Use) -> jax.Array:
+        before = found.get(use.path)
+        if before is not None and before[1:4:2] != use.kernel[1:4:2]:
+            others.setdefault(use.path, f"{use.primitive} in several ways")
+        positions = use.output.size / (use.kernel.outputs * len(batch_of))
+        found[use.path] = use.kernel._replace(positions=positions + (before.positions if before else 0.0))
+        if rows is None or use.path in rows:
+            seen.setdefault(use.path, []).append(use.rows())
+        return use.output
 
     def run(params, state, x):
-        pairs = jax.tree_util.tree_leaves_with_path(params)
-        values = [_jaxpr.View(leaf, path_name(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs]
-        _jaxpr.run(model.apply_fn, [params, state, x, None], values, note)
+        watched(model, note, others.setdefault).apply_fn(params, state, x)
         return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in others}
 
     batch_of = jax.tree.leaves(x)[0]
@@ -127,6 +114,70 @@ def probe(model: Model, x: PyTree, rows: Collection[str] | None = ()) -> Probe:
     arguments = model.params, model.state, x
     collected = run(*arguments) if wanted else jax.eval_shape(run, *arguments)
     return Probe({p: kernel for p, kernel in found.items() if p not in others}, collected, others)
+
+
+class Use(NamedTuple):
+    """One use of a kernel in a program.
+
+    Attributes:
+      path: the kernel's path.
+      kernel: the kernel; it does not know its number of places.
+      primitive: the name of the operation.
+      output: what the operation gives.
+      axes: the axes of ``output`` that are the kernel's outputs.
+      rows: computes ``[places, inputs]``, what the kernel multiplies.
+    """
+
+    path: str
+    kernel: Kernel
+    primitive: str
+    output: jax.Array
+    axes: tuple[int, ...]
+    rows: Callable[[], jax.Array]
+
+
+def watched(
+    model: Model,
+    use: Callable[[Use], jax.Array],
+    other: Callable[[str, str], object] = lambda path, name: None,
+) -> Model:
+    """Returns a model that lets ``use`` look at each use of a kernel, and replace what the operation gives.
+
+    Args:
+      model: the model.
+      use: is called for each use of a kernel, whenever the model is traced or run.
+      other: is called with the path of a parameter of several axes and the operation that uses it otherwise.
+    """
+
+    def note(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list[Any]:
+        arrays = [v.array(v.value) if isinstance(v, _jaxpr.View) else v for v in inputs]
+        outputs = _jaxpr.alone(jaxpr, eqn, arrays)
+        for place in views:
+            view = inputs[place]
+            shape = tuple(view.value.shape)
+            free = _jaxpr.outputs_axes(eqn, place, len(shape)) if len(views) == 1 else None
+            if free is None:
+                other(view.path, eqn.primitive.name)
+                continue
+            order = view.order(len(shape))
+            order = tuple(order[i] for i in (*_jaxpr.summed_axes(eqn, place), *free))
+            rank = outputs[0].ndim
+            axes = tuple(range(rank - len(free), rank) if place else range(len(free)))
+            if eqn.primitive.name == "conv_general_dilated":
+                axes = (eqn.params["dimension_numbers"].out_spec[1],)
+            kernel = Kernel(shape, order, 0.0, len(free))
+            rows = functools.partial(_jaxpr.rows_of, eqn, arrays, place)
+            outputs = [use(Use(view.path, kernel, eqn.primitive.name, outputs[0], axes, rows))]
+        return outputs
+
+    def apply_fn(
+        params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
+    ) -> tuple[PyTree, PyTree]:
+        pairs = jax.tree_util.tree_leaves_with_path(params)
+        values = [_jaxpr.View(leaf, path_name(path)) if leaf.ndim > 1 else leaf for path, leaf in pairs]
+        return _jaxpr.run(model.apply_fn, [params, state, x, key], values, note)
+
+    return model.replace(apply_fn=apply_fn)
 
 
 @functools.partial(jax.jit, static_argnames="paths")

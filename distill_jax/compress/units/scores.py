@@ -1,26 +1,28 @@
 """Scores how much each unit matters: one number per unit, of which the lowest are pruned first.
 
-Every score sums over *all* slices of a unit, incoming and outgoing, each element once. Only parameters
+Scores made of weights sum over *all* slices of a unit, incoming and outgoing, each element once. Only parameters
 count, not the model's state (BatchNorm's statistics). ``normalise`` makes layers comparable: the scores of a
 group are divided by their ``"mean"`` (the default), their ``"max"`` or their ``"norm"`` √Σs²; ``"none"``
 leaves them as they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_count, check_function, check_key, check_mapping
-from distill_jax._model import Model, PyTree, check_model, example_count
+from distill_jax._checks import check_key, check_mapping
+from distill_jax._model import Model, PyTree
 from distill_jax.compress.units.editing import float_leaves
-from distill_jax.compress.units.graph import Group, UnitGraph, check_graph
+from distill_jax.compress.units.graph import UnitGraph, check_graph
+from distill_jax.compress.units.loss_scores import fisher, gates, kronecker, squared_gradients, taylor
+from distill_jax.compress.units.scoring import Normalise, Scores, normalised, sums
 from distill_jax.compress.units.values import activations, free_groups, vectors
 
-Scores = dict[str, np.ndarray]
-Normalise = Literal["mean", "max", "norm", "none"]
+__all__ = [
+    "Normalise", "Scores", "apoz", "average", "batch_norm_scale", "fisher", "fpgm", "gates", "kronecker", "l1", "l2",
+    "lamp", "mean_activation", "normalised", "random", "squared_gradients", "taylor",
+]  # fmt: skip
 
 
 def l1(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Scores:
@@ -45,7 +47,7 @@ def l1(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Sco
     >>> units.scores.l1(graph, model, normalise="none")
     {'a': array([4., 7.])}
     """
-    return normalised(_sums(graph, float_leaves(graph, model), np.abs), normalise)
+    return normalised(sums(graph, float_leaves(graph, model), np.abs), normalise)
 
 
 def l2(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Scores:
@@ -59,7 +61,7 @@ def l2(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Sco
     Returns:
       For each free group, float64 ``[size]``.
     """
-    squares = _sums(graph, float_leaves(graph, model), np.square)
+    squares = sums(graph, float_leaves(graph, model), np.square)
     return normalised({name: np.sqrt(x) for name, x in squares.items()}, normalise)
 
 
@@ -89,85 +91,8 @@ def lamp(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "none") -> S
         found[order] = energy[order] / np.where(rest > 0, rest, 1)
         return found
 
-    squares = _sums(graph, float_leaves(graph, model), np.square)
+    squares = sums(graph, float_leaves(graph, model), np.square)
     return normalised({name: share(x) for name, x in squares.items()}, normalise)
-
-
-def taylor(graph: UnitGraph, model: PyTree, gradients: PyTree, *, normalise: Normalise = "mean") -> Scores:
-    """Estimates how the loss changes without the unit, to first order: |Σ g·w|.
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      model: the model, or a tree of the structure of its ``params``.
-      gradients: the gradients of the loss: a tree of the structure of ``params``, or a Model of them.
-      normalise: how the scores of a group are made comparable, see the module's first lines.
-
-    Returns:
-      For each free group, float64 ``[size]``.
-
-    References:
-      Molchanov et al., `Importance Estimation for Neural Network Pruning`, 2019 (squared there).
-    """
-    weights, slopes = float_leaves(graph, model), float_leaves(graph, gradients, argument="gradients")
-    products = {path: w * slopes[path] for path, w in weights.items()}
-    return normalised({n: np.abs(x) for n, x in _sums(graph, products).items()}, normalise)
-
-
-def fisher(graph: UnitGraph, model: PyTree, diagonal: PyTree, *, normalise: Normalise = "mean") -> Scores:
-    """Estimates how the loss changes without the unit, to second order: ½ Σ h·w².
-
-    Args:
-      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
-      model: the model, or a tree of the structure of its ``params``.
-      diagonal: the diagonal h of the Hessian or of the Fisher matrix (:func:`squared_gradients`), as a
-        tree of the structure of ``params``.
-      normalise: how the scores of a group are made comparable, see the module's first lines.
-
-    Returns:
-      For each free group, float64 ``[size]``.
-
-    References:
-      LeCun, Denker, Solla, `Optimal Brain Damage`, 1990; Theis et al., 2018 (the Fisher).
-    """
-    weights, curvature = float_leaves(graph, model), float_leaves(graph, diagonal, argument="diagonal")
-    products = {path: w * w * curvature[path] for path, w in weights.items()}
-    return normalised({n: x / 2 for n, x in _sums(graph, products).items()}, normalise)
-
-
-def squared_gradients(
-    loss_fn: Callable[[Model, PyTree], jax.Array], model: Model, examples: PyTree, *, chunk: int = 64
-) -> PyTree:
-    """Averages the squared gradients of single examples: the diagonal of the empirical Fisher matrix.
-
-    Args:
-      loss_fn: ``(model, example) -> loss`` of one example, without a batch axis.
-      model: the model. The gradients are those of its parameters.
-      examples: a pytree of arrays ``[examples, ...]``.
-      chunk: number of examples whose gradients are held at once.
-
-    Returns:
-      A tree of the structure of ``model.params``.
-
-    >>> from distill_jax import models
-    >>> model = models.from_function(lambda p, x: p * x, jnp.array(1.0))
-    >>> squared_gradients(lambda model, x: model(x), model, jnp.array([1.0, 3.0])).item()
-    5.0
-    """
-    check_function("loss_fn", loss_fn, "model, example")
-    check_model("model", model)
-    check_count("chunk", chunk)
-    count = example_count("examples", examples)
-
-    def loss(params: PyTree, example: Any) -> jax.Array:
-        return loss_fn(model.replace(params=params), example)
-
-    @jax.jit
-    def total(part: PyTree) -> PyTree:
-        gradients = jax.vmap(jax.grad(loss), (None, 0))(model.params, part)
-        return jax.tree.map(lambda g: jnp.square(g).sum(0), gradients)
-
-    parts = [total(jax.tree.map(lambda x, i=i: x[i : i + chunk], examples)) for i in range(0, count, chunk)]
-    return jax.tree.map(lambda *sums: sum(sums[1:], sums[0]) / count, *parts)
 
 
 def batch_norm_scale(
@@ -199,7 +124,7 @@ def batch_norm_scale(
     factors = {p: w for p, w in leaves.items() if p.rpartition(".")[2] in names and w.ndim == 1}
     found = {
         name: score
-        for name, score in _sums(graph, factors, np.abs).items()
+        for name, score in sums(graph, factors, np.abs).items()
         if any(s.path in factors for s in graph.groups[name].slices)
     }
     if not found:
@@ -317,58 +242,3 @@ def average(many: Iterable[Mapping[str, np.ndarray]], *, normalise: Normalise = 
     if not count:
         raise ValueError("many: give the scores of at least one batch, got none")
     return normalised({name: x / count for name, x in total.items()}, normalise)
-
-
-def normalised(scores: Mapping[str, np.ndarray], normalise: Normalise) -> Scores:
-    """Makes the scores of several groups comparable.
-
-    Args:
-      scores: group → ``[size]``.
-      normalise: how the scores of a group are made comparable, see the module's first lines.
-
-    Returns:
-      The scores, divided group by group.
-
-    Raises:
-      ValueError: if ``normalise`` is unknown, or a score is not finite.
-    """
-    measures: dict[str, Callable[[np.ndarray], Any]] = {
-        "mean": np.mean, "max": np.max, "norm": np.linalg.norm, "none": lambda x: 1.0,
-    }  # fmt: skip
-    if normalise not in measures:
-        raise ValueError(f"normalise must be one of {', '.join(measures)}, got {normalise!r}")
-    for name, x in scores.items():
-        if not np.isfinite(x).all():
-            raise ValueError(f"the scores of {name!r} are not finite: has the training diverged?")
-    return {name: x / (measures[normalise](x) or 1.0) for name, x in scores.items()}
-
-
-def _sums(
-    graph: UnitGraph,
-    leaves: Mapping[str, np.ndarray],
-    function: Callable[[np.ndarray], np.ndarray] = lambda x: x,
-) -> Scores:
-    """Sums over all elements that belong to a unit, each once."""
-    values = {path: function(x) for path, x in leaves.items()}
-    return {group.name: _sum(group, values) for group in free_groups(graph)}
-
-
-def _sum(group: Group, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    total = np.zeros(group.size)
-    for i, (path, axis, index) in enumerate(group.slices):
-        if path not in values:
-            continue
-        x = values[path]
-
-        def column(axis: int, index: np.ndarray, n: int = x.ndim) -> np.ndarray:
-            return index.reshape([-1 if a == axis else 1 for a in range(n)])
-
-        for other in group.slices[:i]:
-            # An element whose row and column are of one unit was summed with its row
-            if other.path == path and other.axis != axis:
-                twice = column(other.axis, other.index) == column(axis, index)
-                x = np.where(twice, 0.0, x)
-        sums = x.sum(tuple(a for a in range(x.ndim) if a != axis))
-        here = index >= 0
-        total += np.bincount(index[here], sums[here], group.size)
-    return total
