@@ -9,7 +9,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 __all__ = [
-    "compress", "data", "features", "losses", "metrics", "models", "teachers", "train", "weights",
+    "compress", "data", "export", "features", "losses", "metrics", "models", "teachers", "train", "weights",
 ]  # fmt: skip
 
 

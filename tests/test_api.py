@@ -24,7 +24,7 @@ LAYERS = [
     {"losses", "data", "_jaxpr", "_model"},
     {"features", "weights", "metrics"},
     {"models"},
-    {"teachers"},
+    {"teachers", "export"},
     {"train"},
     {"compress"},
 ]

@@ -1,11 +1,12 @@
 """Writes a model to a file, and reads it where the code of its network is not there."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import export
 
 from distill_jax import _files
 from distill_jax._model import Model, PyTree, check_inputs, check_model
+from distill_jax.models._containers import build, describe, leaf_names
 
 FORMAT = "distill_jax model 1"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,13 +51,38 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
     Array([[6.],
            [8.]], dtype=float32)
     """
+    for note in write(path, model, x):
+        warnings.warn(note, stacklevel=2)
+
+
+def write(
+    path: str | Path,
+    model: Model,
+    x: PyTree,
+    *,
+    modes: Sequence[str] = MODES,
+    about: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Writes the file of :func:`save`: with its training program, or without it and compressed.
+
+    Args:
+      path: the file.
+      model: the model.
+      x: a batch of inputs; only its shapes and dtypes are used.
+      modes: the programs to write, ``("evaluation", "training")`` or ``("evaluation",)``. With evaluation
+        alone the program has no gradient, and the file is compressed.
+      about: what else the description in the file says, for JSON.
+
+    Returns:
+      What the programs cannot do, one sentence each.
+
+    Raises:
+      ValueError: as :func:`save` does.
+    """
     check_model("model", model)
     check_inputs("x", x)
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"path: the directory {path.parent} does not exist: make it first")
-    if path.exists() and not _is_saved(path):
-        raise ValueError(f"path: {path} exists and is no saved model: choose another path, or remove it")
+    check_target(path, _is_saved(path), "saved model")
     x = jax.eval_shape(lambda x: x, x)
     leaves, structure = jax.tree.flatten((model.params, model.state))
     names = [
@@ -70,24 +97,26 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
     arrays = [np.asarray(jnp.asarray(leaf)) for leaf in leaves]
     files = {f"arrays/{i}": array.tobytes() for i, array in enumerate(arrays)}
     programs, notes = {}, []
-    for mode in MODES:
+    for mode in modes:
         try:
-            programs[mode], files[mode], note = _export(model, structure, leaves, x, mode)
+            programs[mode], files[mode], note = _export(model, structure, leaves, x, mode, modes)
             notes += [note] if note else []
         except Exception as error:  # Whatever the model raises: it has no training mode
             if mode == "evaluation":
                 raise
             notes.append(f"the training program cannot be saved, and the loaded model has none: {error}")
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
     description = {
         "format": FORMAT,
         "jax": jax.__version__,
+        **(about or {}),
         "parameters": len(jax.tree.leaves(model.params)),
-        "params": _describe(model.params),
-        "state": _describe(model.state),
-        "x": _describe(x),
-        "x arrays": [{"shape": leaf.shape, "dtype": str(leaf.dtype)} for leaf in jax.tree.leaves(x)],
+        "params": describe(model.params),
+        "state": describe(model.state),
+        "x": describe(x),
+        "x arrays": [
+            {"name": name, "shape": leaf.shape, "dtype": str(leaf.dtype)}
+            for name, leaf in zip(leaf_names("x", x), jax.tree.leaves(x), strict=True)
+        ],
         "arrays": [
             {"name": name, "shape": array.shape, "dtype": str(array.dtype)}
             for name, array in zip(names, arrays, strict=True)
@@ -96,14 +125,24 @@ def save(path: str | Path, model: Model, x: PyTree) -> None:
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     text = json.dumps(_files.plain(description), ensure_ascii=False).encode()
+    compression = zipfile.ZIP_STORED if "training" in modes else zipfile.ZIP_DEFLATED
 
-    def write(temporary: Path) -> None:
+    def write_archive(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "w") as archive:
             archive.comment = hashlib.sha256(text).hexdigest().encode()
             for name, data in {DESCRIPTION: text, **files}.items():
-                archive.writestr(zipfile.ZipInfo(name), data)
+                archive.writestr(zipfile.ZipInfo(name), data, compression, 9)
 
-    _files.write_atomically(path, write)
+    _files.write_atomically(path, write_archive)
+    return notes
+
+
+def check_target(path: Path, same_kind: bool, kind: str) -> None:
+    """Raises ``ValueError`` unless a file may be written: its directory exists, and it replaces one of its kind."""
+    if not path.parent.is_dir():
+        raise ValueError(f"path: the directory {path.parent} does not exist: make it first")
+    if path.exists() and not same_kind:
+        raise ValueError(f"path: {path} exists and is no {kind}: choose another path, or remove it")
 
 
 def load(path: str | Path) -> Model:
@@ -125,19 +164,7 @@ def load(path: str | Path) -> Model:
       ValueError: if the file is no saved model, is damaged, or holds 64-bit arrays where JAX has them
         disabled.
     """
-    path = Path(path)
-    if not _is_saved(path):
-        raise ValueError(f"path: {path} is no saved model: expected a file that models.save wrote")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            text, digest = archive.read(DESCRIPTION), archive.comment.decode()
-            files = {name: archive.read(name) for name in archive.namelist()}
-    except Exception as error:  # zipfile raises errors of a dozen types for a damaged file
-        raise ValueError(f"path: {path} is damaged: {' '.join(str(error).split())}") from None
-    _check(path, DESCRIPTION, text, digest)
-    description = json.loads(text)
-    for name, digest in description["sha256"].items():
-        _check(path, name, files.get(name, b""), digest)
+    description, files = read(path)
     leaves = []
     for i, array in enumerate(description["arrays"]):
         dtype = jnp.dtype(array["dtype"])
@@ -149,10 +176,43 @@ def load(path: str | Path) -> Model:
         values = np.frombuffer(files[f"arrays/{i}"], dtype).reshape(array["shape"])
         leaves.append(jnp.asarray(values))
     count = description["parameters"]
-    params = _build(description["params"], leaves[:count])
-    state = _build(description["state"], leaves[count:])
+    params = build(description["params"], leaves[:count])
+    state = build(description["state"], leaves[count:])
     programs = {mode: export.deserialize(bytearray(files[mode])) for mode in description["programs"]}
     return Model(_LoadedFn(description, programs), params, state)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Reads the description and the parts of a file that :func:`write` wrote, and checks their digests.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The description, and the bytes of each part by name.
+
+    Raises:
+      ValueError: if the file is no saved model, of another version of the format, or damaged.
+    """
+    path = Path(path)
+    if not _is_saved(path):
+        raise ValueError(f"path: {path} is no saved model: expected a file that models.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text, digest = archive.read(DESCRIPTION), archive.comment.decode()
+            files = {name: archive.read(name) for name in archive.namelist()}
+    except Exception as error:  # zipfile raises errors of a dozen types for a damaged file
+        raise ValueError(f"path: {path} is damaged: {' '.join(str(error).split())}") from None
+    _check(path, DESCRIPTION, text, digest)
+    description = json.loads(text)
+    if description["format"] != FORMAT:
+        raise ValueError(
+            f"path: {path} has the format {description['format']!r}, but this version reads {FORMAT!r}: load it with "
+            "the version of distill_jax that wrote it, and save it anew"
+        )
+    for name, digest in description["sha256"].items():
+        _check(path, name, files.get(name, b""), digest)
+    return description, files
 
 
 class _LoadedFn:
@@ -163,8 +223,8 @@ class _LoadedFn:
         self.programs = programs
         count = description["parameters"]
         numbers = range(len(description["arrays"]))
-        params = _build(description["params"], numbers[:count])
-        state = _build(description["state"], numbers[count:])
+        params = build(description["params"], numbers[:count])
+        state = build(description["state"], numbers[count:])
         # The number that each array had when the model was saved: dicts have another order than their owners
         self.order, self.structure = jax.tree.flatten((params, state))
 
@@ -191,16 +251,14 @@ class _LoadedFn:
         program = self.programs[mode]
         outputs = self.description["programs"][mode]["outputs"]
         if key is None:
-            return _build(outputs, program.call(leaves, self.inputs(x, mode))), state
+            return build(outputs, program.call(leaves, self.inputs(x, mode))), state
         results = program.call(leaves, self.inputs(x, mode), _key_data(key))
         count = len(results) - (len(leaves) - self.description["parameters"])
-        return _build(outputs, results[:count]), _build(self.description["state"], results[count:])
+        return build(outputs, results[:count]), build(self.description["state"], results[count:])
 
     def inputs(self, x: PyTree, mode: str) -> list[jax.Array]:
         """The arrays of x, checked against what was saved."""
-        structure = jax.tree.structure(
-            _build(self.description["x"], range(len(self.description["x arrays"])))
-        )
+        structure = jax.tree.structure(build(self.description["x"], range(len(self.description["x arrays"]))))
         given: Any = jax.tree.structure(x)
         if given != structure:
             raise ValueError(f"x must have the structure {structure}, got {given}")
@@ -221,7 +279,7 @@ class _LoadedFn:
 
 
 def _export(
-    model: Model, structure: Any, leaves: list[Any], x: PyTree, mode: str
+    model: Model, structure: Any, leaves: list[Any], x: PyTree, mode: str, modes: Sequence[str]
 ) -> tuple[dict[str, Any], bytes, str]:
     """Exports one of the model's programs: returns a description, its bytes, and a note on what it cannot do."""
     x_structure: Any
@@ -232,7 +290,7 @@ def _export(
         params, state = structure.unflatten(leaves)
         key = jax.random.wrap_key_data(key_data[0], impl="threefry2x32") if key_data else None
         outputs, after = model.apply_fn(params, state, x_structure.unflatten(inputs), key=key)
-        found["outputs"] = _describe(outputs)
+        found.update(outputs=describe(outputs), names=leaf_names("y", outputs))
         if not key_data:
             return jax.tree.leaves(outputs)
         new: Any = jax.tree.structure(after)
@@ -251,8 +309,9 @@ def _export(
     ):
         try:
             given = _any_batch(inputs) if any_batch else inputs
-            exported = export.export(jax.jit(run), platforms=platforms)(like, given, *key_like)
-            data = bytes(exported.serialize(vjp_order=1))
+            with _without_source_lines():
+                exported = export.export(jax.jit(run), platforms=platforms)(like, given, *key_like)
+                data = bytes(exported.serialize(vjp_order=len(modes) - 1))
         except Exception as error:  # Whatever tracing or lowering raises: the next way may work
             problems.append(error)
             continue
@@ -264,8 +323,31 @@ def _export(
             note = (
                 f"the {mode} program is saved for {sizes} on {', '.join(platforms)} only: {_why(problems[0])}"
             )
-        return {"any batch size": any_batch, "platforms": platforms, **found}, data, note
+        arrays = [
+            {
+                "name": name,
+                "shape": [n if isinstance(n, int) else str(n) for n in aval.shape],
+                "dtype": str(aval.dtype),
+            }
+            for name, aval in zip(
+                found.pop("names"), exported.out_avals, strict=False
+            )  # the new state follows
+        ]
+        described = {"any batch size": any_batch, "platforms": platforms, "output arrays": arrays, **found}
+        return described, data, note
     raise problems[-1]
+
+
+@contextlib.contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """Leaves the paths and lines of source code out of programs, so that equal models give equal bytes."""
+    options: Any = jax.config  # its type does not name them
+    before = options.jax_traceback_in_locations_limit
+    options.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        options.update("jax_traceback_in_locations_limit", before)
 
 
 def _why(error: Exception) -> str:
@@ -291,47 +373,6 @@ def _key_data(key: jax.Array) -> jax.Array:
     if jax.random.key_impl(key) == "threefry2x32":
         return jax.random.key_data(key)
     return jax.random.bits(key, (2,), np.uint32)
-
-
-def _describe(tree: PyTree) -> Any:
-    """Describes the containers of a pytree in JSON; a leaf is its number in the tree's own order."""
-    numbers = itertools.count()
-
-    def describe(node: Any) -> Any:
-        if node is None or jax.tree_util.all_leaves([node]):
-            return None if node is None else next(numbers)
-        pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
-        children = [describe(child) for _, child in pairs]
-        if type(node) in (list, tuple):
-            return [type(node).__name__, children]
-        return [
-            "dict",
-            [[_plain_key(path[0]), child] for (path, _), child in zip(pairs, children, strict=True)],
-        ]
-
-    return describe(tree)
-
-
-def _plain_key(key: Any) -> str | int:
-    """Returns a dict's key, or the name or number of a child of another container."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            found = getattr(key, attribute)
-            return found if isinstance(found, str | int) else str(found)
-    return str(key)
-
-
-def _build(description: Any, leaves: Sequence[Any]) -> PyTree:
-    """Builds a pytree of such containers from leaves in the order of the tree that was described."""
-    if description is None:
-        return None
-    if isinstance(description, int):
-        return leaves[description]
-    kind, children = description
-    if kind == "dict":
-        return {key: _build(child, leaves) for key, child in children}
-    made = [_build(child, leaves) for child in children]
-    return made if kind == "list" else tuple(made)
 
 
 def _is_saved(path: Path) -> bool:
