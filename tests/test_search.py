@@ -1,8 +1,12 @@
 """The search for the smallest network: what it tries, in which order, and what it chooses."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from distill_jax.compress import search
+from distill_jax.compress import low_rank, search, units
+from distill_jax.models import from_function
 
 
 def toy(losses):
@@ -106,3 +110,104 @@ def test_shares_that_three_digits_do_not_tell_apart_are_two_trials():
     )
     assert [edit.share for edit in asked] == [0.5002, 0.5001]
     assert list(found.trials) == ["prune 0.5", "prune 0.5001"]
+
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+
+
+def network():
+    rng = np.random.default_rng(1)
+    params = {
+        name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in {"a": (6, 16), "b": (16, 2)}.items()
+    }
+    return from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+
+
+def prune(model, share):
+    graph = units.trace(model, X)
+    return units.keep(graph, model, units.prune(graph, units.scores.l2(graph, model), share, across="group"))
+
+
+def factorise(model, share):
+    return low_rank.factorise(model, low_rank.kernels(model, X), {"a": round(6 * share)})
+
+
+class Work:
+    """Functions for a search that note their calls; ``fails`` says at which call of which one the machine dies."""
+
+    def __init__(self, original, fails=("", 0)):
+        self.original, self.fails, self.calls = original, fails, {"fine_tune": [], "validate": []}
+
+    def note(self, name, model):
+        self.calls[name].append(search.number_of_parameters(model))
+        if self.fails == (name, len(self.calls[name])):
+            raise RuntimeError("the machine died")
+
+    def fine_tune(self, model):
+        self.note("fine_tune", model)
+        return model.replace(params=jax.tree.map(lambda x: 1.01 * x, model.params))
+
+    def validate(self, model):
+        self.note("validate", model)
+        return float(jnp.square(model(X) - self.original(X)).mean())
+
+    def search(self, directory=None, **options):
+        given = {"shares": (0.5, 0.25), "iterative": ["prune"], "refinements": 1, "budget": 5.0} | options
+        return search.smallest_model(
+            self.original, {"prune": prune, "factorise": factorise}, fine_tune=self.fine_tune,
+            validate=self.validate, directory=directory, **given,
+        )  # fmt: skip
+
+
+def test_models_are_made_smaller_trained_and_chosen():
+    work = Work(network())
+    found = work.search()
+    assert [*found.trials][:5] == [
+        "prune 0.5", "prune 0.25", "factorise 0.5", "factorise 0.25", "prune, iterative 0.25"
+    ]  # fmt: skip
+    sizes = {name: trial.size for name, trial in found.trials.items()}
+    # 8 and 4 of 16 units: 6 + 2 weights each; iterative: half of half of them
+    assert (sizes["prune 0.5"], sizes["prune 0.25"], sizes["prune, iterative 0.25"]) == (64, 32, 32)
+    assert sizes["factorise 0.5"] == 3 * (6 + 16) + 16 * 2
+    assert found.models[found.chosen] is found.model
+    within = [name for name, trial in found.trials.items() if trial.loss <= 5.0]
+    assert 0 < len(within) < len(sizes)
+    assert found.chosen == min(within, key=sizes.__getitem__)
+    for name, trial in found.trials.items():
+        assert trial.loss == work.validate(found.models[name])
+    assert work.search(budget=0.0).chosen == "original"
+
+
+@pytest.mark.parametrize("fails", [("fine_tune", 3), ("validate", 4)])
+def test_a_search_resumes_after_the_last_trained_model(tmp_path, fails):
+    whole = Work(network()).search()
+    with pytest.raises(RuntimeError, match="died"):
+        Work(network(), fails).search(tmp_path)
+    again = Work(network())
+    found = again.search(tmp_path)
+    assert found.trials == whole.trials
+    for name, model in found.models.items():
+        jax.tree.map(np.testing.assert_array_equal, model.params, whole.models[name].params)
+    before = 2 if fails[0] == "fine_tune" else 3  # what was trained is not trained again
+    assert len(again.calls["fine_tune"]) == len(whole.trials) - before
+    other = network()
+    other = other.replace(params={**other.params, "b": other.params["b"] + 1})
+    with pytest.raises(ValueError, match="holds the search of another original"):
+        Work(other).search(tmp_path)
+
+
+def test_wrong_functions_of_a_search_are_refused():
+    work = Work(network())
+    given = {"fine_tune": work.fine_tune, "validate": work.validate, "shares": (0.5,), "budget": 1.0}
+    for operators, options, message in (
+        ([prune], {}, "operators must be"),
+        ({"prune": lambda model: model}, {}, "prune.*model, share"),
+        (
+            {"prune": lambda model, share: model.params},
+            {},
+            r"operators\['prune'\] returns must be a models.Model",
+        ),
+        ({"prune": prune}, {"validate": lambda model: model(X)}, "validate must return one number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search.smallest_model(work.original, operators, **given | options)

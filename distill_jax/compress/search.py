@@ -1,22 +1,29 @@
-"""Searches for the smallest network within a budget of loss: train, edit, validate, adjust.
+"""Searches for the smallest network within a budget of loss: edit, train, validate, adjust.
 
-The caller edits and trains (:data:`Attempt`). :func:`find_smallest` decides what is tried next.
+:func:`smallest_model` does so with functions that make a model smaller, train it and validate it.
+:func:`find_smallest` decides what is tried next, and leaves all else to the caller (:data:`Attempt`).
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distill_jax._checks import (
     check_count,
     check_fraction,
     check_function,
+    check_mapping,
     check_not_negative,
     check_real,
     check_sequence,
 )
+from distill_jax._model import Model, check_model
+from distill_jax.train.checkpoints import Checkpoints, digest
 
 ORIGINAL = "original"
 
@@ -176,6 +183,146 @@ def find_smallest(
     for operator in baselines if best in trials else ():
         run(operator, trials[best].edit.share)
     return Found(best, trials)
+
+
+# Makes a model smaller: (the model, the share of its units, parameters or blocks that shall stay) -> a model
+Operator = Callable[[Model, float], Model]
+
+
+class Smallest(NamedTuple):
+    """The result of :func:`smallest_model`.
+
+    Attributes:
+      model: the chosen model, after training; the original if no smaller one is within the budget.
+      chosen: its name; ``"original"`` if no smaller one is within the budget.
+      trials: all models that were tried, by name, in their order.
+      models: the same models, after training, and the original.
+    """
+
+    model: Model
+    chosen: str
+    trials: dict[str, Trial]
+    models: dict[str, Model]
+
+
+def number_of_parameters(model: Model) -> int:
+    """Counts the single weights of a model."""
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(model.params))
+
+
+def smallest_model(
+    model: Model,
+    operators: Mapping[str, Operator],
+    *,
+    fine_tune: Callable[[Model], Model],
+    validate: Callable[[Model], float],
+    shares: Sequence[float],
+    budget: float,
+    size: Callable[[Model], float] = number_of_parameters,
+    iterative: Sequence[str] = (),
+    refinements: int = 0,
+    directory: str | Path | None = None,
+) -> Smallest:
+    """Makes a model smaller in several ways, trains and validates each, and chooses the smallest within a budget.
+
+    What is tried, and in which order, is said at :func:`find_smallest`. With a directory the search resumes: each
+    model is saved there after its training, and the same call in a new process continues after the last one. It
+    makes the smaller models again, so the operators must give the same model each time.
+
+    Args:
+      model: the trained original.
+      operators: name → ``(model, share) -> model``: makes a model smaller, by width, depth, rank, or as you like.
+        ``share`` is that of the given model. Where a step by step search applies it to a model that is smaller
+        already, the shares multiply.
+      fine_tune: ``model -> model``: trains a smaller model, usually with the original as its teacher. Shapes and
+        dtypes stay.
+      validate: ``model -> loss`` on data that nothing was trained on, the lower the better.
+      shares: the shares of the grid, falling, between 0 and 1.
+      budget: by how much the loss may exceed that of the original.
+      size: ``model -> size``, by default the number of parameters. It may measure what counts for you, such as
+        the bytes or the latency of an exported file.
+      iterative: the operators that are also applied step by step.
+      refinements: number of further shares.
+      directory: where trained models are kept, one folder for each; None to keep nothing. Take a new directory
+        whenever the functions or their data change.
+
+    Returns:
+      The chosen model, and all trials.
+
+    Raises:
+      ValueError: in the cases of :func:`find_smallest`; if a function does not return what is said above; if the
+        directory holds the search of another original.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import models
+    >>> model = models.from_function(lambda p, x: x @ p, jnp.arange(4.0))
+    >>> def first(model, share):
+    ...     return model.replace(params=model.params[-round(share * model.params.size) :])
+    >>> def error(model):
+    ...     return float(14 - (model.params**2).sum())
+    >>> smallest_model(
+    ...     model, {"largest": first}, fine_tune=lambda m: m, validate=error, shares=[0.75, 0.5], budget=1.0
+    ... ).model.params
+    Array([2., 3.], dtype=float32)
+    """
+    check_model("model", model)
+    check_mapping("operators", operators, "name → function")
+    functions: dict[str, tuple[object, str]] = {
+        f"operators[{name!r}]": (function, "model, share") for name, function in operators.items()
+    }
+    functions |= {"fine_tune": (fine_tune, "model"), "validate": (validate, "model"), "size": (size, "model")}
+    for name, (function, arguments) in functions.items():
+        check_function(name, function, arguments)
+    made, share_of = {ORIGINAL: model}, {ORIGINAL: 1.0}
+    source = [digest(np.asarray(leaf)) for leaf in jax.tree.leaves((model.params, model.state))]
+
+    def figures(name: str, of: Model) -> tuple[float, float]:
+        values = {"validate": validate(of), "size": size(of)}
+        for function, value in values.items():
+            check_real(f"what {function} returns for {name!r}", value)
+            if np.size(value) != 1:
+                raise ValueError(
+                    f"{function} must return one number, got {np.shape(value)} numbers for {name!r}"
+                )
+        return float(values["validate"]), float(values["size"])
+
+    def resumed(name: str, small: Model) -> tuple[Model, tuple[float, float]]:
+        assert directory is not None
+        with Checkpoints(Path(directory) / name, keep=1) as checkpoints:
+            stored = checkpoints.restore((small.params, small.state))
+            if stored is None:
+                tuned, info = fine_tune(small), dict[str, Any](original=source)
+                checkpoints.save(1, (tuned.params, tuned.state), info)
+            else:
+                (params, state), info = jax.tree.map(jnp.asarray, stored[0]), stored[1]
+                tuned = small.replace(params=params, state=state)
+            if info["original"] != source:
+                raise ValueError(
+                    f"directory: {directory} holds the search of another original: give another one"
+                )
+            if "figures" not in info:
+                info["figures"] = figures(name, tuned)
+                checkpoints.save(2, (tuned.params, tuned.state), info)
+        loss, size = info["figures"]
+        return tuned, (loss, size)
+
+    def attempt(edit: Edit) -> tuple[float, float]:
+        name, start = edit.name, edit.start
+        small = operators[edit.operator](made[start], edit.share / share_of[start])
+        check_model(f"what operators[{edit.operator!r}] returns", small)
+        if directory is None:
+            made[name] = fine_tune(small)
+            found = figures(name, made[name])
+        else:
+            made[name], found = resumed(name, small)
+        share_of[name] = edit.share
+        return found
+
+    done = find_smallest(
+        attempt, figures(ORIGINAL, model), operators=[*operators], shares=shares, budget=budget,
+        iterative=iterative, refinements=refinements,
+    )  # fmt: skip
+    return Smallest(made[done.chosen], done.chosen, done.trials, made)
 
 
 def _check_budget(original: tuple[float, float], budget: float) -> None:
