@@ -232,7 +232,8 @@ def main() -> int:
             entry["untuned"] = {"accuracy": [each["accuracy"] for each in figures]}
     found["claims"] = claims(found["models"])
     notes = [describe_chosen(config, found)] + [
-        f"With {c['claim']} ({c['model']}): {abs(c['points']):.2f} points of test accuracy {'lost' if c['points'] >= 0 else 'gained'}, "
+        f"With {c['claim']} ({c['model']}): {abs(c['points']):.2f} points of test accuracy "
+        f"{'lost' if c['points'] >= 0 else 'gained'}, "
         f"{100 * c['flops']:.0f} % of the FLOPs, {c['time']:.2f} of the time at batch 256."
         for c in found["claims"]
     ]
