@@ -266,7 +266,7 @@ def test_ways_to_call_a_pruned_model_that_cannot_work_are_refused():
         ValueError, match=r"^x: in training mode, on inputs of shapes \[\(1, 3\)\].*ordered by sort"
     ):
         small.apply(x[:1], key=jax.random.key(0))
-    with pytest.raises(ValueError, match="must have the shapes that the kept units make"):
+    with pytest.raises(ValueError, match=r"must have the shapes that keep\(graph, model, kept\) makes"):
         small.replace(params=model.params)(x)
 
 

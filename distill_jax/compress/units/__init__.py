@@ -9,7 +9,9 @@ from distill_jax.compress.units.alignment import Brought, bring, match_activatio
 from distill_jax.compress.units.averaging import Matched, average_widths, match_widths, put_back
 from distill_jax.compress.units.compensation import Compensated, compensate
 from distill_jax.compress.units.costs import architecture, report
+from distill_jax.compress.units.depth import Block, blocks, drop_blocks, prune_blocks
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, table
+from distill_jax.compress.units.influence import block_influence
 from distill_jax.compress.units.injection import Injected, inject
 from distill_jax.compress.units.own_rules import check_rule, register_rule
 from distill_jax.compress.units.permutation import permutable, permute
@@ -23,9 +25,10 @@ from distill_jax.compress.units.values import activations
 from distill_jax.compress.units.verification import verify
 
 __all__ = [
-    "Brought", "Compensated", "Group", "Injected", "Matched", "PenaltyState", "Slice", "UnitGraph",
-    "activations", "architecture", "average_widths", "bring", "budgets", "check_rule", "compensate", "costs",
-    "group_lasso", "growing_decay", "inject", "keep", "living", "match_activations", "match_weights",
-    "match_widths", "merge", "permutable", "permute", "position_masks", "prune", "put_back", "register_rule",
-    "report", "scores", "select", "shrink", "silence", "table", "trace", "verify",
+    "Block", "Brought", "Compensated", "Group", "Injected", "Matched", "PenaltyState", "Slice", "UnitGraph",
+    "activations", "architecture", "average_widths", "block_influence", "blocks", "bring", "budgets", "check_rule",
+    "compensate", "costs", "drop_blocks", "group_lasso", "growing_decay", "inject", "keep", "living",
+    "match_activations", "match_weights", "match_widths", "merge", "permutable", "permute", "position_masks", "prune",
+    "prune_blocks", "put_back", "register_rule", "report", "scores", "select", "shrink", "silence", "table", "trace",
+    "verify",
 ]  # fmt: skip

@@ -8,11 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
-from jax.extend.core import nonempty_axis_env_DO_NOT_USE  # JAX has no other public name for it
 
 from distill_jax import _jaxpr
-from distill_jax._model import ApplyFn, Model, PyTree
+from distill_jax._model import ApplyFn, PyTree
 from distill_jax.compress.units._trace.adapted import Adapted
 from distill_jax.compress.units._trace.again import difference
 from distill_jax.compress.units._trace.examples import examples_apart
@@ -20,9 +18,7 @@ from distill_jax.compress.units._trace.fitting import Exact, Masks, MisfitError,
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of
-from distill_jax.features.capturing import naming
-
-Like = jax.ShapeDtypeStruct
+from distill_jax.compress.units.reading import EditedFn, Key, Like, check_state, place, traced
 
 
 def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
@@ -43,18 +39,18 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
     if not masks:
         return apply_fn
     small = adapt(graph, apply_fn, kept)
-    traced = graph.traced
+    found = graph.traced
     arrays = jax.tree.unflatten(small.structure, [*shapes_of(graph, kept).values()])
     whole = [*graph.shapes.values()]
 
     def same(key: Like | None) -> bool:
-        closed, _ = _traced(apply_fn, arrays, traced.x, key)
+        closed, _ = traced(apply_fn, arrays, found.x, key)
         if _derives(flatten(closed, calls=True)):
             return False
-        if key is None and apply_fn == traced.model.apply_fn:
-            adapted = Adapted.of(traced, kept)
+        if key is None and apply_fn == found.model.apply_fn:
+            adapted = Adapted.of(found, kept)
         else:
-            adapted = small.fitted(traced.x, key, whole, calls=False).adapted
+            adapted = small.fitted(found.x, key, whole, calls=False).adapted
         return not difference(adapted, flatten(closed), draws=key is not None)
 
     try:
@@ -65,17 +61,6 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
     ):  # whatever the network raises: it does not run so, or there is nothing to compare it with
         return small
     return small
-
-
-def _traced(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any) -> tuple[Any, Any]:
-    """Traces a network with params and state, in training mode if there is a key: its program, and its results."""
-
-    def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
-        model = Model(apply_fn, params, state)
-        return model.apply(x, key=keys[0]) if keys else model(x)
-
-    params, state = arrays
-    return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
 
 
 def _derives(program: Program) -> bool:
@@ -139,12 +124,8 @@ def _joined(old: Masks, new: Masks, stays: Masks) -> list[np.ndarray]:
     return found
 
 
-class KeptFn:
-    """The ``apply_fn`` of a smaller network; equal where the function and what stays are the same.
-
-    The function is traced with arrays of the whole network's shapes, once for each shape and dtype of
-    parameters, state and inputs and for each mode, and its program adapted to the smaller ones. Within ``vmap``
-    and ``shard_map`` with named axes, and where a mesh is set, it is traced at each call.
+class KeptFn(EditedFn):
+    """The ``apply_fn`` of a network with fewer units, whose program is adapted to the smaller arrays.
 
     Args:
       apply_fn: the function of the whole network.
@@ -160,40 +141,12 @@ class KeptFn:
         masks: Sequence[Masks],
         exact: Sequence[Exact],
     ):
-        self.apply_fn, self.structure, self.masks, self.exact = apply_fn, structure, masks, exact
-        self.shapes = [tuple(int(mask.sum()) for mask in axes) for axes in masks]
-        self.programs: dict[Any, _Fitted] = {}
+        self.masks, self.exact = masks, exact
         every = [*masks, *(axes for pair in exact for axes in pair)]
         text = repr([[(mask.size, mask.tobytes()) for mask in axes] for axes in every]).encode()
-        self.identity = hashlib.sha256(text).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        """Compares the whole network's function and what stays, so that equal models share programs."""
-        if self is other or not isinstance(other, KeptFn):
-            return self is other
-        return (
-            self.identity == other.identity
-            and self.structure == other.structure
-            and self.apply_fn == other.apply_fn
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-    def __call__(
-        self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None
-    ) -> tuple[Any, PyTree]:
-        """Computes the outputs and the state with the smaller arrays."""
-        arrays, given = jax.tree.flatten((params, state))
-        shapes = [np.shape(leaf) for leaf in arrays]
-        if given != self.structure or shapes != self.shapes:
-            raise ValueError(
-                f"params and state must have the shapes that the kept units make, {self.shapes} in the "
-                f"structure {self.structure}: give those of keep(graph, model, kept); got {shapes} in {given}"
-            )
-        arrays = [jnp.asarray(leaf) for leaf in arrays]
-        found = self.program_for(x, key, arrays)(arrays, x, key)
-        return (found, state) if key is None else found
+        shapes = [tuple(int(mask.sum()) for mask in axes) for axes in masks]
+        call = "keep(graph, model, kept)"
+        super().__init__(apply_fn, structure, shapes, call, hashlib.sha256(text).hexdigest())
 
     def whole(self, arrays: Sequence[Any]) -> list[Like]:
         """Returns the shapes of the whole network's arrays, in the dtypes of the given ones."""
@@ -202,28 +155,14 @@ class KeptFn:
             for axes, array in zip(self.masks, arrays, strict=True)
         ]
 
-    def program_for(self, x: PyTree, key: jax.Array | None, arrays: Sequence[Any]) -> Any:
-        """Returns the program for such inputs and arrays, in training mode if there is a key."""
-        leaves, structure = jax.tree.flatten((x, key))
-        if any(export.is_symbolic_dim(n) for leaf in leaves for n in np.shape(leaf)):
-            return self.for_any_batch(jax.tree.map(_like, x), jax.tree.map(_like, key), arrays)
-        # What a trace depends on besides its arguments. The sizes of named axes and the mesh of devices become
-        # numbers in the program, so it is not stored then
-        if nonempty_axis_env_DO_NOT_USE() or not jax.sharding.get_abstract_mesh().empty:
-            x, key = jax.tree.map(_like, (x, key))
-            return self.fitted(x, key, self.whole(arrays))
-        options: Any = jax.config  # its type does not name them
-        context = naming(), options.jax_enable_x64, options.jax_default_matmul_precision
-        kind = context, structure, *((np.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *arrays))
-        if kind not in self.programs:
-            x, key = jax.tree.map(_like, (x, key))
-            self.programs[kind] = self.fitted(x, key, self.whole(arrays))
-        return self.programs[kind]
+    def program(self, x: PyTree, key: Key, arrays: Sequence[Any]) -> "_Fitted":
+        """Traces the network for such inputs and arrays, and adapts its program."""
+        return self.fitted(x, key, self.whole(arrays))
 
-    def for_any_batch(self, x: PyTree, key: jax.Array | Like | None, arrays: Sequence[Any]) -> Any:
-        """Returns the program for a batch whose size is a symbol, as ``models.save`` exports it."""
-        try:  # not stored: symbols of two exports must not meet
-            return self.fitted(x, key, self.whole(arrays))
+    def program_for_any_batch(self, x: PyTree, key: Key, arrays: Sequence[Any]) -> Any:
+        """Makes the program for a batch whose size is a symbol."""
+        try:
+            return self.program(x, key, arrays)
         except MisfitError:
             # With symbols JAX writes slices as gathers. In evaluation one example after another may do, if no
             # number is computed from the size of the batch.
@@ -236,7 +175,7 @@ class KeptFn:
                 or not examples_apart(self.trace(two, None, whole)[0], batches)
             ):
                 raise
-        program = self.fitted(one, None, self.whole(arrays))
+        program = self.program(one, None, arrays)
 
         def each(arrays: Sequence[Any], x: PyTree, key: None) -> PyTree:
             def example(x: PyTree) -> PyTree:
@@ -247,13 +186,11 @@ class KeptFn:
 
         return each
 
-    def trace(self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like]) -> tuple[Any, Any]:
+    def trace(self, x: PyTree, key: Key, whole: Sequence[Like]) -> tuple[Any, Any]:
         """Traces the whole network: its closed jaxpr, and its results as shapes."""
-        return _traced(self.apply_fn, jax.tree.unflatten(self.structure, whole), x, key)
+        return traced(self.apply_fn, jax.tree.unflatten(self.structure, whole), x, key)
 
-    def fitted(
-        self, x: PyTree, key: jax.Array | Like | None, whole: Sequence[Like], *, calls: bool = True
-    ) -> "_Fitted":
+    def fitted(self, x: PyTree, key: Key, whole: Sequence[Like], *, calls: bool = True) -> "_Fitted":
         """Traces the network for such inputs, and adapts its program."""
         closed, results = self.trace(x, key, whole)
         outputs: Any = results
@@ -261,22 +198,16 @@ class KeptFn:
         if key is not None:
             outputs, new = results
             old = jax.tree.unflatten(self.structure, whole)[1]
-            if _shapes(new) != _shapes(old):
-                raise ValueError(
-                    f"key: in training mode the network turns its state {_shapes(old)} into {_shapes(new)}: give it "
-                    "one that keeps its structure and shapes, or train it without the arrays that come and go"
-                )
+            check_state(new, old)
             after = self.masks[len(self.masks) - len(jax.tree.leaves(old)) :]
         inputs = [*self.masks, *[None] * (len(closed.in_avals) - len(self.masks))]
         ends = [None] * len(jax.tree.leaves(outputs))
         try:
             adapted = fit(closed, inputs, [*ends, *after], calls=calls, exact=self.exact)
         except MisfitError as error:
-            mode = "evaluation" if key is None else "training mode"
-            shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
             raise MisfitError(
-                f"x: in {mode}, on inputs of shapes {shapes}, {error}: trace the model on these inputs, build the "
-                "network anew with the widths of units.architecture(graph, kept), or use units.silence"
+                f"{place(x, key)}, {error}: trace the model on these inputs, build the network anew with the widths "
+                "of units.architecture(graph, kept), or use units.silence"
             ) from None
         return _Fitted(adapted, jax.tree.structure(results))
 
@@ -312,12 +243,3 @@ def traced_function(graph: UnitGraph, kept: Kept) -> Callable[[PyTree, PyTree, P
     """
     program = _Fitted(Adapted.of(graph.traced, kept), graph.traced.structure)
     return lambda params, state, x: program([*map(jnp.asarray, jax.tree.leaves((params, state)))], x, None)
-
-
-def _like(leaf: Any) -> Like:
-    return Like(np.shape(leaf), jnp.result_type(leaf))
-
-
-def _shapes(tree: PyTree) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [leaf.shape for leaf in leaves]

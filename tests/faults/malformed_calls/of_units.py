@@ -27,6 +27,17 @@ from distill_jax.compress import units
 
 # fmt: off
 
+DEEP = models.from_function(
+    lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["stack"])[0] @ p["b"],
+    {"stack": jnp.ones((2, 6, 6)) / 6, "b": jnp.ones((6, 3)) / 6},
+)
+
+
+@functools.cache
+def deep_graph() -> units.UnitGraph:
+    return units.trace(DEEP, X)
+
+
 def of_units() -> Iterator[Case]:
     def prune(budget: Any = 0.5, **options: Any) -> Any:
         return units.prune(graph(), options.pop("scores", scores()), budget, **options)
@@ -108,6 +119,28 @@ def of_units() -> Iterator[Case]:
     yield Case("units.trace: a loaded model", "loaded", lambda: units.trace(loaded(), X))
     yield Case("units.trace: x is None", r"\bx\b", lambda: units.trace(MODEL, None))
     yield Case("units.trace: x and model exchanged", "Model", lambda: units.trace(X, MODEL))
+    for name, wrong in {"a string": "stack[0]", "None": None, "unknown": ["stack[7]"], "a number": 0}.items():
+        yield Case(f"units.drop_blocks: {name}", "names", lambda w=wrong: units.drop_blocks(deep_graph(), DEEP, w))
+    yield Case("units.drop_blocks: another tree", "tree",
+               lambda: units.drop_blocks(deep_graph(), {"b": X}, ["stack[0]"]))
+    yield Case("units.blocks: a model", "graph", lambda: units.blocks(DEEP))
+    for name, wrong in {"0": 0, "above 1": 1.5, "NaN": NAN, "a string": "0.5", "too low": 0.01}.items():
+        yield Case(f"units.prune_blocks: budget {name}", "budget",
+                   lambda w=wrong: units.prune_blocks(deep_graph(), {"stack[0]": 1.0}, w))
+    for name, wrong in {"a list": [1.0], "unknown": {"a": 1.0}, "NaN": {"stack[0]": NAN}}.items():
+        yield Case(f"units.prune_blocks: influence {name}", "influence",
+                   lambda w=wrong: units.prune_blocks(deep_graph(), w, 0.9))
+    yield Case("units.prune_blocks: of unknown", r"\bof\b",
+               lambda: units.prune_blocks(deep_graph(), {"stack[0]": 1.0}, 0.9, of="latency"))
+    for name, wrong in {"none": [], "an array": X, "a number": 3, "words": ["words"]}.items():
+        yield Case(f"units.block_influence: batches {name}", "batches",
+                   lambda w=wrong: units.block_influence(deep_graph(), DEEP, w))
+    yield Case("units.block_influence: NaN", "not finite",
+               lambda: units.block_influence(deep_graph(), DEEP, [with_nan(X)]))
+    for name, wrong in {"unknown": "angle", "a number": 3, "a Model": DEEP}.items():
+        yield Case(f"units.block_influence: how {name}", "how",
+                   lambda w=wrong: units.block_influence(deep_graph(), DEEP, [X], how=w))
+    yield Case("units.block_influence: no model", "model", lambda: units.block_influence(deep_graph(), None, [X]))
     for wrong in (0, 6, -1, 1.5, "2", NAN):
         yield Case(f"units.merge: size {wrong!r}", "sizes", lambda w=wrong: units.merge(graph(), MODEL, {"a": w}))
     yield Case("units.merge: unknown group", "sizes", lambda: units.merge(graph(), MODEL, {"c": 2}))

@@ -1,5 +1,6 @@
 """Counts the multiplications of a program, and those that would be left with fewer units."""
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -21,28 +22,45 @@ def multiplications(small: Adapted, program: Program) -> tuple[int, int]:
     Returns:
       The number with all units, and the number with those that are left.
     """
-    total = left = 0
+    return whole_multiplications(program), _summed(program, lambda step: _left_of_step(small, step))
+
+
+def whole_multiplications(program: Program) -> int:
+    """Counts the multiplications of a program with all its units, as :func:`multiplications` does."""
+    return _summed(program, lambda step: _of_step(program, step))
+
+
+def _summed(program: Program, count: Callable[[Step], int]) -> int:
+    total = 0
     for step in program.steps:
-        counts = [multiplications(small, body) for body in step.bodies] or [_of_step(small, step)]
-        if step.name == "cond":
-            counts = [max(counts)]
+        counts = [_summed(body, count) for body in step.bodies] or [count(step)]
         times = 1
         if step.name == "scan":
             times = step.params["length"]
         elif step.name == "shard_map":
             times = step.params["mesh"].size
-        total += times * sum(n for n, _ in counts)
-        left += times * sum(n for _, n in counts)
-    return total, left
+        total += times * (max(counts) if step.name == "cond" else sum(counts))
+    return total
 
 
-def _of_step(small: Adapted, step: Step) -> tuple[int, int]:
+def _of_step(program: Program, step: Step) -> int:
     pairs = contractions(step)
     if not pairs:
-        return 0, 0
-    out, rhs = small.output(step), small.operand(step, 1)
-    summed: list[Any] = [small.operand(step, 0)[left[1]] for left, _ in pairs]
+        return 0
+    left, right, out = (program.avals[number].shape for number in (*step.inputs[:2], step.outputs[0]))
+    return prod((*out, *_terms(step, left, right, pairs)))
+
+
+def _left_of_step(small: Adapted, step: Step) -> int:
+    pairs = contractions(step)
+    if not pairs:
+        return 0
+    left, right = (shape_of(small.operand(step, place)) for place in (0, 1))
+    return prod((*shape_of(small.output(step)), *_terms(step, left, right, pairs)))
+
+
+def _terms(step: Step, left: Any, right: Any, pairs: Any) -> list[int]:
+    """Returns the sizes of the axes over which a product sums."""
     if step.name == "conv_general_dilated":
-        numbers = step.params["dimension_numbers"].rhs_spec
-        summed = [rhs[a] for a in numbers[1:]]
-    return prod(mask.size for mask in [*out, *summed]), prod(shape_of([*out, *summed]))
+        return [right[a] for a in step.params["dimension_numbers"].rhs_spec[1:]]
+    return [left[pair[0][1]] for pair in pairs]
