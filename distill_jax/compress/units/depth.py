@@ -148,11 +148,9 @@ def drop_blocks(graph: UnitGraph, tree: PyTree, names: Sequence[str]) -> PyTree:
     check_sequence("names", names, "names of blocks")
     network = Network(graph)
     network.check("names", names)
-    if names and len(set(names)) == len(network.branches):
-        raise ValueError(
-            "names are all blocks of the network, so nothing would be left of it: keep one at least"
-        )
     left, _ = network.without({*names})
+    if left.gone.issuperset(range(network.count)):
+        raise ValueError(f"names are all that the network has, no parameter would be left: got {[*names]}")
     place_of = {name: i for i, name in enumerate(graph.shapes)}
 
     def edit(leaf: Any, name: str) -> Any:
