@@ -181,14 +181,16 @@ def main() -> int:
         tuning: recipe(config, run, loss_fn, config.tuning_rate, config.tuning_epochs)
         for tuning, loss_fn in zip(TUNINGS, (train.supervised(), soft), strict=True)
     }
-    trained, blocks = [], {}
+    trained: list[dict[str, Trained]] = []
+    blocks: dict[str, list[int]] = {}
     for seed in range(config.seeds):
         original = fit(run, "original", seed, build(config, run.dataset, seed), first, 10_000 + seed)
         of = {"original": original}
         labels = run.store_labels(seed, original.model)
         for made, model in smaller(config, run, seed, original.model).items():
             of[made] = run.judge(model)
-            blocks[made] = len(units.blocks(units.trace(model, prepare(run.dataset.train.image[:1]))))
+            left = units.blocks(units.trace(model, prepare(run.dataset.train.image[:1])))
+            blocks.setdefault(made, []).append(len(left))
             for tuning, how in tunings.items():
                 more = {"teacher": labels} if tuning == "distilled" else {}
                 of[f"{made}, {tuning}"] = fit(
@@ -200,9 +202,9 @@ def main() -> int:
     for name, entry in found["models"].items():
         entry["share of FLOPs"] = entry["flops"] / whole["flops"]
         entry["share of time"] = entry["latency_ms"]["256"] / whole["latency_ms"]["256"]
-        made = next((made for made in blocks if name.startswith(made)), None)
-        if made is not None:
-            entry["blocks"] = blocks[made]
+        made = ", ".join(name.split(", ")[:2])
+        if made in blocks:
+            entry["blocks"] = float(np.mean(blocks[made]))
     run.finish(found, draw(config, run, found), headline=headline(config, found), columns=COLUMNS)
     lost = [
         np.mean(whole["test"]["accuracy"]) - np.mean(entry["test"]["accuracy"])

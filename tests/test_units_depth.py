@@ -112,13 +112,17 @@ def network(name):
     moved = [leaf + 0.3 * numbers(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
     model = model.replace(params=jax.tree.unflatten(structure, moved))
 
+    silenced = set()
+
     def silence(path, leaf):
         for pattern, rows in zeros.items():
             if re.match(pattern, path_name(path)):
+                silenced.add(pattern)
                 leaf = leaf.at[... if rows is None else np.array(rows)].set(0)
         return leaf
 
     silent = model.replace(params=jax.tree_util.tree_map_with_path(silence, model.params))
+    assert silenced == {*zeros}
     return model, silent, units.trace(model, x[:2]), x, blocks
 
 
@@ -141,12 +145,11 @@ def test_removed_is_silenced_in_evaluation_and_in_training(name, double):
         trained = [
             jax.value_and_grad(loss, has_aux=True)(network.params, network, key) for network in networks
         ]
-        return [network(x) for network in (*networks, model)], trained
+        return [network(x) for network in networks], trained
 
-    (outputs, wanted, original), trained = run(small, silent)
+    (outputs, wanted), trained = run(small, silent)
     ((value, state), gradients), ((value2, whole), all_gradients) = trained
     close((outputs, value), (wanted, value2))
-    assert np.abs(outputs - original).max() > 1e-3
     close(gradients, units.drop_blocks(graph, {"gradients": all_gradients}, blocks)["gradients"])
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) > 1e-3
     if jax.tree.leaves(state):

@@ -78,7 +78,8 @@ def _angles(names: Sequence[str]) -> Measure:
     def measure(model: Model, x: PyTree) -> list[jax.Array]:
         network = _read(model.apply_fn, (model.params, model.state), x, None, names)
         seen: dict[tuple[int, int | None], jax.Array] = {}
-        branches = {branch.key: branch for branch in network.branches.values()}
+        wanted = [network.branches[name] for name in names]
+        branches = {branch.key: branch for branch in wanted}
 
         def change(step: Step, operands: list[Any]) -> Any:
             branch = branches.get(step.outputs[0])
@@ -96,13 +97,9 @@ def _angles(names: Sequence[str]) -> Measure:
             seen.update({(branch.key, row): angle for row, angle in enumerate(angles)})
             return results
 
-        run(
-            network.program,
-            [*map(jnp.asarray, jax.tree.leaves((model.params, model.state, x)))],
-            change,
-            remat=False,
-        )
-        return [seen[branch.key, branch.row] for branch in map(network.branches.__getitem__, names)]
+        leaves = [*map(jnp.asarray, jax.tree.leaves((model.params, model.state, x)))]
+        run(network.program, leaves, change, remat=False)
+        return [seen[branch.key, branch.row] for branch in wanted]
 
     return lambda model, batch: np.array(measure(model, batch), np.float64)
 
@@ -169,21 +166,18 @@ class _GatedFn:
     def __call__(self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None) -> Any:
         """Computes the outputs and the state."""
         network = _read(self.apply_fn, (params, state), x, key, self.names)
-        places: dict[int, list[int]] = {}
-        for i, name in enumerate(self.names):
-            places.setdefault(network.branches[name].key, []).append(i)
-        branches = {branch.key: branch for branch in network.branches.values()}
+        wanted = [network.branches[name] for name in self.names]
+        branches = {branch.key: branch for branch in wanted}
 
         def change(step: Step, operands: list[Any]) -> Any:
             branch = branches.get(step.outputs[0])
             if branch is None:
                 return None
-            gates = self.open[np.array(places[branch.key])]
-            if branch.row is None:
-                return [
-                    jnp.where(gates[0], bind(step, operands)[0], operands[step.inputs.index(branch.stays)])
-                ]
-            return run_layers(step, operands, extra=gates, after=_through)
+            gates = self.open[np.array([other.key == branch.key for other in wanted])]
+            if branch.row is not None:
+                return run_layers(step, operands, extra=gates, after=_through)
+            stays = operands[step.inputs.index(branch.stays)]
+            return [jnp.where(gates[0], bind(step, operands)[0], stays)]
 
         leaves = [*map(jnp.asarray, jax.tree.leaves((params, state, x, key)))]
         results = jax.tree.unflatten(

@@ -297,7 +297,7 @@ def run(program: Program, values: Sequence[Any], change: Change, *, remat: bool 
     """
 
     def one(step: Step, operands: list[Any]) -> Sequence[Any]:
-        results = change(step, operands)
+        results = change(step, operands) if step.outputs else None
         if results is not None:
             return results
         if step.name not in REMAT:
