@@ -15,7 +15,7 @@ from flax import nnx
 from harness import options
 
 from distill_jax import features, losses, models
-from distill_jax.compress import one_shot, sparsity, units
+from distill_jax.compress import one_shot, quantisation, sparsity, units
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,7 +35,7 @@ def is_own(module, name, value):
     return name[0] != "_" and getattr(value, "__module__", None) == module.__name__
 
 
-@pytest.mark.parametrize("room", [losses, losses.tokens, features, one_shot, sparsity, units])
+@pytest.mark.parametrize("room", [losses, losses.tokens, features, one_shot, quantisation, sparsity, units])
 def test_every_method_is_named(room):
     """A page of methods, or the guide beside it, names each function by its call."""
     pages = [*METHODS, *(DOCS / "guides").glob("*.md"), DOCS / "units.md"]

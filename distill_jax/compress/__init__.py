@@ -1,5 +1,14 @@
-"""Compression: removing units, sparse weights, low-rank kernels, narrow codes, and a search for sizes."""
+"""Compression: removing units, sparse weights, low-rank kernels, integers, narrow codes, and a search for sizes."""
 
-from distill_jax.compress import codes, linear_codes, low_rank, one_shot, search, sparsity, units
+from distill_jax.compress import (
+    codes,
+    linear_codes,
+    low_rank,
+    one_shot,
+    quantisation,
+    search,
+    sparsity,
+    units,
+)
 
-__all__ = ["codes", "linear_codes", "low_rank", "one_shot", "search", "sparsity", "units"]
+__all__ = ["codes", "linear_codes", "low_rank", "one_shot", "quantisation", "search", "sparsity", "units"]

@@ -222,3 +222,8 @@ def stacked(triangle: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
       R, float64 ``[at most inputs, inputs]``.
     """
     return np.asarray(np.linalg.qr(rows if triangle is None else np.concatenate([triangle, rows]), mode="r"))
+
+
+def is_closed(model: Model, x: PyTree) -> bool:
+    """Says whether a model's program is one from a file, into which nothing can look."""
+    return "call_exported" in _jaxpr.primitives(jax.make_jaxpr(lambda model, x: model(x))(model, x))

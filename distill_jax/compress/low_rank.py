@@ -27,7 +27,7 @@ from distill_jax import _jaxpr
 from distill_jax._checks import check_choice, check_count, check_fraction, check_mapping
 from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model, example_count
 from distill_jax.compress import linear_codes
-from distill_jax.compress._products import Kernel, probe, rows_of, stacked
+from distill_jax.compress._products import Kernel, is_closed, probe, rows_of, stacked
 from distill_jax.weights.structure import by_path, path_name
 
 __all__ = ["Factors", "Kernel", "allocate", "factorise", "kernels", "layer_roots", "ranks_of"]
@@ -68,7 +68,7 @@ def kernels(model: Model, x: PyTree) -> dict[str, Kernel]:
     check_model("model", model)
     check_inputs("x", x)
     found = probe(model, x).kernels
-    if not found and "call_exported" in _jaxpr.primitives(jax.make_jaxpr(lambda m, x: m(x))(model, x)):
+    if not found and is_closed(model, x):
         raise ValueError(
             "model: it was loaded from a file, and its program is closed, so no kernel can be factorised: factorise "
             "the model before models.save"

@@ -26,7 +26,7 @@ from faults.malformed_calls.material import (
 )
 
 from distill_jax import models
-from distill_jax.compress import codes, linear_codes, low_rank, one_shot, search, sparsity
+from distill_jax.compress import codes, linear_codes, low_rank, one_shot, quantisation, search, sparsity
 
 # fmt: off
 
@@ -95,6 +95,32 @@ def of_compression() -> Iterator[Case]:
                    lambda w=wrong: one_shot.sparsegpt(MODEL, [X], sparsity=0.5, block=w))
     yield Case("one_shot.sparsegpt: block 3", "block",
                lambda: one_shot.sparsegpt(MODEL, [X], pattern=(1, 2), block=3))
+    # integers
+    for method in (quantisation.quantise, quantisation.simulate):
+        name = f"quantisation.{method.__name__}"
+        for option, wrongs in {
+            "bits": (3, 8.5, "8", None, NAN, {"a": 8}, {"c": 8, "": 4}), "group": (0, 2.5, 4, "2"),
+            "scale": ("best", None), "percentile": (50, 101, NAN, "99", True), "exclude": (["c"], "a", ["a", "b"]),
+        }.items():
+            for wrong in wrongs:
+                yield Case(f"{name}: {option} {wrong!r}", f"{option}|no leaf",
+                           lambda m=method, o=option, w=wrong: m(MODEL, [X], **{o: w}))
+        yield Case(f"{name}: groups and activations", "group",
+                   lambda m=method: m(MODEL, [X], group=2, activations=True))
+        yield Case(f"{name}: activations 8", "activations", lambda m=method: m(MODEL, [X], activations=8))
+        for batches in ([], X, None, "x", [X, X[:, :3]], [X[:, :3]], [1.0], [X.astype(str)]):
+            yield Case(f"{name}: batches {type(batches).__name__}", "batches",
+                       lambda m=method, b=batches: m(MODEL, b, activations=True))
+        yield Case(f"{name}: NaN", "not finite", lambda m=method: m(MODEL, [with_nan(X)], activations=True))
+        yield Case(f"{name}: weights of NaN", "not finite",
+                   lambda m=method: m(jax.tree.map(with_nan, MODEL), [X]))
+        yield Case(f"{name}: a module", "from_nnx", lambda m=method: m(MODULE, [X]))
+        yield Case(f"{name}: no kernel", "no kernel",
+                   lambda m=method: m(models.from_function(lambda p, x: x + p, X), [X]))
+        yield Case(f"{name}: a loaded model", "loaded", lambda m=method: m(loaded(), [X]))
+    yield Case("quantisation.freeze: a plain model", "simulate", lambda: quantisation.freeze(MODEL))
+    yield Case("quantisation.freeze: a module", "from_nnx", lambda: quantisation.freeze(MODULE))
+    yield Case("quantisation.layers: a plain model", "quantise", lambda: quantisation.layers(MODEL))
     # linear codes
     matrices = {
         "complex": np.eye(3) * 1j, "a vector": np.ones(3), "none": np.ones((0, 3)), "NaN": np.full((3, 3), NAN),
