@@ -110,7 +110,7 @@ def product(eqn: Any, place: int, inputs: jax.Array, weights: jax.Array, zero: j
         small, zero8 = inputs.astype(jnp.int8), zero.astype(jnp.int8)
         summed = summed_axes(eqn, place)
         assert summed is not None
-        kernel, options = weights.astype(jnp.int8), {"precision": None}
+        kernel, options = weights.astype(jnp.int8), dict[str, Any](precision=None)
         total = kernel.sum(summed, keepdims=True, dtype=jnp.int32)
         if eqn.primitive.name == "dot_general":
             sums = run(jnp.int32, small, kernel, **options)

@@ -164,7 +164,7 @@ def quantise(
       2018, §2.1 and §2.2. There weights have one scale per array and a code of 0, too.
 
     >>> from distill_jax import models
-    >>> model = models.from_function(lambda params, x: x @ params["w"], {"w": jnp.array([[1.0, -3.0], [0.5, 4.0]])})
+    >>> model = models.from_function(lambda params, x: x @ params["w"], {"w": jnp.array([[1.0, -3.0], [0.6, 4.0]])})
     >>> small = quantise(model, [jnp.ones((1, 2))], bits=4, scale="absmax")
     >>> print(layers(small)["w"].codes)
     [[ 7 -5]
