@@ -83,14 +83,36 @@ def test_logits_are_those_of_the_formula_and_padding_changes_nothing(loaded):
     assert (names["encoder"].shape, names["decoder"].shape) == ((2, 4, 6), (2, 3, 6))
 
 
-def test_greedy_generation_is_the_likeliest_next_token(loaded):
+@pytest.mark.parametrize("cached", [True, False])
+def test_greedy_generation_is_the_likeliest_next_token(loaded, cached):
     model = models.given_source(loaded, {"source": SOURCE, "source_segments": MASK})
-    found = models.generate(model, np.ones((2, 1), int), length=4, temperature=0, stops=(3,), cached=False)
+    found = models.generate(model, np.ones((2, 1), int), length=4, temperature=0, stops=(3,), cached=cached)
     for row, (source, count) in enumerate(zip(SOURCE, MASK.sum(1), strict=True)):
         text = [1]
         while len(text) < 5 and text[-1] != 3:
             text.append(int(expected(torch_like(), source[:count], text)[-1].argmax()))
         np.testing.assert_array_equal(found["tokens"][row], text + [0] * (5 - len(text)))
+
+
+def test_a_state_that_is_kept_goes_on_as_the_whole_text_does(loaded):
+    """Prompts of several tokens, padded, and of two texts in a row."""
+    model = models.given_source(loaded, {"source": SOURCE, "source_segments": MASK})
+    text = {
+        "tokens": np.array([[0, 1, 4, 2, 5], [3, 1, 1, 4, 2]]),
+        "segments": np.array([[0, 1, 1, 1, 1], [1, 1, 2, 2, 2]]),
+    }
+    parts, cache = [], models.init_cache(model, 2, 5)
+    for first, last in ((0, 2), (2, 3), (3, 5)):
+        part = {name: values[:, first:last] for name, values in text.items()}
+        logits, cache = models.extend(model, part, cache)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), model(text), atol=1e-6)
+    prompts = {name: values[:, :3] for name, values in text.items()}
+    options = {"length": 3, "key": jax.random.key(0)}
+    found = [models.generate(model, prompts, cached=cached, **options) for cached in (True, False)]
+    np.testing.assert_array_equal(found[0]["tokens"], found[1]["tokens"])
+    with pytest.raises(ValueError, match="batch must be 2, the number of sources, got 3"):
+        models.init_cache(model, 3, 5)
 
 
 def test_a_new_network_learns():
@@ -195,7 +217,7 @@ def test_the_real_network_speaks():
         "source_segments": np.array([[1] * len(row) + [0] * (longest - len(row)) for row in letters]),
     }
     found = models.generate(
-        models.given_source(model, x), np.full((4, 1), 2), length=14, temperature=0, stops=(3,), cached=False
+        models.given_source(model, x), np.full((4, 1), 2), length=14, temperature=0, stops=(3,)
     )["tokens"]
     for row, phonemes in zip(found, words.values(), strict=True):
         np.testing.assert_array_equal(row[1 : len(phonemes) + 2], [*phonemes, 3])

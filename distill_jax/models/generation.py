@@ -22,6 +22,7 @@ from distill_jax._checks import (
 from distill_jax._model import Model, PyTree, check_model
 from distill_jax.models import _blocks
 from distill_jax.models.cache import extend, init_cache
+from distill_jax.models.recurrent import DecoderFn
 from distill_jax.models.transformer import TransformerFn, hidden_states, transformer_fn
 
 TINY = float(np.finfo(np.float32).tiny)  # a smaller temperature is 0
@@ -47,8 +48,8 @@ def generate(
     through.
 
     Args:
-      model: a transformer; without the cache, any model that takes such a dict and returns causal logits
-        ``[batch, length, vocabulary]``.
+      model: a transformer, or a recurrent decoder of :func:`given_source`; without the cache, any model that takes
+        such a dict and returns causal logits ``[batch, length, vocabulary]``.
       prompts: the input of the model, ``[batch, prompt length]``: tokens, or a dict with ``"tokens"`` and
         ``"segments"``. Shorter prompts are padded on the left, where their segments are 0 (or False). What is generated
         continues the segment and the positions of a prompt's last token.
@@ -60,7 +61,7 @@ def generate(
       stops: tokens that end a text. A text keeps its stop and is padded after it; where all texts have ended,
         generation ends.
       pad: the token that fills up a text after its stop.
-      cached: whether keys and values of earlier tokens are kept. Otherwise the whole text is computed again for each
+      cached: whether keys and values of earlier tokens, or a recurrent state, are kept. Otherwise the whole text is computed again for each
         token.
 
     Returns:
@@ -84,9 +85,9 @@ def generate(
     """
     check_model("model", model)
     check_choice("cached", cached, (True, False))
-    if cached:
-        transformer_fn("model", model)
     function = model.apply_fn
+    if cached and not isinstance(function, DecoderFn):
+        transformer_fn("model", model)
     known = isinstance(function, TransformerFn)
     if isinstance(function, TransformerFn) and not function.head:
         raise ValueError("model must return logits, got one of models.hidden_states")
@@ -157,7 +158,8 @@ def _generate(
         cache = init_cache(model, batch, prompt + length)
         if prompt > 1:  # the last token of the prompt is the first that the loop computes
             before = {name: value[:, :-1] for name, value in prompts.items()}
-            _, cache = extend(hidden_states(model), before, cache)
+            recurrent = isinstance(model.apply_fn, DecoderFn)
+            _, cache = extend(model if recurrent else hidden_states(model), before, cache)
 
     segment, position = (prompts[name][:, -1] for name in ("segments", "positions"))
 

@@ -167,7 +167,7 @@ def load_gru(path: str | Path) -> Model:
 def given_source(model: Model, x: PyTree) -> Model:
     """Makes a causal model of a recurrent encoder and decoder: one that continues given sources.
 
-    ``generate(given_source(model, x), prompts, cached=False, ...)`` writes what follows from them.
+    ``generate(given_source(model, x), prompts, ...)`` writes what follows from them.
 
     Args:
       model: of :func:`build_gru` or :func:`load_gru`.
@@ -222,36 +222,57 @@ def _encode(params: PyTree, x: Mapping[str, Any]) -> Array:
     inputs = _blocks.read_inputs({names[name]: value for name, value in x.items()})
     _blocks.check_one_text("source_segments", inputs["segments"])
     start = jnp.zeros((inputs["tokens"].shape[0], params["encoder"]["recurrent"]["kernel"].shape[0]))
-    return _run("encoder", params["encoder"], inputs, start)[1]
+    return _run("encoder", params["encoder"], inputs, start)[1]["state"]
 
 
 def _decode(params: PyTree, start: Array, x: PyTree) -> Array:
+    return continue_text(params, start, x)[0]
+
+
+def empty_cache(start: Array) -> dict[str, Array]:
+    """Makes what :func:`continue_text` keeps of a text, before its first token."""
+    return {"state": start, "segment": jnp.zeros(len(start), jnp.int32)}
+
+
+def continue_text(
+    params: PyTree, start: Array, x: PyTree, cache: dict[str, Array] | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Computes the logits of further tokens, and what is kept for those after them.
+
+    Args:
+      params: the parameters of the network.
+      start: the state with which each text begins, ``[batch, hidden]``.
+      x: the tokens, in the form that the decoder takes.
+      cache: what was kept of the tokens before them: the state of the decoder, and the segment of its last token.
+    """
     inputs = _blocks.read_inputs(x, "positions")  # which generation gives, and nothing here needs
     if inputs["tokens"].shape[0] != start.shape[0]:
         raise ValueError(
             f"tokens must have as many rows as the source, {start.shape[0]}, got {inputs['tokens'].shape[0]}"
         )
-    hidden = _run("decoder", params["decoder"], inputs, start)[0]
-    return hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    hidden, cache = _run("decoder", params["decoder"], inputs, start, cache)
+    return hidden @ params["head"]["kernel"] + params["head"]["bias"], cache
 
 
-def _run(name: str, params: PyTree, inputs: dict[str, Any], start: Array) -> tuple[Array, Array]:
+def _run(
+    name: str, params: PyTree, inputs: dict[str, Any], start: Array, cache: dict[str, Array] | None = None
+) -> tuple[Array, dict[str, Array]]:
     """Returns all states ``[batch, length, hidden]`` and the last one. Each text of a row begins at ``start``."""
     _blocks.check_indices(name, inputs["tokens"], params["embedding"], "its vocabulary")
     x = _blocks.look_up(params["embedding"], inputs["tokens"])
     given = jnp.einsum("btw,wgh->tbgh", x, params["input"]["kernel"]) + params["input"]["bias"]
     recurrent = params["recurrent"]
 
-    def step(carry: tuple[Array, Array], now: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        (h, text), (a, segment) = carry, now
+    def step(carry: dict[str, Array], now: tuple[Array, Array]) -> tuple[dict[str, Array], Array]:
+        (h, text), (a, segment) = (carry["state"], carry["segment"]), now
         seen = segment != 0
         h = jnp.where((seen & (segment != text))[:, None], start, h)
         b = jnp.einsum("bh,hgk->bgk", h, recurrent["kernel"]) + recurrent["bias"]
         r, z = jax.nn.sigmoid(a[:, 0] + b[:, 0]), jax.nn.sigmoid(a[:, 1] + b[:, 1])
         new = (1 - z) * jnp.tanh(a[:, 2] + r * b[:, 2]) + z * h
         new = jnp.where(seen[:, None], new, h)
-        return (new, jnp.where(seen, segment, text)), new
+        return {"state": new, "segment": jnp.where(seen, segment, text)}, new
 
-    segments = inputs["segments"].T
-    (last, _), states = jax.lax.scan(step, (start, jnp.zeros_like(segments[0])), (given, segments))
-    return _blocks.named(name, states.swapaxes(0, 1)), last
+    segments = inputs["segments"].T.astype(jnp.int32)
+    cache, states = jax.lax.scan(step, empty_cache(start) if cache is None else cache, (given, segments))
+    return _blocks.named(name, states.swapaxes(0, 1)), cache
