@@ -75,9 +75,9 @@ def _descending(logits: Array, temperature: Array, where: ArrayLike | None, size
 def align_tokens(student_ends: ArrayLike, teacher_ends: ArrayLike) -> np.ndarray:
     """Finds the tokens of two tokenizers after which the same part of a text has been read.
 
-    What the networks predict there can be compared (:func:`uld`), since both have seen the same. The tokens from one
-    such place to the next are the shortest spans that stand for the same text: the probabilities of its tokens,
-    multiplied over a span, can be compared too.
+    What the networks predict there can be compared (:func:`uld`), since both have seen the same. Between two such
+    places the tokens of both networks spell the same text, in the shortest possible spans, so that the products of
+    their probabilities over a span can be compared too.
 
     Args:
       student_ends: integers ``[tokens]`` that do not fall: where in the text, counted in characters or bytes, each

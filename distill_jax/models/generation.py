@@ -61,8 +61,8 @@ def generate(
       stops: tokens that end a text. A text keeps its stop and is padded after it; where all texts have ended,
         generation ends.
       pad: the token that fills up a text after its stop.
-      cached: whether keys and values of earlier tokens, or a recurrent state, are kept. Otherwise the whole text is computed again for each
-        token.
+      cached: whether keys and values of earlier tokens, or a recurrent state, are kept. Otherwise the whole text is
+        computed again for each token.
 
     Returns:
       A dict of int32 arrays ``[batch, prompt length + length]``: ``"tokens"``, the prompts and what follows;

