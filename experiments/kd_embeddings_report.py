@@ -32,7 +32,7 @@ def evaluate(lesson: Lesson, trained: Sequence[Mapping[str, models.Model]]) -> d
     test, config = lesson.data.test, lesson.config
     every: dict[str, list[models.Model]] = {"teacher": [lesson.teacher]}
     for name in config.students:
-        count = 1 if name == "static" else len(trained)
+        count = len(trained) if name == "transformer" else 1  # the others begin alike
         every[f"{name}, untrained"] = [lesson.start(name, seed) for seed in range(count)]
         every[name] = [seed[name] for seed in trained]
     found = {name: [lesson.embed(model, test) for model in each] for name, each in every.items()}

@@ -69,9 +69,8 @@ class Config(RunOptions):
     learning_rate: Positive = 3e-3  # highest learning rate (Adam, cosine schedule)
     alpha: Share = 0.0  # weight of the pronunciation itself in the loss of "word-level" and "both"
     top: Count = 8  # number of phonemes of a stored label, besides OTHER
-    check: bool = (
-        False  # exit with status 1 unless a distilled student has fewer wrong phonemes than that from scratch
-    )
+    check: bool = False
+    """exit with status 1 unless a distilled student has fewer wrong phonemes than that from scratch"""
 
 
 CONFIGS = {

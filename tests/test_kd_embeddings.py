@@ -30,6 +30,7 @@ def small(tmp_path_factory):
     return [
         *("smoke", "--dataset", str(folder), "--length", "8", "--transformer", "8", "1", "2", "8", "--axes", "4"),
         *("--batch-size", "16", "--evaluated", "20", "--neighbours", "3", "--seeds", "2", "--save-seconds", "0"),
+        *("--losses", "cosine", "margin"),
     ]  # fmt: skip
 
 
@@ -115,15 +116,20 @@ def test_a_small_run_and_its_repetition(tmp_path, run, small):
     assert table == again
     assert table["teacher"]["overlap"] == [1.0]
     assert table["teacher"]["correlation"][0] == pytest.approx(1)
-    students = ("transformer, untrained", "transformer", "static, untrained", "static")
-    assert list(table) == ["teacher", *students, "bag of words"]
-    for name in ("transformer", "static"):
+    students = ("transformer", "static", "pruned")
+    names = [name for student in students for name in (f"{student}, untrained", student)]
+    assert list(table) == ["teacher", *names, "bag of words"]
+    for name in students:
         assert len(table[name]["correlation"]) == 2
         assert table[name]["correlation"] != table[f"{name}, untrained"]["correlation"]
         tried = found["choice"][name]["validation"]
-        assert list(tried) == ["cosine", "relational", "margin"]
+        assert list(tried) == ["cosine", "margin"]
         assert found["choice"][name]["loss"] == max(tried, key=tried.get)
     assert table["static"]["parameters"] == 1000 * (4 + 1) + (4 + 1) * 32
+    # Of each layer one of two heads of 16, and 32 of 64 units
+    gone = 2 * ((4 * 32 + 3) * 16 + (2 * 32 + 1) * 32)
+    assert table["teacher"]["parameters"] - table["pruned"]["parameters"] == gone
+    assert table["pruned"]["flops"] < table["teacher"]["flops"]
     assert "times as fast as the teacher" in out
     assert (tmp_path / "run" / "epochs.png").stat().st_size > 500
 
@@ -153,8 +159,9 @@ def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--students dynamic", "--students must be from transformer, static"),
+        ("--students dynamic", "--students must be from transformer, static, pruned"),
         ("--losses cosine cosine", "--losses must name one or more, each once"),
+        ("--budget 0", "--budget must be positive"),
         ("--neighbours 20", "--neighbours must be below 20"),
         ("--batch-size 1000", "--batch-size must be at most the number of training examples"),
         ("--teacher no-such", "no-such is no directory"),

@@ -14,7 +14,7 @@ EXPERIMENT = kd_pronounce
 SMALL = [
     *("smoke", "--words", "48", "--evaluated", "16", "--batch-size", "16", "--teacher", "4", "8"),
     *("--student", "2", "4"),
-    *("--teacher-epochs", "2", "--epochs", "2", "--labelled", "16", "--top", "3", "--save-seconds", "0"),
+    *("--teacher-epochs", "20", "--epochs", "12", "--labelled", "16", "--top", "3", "--save-seconds", "0"),
 ]  # fmt: skip
 
 
