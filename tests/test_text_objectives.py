@@ -11,6 +11,7 @@ import pytest
 
 from distill_jax import losses, models, teachers, train
 from distill_jax.data import text
+from distill_jax.losses import chunks
 from distill_jax.losses.tokens import bucketed, top_k
 from distill_jax.teachers import kinds
 
@@ -87,6 +88,28 @@ def test_the_losses_are_means_over_predicted_tokens():
     batch |= {"counts": counts, "weight": train.token_weight(IMAGE, counts)}
     loss, _ = train.distill_tokens()(STUDENT, batch, **options)
     assert loss == pytest.approx(means_by_hand(IMAGE, soft, counts), rel=1e-4)
+
+
+def test_logits_that_are_never_all_held_give_the_same_step(monkeypatch):
+    monkeypatch.setattr(chunks, "_HELD", 3 * V)  # three tokens at a time
+    labels = jax.jit(lambda: top_k(TEACHER(IMAGE), 3))()
+    data = {"image": IMAGE, "weight": WEIGHT, "teacher": labels}
+    for make in (
+        train.next_token,
+        functools.partial(train.distill_tokens, alpha=0.25, soft=bucketed(losses.kl)),
+    ):
+
+        def graded(model, chunked, make=make):
+            loss, (_, metrics) = make(chunked=chunked)(model, data, key=None, step=jnp.int32(0))
+            return loss, metrics
+
+        plain, pieces = (
+            jax.jit(jax.value_and_grad(functools.partial(graded, chunked=chunked), has_aux=True))
+            for chunked in (False, True)
+        )
+        held = [f"{ROWS},{LENGTH - 1},{V}]" in str(jax.make_jaxpr(each)(STUDENT)) for each in (plain, pieces)]
+        assert held == [True, False]
+        same(pieces(STUDENT), plain(STUDENT), rtol=1e-4, atol=1e-6)
 
 
 def test_on_policy_without_own_texts_is_word_level():

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._checks import check_count, check_fraction, check_function, need
+from distill_jax._checks import check_choice, check_count, check_fraction, check_function, need
 from distill_jax._model import Model, PyTree
 from distill_jax.losses import tokens as token_losses
+from distill_jax.models import head_kernel, hidden_states
 from distill_jax.teachers import label
 from distill_jax.train.objectives import Schedule, at, check_options, is_zero, teacher_of
 from distill_jax.train.step import Batch, LossFn, weighted_mean
@@ -74,34 +75,45 @@ def tokens_of(image: PyTree) -> jax.Array:
     return rows
 
 
-def next_token() -> LossFn:
+def next_token(*, chunked: bool = False) -> LossFn:
     """Builds the objective of a language model: the mean cross-entropy of the next token, in nats.
 
     It is also that of sequence-level distillation, where the rows are a teacher's texts, see
     :func:`distill_jax.teachers.write_samples`.
 
+    Args:
+      chunked: as in :func:`distill_tokens`.
+
     Returns:
       A ``loss_fn`` with the metric ``"error_rate"``, the fraction of tokens that are not the likeliest ones.
+
+    Raises:
+      ValueError: if ``chunked`` is neither True nor False; when traced, if it is True and the model is no transformer.
 
     References:
       Kim, Rush, `Sequence-Level Knowledge Distillation`, 2016, §3.2 (there the teacher's likeliest texts by beam
       search).
     """
+    check_choice("chunked", chunked, (True, False))
+
+    def wrong(logits, labels):
+        return (jnp.argmax(logits, -1) != labels).astype(jnp.float32)
 
     def loss_fn(model, batch, *, key, step):
         need(batch, "image")
-        logits, state = model.apply(batch["image"], key=key)
-        wrong = jnp.argmax(logits[:, :-1], -1) != tokens_of(batch["image"])[:, 1:]
-        error_rate = weighted_mean(
-            token_losses.per_sequence(wrong.astype(jnp.float32), where=_counted(batch)), batch
-        )
-        return _hard(logits, batch), (state, {"error_rate": error_rate})
+        mean, state = _compared(model, batch, key, chunked)
+        labels = tokens_of(batch["image"])
+        return mean(losses.cross_entropy, labels[:, 1:]), (state, {"error_rate": mean(wrong, labels[:, 1:])})
 
     return loss_fn
 
 
 def distill_tokens(
-    *, temperature: Schedule | None = 1.0, alpha: Schedule = 0.0, soft: Callable[..., jax.Array] = losses.kl
+    *,
+    temperature: Schedule | None = 1.0,
+    alpha: Schedule = 0.0,
+    soft: Callable[..., jax.Array] = losses.kl,
+    chunked: bool = False,
 ) -> LossFn:
     """Builds the objective of word-level distillation: the mean over tokens of α·hard + (1 − α)·soft.
 
@@ -115,43 +127,55 @@ def distill_tokens(
       alpha: α in [0, 1], the weight of the text itself, or a schedule of it.
       soft: ``(student_logits, teacher, *, temperature) -> values``, one value per token, ``[batch, length]``: any loss
         between logits.
+      chunked: whether the student's logits are computed from its hidden states for some tokens at a time, and never
+        all held, by :func:`distill_jax.losses.tokens.chunked`: for a transformer with a large vocabulary, and labels
+        that are stored. (The teacher's logits, if they are the labels, are held.)
 
     Returns:
       A ``loss_fn`` with the metric ``"soft"`` and, unless α is the constant 0, ``"hard"``.
 
     Raises:
-      ValueError: if α is a constant outside [0, 1], or T one that is not positive.
+      ValueError: if α is a constant outside [0, 1], T one that is not positive, or ``chunked`` neither True nor False;
+        when traced, if it is True and the model is no transformer.
 
     References:
       Kim, Rush, `Sequence-Level Knowledge Distillation`, 2016, §3.1.
     """
     check_options(alpha, temperature, soft)
-    of_rows = token_losses.sequence(soft)
+    check_choice("chunked", chunked, (True, False))
 
     def loss_fn(model, batch, *, key, step):
         teacher = teacher_of(batch)
         need(batch, "image")
-        logits, state = model.apply(batch["image"], key=key)
+        mean, state = _compared(model, batch, key, chunked)
         labels = jax.tree.map(lambda x: x[:, :-1], teacher["logits"])
         options = {} if temperature is None else {"temperature": at(temperature, step)}
-        values = of_rows(logits[:, :-1], labels, tokens=_counted(batch), **options)
-        metrics = {"soft": weighted_mean(values, batch)}
+        metrics = {"soft": mean(soft, labels, **options)}
         if is_zero(alpha):
             return metrics["soft"], (state, metrics)
-        metrics["hard"] = _hard(logits, batch)
+        metrics["hard"] = mean(losses.cross_entropy, tokens_of(batch["image"])[:, 1:])
         share = at(alpha, step)
         return share * metrics["hard"] + (1 - share) * metrics["soft"], (state, metrics)
 
     return loss_fn
 
 
-def _counted(batch: Batch) -> jax.Array:
-    return predicted(batch["image"], batch.get("counts"))
+def _compared(
+    model: Model, batch: Batch, key: jax.Array | None, chunked: bool
+) -> tuple[Callable[..., jax.Array], PyTree]:
+    """Runs the model; returns a function that compares its logits with labels, and the model's new state.
 
+    The function is ``(loss, labels [batch, length − 1, ...], **options) -> number``, the mean over the tokens.
+    """
+    counted = predicted(batch["image"], batch.get("counts"))
+    shared: dict[str, Any] = {"student_kernel": head_kernel(model)} if chunked else {}
+    outputs, state = (hidden_states(model) if chunked else model).apply(batch["image"], key=key)
 
-def _hard(logits: jax.Array, batch: Batch) -> jax.Array:
-    values = losses.cross_entropy(logits[:, :-1], tokens_of(batch["image"])[:, 1:])
-    return weighted_mean(token_losses.per_sequence(values, where=_counted(batch)), batch)
+    def mean(loss: Callable[..., jax.Array], labels: PyTree, **options: Any) -> jax.Array:
+        of_rows = token_losses.sequence(token_losses.chunked(loss) if chunked else loss)
+        return weighted_mean(of_rows(outputs[:, :-1], labels, tokens=counted, **shared, **options), batch)
+
+    return mean, state
 
 
 def on_policy(
