@@ -55,7 +55,7 @@ class Config(RunOptions):
     transformer: tuple[Count, Count, Count, Count] = (192, 3, 6, 768)
     """width, layers, heads, and feed-forward units of the transformer student"""
     axes: Count = 256  # number of principal axes of the static student's vectors
-    budget: Share = 0.5  # share of the heads, and of the feed-forward units, that the pruned student keeps
+    budget: Share = 0.5  # share of the teacher's FLOPs that the pruned student has
     rare: Positive = 1e-3
     """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""
     epochs: Count = 5  # number of epochs to train each student
@@ -193,7 +193,8 @@ class Lesson:
         squares = units.scores.squared_gradients(along, self.teacher, (some, directions), chunk=8)
         scores = units.scores.fisher(graph, self.teacher, squares)
         wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
-        kept = units.prune(graph, wanted, self.config.budget, across="isomorphic")
+        budget = self.config.budget * units.costs.flops(graph, {})
+        kept = units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
         return units.keep(graph, self.teacher, kept)
 
     def start(self, name: str, seed: int) -> models.Model:
