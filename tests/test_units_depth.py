@@ -232,6 +232,12 @@ def test_which_layers_of_a_scan_can_go():
     assert names_of(scanned(lambda c, w: ((jnp.tanh(c[0] + c[0] @ w),), None)), x, **shapes) == []
     assert names_of(scanned(lambda c, w: ((c[0] + c[0] @ w * c[1], c[1] + 1), None), 0.0), x, **shapes) == []
 
+    def rounded(carry, w):
+        x = carry[0].astype(jnp.bfloat16).astype(jnp.float32)
+        return (x + jnp.tanh(x @ w),), None
+
+    assert names_of(scanned(rounded), x, **shapes) == []
+
     def twice(p, x):
         return scanned(residual)(p, x) + p["a"][0, 0, 0]
 

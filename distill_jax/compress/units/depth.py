@@ -78,12 +78,13 @@ def blocks(graph: UnitGraph) -> dict[str, Block]:
     """
     network = Network(graph)
     names = [*graph.shapes]
+    whole = whole_multiplications(network.program)
     found = {}
     for name in network.branches:
         left, small = network.without([name])
         arrays = [i for i in range(len(names)) if left.lost(i)]
         parameters = sum(left.lost(i) for i in arrays if i < network.count)
-        flops = 2 * (whole_multiplications(network.program) - whole_multiplications(small))
+        flops = 2 * (whole - whole_multiplications(small))
         found[name] = Block(name, tuple(names[i] for i in arrays), parameters, flops)
     return found
 
@@ -102,12 +103,13 @@ class Network:
         self.count = len(jax.tree.leaves(model.params))
         self.parameters = sum(prod(like.shape) for like in self.whole[: self.count])
         self.program, self.branches, _ = read(model.apply_fn, (model.params, model.state), graph.traced.x)
+        self.used = used(self.program)
 
     def without(self, names: Collection[str]) -> tuple[Left, Program]:
         """Takes blocks out: what is left of the arrays, and the program of the rest."""
         branches = [self.branches[name] for name in names]
         small = take_out(self.program, branches, self.program.outputs)
-        gone = {i for i in used(self.program) - used(small) if i < len(self.whole)}
+        gone = {i for i in self.used - used(small) if i < len(self.whole)}
         rows: dict[int, np.ndarray] = {}
         for branch in branches:
             for i in branch.inputs if branch.row is not None else ():
@@ -149,7 +151,7 @@ def drop_blocks(graph: UnitGraph, tree: PyTree, names: Sequence[str]) -> PyTree:
     network = Network(graph)
     network.check("names", names)
     left, _ = network.without({*names})
-    if left.gone.issuperset(range(network.count)):
+    if names and left.gone.issuperset(range(network.count)):
         raise ValueError(f"names are all that the network has, no parameter would be left: got {[*names]}")
     place_of = {name: i for i, name in enumerate(graph.shapes)}
 

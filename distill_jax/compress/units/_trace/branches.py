@@ -95,8 +95,7 @@ class _Reader:
         (total,) = node.outputs
         for stays, branch in (node.inputs, node.inputs[::-1]):
             stream = self._stream(stays)
-            whole = self.avals[stays].shape == self.avals[total].shape
-            if whole and stream.isdisjoint(self._stream(branch)) and self._depends(branch, stream):
+            if stream.isdisjoint(self._stream(branch)) and self._depends(branch, stream):
                 needed = _needed(self.nodes, self.ends, {total: stays})
                 if alone := self.parameters & (self.needed - needed):
                     self.gone[total] = stays
