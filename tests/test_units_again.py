@@ -10,7 +10,7 @@ from faults import widths
 from test_units_architectures import numbers, shapes
 
 from distill_jax.compress import units
-from distill_jax.models import from_function
+from distill_jax.models import Model, from_function
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_what_code_takes_from_a_width_is_noticed(name):
         reasons = [group.reason for group in groups if not group.exact]
         assert reasons
         assert all(re.search(reason, found) for found in reasons), reasons
-        assert "exactly by shrink" in str(graph)
+        assert "exactly, adapted" in str(graph)
 
 
 @pytest.mark.parametrize(("size", "divisor"), [(24, 8), (45, 15), (12, 4)])
@@ -126,7 +126,7 @@ def test_a_check_that_a_size_is_divisible_hides_nothing(size, divisor):
 
     _, graph = traced(fn, a=(3, size), b=(size, 2))
     group = graph.groups["a"]
-    assert (group.exact, group.removable, group.runs) == (False, "exactly by shrink", False)
+    assert (group.exact, group.removable, group.runs) == (False, "exactly, adapted", False)
     assert "computes a number" in group.reason
 
 
@@ -149,7 +149,7 @@ def test_results_in_another_order_are_noticed():
         return results if p["a"].shape[1] > 5 else results[::-1]
 
     _, graph = traced(fn, a=(3, 8), b=(8, 2))
-    assert (graph.groups["a"].removable, "order" in graph.groups["a"].reason) == ("exactly by shrink", True)
+    assert (graph.groups["a"].removable, "order" in graph.groups["a"].reason) == ("exactly, adapted", True)
 
 
 def by_width(p, x):
@@ -165,7 +165,7 @@ def own(graph, model, kept):
 def test_verify_runs_both_networks():
     model, graph = traced(by_width, a=(3, 9), b=(9, 2))
     x, other = numbers(np.zeros((4, 6, 3)), 1), numbers(np.zeros((1, 1, 3)), 2)
-    assert graph.groups["a"].removable == "exactly by shrink"
+    assert graph.groups["a"].removable == "exactly, adapted"
     for count, least in ((8, 1e-2), (5, 0.0)):
         kept = {"a": range(count)}
         assert units.verify(graph, model, kept, x, other) < 1e-12
@@ -186,6 +186,31 @@ def test_imaginary_parts_are_compared():
     assert units.verify(graph, model, {"a": [0, 4]}, x) < 1e-6
     cut = lambda *given: units.keep(*given).replace(apply_fn=model.apply_fn)  # noqa: E731
     assert units.verify(graph, model, {"a": [0, 4]}, x, by=cut) > 0.1
+
+
+@pytest.mark.parametrize("what", ["outputs", "state", "gradients"])
+def test_verify_compares_training(what):
+    """The network's own code computes something of a width in training alone."""
+
+    @jax.custom_vjp
+    def scaled(h):
+        return h
+
+    scaled.defvjp(lambda h: (h, None), lambda _, change: (change / change.shape[-1],))
+
+    def apply_fn(params, state, x, *, key=None):
+        h = x @ params["a"]
+        if key is not None:
+            state = {"last": h.mean(0) * (h.shape[-1] if what == "state" else 1)}
+            h = h * h.shape[-1] if what == "outputs" else scaled(h) if what == "gradients" else h
+        return h @ params["b"], state
+
+    model = Model(apply_fn, shapes(a=(3, 6), b=(6, 2)), {"last": np.zeros(6)})
+    x, kept, key = numbers(np.zeros((4, 3))), {"a": [0, 4]}, jax.random.key(0)
+    graph = units.trace(model, x)
+    assert units.verify(graph, model, kept, x, by=own) < 1e-12
+    assert units.verify(graph, model, kept, x, by=own, key=key) > 0.1
+    assert units.verify(graph, model, kept, x, key=key) < 1e-12
 
 
 def test_verify_says_what_it_cannot_compare():
@@ -230,7 +255,7 @@ def test_code_that_checks_shapes_is_asked_once_for_each_part_of_it():
         counts.append(len(calls))
         exact = [group for group in graph.groups.values() if group.free and group.exact]
         assert len(exact) == depth
-        assert {group.removable for group in exact} == {"exactly by shrink"}
+        assert {group.removable for group in exact} == {"exactly, adapted"}
     assert counts[0] == counts[1] < 8
 
 

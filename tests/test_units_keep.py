@@ -359,6 +359,32 @@ def test_a_function_that_computes_something_else_in_training_is_not_kept():
     assert units.keep(graph, model, kept).apply_fn is model.apply_fn  # it draws masks of its own size
 
 
+def test_what_only_training_uses_gets_smaller_too(double):
+    """A running sum, of which evaluation uses the average, a value that is written alone, and noise."""
+
+    def apply_fn(params, state, x, *, key=None):
+        h = x @ params["a"]
+        assert h.shape[-1] == 6
+        if key is None:
+            return jnp.tanh(h - state["average"]) @ params["b"], state
+        h = h + jnp.exp(x @ params["noise"]) * jax.random.normal(key, h.shape)
+        total, steps = 0.9 * state["sum"] + 0.1 * h.mean(0), state["steps"] + 1
+        new = {"sum": total, "average": total / (1 - 0.9**steps), "last": h[-1], "steps": steps}
+        return jnp.tanh(h - h.mean(0)) @ params["b"], new
+
+    params = {"a": numbers(3, 6), "noise": numbers(3, 6, seed=1), "b": numbers(6, 2, seed=2)}
+    state = {name: numbers(6, seed=3) for name in ("sum", "average", "last")} | {"steps": np.float64(2)}
+    model, x = Model(apply_fn, params, state), numbers(5, 3, seed=4)
+    graph = units.trace(model, x[:2])
+    kept = {"a": [0, 2, 3]}
+    assert {s.path for s in graph.groups["a"].slices} == {"a", "noise", "b", "sum", "average", "last"}
+    assert units.verify(graph, model, kept, x, key=jax.random.key(0)) < 1e-12
+    assert units.verify(graph, model, kept, x) < 1e-12
+    # Without a training mode there is nothing to read in it
+    evaluation = model.replace(apply_fn=lambda params, state, x: apply_fn(params, state, x))
+    assert {s.path for s in units.trace(evaluation, x).groups["a"].slices} == {"a", "b", "average"}
+
+
 def test_a_function_that_cannot_be_adapted_is_refused():
     x, kept = numbers(5, 3), {"a": [0, 3]}
     model, graph = traced(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], x, a=(3, 4), b=(4, 2))

@@ -109,8 +109,27 @@ def equinox():
     return Model(apply_fn, params, {}), INPUTS["images"]
 
 
+def haiku():
+    hk = pytest.importorskip("haiku")
+
+    def net(x, train):
+        for width in (6, 4):
+            x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(hk.Conv2D(width, 3)(x), train))
+            x = hk.dropout(hk.next_rng_key(), 0.2, x) if train else x
+        return hk.Linear(3)(x.mean((1, 2)))
+
+    network = hk.transform_with_state(net)
+
+    def apply_fn(params, state, x, *, key=None):
+        outputs, new = network.apply(params, state, key, x, train=key is not None)
+        return outputs, state if key is None else new
+
+    x = RNG.normal(size=(5, 6, 6, 2))
+    return Model(apply_fn, *network.init(jax.random.key(0), x, train=True)), x
+
+
 MAKE = {name: lambda name=name: hugging_face(name) for name in HUGGING_FACE}
-MAKE["equinox"] = equinox
+MAKE |= {"equinox": equinox, "haiku": haiku}
 
 
 @pytest.mark.filterwarnings("default")

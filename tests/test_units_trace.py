@@ -180,7 +180,7 @@ def test_what_depends_on_the_place_is_frozen():
     assert "scan" in frozen(lambda h, p: jax.lax.scan(lambda c, y: (c, jnp.sin(y)), 0, h.T)[1].T)
     # A constant that does not vary is cut to measure
     _, graph = traced(lambda p, x: (x @ p["a"] + np.ones((2, 4))) @ p["b"], a=(3, 4), b=(4, 2))
-    assert graph.groups["a"].removable == "exactly by shrink"
+    assert graph.groups["a"].removable == "exactly, adapted"
 
 
 def test_partly_used_units_are_groups_of_their_own():

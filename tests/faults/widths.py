@@ -2,7 +2,7 @@
 
 ``python tests/faults/widths.py --programs 500``. For each group that ``units.trace`` calls exact, and random
 units: the program run again with the smaller arrays (if it runs), the shrunk program and the silenced one
-must give the same numbers, in float64. Groups exact for ``shrink`` alone: the last two.
+must give the same numbers, in float64. Groups that are removed exactly by the adapted program alone: the last two.
 """
 
 import argparse

@@ -43,14 +43,13 @@ class Group(NamedTuple):
       slices: where the units lie.
       free: whether units can be removed. If not, they are tied to the network's inputs or outputs, or
         an operation without a rule uses them.
-      exact: whether removing units gives the same outputs as setting them to zero: with
-        :func:`~distill_jax.compress.units.shrink`, and with the model that
-        :func:`~distill_jax.compress.units.keep` returns, unless the network's code refuses smaller arrays.
+      exact: whether removing units gives the same outputs as setting them to zero, also by the network's own code
+        with smaller arrays, unless that code refuses them.
       reason: why the group is not free or not exact, with the name of the operation; else empty.
       exact_shrunk: whether the program that was read from the network, with its sizes adapted, gives the same
-        outputs as setting the units to zero. Only this is true of a group if the network's own code, which reads
-        widths from its arrays, would compute something else with smaller ones. Then ``keep`` uses the adapted
-        program, as ``shrink`` always does.
+        outputs as setting the units to zero. If this is true and ``exact`` is not, the network's own code computes
+        something else with smaller arrays, or fails. Then :func:`~distill_jax.compress.units.keep` uses the adapted
+        program, as :func:`~distill_jax.compress.units.shrink` always does.
       runs: whether the network's own code was seen to run with fewer of these units.
       silent: the slices that :func:`~distill_jax.compress.units.silence` sets to zero; empty for all. They are
         only those by which the units' values are multiplied where the network divides by something that is
@@ -69,12 +68,12 @@ class Group(NamedTuple):
 
     @property
     def removable(self) -> str:
-        """``exactly``, ``exactly by shrink`` (by the adapted program alone), ``inexactly`` or ``no``."""
+        """``exactly``, ``exactly, adapted`` (the network's own code cannot be used), ``inexactly`` or ``no``."""
         if not self.free:
             return "no"
         if self.exact and self.runs:
             return "exactly"
-        return "exactly by shrink" if self.exact_shrunk else "inexactly"
+        return "exactly, adapted" if self.exact_shrunk else "inexactly"
 
 
 class Names(NamedTuple):
@@ -137,9 +136,9 @@ class UnitGraph:
 def table(graph: UnitGraph, *, show_all: bool = False) -> str:
     """Writes a network's units as a table that is 120 columns wide.
 
-    The first line counts the free groups, those that are exact (with ``keep`` or with ``shrink`` alone), and the
-    share of the parameters and of the operations of matrix products and convolutions that belong to free units.
-    Then comes a line for each free group. What cannot be removed follows, one line for each reason.
+    The first line counts the free groups, those of them that are removed exactly, and the share of the parameters
+    and of the operations of matrix products and convolutions that belong to free units. Then comes a line for each
+    free group. What cannot be removed follows, one line for each reason.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.

@@ -90,8 +90,8 @@ def check_rule(
       seed: of the random numbers.
 
     Returns:
-      What can be removed: ``operand 0, axis 1`` → ``exactly`` (or exactly by ``shrink``), or ``inexactly`` if it was
-      exact in no program. Axes that are missing are frozen.
+      What can be removed: ``operand 0, axis 1`` → ``exactly``, or ``inexactly`` if it was exact in no
+      program. Axes that are missing are frozen.
 
     Raises:
       ValueError: if an operand is no array; if a primitive in the function has no rule; if a smaller program does

@@ -15,7 +15,7 @@ from distill_jax.compress.units._trace.adapted import Adapted
 from distill_jax.compress.units._trace.again import difference
 from distill_jax.compress.units._trace.examples import examples_apart
 from distill_jax.compress.units._trace.fitting import Exact, Masks, MisfitError, fit
-from distill_jax.compress.units._trace.program import Program, flatten
+from distill_jax.compress.units._trace.program import Program, any_key, flatten
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of
 from distill_jax.compress.units.reading import EditedFn, Key, Like, check_state, place, traced
@@ -54,7 +54,7 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
         return not difference(adapted, flatten(closed), draws=key is not None)
 
     try:
-        if same(None) and same(jax.eval_shape(lambda: jax.random.key(0))):
+        if same(None) and same(any_key()):
             return apply_fn
     except (
         Exception

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distill_jax import _jaxpr
 from distill_jax._model import Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace.again import REFUSED, SAME, reruns
 from distill_jax.compress.units._trace.elementwise_rules import POLES
-from distill_jax.compress.units._trace.program import Program, flatten
+from distill_jax.compress.units._trace.program import Program, flatten, trace_network
 from distill_jax.compress.units._trace.roles import roles
-from distill_jax.compress.units._trace.rules import Tracer, fixed, value
+from distill_jax.compress.units._trace.rules import Tracer
+from distill_jax.compress.units._trace.unused import freeze_unused, label_inputs, tie_to_training
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
 
 Key = tuple[Any, ...]
@@ -53,15 +53,15 @@ def trace(model: Model, x: PyTree) -> UnitGraph:
     ``graph.notes``.
 
     A group is *exact* if the network without some of its units (:func:`~distill_jax.compress.units.keep`)
-    computes what the network with these units set to zero (:func:`~distill_jax.compress.units.silence`)
+    computes in evaluation what the network with these units set to zero (:func:`~distill_jax.compress.units.silence`)
     computes, wherever that is finite. A group is not exact if a unit that is zero still counts, for
     example in a mean, a softmax or a normalisation over the units.
 
     Code that reads a width from an array may compute a number from it (1/√head_size), or choose where a slice
     begins, a stride or the shape of a reshape. With smaller arrays it then computes something else. To find
     this out, the network is traced again with fewer units, in several random ways, and compared with the
-    traced program adapted to these units: each operation, its options, its constants and its shapes. A group
-    for which they differ is exact for the adapted program alone, which ``keep`` then uses. (A difference that
+    traced program adapted to these units: each operation, its options, its constants and its shapes. Where
+    they differ, ``keep`` uses the adapted program. (A difference that
     shows for few choices of units may be missed: :func:`~distill_jax.compress.units.verify` tries yours.)
 
     Args:
@@ -129,29 +129,19 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
     Returns:
       The groups of units.
     """
-
-    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-        return model.replace(params=params, state=state)(x)
-
-    closed, results = _jaxpr.trace(run, model.params, model.state, x)
+    closed, results = trace_network(model, x)
     program = flatten(closed)
     tracer = Tracer()
     names = names_of(model)
     paths = jax.tree.leaves(names)
-    for i, number in enumerate(program.inputs):
-        aval = program.avals[number]
-        if i >= len(paths) or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-            tracer.values[number] = value(fixed(n) for n in aval.shape)
-        else:
-            axes = [tracer.fresh(n) for n in aval.shape]
-            # All slices of a silenced unit are 0
-            tracer.values[number] = value((units, np.ones_like(zero)) for units, zero in axes)
+    label_inputs(tracer, program, len(paths))
     tracer.run(program)
     outputs = [tracer.result(program, i) for i in range(len(program.outputs))]
     for output in outputs:
         for units in output.units:
             tracer.labels.freeze(units, "a result of the network")
-    _freeze_unused(tracer, program)
+    tie_to_training(tracer, program, model, x)
+    freeze_unused(tracer, program)
     groups, members = _groups(tracer, program, paths)
     shapes = {
         path: jax.ShapeDtypeStruct(program.avals[n].shape, program.avals[n].dtype)
@@ -160,46 +150,6 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
     traced = Traced(model, x, program, tracer, members, jax.tree.structure(results))
     return UnitGraph(groups, shapes, names, tuple(notes), traced)
-
-
-def _freeze_unused(tracer: Tracer, program: Program) -> None:
-    """Freezes the nodes of parameters on which no result depends, such as positions that are cut off.
-
-    Other inputs may use them, so they are not free. A node is used where an axis that has it is summed or
-    otherwise gone in the result; what becomes a result of the network is frozen already.
-    """
-    labels = tracer.labels
-    used = np.zeros(labels.count + 1, bool)
-    last_seen = np.full(labels.count + 1, -1)
-    known: dict[int, np.ndarray] = {}
-
-    def nodes(units: np.ndarray) -> np.ndarray:
-        if id(units) not in known:
-            known[id(units)] = np.unique(tracer.meaning(units))
-        return known[id(units)]
-
-    def visit(program: Program) -> None:
-        for step in program.steps:
-            for body in step.bodies:
-                visit(body)
-            if step.bodies or step.name in ("slice", "split"):
-                continue
-            now = step.outputs[0] if step.outputs else labels.count
-            results = [units for n in step.outputs for units in tracer.read(n, program).units if len(units)]
-            for units in results:
-                last_seen[nodes(units)] = now
-            passed = {id(units) for units in results}
-            for i in range(len(step.inputs)):
-                for units in tracer.operand(step, i, program).units:
-                    if len(units) and id(units) not in passed:
-                        found = nodes(units)
-                        used[found[last_seen[found] != now]] = True
-
-    visit(program)
-    for number in program.inputs:
-        for units in tracer.values[number].units:
-            found = nodes(units)
-            labels.freeze(found[(found >= 0) & ~used[found]], "not used on these inputs")
 
 
 def _groups(

@@ -61,7 +61,7 @@ def reruns(graph: UnitGraph) -> dict[str, str]:
 
     Returns:
       Group → ``SAME``, if it runs the adapted program; ``REFUSED``, if it checks the shapes of arrays and
-      refuses smaller ones; else a reason why the group is exact for ``shrink`` alone.
+      refuses smaller ones; else a reason why only the adapted program can do without units of the group.
     """
     groups = [group for group in graph.groups.values() if group.free and group.exact]
     lines = _lines(graph)
