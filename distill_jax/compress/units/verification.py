@@ -40,7 +40,8 @@ def verify(
         draws others.
 
     Returns:
-      The largest absolute difference between the arrays of both, divided by the array's largest absolute value.
+      The largest absolute difference between the outputs of both, divided by the largest absolute output; in
+      training mode, where it is larger, the same of all gradients or of the state.
 
     Raises:
       ValueError: if there are no inputs; if the smaller network does not run, or has outputs of other shapes; if
@@ -83,14 +84,16 @@ def verify(
                 f"kept: the smaller network has outputs of shapes {shapes_in(given)[1]} where the silenced one has "
                 f"{shapes_in(expected)[1]}: its code reads them from its arrays; give by=units.keep"
             )
-        for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
-            a, b = (np.asarray(y, np.complex128 if np.iscomplexobj(y) else np.float64) for y in (a, b))
-            for name, found in (("smaller", a), ("silenced", b)):
-                if not np.isfinite(found).all():
+        for a, b in zip(_parts(given, key), _parts(expected, key), strict=True):
+            for name, arrays in (("smaller", a), ("silenced", b)):
+                if not all(np.isfinite(array).all() for array in arrays):
                     raise ValueError(
                         f"inputs: what the {name} network computes is not finite, so nothing can be compared"
                     )
-            largest = max(largest, float(np.abs(a - b).max(initial=0) / (np.abs(b).max(initial=0) or 1.0)))
+            gap, size = (
+                max(float(np.abs(y).max(initial=0)) for y in part) for part in (map(np.subtract, a, b), b)
+            )
+            largest = max(largest, gap / (size or 1.0))
     return largest
 
 
@@ -104,10 +107,22 @@ def _train(model: Model, x: PyTree, key: jax.Array) -> tuple[PyTree, Model]:
     def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
         outputs, state = model.replace(params=params).apply(x, key=key)
         floating = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.inexact)]
-        return sum((jnp.mean((y * y.conj()).real) for y in floating), jnp.zeros(())), (outputs, state)
+        squares = [jnp.mean((y * y.conj()).real) for y in floating]
+        return sum(squares, jnp.zeros(())), (outputs, state)
 
-    changes, (outputs, state) = jax.grad(loss, has_aux=True)(model.params)
+    changes, (outputs, state) = jax.grad(loss, has_aux=True, allow_int=True)(model.params)
     return outputs, model.replace(params=changes, state=state)
+
+
+def _parts(found: PyTree, key: jax.Array | None) -> list[list[np.ndarray]]:
+    """Lists what is compared by one measure: each output, all gradients, all floating-point numbers of the state."""
+    outputs, changed = (found, []) if key is None else (found[0], [found[1].params, found[1].state])
+    parts = [[y] for y in jax.tree.leaves(outputs)]
+    parts += [[y for y in jax.tree.leaves(tree) if jnp.issubdtype(y.dtype, jnp.inexact)] for tree in changed]
+    return [
+        [np.asarray(y, np.complex128 if np.iscomplexobj(y) else np.float64) for y in part]
+        for part in parts if part
+    ]  # fmt: skip
 
 
 def _one_line(error: Exception) -> str:
