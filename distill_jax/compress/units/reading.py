@@ -113,12 +113,18 @@ def traced(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key) -> tuple[Any,
     return _jaxpr.trace(run, params, state, x, *([] if key is None else [key]))
 
 
+def any_key() -> Like:
+    """Returns what stands for a random key in a trace."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def check_state(new: PyTree, old: PyTree) -> None:
     """Raises ``ValueError`` unless a state has the structure and shapes that it had before."""
-    if _shapes(new) != _shapes(old):
+    before, after = shapes_in(old), shapes_in(new)
+    if after != before:
         raise ValueError(
-            f"key: in training mode the network turns its state {_shapes(old)} into {_shapes(new)}: give it one that "
-            "keeps its structure and shapes, or train it without the arrays that come and go"
+            f"key: in training mode the network turns its state {before} into {after}: give it one that keeps its "
+            "structure and shapes, or train it without the arrays that come and go"
         )
 
 
@@ -132,6 +138,7 @@ def _like(leaf: Any) -> Like:
     return Like(np.shape(leaf), jnp.result_type(leaf))
 
 
-def _shapes(tree: PyTree) -> Any:
+def shapes_in(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
+    """Returns the structure of a pytree, and the shapes of its leaves."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, [leaf.shape for leaf in leaves]
+    return structure, [np.shape(leaf) for leaf in leaves]

@@ -9,11 +9,12 @@ import numpy as np
 from distill_jax._model import Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace.again import REFUSED, SAME, reruns
 from distill_jax.compress.units._trace.elementwise_rules import POLES
-from distill_jax.compress.units._trace.program import Program, flatten, trace_network
+from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.roles import roles
 from distill_jax.compress.units._trace.rules import Tracer
 from distill_jax.compress.units._trace.unused import freeze_unused, label_inputs, tie_to_training
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
+from distill_jax.compress.units.reading import traced
 
 Key = tuple[Any, ...]
 
@@ -129,7 +130,7 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
     Returns:
       The groups of units.
     """
-    closed, results = trace_network(model, x)
+    closed, results = traced(model.apply_fn, (model.params, model.state), x, None)
     program = flatten(closed)
     tracer = Tracer()
     names = names_of(model)
@@ -148,8 +149,8 @@ def groups_of(model: Model, x: PyTree) -> UnitGraph:
         for path, n in zip(paths, program.inputs, strict=False)
     }
     notes = [f"{note} (×{n})" if n > 1 else note for note, n in Counter(tracer.notes).items()]
-    traced = Traced(model, x, program, tracer, members, jax.tree.structure(results))
-    return UnitGraph(groups, shapes, names, tuple(notes), traced)
+    found = Traced(model, x, program, tracer, members, jax.tree.structure(results))
+    return UnitGraph(groups, shapes, names, tuple(notes), found)
 
 
 def _groups(

@@ -11,7 +11,6 @@ from jax import export
 from jax.extend import core
 
 from distill_jax import _jaxpr
-from distill_jax._model import Model, PyTree
 
 SYMBOL = 8  # the number in the place of a symbol
 BODIES = {
@@ -83,36 +82,6 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     avals: list[Any] = field(default_factory=list)
     constants: dict[int, Any] = field(default_factory=dict)
-
-
-def trace_network(model: Model, x: PyTree, key: Any = None) -> tuple[Any, Any]:
-    """Traces a network: its params, its state and x are the inputs, and the key if there is one.
-
-    Args:
-      model: the model; its arrays may be ``jax.ShapeDtypeStruct``, as may x and the key.
-      x: a batch of inputs.
-      key: a random key for training mode, or None for evaluation.
-
-    Returns:
-      The closed jaxpr, and the results as shapes: outputs, and in training mode the new state.
-    """
-
-    def run(params: PyTree, state: PyTree, x: PyTree, *keys: Any) -> PyTree:
-        network = model.replace(params=params, state=state)
-        return network.apply(x, key=keys[0]) if keys else network(x)
-
-    return _jaxpr.trace(run, model.params, model.state, x, *([] if key is None else [key]))
-
-
-def shapes_in(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    """Returns the structure of a pytree, and the shapes of its leaves."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [np.shape(leaf) for leaf in leaves]
-
-
-def any_key() -> jax.ShapeDtypeStruct:
-    """Returns what stands for a random key in a trace."""
-    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def flatten(jaxpr: Any, *, calls: bool = False) -> Program:

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from distill_jax._model import Model, PyTree
-from distill_jax.compress.units._trace.program import Program, any_key, flatten, shapes_in, trace_network
+from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
+from distill_jax.compress.units.reading import any_key, shapes_in, traced
 
 
 def label_inputs(tracer: Tracer, program: Program, count: int) -> None:
@@ -47,7 +48,7 @@ def tie_to_training(tracer: Tracer, program: Program, model: Model, x: PyTree) -
     if not unused:
         return
     try:
-        closed, (outputs, state) = trace_network(model, x, any_key())
+        closed, (outputs, state) = traced(model.apply_fn, (model.params, model.state), x, any_key())
     except Exception:  # whatever the network raises: it has no training mode
         return
     training, tied = flatten(closed), Tracer()
