@@ -3,10 +3,10 @@
 The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
 once. From these embeddings students learn:
 
-- "transformer": fewer, narrower layers. Its table of tokens begins as the teacher's, turned to the principal axes;
+- "transformer": some of the teacher's layers, without the heads and feed-forward units that count least (units, by
+  Fisher), so that it has a share of the teacher's FLOPs;
 - "static": a vector and a weight for each token, and a linear map of the weighted mean. It begins as Model2Vec: each
-  vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more;
-- "pruned": the teacher itself, without the heads and feed-forward units that change its embeddings least.
+  vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more.
 
 For each, the loss is the one with the highest rank correlation on validation data in the first seed. "Cosine" compares
 the embeddings of a sentence, "relational" and "margin" the similarities between the sentences of a batch. The table
@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Count, Positive, Run, RunOptions, Share, language, read, run_main, sentences
+from harness import Count, Positive, Run, RunOptions, Share, Whole, language, read, run_main, sentences
 from kd_embeddings_report import COLUMNS, draw, evaluate, explain, not_better, verdict
 
 from distill_jax import losses, models, teachers, train
@@ -45,17 +45,16 @@ class Config(RunOptions):
     dataset: str = "bible"  # texts: stdlib (docstrings), python-doc, bible, a folder or a file
     data_dir: Path | None = None  # where the files of a named text are, if not in their usual place
     teacher: str = "minilm"  # minilm, random, or a directory of a BERT as the Hugging Face Hub has it
-    students: tuple[str, ...] = ("transformer", "static")  # from transformer, static and pruned
+    students: tuple[str, ...] = ("transformer", "static")  # from transformer and static
     losses: tuple[str, ...] = ("cosine", "relational", "margin")
     """losses, of which validation chooses one for each student"""
     seeds: Count = 3  # number of repetitions, each with its own initial parameters and order of sentences
     length: Count = 32  # number of tokens to which sentences are cut or padded
     sentences: Count = 20_000  # number of training sentences at most
     evaluated: Count = 1500  # number of sentences of the validation data, and of the test data, at most
-    transformer: tuple[Count, Count, Count, Count] = (192, 3, 6, 768)
-    """width, layers, heads, and feed-forward units of the transformer student"""
+    layers: tuple[Whole, ...] = (0, 2, 5)  # layers of the teacher that the transformer begins with; none: all
+    budget: Share = 0.25  # share of the teacher's FLOPs that the transformer has
     axes: Count = 256  # number of principal axes of the static student's vectors
-    budget: Share = 0.5  # share of the teacher's FLOPs that the pruned student has
     rare: Positive = 1e-3
     """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""
     epochs: Count = 5  # number of epochs to train each student
@@ -71,21 +70,24 @@ CONFIGS = {
     "bible": ("The World English Bible by sentence.", Config()),
     "stdlib": ("The docstrings of Python's standard library.", Config(dataset="stdlib")),
     "pruned": ("The teacher with half of its FLOPs, on the World English Bible.", Config(
-        students=("pruned",), losses=("cosine",), epochs=2, learning_rate=2e-4,
+        students=("transformer",), layers=(), budget=0.5, losses=("cosine",), epochs=2, learning_rate=2e-4,
     )),
     "smoke": ("A tiny random teacher: shows in a minute that all works, and nothing else.", Config(
         dataset="stdlib", teacher="random", seeds=1, length=12, sentences=512, evaluated=100, epochs=2, batch_size=32,
-        students=("transformer", "static", "pruned"), transformer=(16, 1, 2, 32), axes=16,
+        layers=(1,), budget=0.4, axes=16,
     )),
 }  # fmt: skip
 
 
-def check(config: Config, dataset: sentences.Corpus) -> None:
+def check(config: Config, dataset: sentences.Corpus, encoder: models.Model) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.at_most(len(dataset.train.id), "batch_size")
-    config.among("students", ("transformer", "static", "pruned"))
+    config.among("students", ("transformer", "static"))
     config.among("losses", tuple(LOSSES))
     config.need("budget", config.budget > 0, "be positive")
+    given, layers = len(encoder.params["layers"]), list(config.layers)
+    known = layers == sorted(set(layers)) and all(layer < given for layer in layers)
+    config.need("layers", known, f"rise, below {given}, the number of layers of the teacher")
     for name in ("students", "losses"):
         values = getattr(config, name)
         config.need(name, len(set(values)) == len(values) > 0, "name one or more, each once")
@@ -115,16 +117,12 @@ LOSSES: Mapping[str, Callable[..., jax.Array]] = {
 }
 
 
-def project(params: Any, x: jax.Array) -> jax.Array:
-    """Maps features to embeddings of length 1."""
-    y = x @ params["kernel"] + params["bias"]
-    return y / jnp.sqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
-
-
 def weighted_mean(params: Any, x: Mapping[str, jax.Array]) -> jax.Array:
-    """Computes the weighted mean of the vectors of tokens."""
+    """Computes embeddings of length 1: a linear map of the weighted mean of the vectors of tokens."""
     weights = jnp.exp(params["log_weights"])[x["tokens"]] * (x["segments"] != 0)
-    return jnp.einsum("bt,btd->bd", weights, params["vectors"][x["tokens"]]) / weights.sum(-1, keepdims=True)
+    mean = jnp.einsum("bt,btd->bd", weights, params["vectors"][x["tokens"]]) / weights.sum(-1, keepdims=True)
+    y = mean @ params["kernel"] + params["bias"]
+    return y / jnp.sqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
 
 
 class Lesson:
@@ -175,13 +173,14 @@ class Lesson:
         axes = np.linalg.svd(centred.T @ centred)[0][:, : self.config.axes]
         share, _ = sentences.frequencies(self.data.train, vocabulary)
         weights = np.log(self.config.rare / (self.config.rare + share))  # SIF (Arora et al., 2017)
-        vectors = {"vectors": centred @ axes, "log_weights": weights.astype(np.float32)}
-        head = {"kernel": axes.T, "bias": np.zeros(alone.shape[1], np.float32)}
-        return compose(models.from_function(weighted_mean, vectors), head)
+        params = {
+            "vectors": centred @ axes, "log_weights": weights, "kernel": axes.T, "bias": np.zeros(alone.shape[1]),
+        }  # fmt: skip
+        return models.from_function(weighted_mean, jax.tree.map(jnp.float32, params))
 
     @functools.cached_property
-    def pruned(self) -> models.Model:
-        """The pruned student before training. A unit counts as much as the embeddings change without it (Fisher)."""
+    def transformer(self) -> models.Model:
+        """The transformer before training. A unit counts as much as the embeddings change without it (Fisher)."""
         some = {name: values[:64] for name, values in self.data.train.image().items()}
         directions = jax.random.normal(jax.random.key(0), (len(some["tokens"]), self.width))
 
@@ -189,36 +188,21 @@ class Lesson:
             x, direction = example
             return model({name: values[None] for name, values in x.items()})[0] @ direction
 
-        graph = units.trace(self.teacher, some)
-        squares = units.scores.squared_gradients(along, self.teacher, (some, directions), chunk=8)
-        scores = units.scores.fisher(graph, self.teacher, squares)
+        given = self.teacher.params
+        layers = [given["layers"][i] for i in self.config.layers or range(len(given["layers"]))]
+        student = self.teacher.replace(params={**given, "layers": layers})
+        graph = units.trace(student, some)
+        squares = units.scores.squared_gradients(along, student, (some, directions), chunk=8)
+        scores = units.scores.fisher(graph, student, squares)
         wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
-        budget = self.config.budget * units.costs.flops(graph, {})
-        kept = units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
-        return units.keep(graph, self.teacher, kept)
+        budget = self.config.budget * units.costs.flops(units.trace(self.teacher, some), {})
+        return units.keep(
+            graph, student, units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
+        )
 
-    def start(self, name: str, seed: int) -> models.Model:
-        """Makes a student before training."""
-        if name != "transformer":
-            return self.static if name == "static" else self.pruned
-        width, layers, heads, hidden = self.config.transformer
-        given = self.encoder.params
-        vocabulary, length = len(given["embedding"]), len(given["positions"])
-        sizes = models.EncoderConfig(
-            vocabulary=vocabulary, width=width, layers=layers, heads=heads, hidden=hidden, max_length=length
-        )
-        keys = jax.random.split(jax.random.key(1000 + seed))
-        student = models.build_encoder(sizes, keys[0])
-        if width <= self.width:
-            table = np.asarray(given["embedding"])
-            axes = np.linalg.svd(table.T @ table)[0][:, :width]
-            turned = {part: given[part] @ axes for part in ("embedding", "positions", "types")}
-            student = student.replace(params={**student.params, **turned})
-        kernel = jax.random.normal(keys[1], (width, self.width)) / width**0.5
-        return compose(
-            models.sentence_embeddings(student, normalise=False),
-            {"kernel": kernel, "bias": np.zeros(self.width)},
-        )
+    def start(self, name: str) -> models.Model:
+        """Takes a student before training."""
+        return self.static if name == "static" else self.transformer
 
     def validate(self, model: models.Model) -> dict[str, float]:
         """Computes the rank correlation on validation data; the loss is what it lacks."""
@@ -235,7 +219,7 @@ class Lesson:
             soft = functools.partial(LOSSES[loss], temperature=config.temperature)
             step = train.make_train_step(train.distill(soft=soft, temperature=None, alpha=0.0), tx)
             self.programs[loss] = train.make_epoch(step)  # many steps in one call
-        state = train.init_state(self.start(name, seed), tx, self.run.key(seed, 0))
+        state = train.init_state(self.start(name), tx, self.run.key(seed, 0))
         done = self.run.fit(
             f"{name}, {loss}", seed, state, self.programs[loss], self.examples, epochs=config.epochs,
             batch_size=config.batch_size, order=seed, validate=self.validate, best_by="validation_loss",
@@ -256,18 +240,12 @@ class Lesson:
         return found
 
 
-def compose(encoder: models.Model, head: Mapping[str, Any]) -> models.Model:
-    """Puts a linear map behind features."""
-    params = jax.tree.map(jnp.float32, dict(head))
-    return models.compose(encoder, models.from_function(project, params))
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, "bible")
     encoder, tokenizer = sentences.teacher(config.teacher, config.length)
     data = sentences.load(config.dataset, config.data_dir, tokenizer, config.sentences, config.evaluated)
-    run = Run.start("kd_embeddings", name, config, check, data)
+    run = Run.start("kd_embeddings", name, config, functools.partial(check, encoder=encoder), data)
     lesson, choice = Lesson(run, data, encoder, tokenizer), dict[str, Any]()
     trained = [lesson.students(seed, choice) for seed in range(config.seeds)]
     found = run.record(evaluate(lesson, trained))

@@ -32,8 +32,7 @@ def evaluate(lesson: Lesson, trained: Sequence[Mapping[str, models.Model]]) -> d
     test, config = lesson.data.test, lesson.config
     every: dict[str, list[models.Model]] = {"teacher": [lesson.teacher]}
     for name in config.students:
-        count = len(trained) if name == "transformer" else 1  # the others begin alike
-        every[f"{name}, untrained"] = [lesson.start(name, seed) for seed in range(count)]
+        every[f"{name}, untrained"] = [lesson.start(name)]
         every[name] = [seed[name] for seed in trained]
     found = {name: [lesson.embed(model, test) for model in each] for name, each in every.items()}
     similarities = {name: [x @ x.T for x in each] for name, each in found.items()}
@@ -82,9 +81,10 @@ def draw(lesson: Lesson) -> dict[str, str]:
         for name, histories in lesson.histories.items()
     }
     curves = {name: (np.arange(1, len(values) + 1), values) for name, values in found.items()}
-    levels = {}
-    if "static" in lesson.config.students:
-        levels["static, untrained"] = lesson.validate(lesson.static)["validation_correlation"]
+    levels = {
+        f"{name}, untrained": lesson.validate(lesson.start(name))["validation_correlation"]
+        for name in lesson.config.students
+    }
     pictures.against(
         lesson.run.directory / "epochs.png",
         curves,

@@ -28,7 +28,7 @@ def small(tmp_path_factory):
         lines = [" ".join(rng.choice(words, 6)) + "." for _ in range(20)]
         (folder / f"{i}.txt").write_text("\n".join(lines))
     return [
-        *("smoke", "--dataset", str(folder), "--length", "8", "--transformer", "8", "1", "2", "8", "--axes", "4"),
+        *("smoke", "--dataset", str(folder), "--length", "8", "--axes", "4"),
         *("--batch-size", "16", "--evaluated", "20", "--neighbours", "3", "--seeds", "2", "--save-seconds", "0"),
         *("--losses", "cosine", "margin"),
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_small_run_and_its_repetition(tmp_path, run, small):
     assert table == again
     assert table["teacher"]["overlap"] == [1.0]
     assert table["teacher"]["correlation"][0] == pytest.approx(1)
-    students = ("transformer", "static", "pruned")
+    students = ("transformer", "static")
     names = [name for student in students for name in (f"{student}, untrained", student)]
     assert list(table) == ["teacher", *names, "bag of words"]
     for name in students:
@@ -126,25 +126,46 @@ def test_a_small_run_and_its_repetition(tmp_path, run, small):
         assert list(tried) == ["cosine", "margin"]
         assert found["choice"][name]["loss"] == max(tried, key=tried.get)
     assert table["static"]["parameters"] == 1000 * (4 + 1) + (4 + 1) * 32
-    assert 0.4 < table["pruned"]["flops"] / table["teacher"]["flops"] < 0.51
-    assert table["pruned"]["parameters"] < table["teacher"]["parameters"]
     assert "times as fast as the teacher" in out
     assert (tmp_path / "run" / "epochs.png").stat().st_size > 500
 
 
+def untrained(words, **options):
+    """A lesson without a run: for the students before training."""
+    lesson = object.__new__(kd_embeddings.Lesson)
+    lesson.config = kd_embeddings.Config(**options)
+    lesson.encoder, lesson.tokenizer = sentences.teacher("random", 8)
+    lesson.teacher, lesson.width = models.sentence_embeddings(lesson.encoder), 32
+    rows = sentences.Sentences(np.arange(len(words)), *lesson.tokenizer(words).values(), np.zeros(len(words)))
+    lesson.data = SimpleNamespace(train=rows)
+    return lesson
+
+
 def test_the_static_student_begins_as_the_teachers_tokens_alone():
     """On all principal axes: the mean of two tokens is that of the teacher's centred embeddings, weighted."""
-    encoder, tokenizer = sentences.teacher("random", 8)
-    rows = sentences.Sentences(np.arange(1), *tokenizer(["see the cat the"]).values(), np.zeros(1))
-    lesson = object.__new__(kd_embeddings.Lesson)  # without a run
-    lesson.encoder, lesson.teacher, lesson.tokenizer = encoder, models.sentence_embeddings(encoder), tokenizer
-    lesson.config, lesson.data = kd_embeddings.Config(axes=32), SimpleNamespace(train=rows)
+    lesson = untrained(["see the cat the"], axes=32)
     tokens = np.arange(sentences.VOCABULARY)[:, None]
     alone = np.asarray(models.predict(lesson.teacher, tokens))
-    see, the = rows.tokens[0, :2]
+    see, the = lesson.data.train.tokens[0, :2]
     mean = sum(0.001 / (0.001 + s) * (alone - alone.mean(0))[t] for t, s in ((see, 0.25), (the, 0.5)))
     found = lesson.static({"tokens": np.array([[see, the, 0]]), "segments": np.array([[1, 1, 0]])})
     np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flops():
+    lesson = untrained(["see the cat the", "and the dog"], layers=(1,), budget=0.3)
+    x = lesson.data.train.image()
+    before, after = (
+        jax.jit(lambda model: model(x)).lower(model).cost_analysis()["flops"]
+        for model in (lesson.teacher, lesson.transformer)
+    )
+    assert 0.2 * before < after <= 0.3 * before
+    (layer,) = lesson.transformer.params["layers"]
+    norm = lesson.teacher.params["layers"][1]["feed_forward_norm"]
+    jax.tree.map(np.testing.assert_array_equal, layer["feed_forward_norm"], norm)
+    assert layer["attention"]["query"]["kernel"].shape == (32, 1, 16)
+    embeddings = np.asarray(lesson.transformer(x))
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
 
 def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):
@@ -157,8 +178,10 @@ def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--students dynamic", "--students must be from transformer, static, pruned"),
+        ("--students dynamic", "--students must be from transformer, static"),
         ("--losses cosine cosine", "--losses must name one or more, each once"),
+        ("--layers 1 0", "--layers must rise, below 2"),
+        ("--layers 0 2", "--layers must rise, below 2"),
         ("--budget 0", "--budget must be positive"),
         ("--neighbours 20", "--neighbours must be below 20"),
         ("--batch-size 1000", "--batch-size must be at most the number of training examples"),
