@@ -384,3 +384,24 @@ def test_units_used_in_a_loop_have_no_kronecker_factors():
     model = from_function(fn, shapes(**given))
     x, labels = examples_of(shape[1:], 3)
     assert scores.kronecker(units.trace(model, x), model, loss_of_example, (x, labels)) == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, e: jax.vmap(f)(jax.tree.map(lambda a: jnp.stack([a, a]), e)).mean(),
+        lambda f, e: jax.lax.map(f, jax.tree.map(lambda a: jnp.stack([a, a]), e)).mean(),
+        lambda f, e: jax.lax.cond(e[0].sum() > 0, f, f, e),
+    ],
+    ids=["vmap", "map", "cond"],
+)
+def test_curvature_of_calls_in_loops_is_refused(call):
+    fn, given, shape = CASES["mlp"]
+    model, x = from_function(fn, shapes(**given)), numbers(np.zeros(shape), 1)
+    with pytest.raises(ValueError, match="outside of vmap, loops and conditions"):
+        scores.kronecker(
+            units.trace(model, x),
+            model,
+            lambda m, e: call(lambda e: loss_of_example(m, e), e),
+            (x, jnp.zeros(4, int)),
+        )

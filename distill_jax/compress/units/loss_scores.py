@@ -6,7 +6,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from distill_jax import _jaxpr
 from distill_jax._checks import check_count, check_function
 from distill_jax._model import Model, PyTree, check_model, example_count
 from distill_jax.compress._products import Kernel, Use, watched
@@ -185,8 +187,8 @@ def kronecker(
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model.
-      loss_fn: ``(model, example) -> loss`` of one example, without a batch axis. It calls the model itself, not
-        under ``vmap`` or in a loop.
+      loss_fn: ``(model, example) -> loss`` of one example, without a batch axis. It calls the model outside of
+        ``vmap``, loops and conditions.
       examples: a pytree of arrays ``[examples, ...]``.
       chunk: number of examples whose inputs and gradients are held at once.
       normalise: how the scores of a group are made comparable. The scores estimate a loss, so "none" compares them
@@ -195,6 +197,9 @@ def kronecker(
     Returns:
       For each free group whose units are used by nothing but products with kernels (dense, or convolutions that
       are not grouped, outside of loops), float64 ``[size]``.
+
+    Raises:
+      ValueError: if ``loss_fn`` calls the model in a loop and the like, or a score is not finite.
 
     References:
       Wang et al., `EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis`, 2019 (arXiv 1905.05934),
@@ -292,9 +297,14 @@ _read.defvjp(lambda outputs, inputs, tap: (outputs, inputs), _read_backward)
 def _taps(
     model: Model, loss_fn: LossOfExample, examples: PyTree
 ) -> tuple[dict[str, Kernel], dict[str, list[_Tap]]]:
-    """Finds the kernels of a model, with all places of an example, and the shapes of the tap of each use."""
+    """Finds the kernels of a model, with all places of an example, and the shapes of the tap of each use.
+
+    Each use is marked in the program of the loss, which shows whether it is computed once for each example.
+    """
     kernels: dict[str, Kernel] = {}
     taps: dict[str, list[_Tap]] = {}
+    marked: dict[str, tuple[int, ...]] = {}
+    others: dict[str, str] = {}
 
     def note(use: Use) -> jax.Array:
         inputs = jax.eval_shape(use.rows)
@@ -303,11 +313,23 @@ def _taps(
         kernels[use.path] = use.kernel._replace(positions=before.positions + places)
         outputs = jax.ShapeDtypeStruct((places, use.kernel.outputs), use.output.dtype)
         taps.setdefault(use.path, []).append(_Tap(outputs, inputs))
-        return use.output
+        mark = f"distill_jax tap {len(marked)}"
+        marked[mark] = use.output.shape
+        return checkpoint_name(use.output, mark)
 
-    others: dict[str, str] = {}
+    def found(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "name":
+                yield eqn.params["name"], eqn.outvars[0].aval.shape
+            elif body := _jaxpr.body_of(eqn):
+                yield from found(body[0])
+
     example = jax.tree.map(lambda x: jnp.asarray(x)[0], examples)
-    jax.eval_shape(lambda example: loss_fn(watched(model, note, others.setdefault), example), example)
+    program, _ = _jaxpr.trace(lambda e: loss_fn(watched(model, note, others.setdefault), e), example)
+    if not marked.items() <= set(found(program.jaxpr)):
+        raise ValueError(
+            "loss_fn must call the model outside of vmap, loops and conditions: there it is not known how often"
+        )
     return {path: kernel for path, kernel in kernels.items() if path not in others}, taps
 
 
