@@ -207,7 +207,31 @@ def test_wrong_functions_of_a_search_are_refused():
             {},
             r"operators\['prune'\] returns must be a models.Model",
         ),
+        (
+            {"prune": prune},
+            {"fine_tune": lambda model: work.original},
+            "fine_tune must return a model with arrays",
+        ),
         ({"prune": prune}, {"validate": lambda model: model(X)}, "validate must return one number"),
     ):
         with pytest.raises(ValueError, match=message):
             search.smallest_model(work.original, operators, **given | options)
+
+
+def test_an_operator_may_say_that_it_cannot(tmp_path):
+    work = Work(network())
+    given = {
+        "fine_tune": work.fine_tune,
+        "validate": work.validate,
+        "shares": (0.5, 0.25, 0.2),
+        "budget": 100.0,
+    }
+    operators = {"prune": lambda model, share: prune(model, share) if share > 0.4 else None}
+    found = search.smallest_model(
+        work.original, operators, **given, iterative=["prune"], refinements=1, directory=tmp_path
+    )
+    assert [name for name, trial in found.trials.items() if np.isinf(trial.loss)] == [
+        "prune 0.25", "prune 0.2",
+    ]  # fmt: skip
+    assert found.chosen == "prune, iterative 0.2"  # by halves, and 0.8 of a quarter
+    assert {path.name for path in tmp_path.iterdir()} == found.models.keys() - {"original"}

@@ -22,8 +22,9 @@ from distill_jax._checks import (
     check_real,
     check_sequence,
 )
-from distill_jax._model import Model, check_model
-from distill_jax.train.checkpoints import Checkpoints, digest
+from distill_jax._model import Model, PyTree, check_model
+from distill_jax.teachers import fingerprint
+from distill_jax.train.checkpoints import Checkpoints
 
 ORIGINAL = "original"
 
@@ -185,8 +186,9 @@ def find_smallest(
     return Found(best, trials)
 
 
-# Makes a model smaller: (the model, the share of its units, parameters or blocks that shall stay) -> a model
-Operator = Callable[[Model, float], Model]
+# Makes a model smaller: (the model, the share of its units, parameters or blocks that shall stay) -> a model, or
+# None where it cannot
+Operator = Callable[[Model, float], Model | None]
 
 
 class Smallest(NamedTuple):
@@ -196,7 +198,7 @@ class Smallest(NamedTuple):
       model: the chosen model, after training; the original if no smaller one is within the budget.
       chosen: its name; ``"original"`` if no smaller one is within the budget.
       trials: all models that were tried, by name, in their order.
-      models: the same models, after training, and the original.
+      models: the models that could be made, after training, and the original.
     """
 
     model: Model
@@ -231,7 +233,8 @@ def smallest_model(
 
     Args:
       model: the trained original.
-      operators: name → ``(model, share) -> model``: makes a model smaller, by width, depth, rank, or as you like.
+      operators: name → ``(model, share) -> model``: makes a model smaller, by width, depth, rank, or as you like; or
+        returns None where it cannot. Such a trial has infinite loss and size.
         ``share`` is that of the given model. Where a step by step search applies it to a model that is smaller
         already, the shares multiply.
       fine_tune: ``model -> model``: trains a smaller model, usually with the original as its teacher. Shapes and
@@ -274,7 +277,7 @@ def smallest_model(
     for name, (function, arguments) in functions.items():
         check_function(name, function, arguments)
     made, share_of = {ORIGINAL: model}, {ORIGINAL: 1.0}
-    source = [digest(np.asarray(leaf)) for leaf in jax.tree.leaves((model.params, model.state))]
+    source = fingerprint((model.params, model.state))
 
     def figures(name: str, of: Model) -> tuple[float, float]:
         values = {"validate": validate(of), "size": size(of)}
@@ -286,12 +289,21 @@ def smallest_model(
                 )
         return float(values["validate"]), float(values["size"])
 
+    def tune(small: Model) -> Model:
+        tuned = fine_tune(small)
+        check_model("what fine_tune returns", tuned)
+        if _shapes(tuned) != _shapes(small):
+            raise ValueError(
+                "fine_tune must return a model with arrays of the shapes and dtypes that it was given"
+            )
+        return tuned
+
     def resumed(name: str, small: Model) -> tuple[Model, tuple[float, float]]:
         assert directory is not None
         with Checkpoints(Path(directory) / name, keep=1) as checkpoints:
             stored = checkpoints.restore((small.params, small.state))
             if stored is None:
-                tuned, info = fine_tune(small), dict[str, Any](original=source)
+                tuned, info = tune(small), dict[str, Any](original=source)
                 checkpoints.save(1, (tuned.params, tuned.state), info)
             else:
                 (params, state), info = jax.tree.map(jnp.asarray, stored[0]), stored[1]
@@ -308,10 +320,12 @@ def smallest_model(
 
     def attempt(edit: Edit) -> tuple[float, float]:
         name, start = edit.name, edit.start
-        small = operators[edit.operator](made[start], edit.share / share_of[start])
+        small = operators[edit.operator](made[start], edit.share / share_of[start]) if start in made else None
+        if small is None:
+            return np.inf, np.inf
         check_model(f"what operators[{edit.operator!r}] returns", small)
         if directory is None:
-            made[name] = fine_tune(small)
+            made[name] = tune(small)
             found = figures(name, made[name])
         else:
             made[name], found = resumed(name, small)
@@ -323,6 +337,10 @@ def smallest_model(
         iterative=iterative, refinements=refinements,
     )  # fmt: skip
     return Smallest(made[done.chosen], done.chosen, done.trials, made)
+
+
+def _shapes(model: Model) -> PyTree:
+    return jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), (model.params, model.state))
 
 
 def _check_budget(original: tuple[float, float], budget: float) -> None:

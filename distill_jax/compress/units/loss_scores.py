@@ -265,17 +265,14 @@ def kronecker(
 
 
 class _Tap(NamedTuple):
-    """Arguments of zeros whose gradients are the gradients of a kernel's outputs, and its inputs.
-
-    So both leave the loss as results of a derivative, whatever transformations it uses.
-    """
+    """Arguments of zeros whose gradients are the gradients of a kernel's outputs, and its inputs."""
 
     outputs: Any
     inputs: Any
 
 
 def _tapped(use: Use, tap: _Tap) -> jax.Array:
-    """Returns ``use.output``, and lets the gradients of ``tap`` be what it wants."""
+    """Returns ``use.output``. Its derivative with respect to ``tap`` gives (gradients of the outputs, inputs)."""
     last = range(-len(use.axes), 0)
     moved = jnp.moveaxis(use.output, use.axes, last)
     outputs = _read(moved.reshape(tap.outputs.shape), use.rows(), tap)
