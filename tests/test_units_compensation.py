@@ -8,7 +8,7 @@ from flax import linen
 from test_units_architectures import block, block_shapes, lstm, numbers, shapes
 
 from distill_jax import models
-from distill_jax.compress import units
+from distill_jax.compress import _products, units
 from distill_jax.models import Model, from_function
 
 
@@ -122,7 +122,9 @@ def test_no_layer_gets_worse(make):
     model, x = make()
     graph = units.trace(model, x)
     kept = units.prune(graph, units.scores.l2(graph, model), 0.6, across="group")
-    done = units.compensate(graph, model, kept, [x])
+    programs = _products._one_kernels_rows._cache_size()
+    done = units.compensate(graph, model, kept, [x[:5], x[5:10]])
+    assert _products._one_kernels_rows._cache_size() == programs + 2  # one of each network, for all kernels
     changed = {
         name
         for name, a, b in zip(

@@ -6,7 +6,7 @@ the rows of their inputs on a batch, and the triangle that stands for all rows s
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax import _jaxpr
-from distill_jax._model import Model, PyTree
+from distill_jax._checks import check_sequence
+from distill_jax._model import Model, PyTree, check_inputs
 from distill_jax.weights.structure import path_name
 
 
@@ -71,49 +72,37 @@ class Probe(NamedTuple):
 
     Attributes:
       kernels: path → the kernel, in the order of computation.
-      rows: path → ``[any, inputs]``, what the kernel multiplies.
       others: path → the operation that uses a parameter of several axes otherwise.
     """
 
     kernels: dict[str, Kernel]
-    rows: dict[str, Any]
     others: dict[str, str]
 
 
-def probe(model: Model, x: PyTree, rows: Collection[str] | None = ()) -> Probe:
-    """Runs a model and notes its kernels, and the rows that some of them multiply.
+def probe(model: Model, x: PyTree) -> Probe:
+    """Traces a model and notes its kernels. Nothing is computed.
 
     Args:
       model: the model; its arrays may be ``jax.ShapeDtypeStruct``.
       x: a batch of inputs, or ``jax.ShapeDtypeStruct``.
-      rows: the paths of the kernels whose rows are wanted, None for all. Without rows nothing is computed.
 
     Returns:
-      The kernels and the rows.
+      The kernels.
     """
-    found: dict[str, Kernel] = {}
-    seen: dict[str, list[jax.Array]] = {}
+    kernels: dict[str, Kernel] = {}
     others: dict[str, str] = {}
 
-    def note(use: Use) -> jax.Array:
-        before = found.get(use.path)
-        if before is not None and before[1:4:2] != use.kernel[1:4:2]:
-            others.setdefault(use.path, f"{use.primitive} in several ways")
-        positions = use.output.size / (use.kernel.outputs * len(batch_of))
-        found[use.path] = use.kernel._replace(positions=positions + (before.positions if before else 0.0))
-        if rows is None or use.path in rows:
-            seen.setdefault(use.path, []).append(use.rows())
-        return use.output
+    def run(model: Model, x: PyTree) -> None:
+        uses, rest = _uses(model, x)
+        others.update(rest)
+        examples = len(jax.tree.leaves(x)[0])
+        for path, each in uses.items():
+            kernel = each[0].kernel
+            places = sum(use.output.size for use in each) / (kernel.outputs * examples)
+            kernels[path] = kernel._replace(positions=places)
 
-    def run(params, state, x):
-        watched(model, note, others.setdefault).apply_fn(params, state, x)
-        return {path: jnp.concatenate(parts) for path, parts in seen.items() if path not in others}
-
-    batch_of = jax.tree.leaves(x)[0]
-    wanted = rows is None or bool(rows)
-    arguments = model.params, model.state, x
-    collected = run(*arguments) if wanted else jax.eval_shape(run, *arguments)
-    return Probe({p: kernel for p, kernel in found.items() if p not in others}, collected, others)
+    jax.eval_shape(run, model, x)
+    return Probe(kernels, others)
 
 
 class Use(NamedTuple):
@@ -180,18 +169,50 @@ def watched(
     return model.replace(apply_fn=apply_fn)
 
 
-@functools.partial(jax.jit, static_argnames="paths")
-def _rows(model: Model, x: PyTree, paths: tuple[str, ...] | None) -> dict[str, jax.Array]:
-    return probe(model, x, paths).rows
+def _uses(model: Model, x: PyTree) -> tuple[dict[str, list[Use]], dict[str, str]]:
+    """Runs a model, and lists the uses of each kernel, and how other parameters of several axes are used."""
+    found: dict[str, list[Use]] = {}
+    others: dict[str, str] = {}
+
+    def note(use: Use) -> jax.Array:
+        each = found.setdefault(use.path, [])
+        if each and each[0].kernel != use.kernel:
+            others.setdefault(use.path, f"{use.primitive} in several ways")
+        each.append(use)
+        return use.output
+
+    watched(model, note, others.setdefault).apply_fn(model.params, model.state, x)
+    return {path: each for path, each in found.items() if path not in others}, others
 
 
-def rows_of(model: Model, x: PyTree, paths: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def _rows(uses: Sequence[Use]) -> jax.Array:
+    return jnp.concatenate([use.rows() for use in uses])
+
+
+@jax.jit
+def _all_rows(model: Model, x: PyTree) -> dict[str, jax.Array]:
+    return {path: _rows(each) for path, each in _uses(model, x)[0].items()}
+
+
+@jax.jit
+def _one_kernels_rows(model: Model, x: PyTree, place: jax.Array) -> dict[Any, tuple[jax.Array, jax.Array]]:
+    """Computes rows for each shape that rows of some kernel have, and whether they are those of the wanted kernel."""
+    found: dict[Any, tuple[jax.Array, jax.Array]] = {}
+    for i, uses in enumerate(_uses(model, x)[0].values()):
+        rows = functools.partial(_rows, uses)
+        like = jax.eval_shape(rows)
+        kind = like.shape, str(like.dtype)
+        other, seen = found.get(kind, (jnp.zeros(like.shape, like.dtype), jnp.zeros((), bool)))
+        found[kind] = jax.lax.cond(place == i, rows, lambda other=other: other), seen | (place == i)
+    return found
+
+
+def rows_of(model: Model, x: PyTree) -> dict[str, np.ndarray]:
     """Computes what kernels multiply on a batch.
 
     Args:
       model: the model.
       x: a batch of inputs.
-      paths: the kernels; None for all.
 
     Returns:
       path → float64 ``[any, inputs]``.
@@ -199,13 +220,59 @@ def rows_of(model: Model, x: PyTree, paths: Iterable[str] | None = None) -> dict
     Raises:
       ValueError: if a layer's inputs are not finite.
     """
-    found = {}
-    x = jax.tree.map(jnp.asarray, x)
-    for path, values in _rows(model, x, None if paths is None else tuple(paths)).items():
-        found[path] = np.asarray(values, np.float64)
-        if not np.isfinite(found[path]).all():
-            raise ValueError(f"the inputs of {path} are not finite: check the model's parameters and inputs")
+    found = _all_rows(model, jax.tree.map(jnp.asarray, x))
+    return {path: _finite(path, rows) for path, rows in found.items()}
+
+
+def rows_of_one(model: Model, x: PyTree, kernels: Mapping[str, Kernel], path: str) -> np.ndarray:
+    """Computes what one kernel multiplies on a batch, with one program for all kernels.
+
+    Args:
+      model: the model.
+      x: a batch of inputs.
+      kernels: all kernels of the model, from :func:`probe`.
+      path: the kernel.
+
+    Returns:
+      float64 ``[any, inputs]``.
+
+    Raises:
+      ValueError: if the layer's inputs are not finite.
+    """
+    found = _one_kernels_rows(model, jax.tree.map(jnp.asarray, x), list(kernels).index(path))
+    (rows,) = (rows for rows, wanted in found.values() if wanted)
+    return _finite(path, rows)
+
+
+def _finite(path: str, rows: jax.Array) -> np.ndarray:
+    found = np.asarray(rows, np.float64)
+    if not np.isfinite(found).all():
+        raise ValueError(f"the inputs of {path} are not finite: check the model's parameters and inputs")
     return found
+
+
+def check_batches(batches: Any) -> None:
+    """Raises ``ValueError`` unless a value is a sequence of at least one batch of inputs."""
+    check_sequence("batches", batches, "batches of inputs")
+    if not len(batches):
+        raise ValueError("batches: give at least one batch of inputs, got none")
+    for x in batches:
+        check_inputs("batches", x)
+
+
+def replaced(tree: PyTree, names: PyTree, new: Mapping[str, np.ndarray]) -> PyTree:
+    """Replaces some arrays of a tree, in their old dtypes.
+
+    Args:
+      tree: the tree.
+      names: the name of each leaf, in a tree of the same structure.
+      new: name → the new array.
+    """
+
+    def edit(name: str, leaf: Any) -> Any:
+        return jnp.asarray(new[name].astype(leaf.dtype)) if name in new else leaf
+
+    return jax.tree.map(edit, names, tree)
 
 
 def stacked(triangle: np.ndarray | None, rows: np.ndarray) -> np.ndarray:

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from scipy.linalg import solve_triangular
 
-from distill_jax._checks import check_count, check_fraction, check_positive, check_sequence
-from distill_jax._model import Model, PyTree, check_inputs, check_model
+from distill_jax._checks import check_count, check_fraction, check_positive
+from distill_jax._model import Model, PyTree, check_model
 from distill_jax.compress._masks import check_pattern, choose_leaves
-from distill_jax.compress._products import Kernel, probe, rows_of, stacked
+from distill_jax.compress._products import check_batches, probe, replaced, rows_of_one, stacked
 from distill_jax.weights.structure import by_path, path_name
 
 __all__ = ["Pruned", "sparsegpt", "wanda"]
@@ -205,15 +205,12 @@ def _one_by_one(
 ) -> Pruned:
     """Edits the kernels in the order of the network, each on the inputs that it has when those before are pruned."""
     check_model("model", model)
-    check_sequence("batches", batches, "batches of inputs")
-    if not len(batches):
-        raise ValueError("batches: give at least one batch of inputs, got none")
-    for x in batches:
-        check_inputs("batches", x)
+    check_batches(batches)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of expressions, such as ({exclude!r},)")
     chosen = by_path(choose_leaves(model.params, exclude, 2))
-    kernels = {path: k for path, k in probe(model, batches[0]).kernels.items() if chosen[path]}
+    every = probe(model, batches[0]).kernels
+    kernels = {path: k for path, k in every.items() if chosen[path]}
     if not kernels:
         raise ValueError(
             f"model: none of {', '.join(p for p, c in chosen.items() if c)} multiplies as a matrix"
@@ -224,26 +221,20 @@ def _one_by_one(
             f"pattern: the inputs of {', '.join(wrong)} are no multiple of M={group}: exclude them"
         )
     masks, errors = {}, {}
+    names = jax.tree_util.tree_map_with_path(lambda place, _: path_name(place), model.params)
     for path, kernel in kernels.items():
         matrix, triangle = kernel.matrix(by_path(model.params)[path]), None
         for x in batches:
-            triangle = stacked(triangle, rows_of(model, x, [path])[path])
+            triangle = stacked(triangle, rows_of_one(model, x, every, path))
         assert triangle is not None
         new, lives = edit(matrix, triangle)
         errors[path] = float(
             np.sum((triangle @ (new - matrix)) ** 2) / (np.sum((triangle @ matrix) ** 2) or 1.0)
         )
         masks[path] = jnp.asarray(kernel.array(lives))
-        model = model.replace(params=_replaced(model.params, path, kernel, new))
+        model = model.replace(params=replaced(model.params, names, {path: kernel.array(new)}))
 
     def mask(path: tuple[object, ...], leaf: jax.Array) -> object:
         return masks.get(path_name(path), optax.MaskedNode())
 
     return Pruned(model, jax.tree_util.tree_map_with_path(mask, model.params), errors)
-
-
-def _replaced(params: PyTree, path: str, kernel: Kernel, matrix: np.ndarray) -> PyTree:
-    def new(place: tuple[object, ...], leaf: jax.Array) -> jax.Array:
-        return jnp.asarray(kernel.array(matrix).astype(leaf.dtype)) if path_name(place) == path else leaf
-
-    return jax.tree_util.tree_map_with_path(new, params)

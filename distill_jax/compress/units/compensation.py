@@ -1,16 +1,15 @@
 """Corrects what is left of a pruned network, by least squares on a few inputs and without training."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax._checks import check_not_negative, check_sequence
-from distill_jax._model import Model, PyTree, check_inputs, check_model
-from distill_jax.compress._products import Kernel, probe, rows_of, stacked
+from distill_jax._checks import check_not_negative
+from distill_jax._model import Model, PyTree, check_model
+from distill_jax.compress._products import Kernel, check_batches, probe, replaced, rows_of_one
 from distill_jax.compress.units._trace.program import Program, Step
 from distill_jax.compress.units._trace.roles import roles
 from distill_jax.compress.units.averaging import put_back
@@ -97,11 +96,7 @@ def compensate(
     """
     check_model("model", model)
     check_not_negative("damping", damping)
-    check_sequence("batches", batches, "batches of inputs")
-    if not len(batches):
-        raise ValueError("batches: give at least one batch of inputs, got none")
-    for x in batches:
-        check_inputs("batches", x)
+    check_batches(batches)
     masks = position_masks(graph, kept)
     small = by(graph, model, kept)
     original = probe(model, batches[0])
@@ -119,58 +114,91 @@ def compensate(
         for place, axis in enumerate(kernel.made):
             if axis in lost:
                 stays &= lost[axis].reshape([-1 if i == place else 1 for i in range(stays.ndim)])
+        leaves = leaves_by_name(small)
+        matrix = smaller[path].matrix(leaves[path])
+        rows = (
+            (rows_of_one(model, x, original.kernels, path), rows_of_one(small, x, smaller, path))
+            for x in batches
+        )
+        # Rows are sums of many: float32's rounding is theirs, at most
+        eps = min(float(jnp.finfo(dtype).eps) for dtype in (leaves[path].dtype, jnp.float32))
         whole = kernel.matrix(leaves_by_name(model)[path])[:, stays.ravel()]
-        solved = _solve((model, whole), (small, smaller[path]), path, batches, path in biases, damping)
+        solved = _solve(rows, whole, matrix, path in biases, damping, eps)
         if solved is None:
             notes.append(f"{path} is applied at fewer places in the smaller network, so it stays as it is")
             continue
         change, errors[path] = solved
-        leaves = leaves_by_name(small)
-        new = {path: smaller[path].array(smaller[path].matrix(leaves[path]) + change[: smaller[path].inputs])}
+        new = {path: smaller[path].array(matrix + change[: len(matrix)])}
         if path in biases:
             bias, sign = biases[path]
             new[bias] = np.asarray(leaves[bias], np.float64) + sign * change[-1].reshape(leaves[bias].shape)
-        small = _replaced(graph, small, new)
+        params, state = replaced((small.params, small.state), tuple(graph.names), new)
+        small = small.replace(params=params, state=state)
     return Compensated(put_back(graph, small, kept, model), errors, tuple(notes))
 
 
+class _Sums(NamedTuple):
+    """All rows seen so far of inputs X and of outputs Y to be fitted: X = QR.
+
+    Attributes:
+      triangle: R.
+      products: QᵀY.
+      rest: the sum of the squares of Y that no combination of the inputs makes.
+    """
+
+    triangle: np.ndarray
+    products: np.ndarray
+    rest: float
+
+
+def _added(sums: _Sums, inputs: np.ndarray, outputs: np.ndarray) -> _Sums:
+    rows, wanted = np.concatenate([sums.triangle, inputs]), np.concatenate([sums.products, outputs])
+    orthogonal, triangle = np.linalg.qr(rows)
+    products = orthogonal.T @ wanted
+    return _Sums(triangle, products, sums.rest + float(np.sum((wanted - orthogonal @ products) ** 2)))
+
+
 def _solve(
-    original: tuple[Model, np.ndarray],
-    small: tuple[Model, Kernel],
-    path: str,
-    batches: Sequence[PyTree],
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    whole: np.ndarray,
+    matrix: np.ndarray,
     bias: bool,
     damping: float,
+    eps: float,
 ) -> tuple[np.ndarray, tuple[float, float]] | None:
     """Finds the change of a kernel ``[inputs (and 1 for a bias), outputs]``, and the errors before and after.
 
-    None if the two networks apply the kernel at different numbers of places.
+    Args:
+      rows: batch by batch, the rows that the kernel multiplies in the original and in the smaller network.
+      whole: the original's kernel, with the outputs that stay.
+      matrix: the smaller network's kernel.
+      bias: whether a number may be added to each output.
+      damping: see :func:`compensate`.
+      eps: relative rounding of the rows.
+
+    Returns:
+      None if the two networks apply the kernel at different numbers of places.
     """
-    (model, whole), (smaller, kernel) = original, small
-    leaf = leaves_by_name(smaller)[path]
-    matrix = kernel.matrix(leaf)
-    triangle, squares = None, 0.0
-    for x in batches:
-        wanted = rows_of(model, x, [path])[path] @ whole
-        inputs = rows_of(smaller, x, [path])[path]
-        if len(wanted) != len(inputs):
+    count = len(matrix) + bias
+    sums, squares = _Sums(np.zeros((0, count)), np.zeros((0, matrix.shape[1])), 0.0), 0.0
+    for before, inputs in rows:
+        if len(before) != len(inputs):
             return None
+        wanted = before @ whole
         squares += float(np.sum(wanted**2))
         ones = np.ones((len(inputs), int(bias)))
-        triangle = stacked(triangle, np.concatenate([inputs, ones, wanted - inputs @ matrix], 1))
-    assert triangle is not None
-    count = kernel.inputs + bias
-    left, right = triangle[:, :count], triangle[:, count:]
-    strength = damping * np.sum(left[:, : kernel.inputs] ** 2) / kernel.inputs
-    held = np.sqrt(strength) * np.eye(kernel.inputs, count)
-    # Directions that are only rounding are not fitted. Rows are sums of many: float32's rounding is theirs, at most
-    eps = min(float(jnp.finfo(dtype).eps) for dtype in (leaf.dtype, jnp.float32))
+        sums = _added(sums, np.concatenate([inputs, ones], 1), wanted - inputs @ matrix)
+    strength = damping * np.sum(sums.triangle[:, : len(matrix)] ** 2) / len(matrix)
+    held = np.sqrt(strength) * np.eye(len(matrix), count)
+    # Directions that are only rounding are not fitted
     change = np.linalg.lstsq(
-        np.concatenate([left, held]), np.concatenate([right, np.zeros((len(held), right.shape[1]))]),
-        rcond=eps * max(left.shape),
-    )[0]  # fmt: skip
-    before, after = float(np.sum(right**2)), float(np.sum((right - left @ change) ** 2))
-    return change, (before / (squares or 1.0), after / (squares or 1.0))
+        np.concatenate([sums.triangle, held]),
+        np.concatenate([sums.products, np.zeros((len(held), matrix.shape[1]))]),
+        rcond=eps * count,
+    )[0]
+    left = (sums.rest + float(np.sum(y**2)) for y in (sums.products, sums.products - sums.triangle @ change))
+    before_it, after = (error / (squares or 1.0) for error in left)
+    return change, (before_it, after)
 
 
 def _impossible(graph: UnitGraph, kept: Kept, others: Mapping[str, str]) -> list[str]:
@@ -255,11 +283,3 @@ def _followed(step: Step, axes: Axes, old: tuple[int, ...], new: tuple[int, ...]
         rest = iter([axis for axis, n in zip(axes, old, strict=True) if n > 1])
         return tuple(next(rest) if n > 1 else None for n in new)
     return None
-
-
-def _replaced(graph: UnitGraph, model: Model, new: Mapping[str, Any]) -> Model:
-    def edit(name: str, leaf: Any) -> Any:
-        return jnp.asarray(new[name].astype(leaf.dtype)) if name in new else leaf
-
-    params, state = jax.tree.map(edit, tuple(graph.names), (model.params, model.state))
-    return model.replace(params=params, state=state)
