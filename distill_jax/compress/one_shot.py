@@ -221,6 +221,7 @@ def _one_by_one(
             f"pattern: the inputs of {', '.join(wrong)} are no multiple of M={group}: exclude them"
         )
     masks, errors = {}, {}
+    model = jax.tree.map(jnp.asarray, model)
     names = jax.tree_util.tree_map_with_path(lambda place, _: path_name(place), model.params)
     for path, kernel in kernels.items():
         matrix, triangle = kernel.matrix(by_path(model.params)[path]), None

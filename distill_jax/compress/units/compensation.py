@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -98,7 +99,7 @@ def compensate(
     check_not_negative("damping", damping)
     check_batches(batches)
     masks = position_masks(graph, kept)
-    small = by(graph, model, kept)
+    small = jax.tree.map(jnp.asarray, by(graph, model, kept))
     original = probe(model, batches[0])
     smaller = probe(small, batches[0]).kernels
     biases = _biases(graph, original.kernels)
