@@ -13,6 +13,7 @@ from distill_jax.compress.units.depth import Block, blocks, drop_blocks, prune_b
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, table
 from distill_jax.compress.units.influence import block_influence
 from distill_jax.compress.units.injection import Injected, inject
+from distill_jax.compress.units.inputs import input_features
 from distill_jax.compress.units.own_rules import check_rule, register_rule
 from distill_jax.compress.units.permutation import permutable, permute
 from distill_jax.compress.units.pruning import budgets, prune
@@ -27,7 +28,7 @@ from distill_jax.compress.units.verification import verify
 __all__ = [
     "Block", "Brought", "Compensated", "Group", "Injected", "Matched", "PenaltyState", "Slice", "UnitGraph",
     "activations", "architecture", "average_widths", "block_influence", "blocks", "bring", "budgets", "check_rule",
-    "compensate", "costs", "drop_blocks", "group_lasso", "growing_decay", "inject", "keep", "living",
+    "compensate", "costs", "drop_blocks", "group_lasso", "growing_decay", "inject", "input_features", "keep", "living",
     "match_activations", "match_weights", "match_widths", "merge", "permutable", "permute", "position_masks", "prune",
     "prune_blocks", "put_back", "register_rule", "report", "scores", "select", "shrink", "silence", "table", "trace",
     "verify",

@@ -70,6 +70,11 @@ def merge(
         group = _free(graph, name, "sizes")
         if known[name].reason:
             raise ValueError(f"sizes: {name!r} cannot be merged: {known[name].reason}")
+        made_of = [s.path for s in known[name].incoming]
+        if whole := [path for path in made_of if not np.issubdtype(graph.shapes[path].dtype, np.inexact)]:
+            raise ValueError(
+                f"sizes: {name!r} cannot be merged: {whole[0]} holds whole numbers, which have no mean"
+            )
         if not is_integer(size) or not 1 <= size <= group.size:
             raise ValueError(f"sizes[{name!r}] must lie in 1 … {group.size}, got {size}")
     if incoming not in ("mean", "best"):
