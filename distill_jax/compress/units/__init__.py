@@ -14,11 +14,12 @@ from distill_jax.compress.units.graph import Group, Slice, UnitGraph, table
 from distill_jax.compress.units.influence import block_influence
 from distill_jax.compress.units.injection import Injected, inject
 from distill_jax.compress.units.inputs import input_features
+from distill_jax.compress.units.masks import position_masks
 from distill_jax.compress.units.own_rules import check_rule, register_rule
 from distill_jax.compress.units.permutation import permutable, permute
 from distill_jax.compress.units.pruning import budgets, prune
 from distill_jax.compress.units.regularisation import PenaltyState, group_lasso, growing_decay, living
-from distill_jax.compress.units.removal import keep, position_masks, silence
+from distill_jax.compress.units.removal import keep, silence
 from distill_jax.compress.units.selection import merge, select
 from distill_jax.compress.units.shrinking import shrink
 from distill_jax.compress.units.tracing import trace

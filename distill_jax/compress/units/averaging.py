@@ -15,8 +15,9 @@ from distill_jax.compress.units.alignment import match_weights
 from distill_jax.compress.units.editing import map_leaves
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.injection import leaves_by_name
+from distill_jax.compress.units.masks import Kept, position_masks, shapes_of
 from distill_jax.compress.units.permutation import permute
-from distill_jax.compress.units.removal import Kept, keep, position_masks, shapes_of
+from distill_jax.compress.units.removal import keep
 
 
 def put_back(graph: UnitGraph, small: Model, kept: Kept, model: Model) -> Model:

@@ -16,7 +16,7 @@ from distill_jax.compress.units._trace.roles import roles
 from distill_jax.compress.units.averaging import put_back
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.injection import leaves_by_name
-from distill_jax.compress.units.removal import Kept, position_masks, unit_masks
+from distill_jax.compress.units.masks import Kept, position_masks, unit_masks
 from distill_jax.compress.units.shrinking import shrink
 
 Axes = tuple[int | None, ...]

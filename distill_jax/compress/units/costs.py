@@ -13,7 +13,7 @@ from jax.extend import core
 from distill_jax import metrics
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.removal import Kept, shapes_of, unit_masks
+from distill_jax.compress.units.masks import Kept, shapes_of, unit_masks
 from distill_jax.compress.units.running import traced_function
 
 Cost = Callable[[UnitGraph, Kept], float]

@@ -18,7 +18,7 @@ from distill_jax._model import PyTree
 from distill_jax.compress.units._trace.roles import roles
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, check_graph
-from distill_jax.compress.units.removal import Kept, position_masks
+from distill_jax.compress.units.masks import Kept, position_masks
 
 Strength = float | Callable[[jax.Array], jax.Array]
 

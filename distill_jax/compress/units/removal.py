@@ -8,12 +8,10 @@ import numpy as np
 from distill_jax._model import ApplyFn, PyTree
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of, unit_masks
+from distill_jax.compress.units.masks import Kept, masks_of, position_masks, unit_masks
 from distill_jax.compress.units.running import function_for
 
 Choice = Callable[[UnitGraph, ApplyFn, Kept], ApplyFn]
-
-__all__ = ["Kept", "keep", "position_masks", "remove", "shapes_of", "silence", "unit_masks"]
 
 
 def keep(graph: UnitGraph, tree: PyTree, kept: Kept) -> PyTree:

@@ -54,13 +54,10 @@ def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:
         return not difference(adapted, flatten(closed), draws=key is not None)
 
     try:
-        if same(None) and same(any_key()):
-            return apply_fn
-    except (
-        Exception
-    ):  # whatever the network raises: it does not run so, or there is nothing to compare it with
-        return small
-    return small
+        runs = same(None) and same(any_key())
+    except Exception:  # whatever the network raises: it does not run so, or cannot be compared
+        runs = False
+    return apply_fn if runs else small
 
 
 def _derives(program: Program) -> bool:

@@ -41,7 +41,7 @@ def share(total: int, left: int) -> str:
 
 
 def short(n: int) -> str:
-    """Writes a number with three digits and the prefix of a unit."""
+    """Writes a number with three digits, and the prefix of the unit that comes after it."""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= scale:
             return f"{n / scale:.3g} {letter}"

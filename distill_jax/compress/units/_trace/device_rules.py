@@ -15,10 +15,11 @@ from distill_jax.compress.units._trace.loop_rules import inner
 from distill_jax.compress.units._trace.program import Step
 from distill_jax.compress.units._trace.rules import Axis, Tracer, Value, fixed, rule, value
 
-IDENTITIES = "sharding_constraint layout_constraint reshard pvary pbroadcast ppermute"
 
-
-@rule(*IDENTITIES.split(), "device_put", "psum", "psum_invariant", "pmax", "pmin")
+@rule(
+    "sharding_constraint", "layout_constraint", "reshard", "pvary", "pbroadcast", "ppermute", "device_put",
+    "psum", "psum_invariant", "pmax", "pmin",
+)  # fmt: skip
 def _same_places(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     """Leaves each element in its place; sums of zeros over devices are zero, too."""
     return [operand._replace(total=None) for operand in operands]

@@ -36,7 +36,7 @@ class Role(NamedTuple):
 
 
 # Steps whose result holds a parameter's numbers as they are
-SAME = {
+COPIES = {
     "convert_element_type", "copy", "stop_gradient", "slice", "split", "reduce_precision",
     "sharding_constraint", "layout_constraint", "reshard", "pvary",
 }  # fmt: skip
@@ -217,7 +217,7 @@ class _Reader:
         """Returns the leaf's axes in each axis of a result that holds the leaf's numbers as they are."""
         _, axes = self.views[step.inputs[0]]
         none: frozenset[int] = frozenset()
-        if step.name in SAME:
+        if step.name in COPIES:
             return axes
         if step.name == "transpose":
             return tuple(axes[a] for a in step.params["permutation"])
