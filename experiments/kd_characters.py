@@ -9,7 +9,8 @@ Then it trains students, each from the same initial parameters, with the same nu
   all training faces, with the true label where it is known, else with the class that the teacher names; and "true
   labels, all faces": on what the teacher has learned from;
 - with --control, "scratch, teacher's recipe": as "scratch", but with the epochs, learning rate and distortion of the
-  teacher, whose lead is otherwise not that of its size alone.
+  teacher, whose lead is otherwise not that of its size alone;
+- with --patient, "patient": with this recipe too, on the labels that the teacher gives each distorted picture.
 
 Of spoken characters, read "voices" for "faces". The temperature is the one with the fewest errors of the first
 seed's student on validation data, whose groups of fonts are neither in the training data nor in the test data.
@@ -41,10 +42,11 @@ from harness import (
     Trained,
     Whole,
     adam,
+    labelled,
     read,
     readers,
     run_main,
-)
+)  # fmt: skip
 from harness.distortions import DISTORTIONS, STRONGEST, distorted
 from kd_characters_report import CONTROL, draw, explain, lead, not_better, prefix_of, verdict
 
@@ -65,6 +67,8 @@ class Config(Options):
     """number of training faces whose labels are known, or of examples where the data have no faces; 0 means all"""
     control: bool = False
     """also train each student from scratch with the teacher's epochs, learning rate and distortion"""
+    patient: bool = False
+    """also train each student with that recipe on the labels that the teacher gives the distorted pictures, online"""
     curve: tuple[Whole, ...] = ()
     """numbers of faces on which the students are also trained, for a picture; 0 means all"""
     temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0)  # temperatures T, of which validation chooses one
@@ -96,12 +100,12 @@ FACES = dataclasses.replace(
     curve=(10, 40, 160, 0),
 )  # fmt: skip
 SPOKEN = Config(
-    dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), control=True, batch_size=64,
-    epochs=15, learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
+    dataset="spoken", teacher="vgg8:0.25", students=("mlp:64", "convnet:8,16,24"), control=True, patient=True,
+    batch_size=64, epochs=15, learning_rate=2e-3, teacher_epochs=15, teacher_learning_rate=3e-3, teacher_distortion=1.0,
 )  # fmt: skip
 SMOKE = Config(
-    dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), control=True, labelled=100, batch_size=64,
-    epochs=40, teacher_epochs=40, warmup=10,
+    dataset="digits", seeds=1, teacher="mlp:32", students=("mlp:8",), control=True, patient=True, labelled=100,
+    batch_size=64, epochs=40, teacher_epochs=40, warmup=10,
 )  # fmt: skip
 CONFIGS = {
     "pair": ("Networks of 8.4 million parameters, all faces labelled; an hour on two cores.", Config()),
@@ -149,7 +153,7 @@ class Trainer:
 
     def __call__(
         self, name: str, seed: int, network: str, examples: Mapping[str, Any], temperature: float | None = None,
-        recipe: str = "",
+        recipe: str = "", online: models.Model | None = None,
     ) -> Trained:  # fmt: skip
         """Trains one model, or takes it from the checkpoint of the run.
 
@@ -160,6 +164,7 @@ class Trainer:
           examples: the training arrays; with ``"teacher"``, the logits to learn from.
           temperature: that of the soft labels; None: the loss is that of the labels alone.
           recipe: ``"teacher_"`` for the teacher's epochs, learning rate and distortion.
+          online: the teacher that labels the distorted pictures; None: the labels are among the examples.
         """
         config, dataset, student = self.config, self.run.dataset, name != "teacher"
         epochs, rate, strength = config.recipe(recipe)
@@ -169,14 +174,16 @@ class Trainer:
                 loss = train.distill(temperature=temperature, alpha=config.alpha)
             tx = adam(rate, epochs, len(examples["label"]) // config.batch_size, warmup=config.warmup)
             step = train.make_train_step(loss, tx)  # (state, batch) -> (state, metrics)
-            epoch = train.make_epoch(step, transform=distorted(dataset, strength))
+            transform = distorted(dataset, strength)
+            epoch = train.make_epoch(step, transform=labelled(transform) if online else transform)
             self.made[recipe, temperature] = tx, epoch
         tx, epoch = self.made[recipe, temperature]
         order = (20_000 if student else 10_000) + seed
         state = train.init_state(build(dataset, network, seed, student), tx, self.run.key(seed, order))
         done = self.run.fit(
-            name, seed, state, epoch, examples, epochs=epochs, batch_size=config.batch_size, order=order
-        )
+            name, seed, state, epoch, examples, epochs=epochs, batch_size=config.batch_size, order=order,
+            context=online,
+        )  # fmt: skip
         return self.run.judge(done.model, done.history, done.seconds)
 
 
@@ -204,38 +211,42 @@ class Lesson:
         self.soft = run.store_labels(seed, teacher.model)
         self.done: dict[Any, Trained] = {}
 
-    def examples(self, faces: int, labelled: int) -> dict[str, np.ndarray]:
+    def examples(self, faces: int, known: int) -> dict[str, np.ndarray]:
         """Takes the examples of the first ``faces`` faces (0: of all), repeated to the number of all examples.
 
         So every student makes the same number of steps, and is validated equally often. Without the true label of a
-        face, that is beyond the first ``labelled`` (0: all), the label is the class that the teacher names.
+        face, that is beyond the first ``known`` (0: all), the label is the class that the teacher names.
         """
-        taken, known = (np.isin(self.face, self.faces[: count or None]) for count in (faces, labelled))
-        answers = np.where(known, self.true, self.soft.argmax(-1)).astype(np.int32)
+        taken, told = (np.isin(self.face, self.faces[: count or None]) for count in (faces, known))
+        answers = np.where(told, self.true, self.soft.argmax(-1)).astype(np.int32)
         rows = np.resize(np.flatnonzero(taken), len(self.face))
         return {"image": self.images[rows], "label": answers[rows], "teacher": self.soft[rows]}
 
     def student(
-        self, name: str, network: str, faces: int, labelled: int, temperature: float | None = None, recipe: str = ""
+        self, name: str, network: str, faces: int, known: int, temperature: float | None = None, recipe: str = ""
     ) -> Trained:  # fmt: skip
         """Trains a student, unless one of another name has learned the same in the same way."""
-        faces, labelled = (count or len(self.faces) for count in (faces, labelled))
+        faces, known = (count or len(self.faces) for count in (faces, known))
         in_loss = temperature is None or self.config.alpha > 0
-        key = network, faces, min(labelled, faces) if in_loss else None, temperature, recipe
+        key = network, faces, min(known, faces) if in_loss else None, temperature, recipe
         if key not in self.done:
-            examples = self.examples(faces, labelled)
-            self.done[key] = self.trainer(name, self.seed, network, examples, temperature, recipe)
+            examples, online = self.examples(faces, known), None
+            if recipe and temperature is not None:  # stored labels are of the undistorted pictures
+                online = self.found["teacher"].model
+            self.done[key] = self.trainer(name, self.seed, network, examples, temperature, recipe, online)
         return self.done[key]
 
-    def learn(self, name: str, network: str, faces: int, labelled: int, recipe: str = "") -> None:
+    def learn(self, name: str, network: str, faces: int, known: int, recipe: str = "") -> None:
         """Trains a student on labels."""
-        self.found[name] = self.student(name, network, faces, labelled, recipe=recipe)
+        self.found[name] = self.student(name, network, faces, known, recipe=recipe)
 
-    def distil(self, name: str, network: str, faces: int, labelled: int, every: bool = False) -> None:
+    def distil(
+        self, name: str, network: str, faces: int, known: int, every: bool = False, recipe: str = ""
+    ) -> None:
         """Trains a student on soft labels, at the temperature that was chosen or at every one."""
         first = name not in self.chosen
         students = {
-            t: self.student(f"{name}, T = {t:g}", network, faces, labelled, t)
+            t: self.student(f"{name}, T = {t:g}", network, faces, known, t, recipe)
             for t in (self.config.temperatures if first or every else (self.chosen[name],))
         }
         if first:
@@ -261,6 +272,8 @@ def train_seed(trainer: Trainer, seed: int, chosen: dict[str, float]) -> dict[st
             lesson.distil(f"{prefix}labelled faces", network, n, n)
             lesson.learn(f"{prefix}hard labels", network, 0, n)
         lesson.distil(f"{prefix}distilled", network, 0, n, config.every_temperature)
+        if config.patient:
+            lesson.distil(f"{prefix}patient", network, 0, n, recipe="teacher_")
         if n:
             lesson.learn(f"{prefix}true labels, all faces", network, 0, 0)
         for count in config.curve:

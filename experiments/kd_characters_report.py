@@ -49,6 +49,12 @@ def verdict(config: Config, found: Mapping[str, Any], chosen: Mapping[str, float
         if config.control:
             gain = results.points(accuracy[f"{prefix}{CONTROL}"], distilled)
             said.append(f"Against the same student from scratch with the teacher's recipe: {gain} points.")
+        if config.patient:
+            fair = CONTROL if config.control else "scratch"
+            gain = results.points(accuracy[f"{prefix}{fair}"], accuracy[f"{prefix}patient"])
+            said.append(
+                f"With the teacher's labels of distorted pictures (patient), against {fair}: {gain} points."
+            )
         if config.labelled:
             hard = accuracy[f"{prefix}hard labels"]
             clear = "yes" if results.paired(hard, distilled).t > 2 else "no"

@@ -84,7 +84,9 @@ def test_all_labels_known(tmp_path, run):
     for name in ("gallery", "hesitation"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 500
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results["models"]) == ["teacher", "scratch", "scratch, teacher's recipe", "distilled"]
+    assert list(results["models"]) == [
+        "teacher", "scratch", "scratch, teacher's recipe", "distilled", "patient",
+    ]  # fmt: skip
     assert "hard labels" not in printed
     assert "Against the same student from scratch with the teacher's recipe" in printed
     assert "group_accuracy" not in results["models"]["teacher"]["test"]
@@ -128,7 +130,7 @@ class FakeTrainer:
     """
 
     def __init__(self, **options):
-        self.best = {"labelled faces": 1.0, "distilled": 2.0, "distilled on 2": 4.0}
+        self.best = {"labelled faces": 1.0, "distilled": 2.0, "distilled on 2": 4.0, "patient": 4.0}
         self.config, self.given = kd_characters.Config(students=("mlp:1",), **options), {}
         self.recipes = {}
         self.run = self
@@ -136,17 +138,22 @@ class FakeTrainer:
         some = data.Split(*(x[[0, 2, 4]] for x in dataset.train))
         self.dataset = dataset._replace(validation=some)
 
-    def __call__(self, name, seed, network, examples, temperature=None, recipe=""):
+    def __call__(self, name, seed, network, examples, temperature=None, recipe="", online=None):
         self.given[name], self.recipes[name] = examples, recipe
+        assert (online == "the teacher") == (recipe == "teacher_" and temperature is not None)
         right = temperature == self.best.get(name.partition(", T =")[0])
-        return experiment.Trained(None, {}, 0.0, np.tile([1.0, 0.0] if right else [0.0, 1.0], (3, 1)))
+        return experiment.Trained(
+            "the " + name, {}, 0.0, np.tile([1.0, 0.0] if right else [0.0, 1.0], (3, 1))
+        )
 
     def store_labels(self, seed, model):
         return np.tile(np.float32([0, 1]), (6, 1))
 
 
 def test_what_students_learn_from():
-    trainer = FakeTrainer(labelled=1, temperatures=(1.0, 2.0, 4.0), curve=(2, 1, 3), control=True)
+    trainer = FakeTrainer(
+        labelled=1, temperatures=(1.0, 2.0, 4.0), curve=(2, 1, 3), control=True, patient=True
+    )
     found = kd_characters.train_seed(trainer, 0, chosen := {})
     given = trainer.given
     assert list(found) == [
@@ -156,6 +163,7 @@ def test_what_students_learn_from():
         "labelled faces",
         "hard labels",
         "distilled",
+        "patient",
         "true labels, all faces",
         "scratch on 2",
         "distilled on 2",
@@ -171,7 +179,10 @@ def test_what_students_learn_from():
     assert found["scratch on 3"] is found["true labels, all faces"]
     assert found["distilled on 3"] is found["distilled"]
     recipes = trainer.recipes
-    assert {name for name in recipes if recipes[name]} == {"teacher", "scratch, teacher's recipe"}
+    assert {name for name in recipes if recipes[name]} == {
+        "teacher", "scratch, teacher's recipe", "patient, T = 1", "patient, T = 2", "patient, T = 4",
+    }  # fmt: skip
+    np.testing.assert_array_equal(given["patient, T = 1"]["image"], given["teacher"]["image"])
     np.testing.assert_array_equal(given["scratch, teacher's recipe"]["label"], given["scratch"]["label"])
     np.testing.assert_array_equal(given["true labels, all faces"]["label"], [0, 1, 0, 1, 0, 1])
     again = {"distilled on 1": 1.0, "distilled on 3": 2.0}
@@ -187,7 +198,7 @@ def test_what_students_learn_from():
     trainer.given = {}
     kd_characters.train_seed(trainer, 1, chosen)
     assert [name for name in trainer.given if "T =" in name] == [
-        "labelled faces, T = 1", "distilled, T = 2", "distilled on 2, T = 4",
+        "labelled faces, T = 1", "distilled, T = 2", "patient, T = 4", "distilled on 2, T = 4",
     ]  # fmt: skip
 
 
@@ -279,6 +290,10 @@ def test_the_verdict():
     found["models"]["scratch, teacher's recipe"] = entry(100, 0.86, 0.88)
     said = kd_characters_report.verdict(dataclasses.replace(config, control=True), found, {"distilled": 2.0})
     assert "from scratch with the teacher's recipe: −0.50 ± 0.50 points" in said
+    found["models"]["patient"] = entry(100, 0.9, 0.91)
+    both = dataclasses.replace(config, control=True, patient=True)
+    said = kd_characters_report.verdict(both, found, {"distilled": 2.0})
+    assert "(patient), against scratch, teacher's recipe: +3.50 ± 0.50 points" in said
     found["models"]["teacher"] = entry(1000, 0.8, 0.8)
     assert "(the teacher does not lead)" in kd_characters_report.verdict(config, found, {"distilled": 2.0})
 
