@@ -59,9 +59,8 @@ class Config(Options):
     shares: tuple[float, ...] = (0.75, 0.5, 0.35)  # shares of the operations to keep, falling
     ways: tuple[str, ...] = WAYS  # what is removed: width, depth, both
     examples: Count = 512  # number of training images on which the influence of blocks is measured
-    influence: str = (
-        "kl"  # influence of blocks: kl (change of the predictions) or cosine (angle, as in ShortGPT)
-    )
+    influence: str = "kl"
+    """influence of blocks: kl (change of the predictions) or cosine (angle, as in ShortGPT)"""
     temperature: Positive = 4.0  # temperature T that softens the predictions in the distillation
     alpha: Share = 0.1  # weight of the labels in the distillation; the original's labels have 1 - alpha
     check: bool = False
