@@ -413,7 +413,21 @@ def test_bad_names_and_calls_are_refused(shallow):
     small = units.drop_blocks(units.trace(model, X), model, ["a"])
     close(small(X), X @ model.params["b"], 1e-5)
     training = r"^x: in training mode, on inputs of shapes \[\(., 4\)\], the network "
-    with pytest.raises(ValueError, match=training + r"has no blocks \['a'\], only \[\]"):
+    with pytest.raises(
+        ValueError, match=training + r"has no blocks \['a'\] with the same parameters, only \[\]"
+    ):
         small.apply(X[:1], key=jax.random.key(0))
     with pytest.raises(ValueError, match=training + r"uses \['a'\] outside of the blocks that are gone"):
+        small.apply(X, key=jax.random.key(0))
+
+    def other(params, x, key=None):  # in training mode the block of this name has more parameters
+        p = params["p"]
+        branch = jnp.tanh(x @ p["a"])
+        return ((x + branch) @ p["b"] if key is None else x + branch @ p["b"]) @ p["c"]
+
+    model = from_function(other, {"p": {name: numbers(4, 4) for name in "abc"}})
+    small = units.drop_blocks(units.trace(model, X), model, ["p"])
+    with pytest.raises(
+        ValueError, match=training + r"has no blocks \['p'\] with the same parameters, only \['p'\]"
+    ):
         small.apply(X, key=jax.random.key(0))

@@ -162,7 +162,8 @@ def drop_blocks(graph: UnitGraph, tree: PyTree, names: Sequence[str]) -> PyTree:
         return None if i in left.gone else leaf
 
     def function(apply_fn: ApplyFn) -> ApplyFn:
-        return ShallowFn(apply_fn, graph, {*names}, left) if names else apply_fn
+        gone = {name: network.branches[name] for name in names}
+        return ShallowFn(apply_fn, graph, gone, left) if names else apply_fn
 
     return map_leaves(graph, edit, tree, function)
 

@@ -14,7 +14,7 @@ from distill_jax.compress.units._trace.program import Step, bind
 from distill_jax.compress.units.depth import Network
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.reading import Like
-from distill_jax.compress.units.shallow import Read, read
+from distill_jax.compress.units.shallow import Branches, Read, read
 from distill_jax.losses import kl
 
 Loss = Callable[[Model, Any], Any]
@@ -60,25 +60,25 @@ def block_influence(
             check_inputs("batches", x)
     else:
         check_function("how", how, "model, batch")
-    names = [*Network(graph).branches]
-    measure = _angles(names) if how == "cosine" else _losses(names, how)
+    blocks = Network(graph).branches
+    measure = _angles(blocks) if how == "cosine" else _losses(blocks, how)
     found = np.mean([measure(model, batch) for batch in batches], 0)
     if not np.isfinite(found).all():
-        bad = [name for name, value in zip(names, found, strict=True) if not np.isfinite(value)]
+        bad = [name for name, value in zip(blocks, found, strict=True) if not np.isfinite(value)]
         raise ValueError(
             f"batches: the influences of {bad} are not finite: look for NaN in inputs and parameters"
         )
-    return dict(zip(names, found.tolist(), strict=True))
+    return dict(zip(blocks, found.tolist(), strict=True))
 
 
-def _angles(names: Sequence[str]) -> Measure:
+def _angles(blocks: Branches) -> Measure:
     """Makes a function that computes block influence."""
 
     @jax.jit
     def measure(model: Model, x: PyTree) -> list[jax.Array]:
-        network = _read(model.apply_fn, (model.params, model.state), x, None, names)
+        network = _read(model.apply_fn, (model.params, model.state), x, None, blocks)
         seen: dict[tuple[int, int | None], jax.Array] = {}
-        wanted = [network.branches[name] for name in names]
+        wanted = [network.branches[name] for name in blocks]
         branches = {branch.key: branch for branch in wanted}
 
         def change(step: Step, operands: list[Any]) -> Any:
@@ -115,12 +115,12 @@ def _angle(old: jax.Array, new: jax.Array) -> jax.Array:
     return 1 - cosine.mean()
 
 
-def _losses(names: Sequence[str], how: Loss | str) -> Measure:
+def _losses(blocks: Branches, how: Loss | str) -> Measure:
     """Makes a function that leaves out one block after another, and computes by how much a loss rises."""
 
     @jax.jit
     def measure(model: Model, batch: Any, open_: jax.Array) -> jax.Array:
-        gated = model.replace(apply_fn=_GatedFn(model.apply_fn, names, open_))
+        gated = model.replace(apply_fn=_GatedFn(model.apply_fn, blocks, open_))
         if callable(how):
             return how(gated, batch)
         x, whole = batch
@@ -129,7 +129,7 @@ def _losses(names: Sequence[str], how: Loss | str) -> Measure:
     def measured(model: Model, batch: Any) -> np.ndarray:
         if not callable(how):
             batch = batch, _logits(model, batch)
-        masks = [np.ones(len(names), bool), *~np.eye(len(names), dtype=bool)]
+        masks = [np.ones(len(blocks), bool), *~np.eye(len(blocks), dtype=bool)]
         whole, *without = (float(measure(model, batch, mask)) for mask in masks)
         return np.array(without) - whole
 
@@ -156,17 +156,17 @@ class _GatedFn:
 
     Args:
       apply_fn: the function.
-      names: the blocks.
+      blocks: the blocks.
       open_: bool ``[blocks]``, which of them are computed.
     """
 
-    def __init__(self, apply_fn: ApplyFn, names: Sequence[str], open_: jax.Array):
-        self.apply_fn, self.names, self.open = apply_fn, names, open_
+    def __init__(self, apply_fn: ApplyFn, blocks: Branches, open_: jax.Array):
+        self.apply_fn, self.blocks, self.open = apply_fn, blocks, open_
 
     def __call__(self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None) -> Any:
         """Computes the outputs and the state."""
-        network = _read(self.apply_fn, (params, state), x, key, self.names)
-        wanted = [network.branches[name] for name in self.names]
+        network = _read(self.apply_fn, (params, state), x, key, self.blocks)
+        wanted = [network.branches[name] for name in self.blocks]
         branches = {branch.key: branch for branch in wanted}
 
         def change(step: Step, operands: list[Any]) -> Any:
@@ -190,6 +190,6 @@ def _through(old: list[Any], new: list[Any], gate: Any) -> Any:
     return [jnp.where(gate, b, a) for a, b in zip(old, new, strict=True)], ()
 
 
-def _read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any, names: Sequence[str]) -> Read:
+def _read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any, blocks: Branches) -> Read:
     arrays, x, key = jax.tree.map(lambda leaf: Like(jnp.shape(leaf), jnp.result_type(leaf)), (arrays, x, key))
-    return read(apply_fn, arrays, x, key, names)
+    return read(apply_fn, arrays, x, key, blocks)

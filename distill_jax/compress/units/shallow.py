@@ -1,6 +1,6 @@
 """The function of a network without some of its residual blocks."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -67,7 +67,12 @@ class Read(NamedTuple):
     results: PyTree
 
 
-def read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key = None, wanted: Collection[str] = ()) -> Read:
+Branches = Mapping[str, Branch]
+
+
+def read(
+    apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key = None, wanted: Branches | None = None
+) -> Read:
     """Traces a network and finds its blocks.
 
     Args:
@@ -75,7 +80,7 @@ def read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key = None, wanted: 
       arrays: ``(params, state)``, as shapes.
       x: the inputs, as shapes.
       key: a random key for training mode, or None.
-      wanted: the names of blocks that must be there.
+      wanted: blocks that must be there, with the same parameters.
 
     Returns:
       What was read.
@@ -87,9 +92,16 @@ def read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key = None, wanted: 
     program = flatten(closed, calls=True)
     names = [path or "params" for path in by_path(arrays[0])]
     found = find(program, names, len(jax.tree.leaves(results if key is None else results[0])))
-    if missing := [name for name in wanted if name not in found]:
+
+    missing = []
+    for name, branch in (wanted or {}).items():
+        inputs = found[name].inputs if name in found else ()
+        if [i for i in inputs if i < len(names)] != [i for i in branch.inputs if i < len(names)]:
+            missing.append(name)
+    if missing:
         raise ValueError(
-            f"{place(x, key)}, the network has no blocks {missing}, only {[*found]}: trace the network on such inputs"
+            f"{place(x, key)}, the network has no blocks {missing} with the same parameters, only {[*found]}: trace "
+            "the network on such inputs"
         )
     return Read(program, found, results)
 
@@ -100,18 +112,18 @@ class ShallowFn(EditedFn):
     Args:
       apply_fn: the function of the whole network.
       graph: the whole network's units.
-      blocks: the names of the blocks that are gone.
+      blocks: the blocks that are gone.
       left: what is left of the arrays.
     """
 
-    def __init__(self, apply_fn: ApplyFn, graph: UnitGraph, blocks: Collection[str], left: Left):
-        self.blocks, self.left = sorted(blocks), left
+    def __init__(self, apply_fn: ApplyFn, graph: UnitGraph, blocks: Branches, left: Left):
+        self.blocks, self.left = blocks, left
         self.paths = [*graph.shapes]
         leaves, self.whole_structure = jax.tree.flatten(tuple(graph.names))
         kept = [None if i in left.gone else leaf for i, leaf in enumerate(leaves)]
         structure = jax.tree.structure(jax.tree.unflatten(self.whole_structure, kept))
         call = "drop_blocks(graph, model, names)"
-        super().__init__(apply_fn, structure, left.shapes(), call, repr((self.blocks, left.whole)))
+        super().__init__(apply_fn, structure, left.shapes(), call, repr((sorted(blocks), left.whole)))
 
     def program(self, x: PyTree, key: Key, arrays: Sequence[Any]) -> Any:
         """Traces the whole network for such inputs and arrays, and takes the blocks out of its program."""
