@@ -192,7 +192,7 @@ def test_a_search_resumes_after_the_last_trained_model(tmp_path, fails):
     assert len(again.calls["fine_tune"]) == len(whole.trials) - before
     other = network()
     other = other.replace(params={**other.params, "b": other.params["b"] + 1})
-    with pytest.raises(ValueError, match="holds the search of another original"):
+    with pytest.raises(ValueError, match="holds another search, in which 'prune"):
         Work(other).search(tmp_path)
 
 
@@ -201,6 +201,8 @@ def test_wrong_functions_of_a_search_are_refused():
     given = {"fine_tune": work.fine_tune, "validate": work.validate, "shares": (0.5,), "budget": 1.0}
     for operators, options, message in (
         ([prune], {}, "operators must be"),
+        ({"../prune": prune}, {}, "operators: a name must be made of letters"),
+        ({"prune, iterative": prune}, {}, "operators: a name must be made of letters"),
         ({"prune": lambda model: model}, {}, "prune.*model, share"),
         (
             {"prune": lambda model, share: model.params},
@@ -235,3 +237,14 @@ def test_an_operator_may_say_that_it_cannot(tmp_path):
     ]  # fmt: skip
     assert found.chosen == "prune, iterative 0.2"  # by halves, and 0.8 of a quarter
     assert {path.name for path in tmp_path.iterdir()} == found.models.keys() - {"original"}
+
+
+def test_the_function_of_a_model_is_that_of_the_operator():
+    work = Work(network())
+
+    def fine_tune(model):
+        return model.replace(apply_fn=lambda params, state, x, *, key=None: (0 * x, state))
+
+    given = {"validate": work.validate, "shares": (0.5,), "budget": 100.0}
+    found = search.smallest_model(work.original, {"prune": prune}, fine_tune=fine_tune, **given)
+    np.testing.assert_array_equal(found.model(X), prune(work.original, 0.5)(X))

@@ -5,6 +5,7 @@
 """
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,8 +238,8 @@ def smallest_model(
         returns None where it cannot. Such a trial has infinite loss and size.
         ``share`` is that of the given model. Where a step by step search applies it to a model that is smaller
         already, the shares multiply.
-      fine_tune: ``model -> model``: trains a smaller model, usually with the original as its teacher. Shapes and
-        dtypes stay.
+      fine_tune: ``model -> model``: trains a smaller model, usually with the original as its teacher. Shapes,
+        dtypes and the model's function stay.
       validate: ``model -> loss`` on data that nothing was trained on, the lower the better.
       shares: the shares of the grid, falling, between 0 and 1.
       budget: by how much the loss may exceed that of the original.
@@ -254,7 +255,7 @@ def smallest_model(
 
     Raises:
       ValueError: in the cases of :func:`find_smallest`; if a function does not return what is said above; if the
-        directory holds the search of another original.
+        directory holds a search of other networks; if the name of an operator cannot be that of a folder.
 
     >>> import jax.numpy as jnp
     >>> from distill_jax import models
@@ -276,8 +277,12 @@ def smallest_model(
     functions |= {"fine_tune": (fine_tune, "model"), "validate": (validate, "model"), "size": (size, "model")}
     for name, (function, arguments) in functions.items():
         check_function(name, function, arguments)
+    if wrong := [name for name in operators if not re.fullmatch(r"\w[\w +-]*", name)]:
+        raise ValueError(
+            f"operators: a name must be made of letters, digits, blanks, '+', '-' and '_', as it becomes that of a "
+            f"folder, got {wrong}"
+        )
     made, share_of = {ORIGINAL: model}, {ORIGINAL: 1.0}
-    source = fingerprint((model.params, model.state))
 
     def figures(name: str, of: Model) -> tuple[float, float]:
         values = {"validate": validate(of), "size": size(of)}
@@ -296,21 +301,23 @@ def smallest_model(
             raise ValueError(
                 "fine_tune must return a model with arrays of the shapes and dtypes that it was given"
             )
-        return tuned
+        return small.replace(params=tuned.params, state=tuned.state)
 
     def resumed(name: str, small: Model) -> tuple[Model, tuple[float, float]]:
         assert directory is not None
+        source = fingerprint((small.params, small.state))
         with Checkpoints(Path(directory) / name, keep=1) as checkpoints:
             stored = checkpoints.restore((small.params, small.state))
             if stored is None:
-                tuned, info = tune(small), dict[str, Any](original=source)
+                tuned, info = tune(small), dict[str, Any](source=source)
                 checkpoints.save(1, (tuned.params, tuned.state), info)
             else:
                 (params, state), info = jax.tree.map(jnp.asarray, stored[0]), stored[1]
                 tuned = small.replace(params=params, state=state)
-            if info["original"] != source:
+            if info["source"] != source:
                 raise ValueError(
-                    f"directory: {directory} holds the search of another original: give another one"
+                    f"directory: {directory} holds another search, in which {name!r} was another network: give "
+                    "another directory"
                 )
             if "figures" not in info:
                 info["figures"] = figures(name, tuned)

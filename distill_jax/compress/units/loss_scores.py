@@ -203,7 +203,8 @@ def kronecker(
 
     References:
       Wang et al., `EigenDamage: Structured Pruning in the Kronecker-Factored Eigenbasis`, 2019 (arXiv 1905.05934),
-      §3.2 (Kron-OBD); Grosse, Martens, 2016 (arXiv 1602.01407), §3.1 (KFC).
+      §3.2 (Kron-OBD, there of the weights of which a unit is made); Grosse, Martens, 2016 (arXiv 1602.01407), §3.1
+      (KFC).
 
     >>> from distill_jax import models
     >>> from distill_jax.compress import units
