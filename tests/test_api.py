@@ -220,6 +220,8 @@ def test_every_import_is_declared():
             allowed |= requirements("experiments", "log") | {file.stem for file in path.parent.glob("*.py")}
         elif "data" in path.parts:
             allowed |= requirements("data", "sound")
+        elif "export" in path.parts:
+            allowed |= requirements("onnx")
         elif "models" in path.parts:
             allowed |= requirements("text")
         if path.name == "step_peers.py":
@@ -229,7 +231,7 @@ def test_every_import_is_declared():
 
 
 def test_losses_load_none_of_the_extras():
-    program = "import sys; from distill_jax import losses, models, train, compress, data; print(*sys.modules)"
+    program = "import sys; from distill_jax import losses, models, train, compress, data, export; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout.split()
@@ -243,5 +245,8 @@ def test_losses_load_none_of_the_extras():
         "requests",
         "harness",
         "soundfile",
+        "onnx",
+        "jax2onnx",
+        "onnxruntime",
     }
     assert not heavy & set(loaded)

@@ -1,11 +1,13 @@
 """Exported files: they run without this library, say what they are, and refuse what they cannot hold."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 from flax import linen
 
-from distill_jax import export, models
+from distill_jax import _jaxpr, export, models
 from distill_jax.compress import units
+from distill_jax.export import _folding, _sealed
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "export.md"
 SHAPE = (8, 8, 1)
@@ -40,7 +43,9 @@ def made(name):
     return halved(model) if name.endswith("pruned") else model
 
 
-EXPORTS = [export.stablehlo]
+HAS_ONNX = all(map(importlib.util.find_spec, ("jax2onnx", "onnx", "onnxruntime")))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs distill_jax[onnx]")
+EXPORTS = [export.stablehlo, pytest.param(export.onnx, marks=needs_onnx)]
 
 
 @jax.jit
@@ -203,3 +208,165 @@ def test_files_of_other_versions_and_damaged_ones_are_refused(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="is damaged"):
             export.describe(path)
+
+
+@pytest.mark.parametrize("call", EXPORTS)
+def test_a_file_is_timed_in_a_process_of_its_own_and_has_a_card(tmp_path, call):
+    path = tmp_path / "small.file"
+    written = call(path, made("mlp:4"), X[:2], labels=list("0123456789"), provenance={"seed": 3})
+    found = export.latency(path, X[:7], threads=1, seconds=0.05)
+    assert 0 < found["quartiles_ms"][0] <= found["latency_ms"] <= found["quartiles_ms"][1]
+    assert (found["batch"], found["threads"], found["bytes"]) == (7, 1, written["bytes"])
+    assert found["calls"] >= 16
+    assert found["load_s"] > found["latency_ms"] / 1e3
+    assert re.match(r"(JAX|ONNX Runtime) \d", found["runtime"])
+    with pytest.raises(ValueError, match=r"x must be \[\"float32 \['batch', 8, 8, 1\]\"\], .* \[7, 64\]"):
+        export.latency(path, X[:7].reshape(7, 64))
+    facts = {"title": "Digits | small", "figures": {"accuracy": 0.75, "own": 3}, "latencies": [found]}
+    card = export.card(path, origin="mlp:8, pruned", **facts)
+    text = card.read_text()
+    assert card.name == "small.file.md"
+    said = [
+        "# Digits | small", "mlp:8, pruned", "seed: 3", "| accuracy | 0.75 |", "| own | 3 |", "**Data.** not stated",
+        "## Limits\n\nnot stated", "`x`, float32 [batch, 8, 8, 1]", written["digest"], found["machine"],
+        f"{written['bytes']:,} bytes", f"| 7 | 1 | {found['latency_ms']:.4g} |",
+    ]  # fmt: skip
+    assert not [words for words in said if words not in text]
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space = {"x": X[:7]}
+    exec(program.replace("small.file", str(path)), space)
+    np.testing.assert_allclose(space["outputs"][0], run(made("mlp:4"), X[:7]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"must be results of export\.latency for this file"):
+        export.card(path, latencies=[found | {"bytes": 3}])
+    with pytest.raises(ValueError, match=r"figures\['accuracy'\] must be finite"):
+        export.card(path, figures={"accuracy": float("nan")})
+
+
+@needs_onnx
+def test_an_onnx_file_says_what_it_is(tmp_path):
+    model = made("mlp:4")
+    options = {"labels": list("0123456789"), "preprocessing": {"½": [1.5]}, "provenance": "drawn"}
+    written = export.onnx(tmp_path / "a", model, X[:3], **options)
+    program = export.stablehlo(tmp_path / "p", model, X[:3], **options)
+    different = {"format", "bytes", "platforms", "made by"}
+    assert {k: v for k, v in written.items() if k not in different} == {
+        k: v for k, v in program.items() if k not in different
+    }
+    jax.clear_caches()
+    export.onnx(tmp_path / "b", model, X[:3], **options)
+    whole = (tmp_path / "a").read_bytes()
+    assert whole == (tmp_path / "b").read_bytes()
+    assert b".py" not in whole
+    export.onnx(tmp_path / "a", model, X[:3])  # an older one is replaced
+    for place in (10, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        (tmp_path / "b").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="is damaged"):
+            export.describe(tmp_path / "b")
+    other = whole[: -_sealed._LENGTH].replace(b"distill_jax onnx 1", b"distill_jax onnx 9")
+    (tmp_path / "b").write_bytes(_sealed.seal(other))
+    with pytest.raises(ValueError, match="has the format 'distill_jax onnx 9', but this version reads"):
+        export.describe(tmp_path / "b")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match=r"exists and is no file of export\.onnx"):
+        export.onnx(tmp_path / "text", model, X[:3])
+
+
+@needs_onnx
+def test_what_is_not_converted_is_named(tmp_path):
+    path = tmp_path / "m"
+    x = X[:2, 0, :3, 0]
+
+    def refused(fn, match, **options):
+        with pytest.raises(ValueError, match=match):
+            export.onnx(path, models.from_function(fn, jnp.eye(3)), x, **options)
+
+    refused(lambda w, x: jax.lax.linalg.eigh(x[:, :, None] * w)[0], "the operation eigh is not converted")
+    refused(lambda w, x: jnp.sin(1e5 * x @ w), "y differs from JAX by", tolerance=1e-12)
+    assert not path.exists()
+    model = models.from_function(lambda w, x: x @ w * float(len(x)), jnp.eye(3))
+    with pytest.warns(UserWarning, match=r"takes batches of the shapes of x only, \[\(2, 3\)\]: .*_DimExpr"):
+        written = export.onnx(path, model, x)
+    assert written["inputs"][0]["shape"] == [2, 3]
+
+
+def test_without_the_packages_it_is_said_how_to_install_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'distill_jax\[onnx\]'"):
+        export.onnx(tmp_path / "m", made("mlp:4"), X[:2])
+
+
+def test_scales_and_shifts_move_into_the_product_before_them():
+    kernel, scale, shift = np.full((3, 2), 2.0, "f4"), np.array([2, 4], "f4"), np.array([1, 3], "f4")
+
+    def fn(x, once):
+        y = x @ kernel
+        z = jax.nn.relu((y - shift) * jnp.sqrt(scale) / scale + shift)
+        return (z if once else z + y), 3 - y if not once else z
+
+    x = np.arange(6, dtype="f4").reshape(2, 3)
+    for once, left in ((True, {"add", "dot_general"}), (False, {"add", "dot_general", "mul", "sub", "div"})):
+        program = jax.make_jaxpr(partial(fn, once=once))(x)
+        simpler = _folding.folded(program)
+        for ours, theirs in zip(simpler(x), fn(x, once), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        used = _jaxpr.primitives(jax.make_jaxpr(simpler)(x))
+        assert left == used & {"add", "dot_general", "mul", "sub", "div", "sqrt"}
+
+
+def test_a_maximum_of_all_places_of_windows_becomes_a_pooling():
+    x = X[:2]
+    for shape, pooled in (((8, 8), True), ((7, 8), False)):
+        image = x[:, : shape[0], : shape[1]]
+
+        def fn(x, first):
+            parts = [jax.lax.slice(x, (0, i, j, 0), x.shape, (1, 2, 2, 1)) for i, j in np.ndindex(2, 2)]
+            return (jnp.maximum(jnp.maximum(*parts[:2]), jnp.maximum(*parts[2:])) if not first else parts[0],)
+
+        for first in (False, True) if pooled else (True,):
+            program = jax.make_jaxpr(partial(fn, first=first))(image)
+            simpler = _folding.folded(program)
+            np.testing.assert_array_equal(simpler(image)[0], fn(image, first)[0])
+            used = _jaxpr.primitives(jax.make_jaxpr(simpler)(image))
+            assert used == ({"slice"} if first else {"reduce_window_max"})
+
+
+# Families of reference networks, small: name → (shape of an example, model)
+ONNX_NETWORKS = (
+    "mlp:12", "convnet:4", "characters:8,8", "vgg8:0.1", "resnet20:0.25", "mobilenetv2:0.25", "shufflenetv1:0.6",
+    "shufflenetv2:0.5", "wrn10-1", "vit2-4:0.25", "convnet:6, pruned", "linen, pruned", "transformer",
+)  # fmt: skip
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ONNX_NETWORKS)
+def test_onnx_runtime_computes_the_same_at_any_batch_size(tmp_path, name):
+    import onnxruntime
+
+    if name == "transformer":
+        config = models.TransformerConfig(vocabulary=31, width=16, layers=2, heads=2, hidden=16)
+        model = models.build_transformer(config, jax.random.key(0))
+        x = {"tokens": np.random.default_rng(0).integers(0, 31, (256, 6)).astype(np.int32)}
+    else:
+        model, x = made(name), X
+    export.onnx(tmp_path / "m.onnx", model, jax.tree.map(lambda a: a[:3], x))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    for size in (1, 7, 256):
+        batch = jax.tree.map(lambda a, n=size: a[:n], x)
+        (found,) = session.run(None, dict(zip(names, jax.tree.leaves(batch), strict=True)))
+        expected = run(model, batch)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
+    """All but those of ONNX, where its packages are not installed."""
+    monkeypatch.chdir(tmp_path)
+    programs = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    space = {}
+    for program in programs:
+        if HAS_ONNX or not re.search(r"export\.onnx|import onnxruntime", program):
+            # The loader shows JAX's export by a name of its own, so the programs run one after another
+            exec(compile(program, GUIDE.name, "exec"), space)
+    assert space["written"]["labels"][:2] == ["0", "1"]
+    assert space["logits"].shape == (1797, 10)
+    assert "| accuracy |" in capsys.readouterr().out

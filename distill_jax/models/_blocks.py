@@ -94,8 +94,12 @@ def read_inputs(x: PyTree, *further: str) -> dict[str, Any]:
 def count_positions(segments: Array) -> Array:
     """Counts from 0 in each run of equal segments, ``[batch, length]``; 0 at padding."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(segments == 0, 0, index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1))
+    # Slices and a concatenation also where the batch has a symbolic size; jnp's indexing and padding are not
+    after, before = (jax.lax.slice_in_dim(segments, *ends, axis=1) for ends in ((1, None), (0, -1)))
+    begins = jnp.concatenate([jnp.zeros((segments.shape[0], 1), bool), after != before], 1)
+    # float32 is exact up to 2²⁴, and ONNX Runtime has no running maximum of integers
+    starts = jax.lax.cummax(jnp.where(begins, index, 0).astype(jnp.float32), axis=1).astype(index.dtype)
+    return jnp.where(segments == 0, 0, index - starts)
 
 
 def check_one_text(name: str, segments: Array) -> None:

@@ -23,13 +23,18 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     Returns:
       An array ``[batch, height // 2, width // 2, channels]``.
     """
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    return _max_pool(x[:, :height, :width])
+    batch, height, width, channels = x.shape
+    return _max_pool(jax.lax.slice(x, (0, 0, 0, 0), (batch, height // 2 * 2, width // 2 * 2, channels)))
+
+
+def _quarters(x: jax.Array) -> list[jax.Array]:
+    """Returns the pixels of even and odd rows and columns, by slices also where the batch has a symbolic size."""
+    return [jax.lax.slice(x, (0, i, j, 0), x.shape, (1, 2, 2, 1)) for i in range(2) for j in range(2)]
 
 
 @jax.custom_jvp
 def _max_pool(x: jax.Array) -> jax.Array:
-    a, b, c, d = (x[:, i::2, j::2] for i in range(2) for j in range(2))
+    a, b, c, d = _quarters(x)
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
@@ -41,7 +46,7 @@ def _max_pool_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     the compiler computes a pixel twice and rounds it differently.)
     """
     (x,), (dx,) = primals, tangents
-    a, b, c, d = (x[:, i::2, j::2] for i in range(2) for j in range(2))
+    a, b, c, d = _quarters(x)
     above, below = jnp.maximum(a, b), jnp.maximum(c, d)
 
     def share(p, q):

@@ -196,7 +196,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """
     path = Path(path)
     if not _is_saved(path):
-        raise ValueError(f"path: {path} is no saved model: expected a file that models.save wrote")
+        raise ValueError(f"path: {path} is no saved model: expected a file of models.save or of export")
     try:
         with zipfile.ZipFile(path) as archive:
             text, digest = archive.read(DESCRIPTION), archive.comment.decode()

@@ -26,6 +26,7 @@ from faults.malformed_calls.of_arithmetic import of_metrics, of_weights
 from faults.malformed_calls.of_commands import of_commands, of_processes
 from faults.malformed_calls.of_compression import of_compression
 from faults.malformed_calls.of_data import of_data, of_sound
+from faults.malformed_calls.of_exports import of_exports
 from faults.malformed_calls.of_federated import of_federated
 from faults.malformed_calls.of_losses import of_features, of_losses
 from faults.malformed_calls.of_models import of_models
@@ -76,6 +77,7 @@ ROOMS: dict[str, Callable[[], Iterator[Case]]] = {
     "federated": of_federated,
     "teachers": of_teachers,
     "units": of_units,
+    "export": of_exports,
     "compress": of_compression,
     "features": of_features,
     "losses": of_losses,

@@ -1,0 +1,144 @@
+"""Networks as ONNX graphs, which ONNX Runtime and others run without JAX."""
+
+import importlib.metadata
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from distill_jax import _files, _jaxpr
+from distill_jax._checks import check_positive
+from distill_jax._model import Model, PyTree
+from distill_jax.export._facts import Facts, facts
+from distill_jax.export._folding import folded
+from distill_jax.export._sealed import FORMAT, is_onnx, metadata, package, seal, session
+from distill_jax.export.descriptions import describe
+from distill_jax.models._containers import leaf_names
+from distill_jax.models.files import check_target
+
+
+def onnx(
+    path: str | Path,
+    model: Model,
+    x: PyTree,
+    *,
+    labels: Sequence[str] | None = None,
+    preprocessing: Facts | None = None,
+    provenance: Facts | None = None,
+    tolerance: float = 1e-5,
+) -> dict[str, Any]:
+    """Writes a network to one ONNX file, and compares what ONNX Runtime computes from it with JAX.
+
+    The program of the network is read by JAX, simplified (BatchNorm moves into the convolution before it), and
+    converted by the package jax2onnx. The file takes any batch size where that works, else that of ``x``, and
+    a warning says so. It is written only if the outputs for ``x``, and for its first example alone, agree with those
+    of JAX. Two exports of one model are equal byte by byte. It needs ``pip install 'distill_jax[onnx]'``.
+
+    Args:
+      path: the file. An older file of this function there is replaced; anything else is not overwritten.
+      model: any model whose evaluation is a function of parameters, state and inputs.
+      x: a batch of real inputs, on which both are compared; best several.
+      labels: the name of each class.
+      preprocessing: how an input is made, as a text or a dict.
+      provenance: where the network comes from, as a text or a dict.
+      tolerance: by how much an output may differ, as a share of the largest output, or of 1 if that is larger.
+
+    Returns:
+      What the file says of itself, as :func:`distill_jax.export.describe` returns it.
+
+    Raises:
+      ModuleNotFoundError: if jax2onnx, onnx or onnxruntime is not installed.
+      ValueError: if ``path`` is something else than such a file; evaluation draws random numbers, changes the state or
+        calls Python; an operation cannot be converted, which is named; ONNX Runtime does not run the file or
+        computes other outputs; or labels and outputs do not fit.
+    """
+    about = facts(model, x, labels, preprocessing, provenance)
+    check_positive("tolerance", tolerance)
+    path = Path(path)
+    check_target(path, is_onnx(path), "file of export.onnx")
+    package("onnxruntime")
+    converter = package("jax2onnx")
+    versions = {"jax": jax.__version__, "jax2onnx": importlib.metadata.version("jax2onnx")}
+    properties = metadata({**about, **versions, "format": FORMAT})
+    x = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), x)  # in the dtypes that JAX uses
+    outputs = jax.tree.map(np.asarray, jax.jit(lambda model, x: model(x))(model, x))
+    problems: list[Exception] = []
+    for any_batch in (True, False):
+        try:
+            data = seal(_convert(converter, model, x, outputs, properties, any_batch))
+            _compare(data, x, outputs, tolerance, any_batch)
+        except Exception as error:  # whatever JAX, the network, the converter or the runtime raises
+            problems.append(error)
+            continue
+        if problems:
+            shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+            warnings.warn(
+                f"the ONNX file takes batches of the shapes of x only, {shapes}: {_why(problems[0])}",
+                stacklevel=2,
+            )
+        _files.write_atomically(path, lambda temporary, data=data: temporary.write_bytes(data))
+        return describe(path)
+    raise ValueError(f"model: it cannot be written as ONNX: {_why(problems[-1])}") from problems[-1]
+
+
+def _convert(
+    converter: Any, model: Model, x: PyTree, outputs: PyTree, properties: dict[str, str], any_batch: bool
+) -> bytes:
+    """Returns the network as an ONNX message."""
+    leaves, structure = jax.tree.flatten(x)
+    batch = export.symbolic_shape("batch") if any_batch else ()
+    like = [jax.ShapeDtypeStruct((*batch, *leaf.shape[len(batch) :]), leaf.dtype) for leaf in leaves]
+    program, _ = _jaxpr.trace(lambda *leaves: jax.tree.leaves(model(structure.unflatten(leaves))), *like)
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns about shapes that it will not write
+    try:
+        message = converter.to_onnx(
+            folded(program), like, input_names=leaf_names("x", x), output_names=leaf_names("y", outputs)
+        )
+    finally:
+        logger.setLevel(level)
+    for key, value in properties.items():
+        message.metadata_props.add(key=key, value=value)
+    return message.SerializeToString(deterministic=True)
+
+
+def _compare(data: bytes, x: PyTree, outputs: PyTree, tolerance: float, any_batch: bool) -> None:
+    """Raises an error if ONNX Runtime computes other outputs: for the batch, and perhaps for its first example."""
+    running = session(data)
+    inputs = dict(zip(leaf_names("x", x), jax.tree.leaves(x), strict=True))
+    expected = jax.tree.leaves(outputs)
+    for count in (None, 1) if any_batch else (None,):
+        found = running.run(None, {name: leaf[:count] for name, leaf in inputs.items()})
+        for name, ours, theirs in zip(leaf_names("y", outputs), expected, found, strict=True):
+            ours = ours[:count]
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+                raise ValueError(
+                    f"ONNX Runtime returns {name} as {theirs.dtype} {theirs.shape}, JAX {ours.dtype} {ours.shape}"
+                )
+            wide, limit = ours.astype(np.float64), tolerance * max(1.0, np.abs(ours).max(initial=0))
+            difference = np.abs(wide - theirs.astype(np.float64)).max(initial=0)
+            if not difference <= limit:
+                raise ValueError(
+                    f"ONNX Runtime's {name} differs from JAX by {difference:.2g}, more than {limit:.2g}"
+                )
+
+
+def _why(error: Exception) -> str:
+    """Says in one line why there is no such file, and which operation is to blame."""
+    text = " ".join(str(error).split())
+    named = re.findall(r"primitive '([^']+)'", text)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        eqn = frame.f_locals.get("eqn")  # the equation that was being converted
+        if hasattr(eqn, "primitive") and "jax2onnx" in frame.f_code.co_filename:
+            named.append(eqn.primitive.name)
+    culprit = f"the operation {named[-1]} is not converted: " if named else ""
+    return f"{culprit}{type(error).__name__}: {text}"[:500]
