@@ -113,7 +113,8 @@ def plain(value: Any, where: str = "") -> Any:
         return [plain(x, f"{where}[{i}]") for i, x in enumerate(value)]
     if isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ValueError(f"{where or 'results'} is {value!r}, which JSON cannot hold")
+    shown = " ".join(repr(value).split())
+    raise ValueError(f"{where or 'results'} is {shown[:100]}, which JSON cannot hold")
 
 
 def write_json(path: str | Path, value: Any) -> None:

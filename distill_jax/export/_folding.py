@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.extend import core
 
 from distill_jax import _jaxpr
@@ -87,10 +88,10 @@ class _Product:
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-    """The maximum of some places of each window of an array, whose windows are next to each other.
+    """The maximum of some places of each window of images, whose windows are next to each other.
 
     Attributes:
-      source: the array.
+      source: the images, ``[batch, height, width, channels]``.
       window: the size of a window along each axis.
       offsets: the places in a window of which it is the maximum.
       write: computes it as it was written.
@@ -105,8 +106,8 @@ class _Places:
     def array(self) -> jax.Array:
         if self.offsets != set(itertools.product(*map(range, self.window))):
             return self.write()
-        least = np.array(-np.inf, self.source.dtype)
-        return jax.lax.reduce_window(self.source, least, jax.lax.max, self.window, self.window, "VALID")
+        # A converter may know this by its name, as ReLU
+        return nnx.max_pool(self.source, window_shape=self.window[1:3], strides=self.window[1:3])
 
 
 def _array(value: Any) -> Any:
@@ -179,7 +180,8 @@ def _product(eqn: Any, values: list[Any]) -> _Product | None:
 def _moved(eqn: Any, values: list[Any]) -> Any:
     """Returns a product that has taken in a sum or a product with one constant per channel, a ReLU, or None."""
     kind = eqn.primitive.name
-    if kind == "max" and isinstance(values[1], np.ndarray) and not values[1].any():
+    floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    if kind == "max" and floating and isinstance(values[1], np.ndarray) and not values[1].any():
         return jax.nn.relu(_array(values[0]))  # which a converter may know by its name
     place = next((i for i, value in enumerate(values) if isinstance(value, _Product)), None)
     if place is None or kind not in ("add", "sub", "mul", "div"):
@@ -197,8 +199,8 @@ def _moved(eqn: Any, values: list[Any]) -> Any:
     return product.shifted(-vector if kind == "sub" else vector)
 
 
-def _pooled(eqn: Any, values: list[Any]) -> _Places | None:
-    """Returns a slice of each window of an array, or the maximum of two such; None if the equation is neither."""
+def _pooled(eqn: Any, values: list[Any]) -> Any:
+    """Returns a slice of each window of images, the maximum of two such, what is sliced whole, or None."""
     if eqn.primitive.name == "max" and all(isinstance(value, _Places) for value in values):
         a, b = values
         if a.source is not b.source or a.window != b.window:
@@ -206,14 +208,18 @@ def _pooled(eqn: Any, values: list[Any]) -> _Places | None:
         return dataclasses.replace(
             a, offsets=a.offsets | b.offsets, write=lambda: jax.lax.max(a.write(), b.write())
         )
-    if eqn.primitive.name != "slice" or eqn.params["strides"] is None:
+    if eqn.primitive.name != "slice":
         return None
-    window = tuple(eqn.params["strides"])
     source = _array(values[0])
-    whole = tuple(eqn.params["limit_indices"]) == source.shape and jnp.issubdtype(source.dtype, jnp.floating)
+    start, window = tuple(eqn.params["start_indices"]), tuple(eqn.params["strides"] or [1] * source.ndim)
+    whole = tuple(eqn.params["limit_indices"]) == source.shape
+    if whole and not any(start) and max(window) == 1:
+        return source
+    if len(window) != 4 or window[0] * window[3] != 1:  # no images
+        return None
     divided = all(step == 1 or n % step == 0 for n, step in zip(source.shape, window, strict=True))
-    start = tuple(eqn.params["start_indices"])
-    if not whole or not divided or any(i >= step for i, step in zip(start, window, strict=True)):
+    floating = jnp.issubdtype(source.dtype, jnp.floating)
+    if not (whole and divided and floating and all(i < n for i, n in zip(start, window, strict=True))):
         return None
     return _Places(
         source, window, frozenset([start]), lambda: jax.lax.slice(source, start, source.shape, window)

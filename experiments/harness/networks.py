@@ -1,5 +1,7 @@
 """The networks of an experiment, as its options name them: teacher and student, or an original and its training."""
 
+import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,19 @@ class OriginalOptions(Options):
 
 
 def build_original(config: OriginalOptions, dataset: data.Dataset, seed: int) -> models.Model:
-    """Builds the original with the initial parameters of a seed."""
+    """Builds the original with the initial parameters of a seed: by its name, or by ``module:function``.
+
+    The function takes the shape of an image, the number of classes and a random key, and returns a model.
+    """
     key = jax.random.fold_in(jax.random.key(seed), 0)
+    if own := re.fullmatch(r"([\w.]+):([A-Za-z_]\w*)", config.original):
+        try:
+            function = getattr(importlib.import_module(own[1]), own[2])
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--original {config.original} cannot be imported: {error}") from None
+        model = function(dataset.image_shape, dataset.classes, key)
+        config.need("original", isinstance(model, models.Model), "return a distill_jax.models.Model")
+        return model
     return models.build(config.original, dataset.image_shape, dataset.classes, key, dropout=config.dropout)
 
 
