@@ -123,7 +123,8 @@ def tune(
     config: Config, run: Run, name: str, seed: int, small: models.Model, original: models.Model
 ) -> Trained:
     """Trains a smaller network on the labels of the data and of the original."""
-    examples, context, transform = arrays(run.dataset.train), original, labelled(jittered(config.jitter))
+    context: Any = original
+    examples, transform = arrays(run.dataset.train), labelled(jittered(config.jitter))
     if not config.jitter:  # the original sees the same images in each epoch
         examples["teacher"], context, transform = run.store_labels(seed, original), None, plain
     tx = adam(config.learning_rate, config.tuning_epochs, len(examples["label"]) // config.batch_size)

@@ -21,9 +21,9 @@ from jax.extend import core
 
 from distill_jax import _jaxpr
 
-# A result of constants is computed if it is no larger than they are, or has at most so many elements: what a
-# broadcast repeats is not written out.
-SMALL = 1024
+# A result of constants is computed if it has no more bytes than they have, or at most so many: what a broadcast
+# repeats is not written out, and a kernel of int8 stays one.
+SMALL = 4096
 
 
 def folded(program: Any) -> Callable[..., list[Any]]:
@@ -62,9 +62,9 @@ class _Product:
     @functools.cached_property
     def array(self) -> jax.Array:
         outputs = self.write(jnp.asarray(self.kernel))
-        return (
-            outputs if self.shift is None else outputs + self.along(self.shift, len(self.shape), self.place)
-        )
+        if self.shift is None:
+            return outputs
+        return outputs + self.along(self.shift, len(self.shape), self.place)
 
     def along(self, vector: np.ndarray, rank: int, axis: int) -> np.ndarray:
         return vector.reshape([-1 if i == axis else 1 for i in range(rank)])
@@ -147,10 +147,11 @@ def _is_constant(eqn: Any, values: list[Any]) -> bool:
         return False
     if eqn.primitive.name == "dim_as_value":  # the size of the batch, as a number
         return False
-    shapes = [var.aval.shape for var in eqn.outvars]
-    if not all(isinstance(n, int) for shape in shapes for n in shape):
+    results = [var.aval for var in eqn.outvars]
+    if not all(isinstance(n, int) for each in results for n in each.shape):
         return False
-    return sum(map(math.prod, shapes)) <= max(SMALL, sum(value.size for value in values))
+    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in results)
+    return size <= max(SMALL, sum(value.nbytes for value in values))
 
 
 def _product(eqn: Any, values: list[Any]) -> _Product | None:
@@ -159,7 +160,7 @@ def _product(eqn: Any, values: list[Any]) -> _Product | None:
     if kind not in ("dot_general", "conv_general_dilated"):
         return None
     kernel = values[1]
-    if not isinstance(kernel, np.ndarray) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+    if not isinstance(kernel, np.ndarray) or kernel.dtype not in (np.float32, np.float64):
         return None
     if kind == "dot_general":
         (_, summed), (_, batch) = eqn.params["dimension_numbers"]

@@ -1,5 +1,6 @@
 """Networks as ONNX graphs, which ONNX Runtime and others run without JAX."""
 
+import functools
 import importlib.metadata
 import logging
 import re
@@ -84,7 +85,7 @@ def onnx(
                 f"the ONNX file takes batches of the shapes of x only, {shapes}: {_why(problems[0])}",
                 stacklevel=2,
             )
-        _files.write_atomically(path, lambda temporary, data=data: temporary.write_bytes(data))
+        _files.write_atomically(path, functools.partial(Path.write_bytes, data=data))
         return describe(path)
     raise ValueError(f"model: it cannot be written as ONNX: {_why(problems[-1])}") from problems[-1]
 
@@ -93,6 +94,7 @@ def _convert(
     converter: Any, model: Model, x: PyTree, outputs: PyTree, properties: dict[str, str], any_batch: bool
 ) -> bytes:
     """Returns the network as an ONNX message."""
+    structure: Any
     leaves, structure = jax.tree.flatten(x)
     batch = export.symbolic_shape("batch") if any_batch else ()
     like = [jax.ShapeDtypeStruct((*batch, *leaf.shape[len(batch) :]), leaf.dtype) for leaf in leaves]
@@ -137,7 +139,7 @@ def _why(error: Exception) -> str:
     text = " ".join(str(error).split())
     named = re.findall(r"primitive '([^']+)'", text)
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        eqn = frame.f_locals.get("eqn")  # the equation that was being converted
+        eqn: Any = frame.f_locals.get("eqn")  # the equation that was being converted
         if hasattr(eqn, "primitive") and "jax2onnx" in frame.f_code.co_filename:
             named.append(eqn.primitive.name)
     culprit = f"the operation {named[-1]} is not converted: " if named else ""

@@ -95,7 +95,8 @@ def count_positions(segments: Array) -> Array:
     """Counts from 0 in each run of equal segments, ``[batch, length]``; 0 at padding."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     # Slices and a concatenation also where the batch has a symbolic size; jnp's indexing and padding are not
-    after, before = (jax.lax.slice_in_dim(segments, *ends, axis=1) for ends in ((1, None), (0, -1)))
+    before = jax.lax.slice_in_dim(segments, 0, -1, axis=1)
+    after = jax.lax.slice_in_dim(segments, 1, None, axis=1)
     begins = jnp.concatenate([jnp.zeros((segments.shape[0], 1), bool), after != before], 1)
     # float32 is exact up to 2²⁴, and ONNX Runtime has no running maximum of integers
     starts = jax.lax.cummax(jnp.where(begins, index, 0).astype(jnp.float32), axis=1).astype(index.dtype)
