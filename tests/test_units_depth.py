@@ -183,6 +183,9 @@ def test_only_residual_branches_with_parameters_of_their_own_are_blocks():
         h = norm(x)
         return norm((x + h @ p["a"]) + h @ p["b"]) @ p["c"]
 
+    def twins(p, x):  # of the outer sum, both sides hold x itself
+        return ((x + jnp.tanh(x @ p["a"])) + (x + jnp.tanh(x @ p["b"]))) @ p["c"]
+
     def after(p, x):  # the norm comes after the sum
         return norm(norm(x + x @ p["a"]) + jax.nn.gelu(x @ p["b"])) @ p["c"]
 
@@ -197,6 +200,7 @@ def test_only_residual_branches_with_parameters_of_their_own_are_blocks():
 
     assert names_of(nested, x, **square) == ["b", "a"]
     assert names_of(parallel, x, **square) == ["a", "b"]
+    assert names_of(twins, x, **square) == ["a", "b"]
     assert names_of(after, x, **square) == ["a"]  # of the second, x is no view of the first norm
     assert names_of(half, x, **square) == ["a", "b"]
     assert names_of(checkpointed, x, **square) == ["a"]
