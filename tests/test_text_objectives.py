@@ -313,6 +313,7 @@ def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():
         ),
         (lambda: kinds.Tokens(4).encode([[4]]), "dict of tokens and segments"),
         (lambda: teachers.token_ids([1], 0), "length"),
+        (lambda: teachers.token_ids([2**62], 16), "must fit into 64 bits"),
     ],
 )
 def test_what_is_refused(call, message):

@@ -368,6 +368,8 @@ def test_blocks_of_the_lowest_influence_per_cost_go_until_the_rest_fits(shallow)
     assert units.prune_blocks(graph, influence, 0.8, of="parameters") == ["blocks.1"]  # stack[0] comes back
     assert units.prune_blocks(graph, influence, 0.6) == ["blocks.1", "stack[0]"]
     assert units.prune_blocks(graph, influence, 1.0) == []
+    helps = dict.fromkeys(influence, 0.001) | {"stack[0]": -0.9, "blocks.1": -1.0}  # blocks.1 is larger, too
+    assert units.prune_blocks(graph, helps, 0.9) == ["blocks.1"]
     del influence["blocks.0"]
     with pytest.raises(
         ValueError, match=r"^budget: without 4 of 5 blocks, 0.385 of the flops are left, and 0.3"
@@ -435,3 +437,9 @@ def test_bad_names_and_calls_are_refused(shallow):
         ValueError, match=training + r"has no blocks \['p'\] with the same parameters, only \['p'\]"
     ):
         small.apply(X, key=jax.random.key(0))
+
+
+def test_batches_of_unequal_sizes_have_no_mean(shallow):
+    model, graph, *_ = shallow
+    with pytest.raises(ValueError, match="batches must be of one size"):
+        units.block_influence(graph, model, [X[:1], X[1:4]])

@@ -194,11 +194,14 @@ def _all_rows(model: Model, x: PyTree) -> dict[str, jax.Array]:
     return {path: _rows(each) for path, each in _uses(model, x)[0].items()}
 
 
-@jax.jit
-def _one_kernels_rows(model: Model, x: PyTree, place: jax.Array) -> dict[Any, tuple[jax.Array, jax.Array]]:
-    """Computes rows for each shape that rows of some kernel have, and whether they are those of the wanted kernel."""
+@functools.partial(jax.jit, static_argnames="names")
+def _one_kernels_rows(
+    model: Model, x: PyTree, place: jax.Array, names: tuple[str, ...]
+) -> dict[Any, tuple[jax.Array, jax.Array]]:
+    """Computes rows for each shape that rows of some kernel have, and whether they are those of ``names[place]``."""
     found: dict[Any, tuple[jax.Array, jax.Array]] = {}
-    for i, uses in enumerate(_uses(model, x)[0].values()):
+    uses_of = _uses(model, x)[0]
+    for i, uses in ((i, uses_of[name]) for i, name in enumerate(names) if name in uses_of):
         rows = functools.partial(_rows, uses)
         like = jax.eval_shape(rows)
         kind = like.shape, str(like.dtype)
@@ -239,7 +242,8 @@ def rows_of_one(model: Model, x: PyTree, kernels: Mapping[str, Kernel], path: st
     Raises:
       ValueError: if the layer's inputs are not finite.
     """
-    found = _one_kernels_rows(model, jax.tree.map(jnp.asarray, x), list(kernels).index(path))
+    names = tuple(kernels)
+    found = _one_kernels_rows(model, jax.tree.map(jnp.asarray, x), names.index(path), names)
     (rows,) = (rows for rows, wanted in found.values() if wanted)
     return _finite(path, rows)
 

@@ -26,14 +26,20 @@ def token_ids(ids: ArrayLike, length: int) -> np.ndarray:
       int64 ``[..., length]``: id · length + position.
 
     Raises:
-      ValueError: if the ids are no integers, or ``length`` is not positive.
+      ValueError: if the ids are no integers, ``length`` is not positive, or an id of a token would not fit.
 
     >>> print(token_ids([7, 2], 3))
     [[21 22 23]
      [ 6  7  8]]
     """
     check_count("length", length)
-    return as_ids(ids)[..., None] * length + np.arange(length)
+    rows = as_ids(ids)
+    least, most = -(2**63) // length + 1, 2**63 // length - 1
+    if rows.size and not least <= rows.min() <= rows.max() <= most:
+        raise ValueError(
+            f"ids times the length {length} must fit into 64 bits, got ids from {rows.min()} to {rows.max()}"
+        )
+    return rows[..., None] * length + np.arange(length)
 
 
 def write_token_labels(

@@ -30,7 +30,7 @@ class Words(NamedTuple):
     """The words of one split.
 
     Attributes:
-      id: int64 ``[words]``, checksums of the words.
+      id: int64 ``[words]``, shortened checksums of the words.
       source: int32 ``[words, letters + 1]``: letters, END_OF_WORD, padding.
       spoken: int32 ``[words, ALTERNATIVES, phonemes + 2]``: BEGIN, phonemes, END, padding; all padding where there is
         no further pronunciation.
@@ -100,7 +100,8 @@ def encode(lexicon: Lexicon, words: Sequence[str], letters: int, phonemes: int) 
         source[i, : len(word) + 1] = [*(LETTERS.index(letter) for letter in word), END_OF_WORD]
         for j, each in enumerate(lexicon[word][:ALTERNATIVES]):
             spoken[i, j, : len(each) + 2] = [BEGIN, *(_NUMBER[phoneme] for phoneme in each), END]
-    return Words(np.array([checksum(word) for word in words], np.int64), source, spoken)
+    # Shorter, so that the ids of a word's phonemes fit into 64 bits
+    return Words(np.array([checksum(word) >> 8 for word in words], np.int64), source, spoken)
 
 
 def cmudict() -> Lexicon:

@@ -177,8 +177,9 @@ def prune_blocks(
 ) -> list[str]:
     """Chooses the blocks that go so that a cost fits into a budget: those of the lowest influence per cost.
 
-    Blocks go one after another, that of the lowest influence per operation (or parameter) first, until the rest
-    is within the budget. Those that need not have gone then come back.
+    Blocks are removed one after another, that of the lowest influence per operation (or parameter) first, until the
+    rest is within the budget. Blocks without which the loss is lower come before all others, those with the largest
+    product of gain and cost first. Those that need not have gone then come back.
 
     Depth and width share a budget one after the other: first blocks go until a part of it is reached, then, in the
     graph of what is left, units (:func:`~distill_jax.compress.units.prune`) until the whole is. They are not ranked
@@ -215,9 +216,12 @@ def prune_blocks(
 
     whole = cost([])
     saved = {name: whole - cost([name]) for name in influence}
-    order = sorted(
-        (name for name in influence if saved[name]), key=lambda name: influence[name] / saved[name]
-    )
+
+    def rank(name: str) -> float:
+        value = influence[name]
+        return value / saved[name] if value > 0 else value * saved[name]
+
+    order = sorted((name for name in influence if saved[name]), key=rank)
     gone: list[str] = []
     for name in order:
         if cost(gone) <= budget * whole:

@@ -54,6 +54,11 @@ def block_influence(
     check_sequence("batches", batches, "batches")
     if not len(batches):
         raise ValueError("batches: give at least one batch, got none")
+    shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(batch)] for batch in batches]
+    if wrong := [each for each in shapes if each != shapes[0]]:
+        raise ValueError(
+            f"batches must be of one size, as their mean is taken, got shapes {shapes[0]} and {wrong[0]}"
+        )
     if isinstance(how, str):
         check_choice("how", how, ("cosine", "kl"))
         for x in batches:
