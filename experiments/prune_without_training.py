@@ -8,11 +8,14 @@ images. Nothing is trained after that. The test set is used for the report only.
     python experiments/prune_without_training.py             # mnist where it can be had, else digits
     python experiments/prune_without_training.py digits      # scikit-learn's digits, an MLP
     python experiments/prune_without_training.py transformer # digits, row by row, by a transformer of two blocks
+    python experiments/prune_without_training.py pixels      # digits: the MLP looks at fewer pixels
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,6 +58,7 @@ class Config(Options):
     batch_size: Count = 128  # number of examples per step
     dropout: Dropout = 0.0  # fraction of the hidden units that is dropped in training
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # shares of the units or weights to keep, falling
+    pixels: bool = False  # whether an MLP's pixels are units, too; then scores are weights times mean values
     groups: str = "."  # regular expression for the names of the groups of units that are pruned
     examples: Count = 1024  # number of training images for least squares, merging, Wanda and SparseGPT
     damping: Amount = 0.01
@@ -69,6 +73,9 @@ CONFIGS = {
     "digits_convnet": ("a ConvNet on scikit-learn's digits", replace(DIGITS, original="convnet:16,32")),
     "transformer": ("a transformer on scikit-learn's digits: heads and hidden units go", replace(
         DIGITS, original="transformer", groups=r"\.(q|up)$",
+    )),
+    "pixels": ("an MLP on scikit-learn's digits that looks at fewer pixels", replace(
+        DIGITS, pixels=True, groups="^features",
     )),
 }  # fmt: skip
 METHODS = ("pruned", "least squares", "merged", "magnitude", "Wanda", "SparseGPT")
@@ -86,6 +93,8 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.at_most(len(dataset.train.id), "batch_size", "examples")
     falling = all(a > b for a, b in itertools.pairwise((1.0, *config.shares, 0.0)))
     config.need("shares", bool(config.shares) and falling, "fall and lie between 0 and 1")
+    mlp = config.original.startswith("mlp")
+    config.need("pixels", mlp or not config.pixels, "be false where the original is no MLP")
     try:
         re.compile(config.groups)
     except re.error as error:
@@ -99,7 +108,20 @@ def build(config: Config, dataset: data.Dataset, seed: int) -> models.Model:
     key = jax.random.fold_in(jax.random.key(seed), 0)
     if config.original == "transformer":
         return transformer(dataset.image_shape, dataset.classes, key)
-    return models.build(config.original, dataset.image_shape, dataset.classes, key, dropout=config.dropout)
+    model = models.build(config.original, dataset.image_shape, dataset.classes, key, dropout=config.dropout)
+    return by_pixels(model, dataset.image_shape) if config.pixels else model
+
+
+def by_pixels(model: models.Model, shape: tuple[int, ...]) -> models.Model:
+    """Makes the pixels of an MLP's images units."""
+    model = units.input_features(model, jax.ShapeDtypeStruct((1, math.prod(shape)), jnp.float32))
+    return model.replace(apply_fn=flattened(model.apply_fn))
+
+
+@functools.cache
+def flattened(apply_fn: models.ApplyFn) -> Any:
+    """Makes a function of images of one of vectors."""
+    return lambda params, state, x, *, key=None: apply_fn(params, state, x.reshape(len(x), -1), key=key)
 
 
 def transformer(shape: tuple[int, ...], classes: int, key: jax.Array) -> models.Model:
@@ -153,7 +175,9 @@ def prune(config: Config, run: Run, seed: int, original: models.Model) -> dict[s
     x = prepare(run.dataset.train.image[rows])
     graph = units.trace(original, x)
     names = chosen(config, graph)
-    scores = {name: s for name, s in units.scores.l2(graph, original).items() if name in names}
+    values = units.scores.mean_activation(graph, original, x) if config.pixels else {}
+    weights = units.scores.l2(graph, original)
+    scores = {name: weights[name] * values.get(name, 1.0) for name in names}
     made: dict[str, Trained] = {}
     for share in config.shares:
         kept = units.prune(graph, scores, share, across="group")

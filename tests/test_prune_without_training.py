@@ -2,8 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import prune_without_training
 import pytest
+
+from distill_jax import models
+from distill_jax.compress import units
 
 EXPERIMENT = prune_without_training
 SMALL = [
@@ -26,10 +32,23 @@ def test_a_whole_run(tmp_path, run):
     assert (out / "accuracy.png").stat().st_size > 500
 
 
+def test_pixels_are_units():
+    model = models.build("mlp:4", (3, 5, 1), 2, jax.random.key(0))
+    seeing = prune_without_training.by_pixels(model, (3, 5, 1))
+    x = jnp.linspace(0, 1, 30).reshape(2, 3, 5, 1)
+    graph = units.trace(seeing, x)
+    small = units.keep(graph, seeing, {"features.x": [1, 7, 14]})
+    whole = model.params["dense"][0]["kernel"]
+    np.testing.assert_array_equal(small.params["dense"][0]["kernel"], whole[jnp.array([1, 7, 14])])
+    np.testing.assert_allclose(seeing(x), model(x), rtol=1e-6)
+    assert units.verify(graph, seeing, {"features.x": [1, 7, 14]}, x) < 1e-6
+
+
 OPTIONS = {
     "shares that rise": ("--shares 0.5 0.75", "--shares must fall and lie between 0 and 1"),
     "no such group": ("--groups nope", "--groups must name some of"),
     "no expression": ("--groups (", "--groups must be a regular expression"),
+    "pixels of a convnet": ("--pixels --original convnet:4", "--pixels must be false"),
     "more examples than there are": ("--examples 5000", "number of training examples, 1081, got 5000"),
 }
 
