@@ -25,7 +25,7 @@ AFTER = jnp.tanh, lambda y: y, jnp.cos
 def register_rule(
     name: str, reference: Callable[..., PyTree], *, run: Callable[..., PyTree] | None = None
 ) -> None:
-    """Tells how units go through a primitive of your own, by a plain JAX program that computes the same.
+    """Registers how units pass through a primitive of your own, by a plain JAX program that computes the same.
 
     :func:`~distill_jax.compress.units.trace` then reads the reference in the place of the primitive. The network
     itself keeps the primitive. :func:`~distill_jax.compress.units.shrink` gives it smaller operands by ``run``;
