@@ -160,8 +160,8 @@ class DiTBlock(linen.Module):
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, length, self.width)
         x = x + gate1[:, None] * linen.Dense(self.width)(h)
         h = modulate(linen.LayerNorm(use_scale=False, use_bias=False)(x), shift2, scale2)
-        h = linen.Dense(self.width)(linen.gelu(linen.Dense(4 * self.width)(h)))
-        return x + gate2[:, None] * linen.Dropout(0.1, deterministic=not train)(h)
+        h = linen.Dropout(0.1, deterministic=not train)(linen.gelu(linen.Dense(4 * self.width)(h)))
+        return x + gate2[:, None] * linen.Dense(self.width)(h)
 
 
 class DiT(linen.Module):
