@@ -114,8 +114,8 @@ def build(config: Config, dataset: data.Dataset, seed: int) -> models.Model:
 
 def by_pixels(model: models.Model, shape: tuple[int, ...]) -> models.Model:
     """Makes the pixels of an MLP's images units."""
-    model = units.input_features(model, jax.ShapeDtypeStruct((1, math.prod(shape)), jnp.float32))
-    return model.replace(apply_fn=flattened(model.apply_fn))
+    seeing: Any = units.input_features(model, jax.ShapeDtypeStruct((1, math.prod(shape)), jnp.float32))
+    return seeing.replace(apply_fn=flattened(seeing.apply_fn))
 
 
 @functools.cache
