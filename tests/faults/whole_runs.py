@@ -68,6 +68,7 @@ SETTINGS = {
         "matrix --inputs 8 --outputs 4 --examples 2000 --ranks 1 2 3 --epochs 400 --save-seconds 0.2"
     ),
     "factorise_network": "digits --seeds 2 --original mlp:32,32 --original-epochs 20 --epochs 20 --budget 0.5",
+    "quantise": "digits --seeds 2 --original mlp:32,32 --original-epochs 20 --epochs 20",
     "split_network": (
         "digits --seeds 1 --original mlp:16 --feature dense.0 --encoder mlp:4 --original-epochs 20 "
         "--stage-epochs 8 --codes 4x2 --widths 2"

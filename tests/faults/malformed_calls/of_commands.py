@@ -89,6 +89,7 @@ prune_without_training | --shares must | digits --shares 0.5 0.75
 prune_without_training | --groups must | digits --groups nope
 factorise_network | --budget must be positive | digits --budget 0
 factorise_network | --budget must be at most 1 | digits --budget 2
+quantise | --examples must | digits --examples 0
 split_network | bits | digits --codes 8x17
 split_network | --codes must | digits --codes 8-4
 split_network | --encoder must|got 'mlp:0' | digits --encoder mlp:0
