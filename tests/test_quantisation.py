@@ -13,7 +13,7 @@ import pytest
 
 from distill_jax import losses, models, teachers, train
 from distill_jax.compress import _integers, low_rank, quantisation
-from distill_jax.compress.quantisation import freeze, layers, quantise, simulate
+from distill_jax.compress.quantisation import dequantise, freeze, layers, quantise, simulate
 
 RUN = jax.jit(lambda model, x: model(x))
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -77,7 +77,10 @@ def test_codes_and_scales_are_those_of_numpy_and_the_outputs_what_they_mean(bits
         assert layer.codes.dtype == np.int8
         meant[path] = jnp.asarray(codes.astype("f4") * layer.scale, PARAMS[path].dtype)
         np.testing.assert_array_equal(layer.array(), meant[path])
-    np.testing.assert_array_equal(RUN(small, X), RUN(MODEL.replace(params=meant), X))
+    plain = dequantise(small)
+    assert plain.apply_fn is MODEL.apply_fn
+    jax.tree.map(np.testing.assert_array_equal, plain.params, meant)
+    np.testing.assert_array_equal(RUN(small, X), RUN(plain, X))
 
 
 def test_groups_of_inputs_have_scales_of_their_own():
@@ -332,7 +335,7 @@ def test_what_is_refused():
     table = models.from_function(lambda p, x: p["w"][x], {"w": normal(4, 6)})
     with pytest.raises(ValueError, match="no kernel to quantise among w"):
         quantise(table, [np.arange(3)])
-    for call in (freeze, layers):
+    for call in (freeze, layers, dequantise):
         with pytest.raises(ValueError, match=r"quantisation\.(simulate|quantise)"):
             call(plain)
 

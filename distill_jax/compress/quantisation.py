@@ -22,7 +22,7 @@ from distill_jax._model import ApplyFn, Model, PyTree, check_model
 from distill_jax.compress import _integers, _scales
 from distill_jax.weights.structure import by_path, path_name, scalars
 
-__all__ = ["Quantised", "freeze", "layers", "quantise", "simulate"]
+__all__ = ["Quantised", "dequantise", "freeze", "layers", "quantise", "simulate"]
 
 BITS = (4, 8)
 LEAST_RATIO = 1 / 64  # of a learned scale to that at the start
@@ -152,7 +152,8 @@ def quantise(
     Returns:
       A model with :class:`Quantised` in the places of the kernels. It runs under ``jit``, ``vmap`` and the like, can be
       saved by :func:`distill_jax.models.save`, and its gradients pass the rounding of activations straight through.
-      With ``activations`` each call traces the model anew, so use it within ``jit``.
+      With ``activations`` each call traces the model anew, so use it within ``jit``, and an input that is not finite
+      becomes some integer without a word.
 
     Raises:
       ValueError: if no kernel is found, an expression is found in no path, bits are not offered, inputs do not divide
@@ -199,7 +200,7 @@ def simulate(
 
     Kernels keep their floating-point values, and are rounded wherever they are used. The gradient passes the rounding
     as if it were not there (straight through), except where a value lies beyond the largest code. Scales are learned
-    beside the weights, in training the ranges of activations move too.
+    beside the weights, so the ranges of activations follow them.
 
     Args:
       model: the model.
@@ -310,6 +311,27 @@ def layers(model: Model) -> dict[str, Quantised]:
     if not found:
         raise ValueError("model: it has no quantised kernels: give one from quantisation.quantise or freeze")
     return found
+
+
+def dequantise(model: Model) -> Model:
+    """Puts the numbers that integers mean in the places of the integers: the model of floats that a converter takes.
+
+    Args:
+      model: a model from :func:`quantise` or :func:`freeze`.
+
+    Returns:
+      The model with the function and the parameters' shapes that it had before it was quantised. Its outputs are those
+      of the quantised model if activations are not rounded.
+
+    Raises:
+      ValueError: if the model is not quantised.
+    """
+    layers(model)
+    assert isinstance(model.apply_fn, _QuantisedFn)
+    params = jax.tree.map(
+        lambda leaf: leaf.array() if _is_special(leaf) else leaf, model.params, is_leaf=_is_special
+    )
+    return Model(model.apply_fn.apply_fn, params, model.state)
 
 
 # --- running -------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ def of_compression() -> Iterator[Case]:
         yield Case(f"{name}: a loaded model", "loaded", lambda m=method: m(loaded(), [X]))
     yield Case("quantisation.freeze: a plain model", "simulate", lambda: quantisation.freeze(MODEL))
     yield Case("quantisation.freeze: a module", "from_nnx", lambda: quantisation.freeze(MODULE))
+    yield Case("quantisation.dequantise: a plain model", "quantise", lambda: quantisation.dequantise(MODEL))
     yield Case("quantisation.layers: a plain model", "quantise", lambda: quantisation.layers(MODEL))
     # linear codes
     matrices = {
