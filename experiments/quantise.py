@@ -56,7 +56,7 @@ class Config(OriginalOptions):
 
 
 MNIST = Config(dataset="mnist", dropout=0.0)  # dropout would disturb the training with the rounding, too
-CONVNET = {"original": "convnet:16,32", "original_learning_rate": 2e-3}
+CONVNET: dict[str, Any] = {"original": "convnet:16,32", "original_learning_rate": 2e-3}
 DIGITS = Config(
     dataset="digits", original="mlp:64,64", original_epochs=100, original_learning_rate=5e-3, epochs=30, batch_size=64,
     learning_rate=1e-3, jitter=1, dropout=0.0,

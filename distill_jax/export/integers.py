@@ -62,7 +62,7 @@ def with_integers(message: Any, layers: Mapping[str, Any]) -> Any:
     for node in graph.node:
         place, axis = _kernel_of(node, arrays)
         found = None if place is None else _find(arrays[node.input[place]], axis, kernels)
-        if found is not None:
+        if place is not None and found is not None:
             path, codes, scale = found
             layer, name = layers[path], node.input[place]
             missing.discard(path)
@@ -72,9 +72,12 @@ def with_integers(message: Any, layers: Mapping[str, Any]) -> Any:
             node.input[place] = f"{name}.meant"
             if layer.input_scale is not None:
                 other = node.input[1 - place]
+                zero = (
+                    np.asarray(layer.input_zero) + 128
+                )  # on x86, ONNX Runtime takes activations of uint8 alone
                 grid = [
                     constant(f"{path}.input_scale", np.asarray(layer.input_scale, np.float32)),
-                    constant(f"{path}.input_zero", np.asarray(layer.input_zero).astype(np.int8)),
+                    constant(f"{path}.input_zero", zero.astype(np.uint8)),
                 ]
                 add("QuantizeLinear", [other, *grid], f"{other}.{path}.codes")
                 add("DequantizeLinear", [f"{other}.{path}.codes", *grid], f"{other}.{path}.meant")
