@@ -63,7 +63,7 @@ def scales_by_numpy(w, own, limit, ratios):
     return found
 
 
-@pytest.mark.parametrize(("bits", "how"), [(8, "absmax"), (4, "absmax"), (4, "least squares")])
+@pytest.mark.parametrize(("bits", "how"), [(8, "absmax"), (4, "least squares")])
 def test_codes_and_scales_are_those_of_numpy_and_the_outputs_what_they_mean(bits, how):
     small = quantise(MODEL, [X], bits=bits, scale=how)
     limit, meant = 2 ** (bits - 1) - 1, dict(PARAMS)
@@ -207,11 +207,14 @@ def test_the_gradient_of_activations_by_hand():
 
 @pytest.mark.parametrize("activations", [False, True])
 def test_distillation_aware_training_ends_in_integers_with_equal_outputs(activations):
-    x = normal(64, 6, 6, 2)
-    teacher = models.from_function(network, PARAMS)
+    x = normal(64, 6, 6, 2) if activations else normal(64, 4)
+    teacher = MODEL if activations else models.from_function(dense, {"a": normal(4, 6), "b": normal(6, 3)})
     student = simulate(teacher, [x], bits=4, activations=activations)
-    np.testing.assert_array_equal(RUN(student, x), RUN(freeze(student), x))
-    tx = optax.adam(3e-3)
+    if not activations:  # twice the best scales, from which there is something to gain
+        student = student.replace(state=jax.tree.map(lambda s: 2 * s, student.state))
+    integers = jax.jit(freeze)
+    np.testing.assert_array_equal(RUN(student, x), RUN(integers(student), x))
+    tx = optax.adam(3e-3 if activations else 1e-2)
     step = jax.jit(train.make_train_step(train.distill(alpha=0.0, temperature=1.0), tx))
     state = train.init_state(student, tx, jax.random.key(0))
     batch = teachers.label(teacher, {"image": x, "label": np.zeros(64, int)})
@@ -223,13 +226,16 @@ def test_distillation_aware_training_ends_in_integers_with_equal_outputs(activat
         return float(losses.kl(RUN(model, x).astype("f4"), batch["teacher"].astype("f4")).mean())
 
     assert distance(trained) < 0.8 * distance(student)
-    ratios = trained.params["heads"]
-    assert np.abs(ratios.ratio - 1).max() > 1e-3
-    assert activations == (ratios.input_ratio is not None and abs(ratios.input_ratio - 1) > 1e-3)
-    small = freeze(trained)
+    for kernel in (
+        (trained.params["heads"], trained.params["half"]) if activations else trained.params.values()
+    ):
+        assert np.abs(kernel.ratio - 1).max() > 1e-3
+        assert activations == (kernel.input_ratio is not None and abs(kernel.input_ratio - 1) > 1e-3)
+    small = integers(trained)
     np.testing.assert_array_equal(RUN(small, x), RUN(trained, x))
-    key = jax.random.key(5)
-    np.testing.assert_array_equal(small.apply(x, key=key)[0], trained.apply(x, key=key)[0])
+    if activations:
+        training = jax.jit(lambda model: model.apply(x, key=jax.random.key(5))[0])
+        np.testing.assert_array_equal(training(small), training(trained))
     assert small.state == teacher.state
 
 
