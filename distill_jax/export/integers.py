@@ -1,7 +1,5 @@
 """Puts integers into an ONNX graph of floats: QuantizeLinear and DequantizeLinear around its products (QDQ)."""
 
-import importlib
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from distill_jax._checks import check_mapping
+from distill_jax.export._sealed import package
 
+ModelProto = Any  # onnx.ModelProto; onnx is imported only where it is used
 EXACT = 1e-5  # how far a kernel of the graph may be from its integers, as a share of its largest weight
 
 
-def with_integers(message: Any, layers: Mapping[str, Any]) -> Any:
+def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
     """Stores the kernels of an ONNX graph as integers, and rounds what they multiply as a quantised model does.
 
     The graph computes with floats what the integers mean. A kernel is recognised by its values, whatever its name:
@@ -33,9 +33,13 @@ def with_integers(message: Any, layers: Mapping[str, Any]) -> Any:
       ModuleNotFoundError: if onnx is not installed.
       ValueError: if a kernel has scales for groups of inputs, or is not found in the graph.
     """
-    onnx = _package()
+    onnx = package("onnx")
     check_mapping("layers", layers, "path → kernel, from quantisation.layers")
     message = onnx.ModelProto.FromString(message.SerializeToString())
+    facts = [entry for entry in message.metadata_props if entry.key != "sha256"]  # the digest of other bytes
+    facts = [onnx.StringStringEntryProto.FromString(entry.SerializeToString()) for entry in facts]
+    del message.metadata_props[:]
+    message.metadata_props.extend(facts)
     graph = message.graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     kernels = {path: np.asarray(layer.codes, np.float64) for path, layer in layers.items()}
@@ -110,12 +114,6 @@ def with_integers(message: Any, layers: Mapping[str, Any]) -> Any:
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return message
-
-
-def _package() -> Any:
-    if importlib.util.find_spec("onnx") is None:
-        raise ModuleNotFoundError("ONNX graphs need the package onnx: pip install onnx", name="onnx")
-    return importlib.import_module("onnx")
 
 
 def _kernel_of(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[int | None, int]:
