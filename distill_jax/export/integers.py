@@ -19,7 +19,7 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
     The graph computes with floats what the integers mean. A kernel is recognised by its values, whatever its name:
     they are the integers times one number per output, in any order of axes, so that a normalisation may have been
     folded into it. It becomes a DequantizeLinear of integers; where the layer has an input scale, a QuantizeLinear and
-    a DequantizeLinear come before the other operand. From this pattern ONNX Runtime makes operations on int8.
+    a DequantizeLinear come before the other operand. From this pattern a runtime can make operations on int8.
 
     Args:
       message: an ``onnx.ModelProto`` of opset 21 or later, which is not changed.
@@ -76,9 +76,7 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
             node.input[place] = f"{name}.meant"
             if layer.input_scale is not None:
                 other = node.input[1 - place]
-                zero = (
-                    np.asarray(layer.input_zero) + 128
-                )  # on x86, ONNX Runtime takes activations of uint8 alone
+                zero = np.asarray(layer.input_zero) + 128  # by default ONNX Runtime has int8 for ARM alone
                 grid = [
                     constant(f"{path}.input_scale", np.asarray(layer.input_scale, np.float32)),
                     constant(f"{path}.input_zero", zero.astype(np.uint8)),
@@ -87,7 +85,7 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
                 add("DequantizeLinear", [f"{other}.{path}.codes", *grid], f"{other}.{path}.meant")
                 node.input[1 - place] = f"{other}.{path}.meant"
                 if len(node.input) > 2 and node.input[2] in arrays and place == 1:
-                    # A bias in the units of the sums, without which ONNX Runtime keeps to floats
+                    # A bias in the units of the sums, as integer products need it
                     unit = np.float64(layer.input_scale) * scale
                     name = node.input[2]
                     sums = np.rint(np.broadcast_to(arrays[name], scale.shape) / unit).clip(
