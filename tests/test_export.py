@@ -379,3 +379,31 @@ def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
     assert space["written"]["labels"][:2] == ["0", "1"]
     assert space["logits"].shape == (1797, 10)
     assert "| accuracy |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_a_state_that_is_returned_through_a_call_is_unchanged(tmp_path, wrap):
+    inner = wrap(
+        lambda params, state, x: (x * params + state["mean"], {"mean": jax.lax.stop_gradient(state["mean"])})
+    )
+    model = models.Model(
+        lambda params, state, x, *, key=None: inner(params, state, x), jnp.ones(2), {"mean": jnp.ones(2)}
+    )
+    export.stablehlo(tmp_path / "a.model", model, jnp.ones((1, 2)))
+    changing = model.replace(apply_fn=lambda params, state, x, *, key=None: (x, {"mean": state["mean"] + 1}))
+    with pytest.raises(ValueError, match="changes the state at"):
+        export.stablehlo(tmp_path / "b.model", changing, jnp.ones((1, 2)))
+    keyed = models.Model(lambda params, state, x, *, key=None: (x, state), (), jax.random.key(0))
+    with pytest.raises(ValueError, match="is a random key, which a file cannot hold"):
+        export.stablehlo(tmp_path / "b.model", keyed, jnp.ones((1, 2)))
+
+
+def test_a_saved_model_that_can_be_trained_is_not_replaced(tmp_path):
+    model, x = models.from_function(lambda p, x: x * p, jnp.ones(2)), jnp.ones((1, 2))
+    models.save(tmp_path / "a.model", model, x)
+    with pytest.raises(ValueError, match="is a saved model that can be trained"):
+        export.stablehlo(tmp_path / "a.model", model, x)
+    assert (
+        jax.grad(lambda m: models.load(tmp_path / "a.model").replace(params=m)(x).sum())(jnp.ones(2)).sum()
+        == 2
+    )

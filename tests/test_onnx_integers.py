@@ -82,3 +82,20 @@ def test_what_is_refused():
     grouped = quantisation.quantise(MODEL, [X], group=2, bits=4)
     with pytest.raises(ValueError, match="has scales for groups of inputs"):
         with_integers(graph(PARAMS), quantisation.layers(grouped))
+
+
+def test_kernels_that_look_alike_are_not_mixed_up():
+    """With one input, each kernel is a multiple of the other, and their inputs have other ranges."""
+    params = {"a": normal(1, 6), "b": normal(1, 6, seed=1)}
+    model = models.from_function(lambda p, x: (x[:, :1] @ p["a"]) + (100 * x[:, 1:] @ p["b"]), params)
+    small = quantisation.quantise(model, [normal(9, 2)], activations=True)
+    make, value, kind = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    floats = jax.tree.map(np.asarray, quantisation.dequantise(small).params)
+    made = onnx.helper.make_graph(
+        [make("MatMul", ["x", "a"], ["h"]), make("MatMul", ["z", "b"], ["g"]), make("Add", ["h", "g"], ["y"])],
+        "network", [value("x", kind, ["n", 1]), value("z", kind, ["n", 1])], [value("y", kind, ["n", 6])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in floats.items()],
+    )  # fmt: skip
+    message = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    with pytest.raises(ValueError, match="a, b hold the same integers up to a factor per output"):
+        with_integers(message, quantisation.layers(small))

@@ -350,3 +350,22 @@ def test_a_loaded_model_is_refused(tmp_path):
     models.save(tmp_path / "m", models.from_function(lambda w, x: x @ w, normal(4, 2)), normal(2, 4))
     with pytest.raises(ValueError, match=r"quantise the model before models\.save"):
         quantisation.quantise(models.load(tmp_path / "m"), [normal(2, 4)])
+
+
+def test_sums_that_int32_cannot_hold_are_refused():
+    model = models.from_function(lambda p, x: x @ p, jnp.ones((66_312, 1)))
+    with pytest.raises(ValueError, match="sums over more than 66,311 inputs"):
+        quantisation.quantise(model, [jnp.ones((1, 66_312))], activations=True)
+
+
+def test_what_is_not_finite_stays_so():
+    model = models.from_function(lambda p, x: x @ p["w"], {"w": jnp.eye(3)})
+    x = jnp.array([[1.0, 2.0, 3.0]])
+    small = quantisation.quantise(model, [x], activations=True)
+    assert np.isfinite(small(x)).all()
+    assert np.isnan(small(x.at[0, 1].set(jnp.nan))).all()
+    trained = quantisation.simulate(model, [x], activations=True)
+    broken = trained.replace(params=jax.tree.map(lambda w: w * jnp.nan, trained.params))
+    assert np.isnan(broken(x)).all()
+    with pytest.raises(ValueError, match="the weights of w are not finite"):
+        quantisation.freeze(broken)

@@ -1,6 +1,7 @@
 """Which parameters of a model become integers, and with which scales."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,20 @@ from distill_jax.losses._arguments import to_float
 from distill_jax.weights.structure import by_path, path_name
 
 RATIOS = np.linspace(1, 0.3, 71)  # of a scale to that of the largest weight, among which the best is taken
+MOST = (2**31 - 1) // (255 * 127)  # products of codes whose sum int32 holds
 TINY = 2.0**-100  # the least scale, whose inverse float32 can hold
 
 
 @dataclass
 class Found:
-    """A kernel: the axes that no use sums over, the last one that the first use sums over, and the inputs' range."""
+    """A kernel: the axes that no use sums over, the last one that the first use sums over, and the inputs' range.
+
+    ``terms`` is the number of products in a sum.
+    """
 
     own: frozenset[int]
     last: int
+    terms: int
     low: Any = None
     high: Any = None
 
@@ -66,6 +72,11 @@ def find(
                 "it was loaded from a file, and its program is closed: quantise the model before models.save"
             )
         raise ValueError(f"model: no kernel to quantise among {', '.join(by_path(model.params))}: {why}")
+    if long := [path for path, kernel in found.items() if activations and kernel.terms > MOST]:
+        raise ValueError(
+            f"activations: {', '.join(long)} sums over more than {MOST:,} inputs, and its sums of integers may not fit "
+            "into 32 bits: exclude it"
+        )
     for number, x in enumerate(batches if activations else ()):
         for path, (low, high) in _ranges(model, x, float(percentile)).items():
             if path not in found:
@@ -87,8 +98,9 @@ def _kernels(model: Model, x: PyTree) -> dict[str, Found]:
         rank = view.value.ndim
         axes = [view.order(rank)[i] for i in _integers.summed_axes(eqn, place) or ()]
         own = frozenset(range(rank)) - set(axes)
-        first = found.setdefault(path, Found(own, axes[-1]))
-        first.own &= own
+        terms = math.prod(view.value.shape[axis] for axis in axes)
+        first = found.setdefault(path, Found(own, axes[-1], terms))
+        first.own, first.terms = first.own & own, max(first.terms, terms)
 
     jax.eval_shape(functools.partial(_walk, model.apply_fn, note), model.params, model.state, x)
     return found

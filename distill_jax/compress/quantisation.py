@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill_jax import _jaxpr
 from distill_jax._checks import check_choice, check_count
@@ -152,8 +153,8 @@ def quantise(
     Returns:
       A model with :class:`Quantised` in the places of the kernels. It runs under ``jit``, ``vmap`` and the like, can be
       saved by :func:`distill_jax.models.save`, and its gradients pass the rounding of activations straight through.
-      With ``activations`` each call traces the model anew, so use it within ``jit``, and an input that is not finite
-      becomes some integer without a word.
+      With ``activations`` each call traces the model anew, so use it within ``jit``. Where the input of a product is
+      not finite, all outputs of the product are NaN.
 
     Raises:
       ValueError: if no kernel is found, an expression is found in no path, bits are not offered, inputs do not divide
@@ -273,7 +274,7 @@ def freeze(model: Model) -> Model:
       The model that :func:`quantise` describes.
 
     Raises:
-      ValueError: if the model is not one from :func:`simulate`.
+      ValueError: if the model is not one from :func:`simulate`, or a weight is not finite.
     """
     check_model("model", model)
     if not isinstance(model.apply_fn, _SimulatedFn):
@@ -283,6 +284,10 @@ def freeze(model: Model) -> Model:
         if not isinstance(leaf, _Learned):
             return leaf
         layer = _layer(leaf, model.state["start"][path_name(path)])
+        if not np.isfinite(np.asarray(layer.codes)).all() or not np.isfinite(np.asarray(layer.scale)).all():
+            raise ValueError(
+                f"model: the weights of {path_name(path)} are not finite: has the training diverged?"
+            )
         stored = _integers.pack(layer.codes) if leaf.bits == 4 else layer.codes.astype(jnp.int8)
         shape = tuple(leaf.weight.shape)
         return Quantised(
@@ -398,4 +403,7 @@ def _multiply(jaxpr: Any, eqn: Any, inputs: list[Any], views: list[int]) -> list
     codes = _integers.codes_of(inputs[1 - place], layer.input_scale, layer.input_zero, _integers.INT8)
     sums = _integers.product(eqn, place, codes, turned.array(layer.codes), layer.input_zero)
     scale = _integers.per_output(eqn, place, turned.array(layer.scale)) * layer.input_scale
+    # An integer cannot be NaN: what is not finite would become a number
+    finite = jnp.isfinite(inputs[1 - place]).all() & jnp.isfinite(layer.codes).all()
+    scale = jnp.where(finite, scale, jnp.nan)
     return [(sums * scale).astype(eqn.outvars[0].aval.dtype)]

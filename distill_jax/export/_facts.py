@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 import distill_jax
 from distill_jax import _files, _jaxpr
-from distill_jax._checks import check_sequence, shown
+from distill_jax._checks import check_sequence, is_key, shown
 from distill_jax._model import Model, PyTree, check_inputs, check_model
 
 Facts = str | Mapping[str, Any]
@@ -70,6 +71,11 @@ def digest(model: Model) -> str:
     found = hashlib.sha256()
     tree = {"params": model.params, "state": model.state}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if is_key(leaf):
+            raise ValueError(
+                f"model: {jax.tree_util.keystr(path)} is a random key, which a file cannot hold: keep it out of the "
+                "state"
+            )
         array = np.asarray(leaf)
         found.update(json.dumps([jax.tree_util.keystr(path), str(array.dtype), array.shape]).encode())
         found.update(array.tobytes())
@@ -101,7 +107,8 @@ def _evaluation(model: Model, x: PyTree) -> PyTree:
         )
     first = len(program.jaxpr.invars) - len(before) - len(jax.tree.leaves(x))
     given = program.jaxpr.invars[first : first + len(before)]
-    returned = program.jaxpr.outvars[len(program.jaxpr.outvars) - len(before) :]
+    origins = _origins(program.jaxpr)
+    returned = [origins[i] for i in range(len(origins) - len(before), len(origins))]
     for (path, _), old, new in zip(before, given, returned, strict=True):
         if old is not new:
             raise ValueError(
@@ -109,3 +116,18 @@ def _evaluation(model: Model, x: PyTree) -> PyTree:
                 "remember: return the state as it was given where key is None"
             )
     return outputs
+
+
+def _origins(jaxpr: Any) -> list[Any]:
+    """Follows each result of a program back through calls and copies, to the value that it is."""
+    same: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        inputs = [atom if isinstance(atom, Literal) else same.get(atom, atom) for atom in eqn.invars]
+        if eqn.primitive.name in ("copy", "copy_p", "stop_gradient"):
+            same[eqn.outvars[0]] = inputs[0]
+        elif body := _jaxpr.body_of(eqn):
+            given = dict(zip(body[0].invars, inputs, strict=True))
+            for output, origin in zip(eqn.outvars, _origins(body[0]), strict=True):
+                if not isinstance(origin, Literal) and origin in given:
+                    same[output] = given[origin]
+    return [atom if isinstance(atom, Literal) else same.get(atom, atom) for atom in jaxpr.outvars]

@@ -41,10 +41,11 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _of_program(path: Path) -> dict[str, Any]:
     description, _ = files.read(path)
     program = description["programs"]["evaluation"]
-    inputs = description["x arrays"]
+    # Files of models.save once had no names of inputs, and said nothing of outputs
+    inputs = [{"name": "x", **each} for each in description["x arrays"]]
     if program["any batch size"]:
         inputs = [{**each, "shape": ["batch", *each["shape"][1:]]} for each in inputs]
-    found = {"inputs": inputs, "outputs": program["output arrays"], "platforms": program["platforms"]}
+    found = {"inputs": inputs, "outputs": program.get("output arrays"), "platforms": program["platforms"]}
     return {**description, **found}
 
 

@@ -31,7 +31,8 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
 
     Raises:
       ModuleNotFoundError: if onnx is not installed.
-      ValueError: if a kernel has scales for groups of inputs, or is not found in the graph.
+      ValueError: if a kernel has scales for groups of inputs, is not found in the graph, or cannot be told from another
+        one with another input scale.
     """
     onnx = package("onnx")
     check_mapping("layers", layers, "path → kernel, from quantisation.layers")
@@ -65,11 +66,17 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
 
     for node in graph.node:
         place, axis = _kernel_of(node, arrays)
-        found = None if place is None else _find(arrays[node.input[place]], axis, kernels)
-        if place is not None and found is not None:
-            path, codes, scale = found
+        fitting = [] if place is None else [*_find(arrays[node.input[place]], axis, kernels)]
+        if place is not None and fitting:
+            ranges = {_range(layers[path]) for path, *_ in fitting}
+            if len(ranges) > 1:
+                raise ValueError(
+                    f"layers: {', '.join(path for path, *_ in fitting)} hold the same integers up to a factor per "
+                    "output, so it is not known which is which in the graph: exclude them from quantisation"
+                )
+            path, codes, scale = fitting[0]
             layer, name = layers[path], node.input[place]
-            missing.discard(path)
+            missing -= {each for each, *_ in fitting}
             integers = constant(f"{name}.codes", codes.astype(np.int8), layer.bits)
             scales = constant(f"{name}.scale", scale.astype(np.float32))
             add("DequantizeLinear", [integers, scales], f"{name}.meant", axis=axis)
@@ -133,10 +140,14 @@ def _kernel_of(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[int | None,
     return place, rank - 1 if place else rank - 2
 
 
+def _range(layer: Any) -> tuple[float, float] | None:
+    return None if layer.input_scale is None else (float(layer.input_scale), float(layer.input_zero))
+
+
 def _find(
     array: np.ndarray, axis: int, kernels: Mapping[str, np.ndarray]
-) -> tuple[str, np.ndarray, np.ndarray] | None:
-    """Finds the integers of which an array is a multiple, one per output: (path, integers, multiples)."""
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Finds all integers of which an array is a multiple, one per output: (path, integers, multiples)."""
     wanted = array.astype(np.float64)
     others = tuple(i for i in range(array.ndim) if i != axis)
     shape = [-1 if i == axis else 1 for i in range(array.ndim)]
@@ -149,8 +160,8 @@ def _find(
             scale = np.sum(wanted * codes, others) / np.maximum(energy, 1)
             if np.abs(wanted - codes * scale.reshape(shape)).max(initial=0) <= limit:
                 signs = np.where(scale < 0, -1.0, 1.0)
-                return path, codes * signs.reshape(shape), np.where(scale == 0, 1, np.abs(scale))
-    return None
+                yield path, codes * signs.reshape(shape), np.where(scale == 0, 1, np.abs(scale))
+                break
 
 
 def _layouts(kernel: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -83,6 +83,10 @@ def write(
     check_inputs("x", x)
     path = Path(path)
     check_target(path, _is_saved(path), "saved model")
+    if "training" not in modes and path.exists() and "training" in read(path)[0]["programs"]:
+        raise ValueError(
+            f"path: {path} is a saved model that can be trained, which an export cannot: choose another path"
+        )
     x = jax.eval_shape(lambda x: x, x)
     leaves, structure = jax.tree.flatten((model.params, model.state))
     names = [
@@ -149,7 +153,8 @@ def load(path: str | Path) -> Model:
     """Reads a model that :func:`save` wrote, without the code of its network.
 
     The model runs in evaluation and training mode, under ``jit`` and ``grad``; it can be fine-tuned and saved
-    again. Its program is closed: ``vmap`` over models, ``features.capture`` and ``units.trace`` cannot look
+    again. (From a file of :func:`distill_jax.export.stablehlo` it evaluates alone, without gradients.) Its program is
+    closed: ``vmap`` over models, ``features.capture`` and ``units.trace`` cannot look
     into it. So prune and factorise before saving.
 
     Args:
