@@ -19,7 +19,7 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
     The graph computes with floats what the integers mean. A kernel is recognised by its values, whatever its name:
     they are the integers times one number per output, in any order of axes, so that a normalisation may have been
     folded into it. It becomes a DequantizeLinear of integers; where the layer has an input scale, a QuantizeLinear and
-    a DequantizeLinear come before the other operand. From this pattern a runtime can make operations on int8.
+    a DequantizeLinear come before the other operand. From this pattern ONNX Runtime makes operations on int8.
 
     Args:
       message: an ``onnx.ModelProto`` of opset 21 or later, which is not changed.
@@ -79,7 +79,8 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
             missing -= {each for each, *_ in fitting}
             integers = constant(f"{name}.codes", codes.astype(np.int8), layer.bits)
             scales = constant(f"{name}.scale", scale.astype(np.float32))
-            add("DequantizeLinear", [integers, scales], f"{name}.meant", axis=axis)
+            zeros = constant(f"{name}.zero", np.zeros(len(scale), np.int8), layer.bits)
+            add("DequantizeLinear", [integers, scales, zeros], f"{name}.meant", axis=axis)
             node.input[place] = f"{name}.meant"
             if layer.input_scale is not None:
                 other = node.input[1 - place]
@@ -101,6 +102,7 @@ def with_integers(message: ModelProto, layers: Mapping[str, Any]) -> ModelProto:
                     bias = [
                         constant(f"{name}.codes", sums.astype(np.int32)),
                         constant(f"{name}.scale", unit.astype(np.float32)),
+                        constant(f"{name}.zero", np.zeros(len(unit), np.int32)),
                     ]
                     add("DequantizeLinear", bias, f"{name}.meant", axis=0)
                     node.input[2] = f"{name}.meant"
