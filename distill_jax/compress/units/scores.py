@@ -39,6 +39,7 @@ def l1(graph: UnitGraph, model: PyTree, *, normalise: Normalise = "mean") -> Sco
     References:
       Li et al., `Pruning Filters for Efficient ConvNets`, 2017, §3.1 (of incoming weights there).
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import models
     >>> from distill_jax.compress import units
     >>> params = {"a": jnp.ones((3, 2)) * jnp.array([1.0, -2.0]), "b": jnp.ones((2, 1))}
