@@ -43,16 +43,14 @@ from distill_jax.compress import quantisation
 class Config(OriginalOptions):
     """The options of the experiment."""
 
-    examples: Count = (
-        1024  # number of training images, without labels, that say which ranges activations have
-    )
+    examples: Count = 1024
+    """number of training images, without labels, that say which ranges activations have"""
     epochs: Count = 6  # number of epochs to train with the rounding in place
     learning_rate: Positive = 3e-4  # highest learning rate of that training (Adam, cosine schedule)
     temperature: Positive = 4.0  # temperature T that softens the predictions of both networks
     alpha: Share = 0.0  # weight of the labels; the original's predictions have 1 - alpha
-    check: bool = (
-        False  # exit with status 1 if 8 bits, or 4 bits and training, cost more than 0.5 points of accuracy
-    )
+    check: bool = False
+    """exit with status 1 if 8 bits, or 4 bits and training, cost more than 0.5 points of accuracy"""
 
 
 MNIST = Config(dataset="mnist", dropout=0.0)  # dropout would disturb the training with the rounding, too

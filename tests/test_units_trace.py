@@ -467,7 +467,7 @@ def test_a_shrunk_model_takes_other_batches_and_trains():
     outputs, state = small.apply(x, key=jax.random.key(1))
     np.testing.assert_allclose(outputs, expected, rtol=1e-6)
     assert state == {}
-    with pytest.raises(ValueError, match="must have the shapes that the kept units make"):
+    with pytest.raises(ValueError, match="must have the shapes that keep"):
         small.replace(params=model.params)(x)
 
 

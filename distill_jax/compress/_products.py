@@ -194,19 +194,18 @@ def _all_rows(model: Model, x: PyTree) -> dict[str, jax.Array]:
     return {path: _rows(each) for path, each in _uses(model, x)[0].items()}
 
 
-@functools.partial(jax.jit, static_argnames="names")
+@jax.jit
 def _one_kernels_rows(
-    model: Model, x: PyTree, place: jax.Array, names: tuple[str, ...]
+    model: Model, x: PyTree, wanted: dict[str, jax.Array]
 ) -> dict[Any, tuple[jax.Array, jax.Array]]:
-    """Computes rows for each shape that rows of some kernel have, and whether they are those of ``names[place]``."""
+    """Computes rows for each shape that rows of some kernel have, and whether they are those of the wanted kernel."""
     found: dict[Any, tuple[jax.Array, jax.Array]] = {}
-    uses_of = _uses(model, x)[0]
-    for i, uses in ((i, uses_of[name]) for i, name in enumerate(names) if name in uses_of):
+    for here, uses in ((wanted[path], uses) for path, uses in _uses(model, x)[0].items() if path in wanted):
         rows = functools.partial(_rows, uses)
         like = jax.eval_shape(rows)
         kind = like.shape, str(like.dtype)
         other, seen = found.get(kind, (jnp.zeros(like.shape, like.dtype), jnp.zeros((), bool)))
-        found[kind] = jax.lax.cond(place == i, rows, lambda other=other: other), seen | (place == i)
+        found[kind] = jax.lax.cond(here, rows, lambda other=other: other), seen | here
     return found
 
 
@@ -242,8 +241,7 @@ def rows_of_one(model: Model, x: PyTree, kernels: Mapping[str, Kernel], path: st
     Raises:
       ValueError: if the layer's inputs are not finite.
     """
-    names = tuple(kernels)
-    found = _one_kernels_rows(model, jax.tree.map(jnp.asarray, x), names.index(path), names)
+    found = _one_kernels_rows(model, jax.tree.map(jnp.asarray, x), {name: name == path for name in kernels})
     (rows,) = (rows for rows, wanted in found.values() if wanted)
     return _finite(path, rows)
 

@@ -284,7 +284,8 @@ def freeze(model: Model) -> Model:
         if not isinstance(leaf, _Learned):
             return leaf
         layer = _layer(leaf, model.state["start"][path_name(path)])
-        if not np.isfinite(np.asarray(layer.codes)).all() or not np.isfinite(np.asarray(layer.scale)).all():
+        traced = isinstance(layer.codes, jax.core.Tracer)
+        if not traced and not all(np.isfinite(np.asarray(x)).all() for x in (layer.codes, layer.scale)):
             raise ValueError(
                 f"model: the weights of {path_name(path)} are not finite: has the training diverged?"
             )

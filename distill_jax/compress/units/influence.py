@@ -114,9 +114,8 @@ def _angle(old: jax.Array, new: jax.Array) -> jax.Array:
     old, new = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (old, new))
     norms = jnp.linalg.norm(old, axis=-1), jnp.linalg.norm(new, axis=-1)
     product = norms[0] * norms[1]
-    cosine = jnp.where(
-        product > 0, (old * new).sum(-1) / jnp.where(product > 0, product, 1), norms[0] == norms[1]
-    )
+    none = product == 0  # not "> 0", which NaN is not either
+    cosine = jnp.where(none, norms[0] == norms[1], (old * new).sum(-1) / jnp.where(none, 1, product))
     return 1 - cosine.mean()
 
 
