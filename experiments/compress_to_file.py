@@ -73,8 +73,8 @@ DIGITS = Config(
     dataset="digits", original="mlp:256,256", original_epochs=60, tuning_epochs=60, batch_size=32, jitter=0
 )
 CONFIGS = {
-    "mnist": ("MNIST, 784-1200-1200-10: an hour on two cores", Config()),
-    "digits": ("scikit-learn's digits, which need no download: two minutes", DIGITS),
+    "mnist": ("MNIST, a network of 784-1200-1200-10", Config()),
+    "digits": ("scikit-learn's digits, which need no download", DIGITS),
 }
 
 

@@ -68,8 +68,8 @@ class Config(Options):
 
 
 CONFIGS = {
-    "mnist": ("ResNet-20 of half width on MNIST: hours on two cores", Config(dataset="mnist")),
-    "digits": ("ResNet-14 of a quarter width on scikit-learn's digits, which need no download: minutes", Config(
+    "mnist": ("ResNet-20 of half width on MNIST", Config(dataset="mnist")),
+    "digits": ("ResNet-14 of a quarter width on scikit-learn's digits, which need no download", Config(
         dataset="digits", original="resnet14:0.25", epochs=30, tuning_epochs=15, batch_size=32,
         shares=(0.75, 0.5), examples=256,
     )),

@@ -233,6 +233,7 @@ class Lesson:
             examples, online = self.examples(faces, known), None
             if recipe and temperature is not None:  # stored labels are of the undistorted pictures
                 online = self.found["teacher"].model
+                del examples["teacher"]
             self.done[key] = self.trainer(name, self.seed, network, examples, temperature, recipe, online)
         return self.done[key]
 

@@ -68,7 +68,7 @@ class Config(Options):
 
 DIGITS = Config(dataset="digits", original="mlp:64,64", epochs=60, batch_size=32)
 CONFIGS = {
-    "mnist": ("an MLP on MNIST: a few minutes on two cores", Config(dataset="mnist")),
+    "mnist": ("an MLP on MNIST", Config(dataset="mnist")),
     "digits": ("an MLP on scikit-learn's digits, which need no download: a minute", DIGITS),
     "digits_convnet": ("a ConvNet on scikit-learn's digits", replace(DIGITS, original="convnet:16,32")),
     "transformer": ("a transformer on scikit-learn's digits: heads and hidden units go", replace(

@@ -60,11 +60,8 @@ DIGITS = Config(
     learning_rate=1e-3, jitter=1, dropout=0.0,
 )  # fmt: skip
 CONFIGS = {
-    "mnist": ("an MLP on MNIST: ten minutes per seed on two cores", MNIST),
-    "mnist_convnet": (
-        "a convnet on MNIST: ten minutes per seed on two cores",
-        replace(MNIST, original_epochs=8, **CONVNET),
-    ),
+    "mnist": ("an MLP on MNIST", MNIST),
+    "mnist_convnet": ("a convnet on MNIST", replace(MNIST, original_epochs=8, **CONVNET)),
     "digits": ("an MLP on scikit-learn's digits, which need no download: seconds per seed", DIGITS),
     "digits_convnet": ("a convnet on scikit-learn's digits", replace(DIGITS, **CONVNET)),
 }

@@ -190,6 +190,10 @@ def test_a_search_resumes_after_the_last_trained_model(tmp_path, fails):
         jax.tree.map(np.testing.assert_array_equal, model.params, whole.models[name].params)
     before = 2 if fails[0] == "fine_tune" else 3  # what was trained is not trained again
     assert len(again.calls["fine_tune"]) == len(whole.trials) - before
+    # A search that is complete trains nothing, and validates the original alone
+    done = Work(network())
+    assert done.search(tmp_path).trials == whole.trials
+    assert (len(done.calls["fine_tune"]), len(done.calls["validate"])) == (0, 1)
     other = network()
     other = other.replace(params={**other.params, "b": other.params["b"] + 1})
     with pytest.raises(ValueError, match="holds another search, in which 'prune"):
