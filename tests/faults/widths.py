@@ -331,12 +331,11 @@ def experts(width, rng):
 
 @part
 def scattered_parameter(width, rng):
-    how = str(rng.choice(["set", "add", "multiply", "min"]))
-    return (
-        {"s": (2, width)},
-        lambda p, h: getattr(h.at[:, np.array([1, 4])], how)(jnp.cos(p["s"]) if rng.integers(2) else p["s"]),
-        width,
+    how, first = (
+        str(rng.choice(["set", "add", "multiply", "min"])),
+        jnp.cos if rng.integers(2) else jnp.asarray,
     )
+    return {"s": (2, width)}, lambda p, h: getattr(h.at[:, np.array([1, 4])], how)(first(p["s"])), width
 
 
 INTERLEAVED = [0, 3, 1, 4, 2, 5]
