@@ -23,7 +23,7 @@ from distill_jax.compress.units._trace.program import Program
 from distill_jax.compress.units._trace.work import whole_multiplications
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph, check_graph
-from distill_jax.compress.units.shallow import Left, ShallowFn, read
+from distill_jax.compress.units.shallow import RemainingArrays, ShallowFn, read
 
 
 class Block(NamedTuple):
@@ -81,9 +81,9 @@ def blocks(graph: UnitGraph) -> dict[str, Block]:
     whole = whole_multiplications(network.program)
     found = {}
     for name in network.branches:
-        left, small = network.without([name])
-        arrays = [i for i in range(len(names)) if left.lost(i)]
-        parameters = sum(left.lost(i) for i in arrays if i < network.count)
+        remaining, small = network.without([name])
+        arrays = [i for i in range(len(names)) if remaining.lost(i)]
+        parameters = sum(remaining.lost(i) for i in arrays if i < network.count)
         flops = 2 * (whole - whole_multiplications(small))
         found[name] = Block(name, tuple(names[i] for i in arrays), parameters, flops)
     return found
@@ -105,7 +105,7 @@ class Network:
         self.program, self.branches, _ = read(model.apply_fn, (model.params, model.state), graph.traced.x)
         self.used = used(self.program)
 
-    def without(self, names: Collection[str]) -> tuple[Left, Program]:
+    def without(self, names: Collection[str]) -> tuple[RemainingArrays, Program]:
         """Takes blocks out: what is left of the arrays, and the program of the rest."""
         branches = [self.branches[name] for name in names]
         small = take_out(self.program, branches, self.program.outputs)
@@ -115,7 +115,7 @@ class Network:
             for i in branch.inputs if branch.row is not None else ():
                 if i not in gone:
                     rows.setdefault(i, np.ones(branch.layers, bool))[branch.row] = False
-        return Left(self.whole, frozenset(gone), rows), small
+        return RemainingArrays(self.whole, frozenset(gone), rows), small
 
     def check(self, argument: str, names: Collection[str]) -> None:
         """Raises ``ValueError`` unless names are blocks."""
@@ -150,20 +150,20 @@ def drop_blocks(graph: UnitGraph, tree: PyTree, names: Sequence[str]) -> PyTree:
     check_sequence("names", names, "names of blocks")
     network = Network(graph)
     network.check("names", names)
-    left, _ = network.without({*names})
-    if names and left.gone.issuperset(range(network.count)):
+    remaining, _ = network.without({*names})
+    if names and remaining.gone.issuperset(range(network.count)):
         raise ValueError(f"names are all that the network has, no parameter would be left: got {[*names]}")
     place_of = {name: i for i, name in enumerate(graph.shapes)}
 
     def edit(leaf: Any, name: str) -> Any:
         i = place_of[name]
-        if i in left.rows:
-            return numpy_of(leaf).take(leaf, np.flatnonzero(left.rows[i]), axis=0)
-        return None if i in left.gone else leaf
+        if i in remaining.rows:
+            return numpy_of(leaf).take(leaf, np.flatnonzero(remaining.rows[i]), axis=0)
+        return None if i in remaining.gone else leaf
 
     def function(apply_fn: ApplyFn) -> ApplyFn:
         gone = {name: network.branches[name] for name in names}
-        return ShallowFn(apply_fn, graph, gone, left) if names else apply_fn
+        return ShallowFn(apply_fn, graph, gone, remaining) if names else apply_fn
 
     return map_leaves(graph, edit, tree, function)
 
@@ -209,10 +209,10 @@ def prune_blocks(
         check_finite(f"influence[{name!r}]", value)
 
     def cost(names: Collection[str]) -> int:
-        left, small = network.without(names)
+        remaining, small = network.without(names)
         if of == "flops":
             return whole_multiplications(small)
-        return network.parameters - sum(map(left.lost, range(network.count)))
+        return network.parameters - sum(map(remaining.lost, range(network.count)))
 
     whole = cost([])
     saved = {name: whole - cost([name]) for name in influence}

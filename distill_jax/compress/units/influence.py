@@ -12,8 +12,8 @@ from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model
 from distill_jax.compress.units._trace.branches import run, run_layers
 from distill_jax.compress.units._trace.program import Step, bind
 from distill_jax.compress.units.depth import Network
+from distill_jax.compress.units.edited_functions import Like
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.reading import Like
 from distill_jax.compress.units.shallow import Branches, Read, read
 from distill_jax.losses import kl
 

@@ -16,9 +16,17 @@ from distill_jax.compress.units._trace.again import difference
 from distill_jax.compress.units._trace.examples import examples_apart
 from distill_jax.compress.units._trace.fitting import Exact, Masks, MisfitError, fit
 from distill_jax.compress.units._trace.program import Program, flatten
+from distill_jax.compress.units.edited_functions import (
+    EditedFn,
+    Key,
+    Like,
+    any_key,
+    check_state,
+    place,
+    traced,
+)
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.masks import Kept, masks_of, position_masks, shapes_of
-from distill_jax.compress.units.reading import EditedFn, Key, Like, any_key, check_state, place, traced
 
 
 def function_for(graph: UnitGraph, apply_fn: ApplyFn, kept: Kept) -> ApplyFn:

@@ -19,12 +19,12 @@ from distill_jax.compress.units._trace.branches import (
     used,
 )
 from distill_jax.compress.units._trace.program import Program, Step, flatten
+from distill_jax.compress.units.edited_functions import EditedFn, Key, Like, check_state, place, traced
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.reading import EditedFn, Key, Like, check_state, place, traced
 from distill_jax.weights.structure import by_path
 
 
-class Left(NamedTuple):
+class RemainingArrays(NamedTuple):
     """What is left of a network's arrays without some blocks.
 
     Attributes:
@@ -113,25 +113,27 @@ class ShallowFn(EditedFn):
       apply_fn: the function of the whole network.
       graph: the whole network's units.
       blocks: the blocks that are gone.
-      left: what is left of the arrays.
+      remaining: what is left of the arrays.
     """
 
-    def __init__(self, apply_fn: ApplyFn, graph: UnitGraph, blocks: Branches, left: Left):
-        self.blocks, self.left = blocks, left
+    def __init__(self, apply_fn: ApplyFn, graph: UnitGraph, blocks: Branches, remaining: RemainingArrays):
+        self.blocks, self.remaining = blocks, remaining
         self.paths = [*graph.shapes]
         leaves, self.whole_structure = jax.tree.flatten(tuple(graph.names))
-        kept = [None if i in left.gone else leaf for i, leaf in enumerate(leaves)]
+        kept = [None if i in remaining.gone else leaf for i, leaf in enumerate(leaves)]
         structure = jax.tree.structure(jax.tree.unflatten(self.whole_structure, kept))
         call = "drop_blocks(graph, model, names)"
-        super().__init__(apply_fn, structure, left.shapes(), call, repr((sorted(blocks), left.whole)))
+        super().__init__(
+            apply_fn, structure, remaining.shapes(), call, repr((sorted(blocks), remaining.whole))
+        )
 
     def program(self, x: PyTree, key: Key, arrays: Sequence[Any]) -> Any:
         """Traces the whole network for such inputs and arrays, and takes the blocks out of its program."""
-        left, count = self.left, len(self.left.whole)
-        stays = [i for i in range(count) if i not in left.gone]
+        remaining, count = self.remaining, len(self.remaining.whole)
+        stays = [i for i in range(count) if i not in remaining.gone]
         # What is gone has the dtype that arrays of its dtype were cast to
-        dtypes = {left.whole[i].dtype: array.dtype for i, array in zip(stays, arrays, strict=True)}
-        whole = [Like(like.shape, dtypes.get(like.dtype, like.dtype)) for like in left.whole]
+        dtypes = {remaining.whole[i].dtype: array.dtype for i, array in zip(stays, arrays, strict=True)}
+        whole = [Like(like.shape, dtypes.get(like.dtype, like.dtype)) for like in remaining.whole]
         tree = jax.tree.unflatten(self.whole_structure, whole)
         program, found, results = read(self.apply_fn, tree, x, key, self.blocks)
         ends = program.outputs
@@ -140,13 +142,13 @@ class ShallowFn(EditedFn):
             check_state(new, tree[1])
             leaves, structure = jax.tree.flatten(new)
             first, last = count - len(leaves), len(ends) - len(leaves)
-            ends = [n for i, n in enumerate(ends) if i < last or first + i - last not in left.gone]
-            leaves = [None if first + i in left.gone else leaf for i, leaf in enumerate(leaves)]
+            ends = [n for i, n in enumerate(ends) if i < last or first + i - last not in remaining.gone]
+            leaves = [None if first + i in remaining.gone else leaf for i, leaf in enumerate(leaves)]
             results = outputs, jax.tree.unflatten(structure, leaves)
         branches = [found[name] for name in self.blocks]
         small, rows = take_out(program, branches, ends), rows_left(branches)
         loses = {i for branch in branches if branch.row is not None for i in branch.inputs}
-        if wrong := used(small) & (left.gone | (left.rows.keys() - loses)):
+        if wrong := used(small) & (remaining.gone | (remaining.rows.keys() - loses)):
             raise ValueError(
                 f"{place(x, key)}, the network uses {[self.paths[i] for i in sorted(wrong)]} outside of the blocks "
                 "that are gone, too: keep these blocks"

@@ -13,8 +13,8 @@ from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.roles import roles
 from distill_jax.compress.units._trace.rules import Tracer
 from distill_jax.compress.units._trace.unused import freeze_unused, label_inputs, tie_to_training
+from distill_jax.compress.units.edited_functions import traced
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, names_of
-from distill_jax.compress.units.reading import traced
 
 Key = tuple[Any, ...]
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from distill_jax._checks import check_key
 from distill_jax._model import Model, PyTree, check_inputs, check_model
+from distill_jax.compress.units.edited_functions import shapes_in
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.masks import Kept
-from distill_jax.compress.units.reading import shapes_in
 from distill_jax.compress.units.removal import keep, remove, silence
 
 

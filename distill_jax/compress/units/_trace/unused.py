@@ -8,7 +8,7 @@ import numpy as np
 from distill_jax._model import Model, PyTree
 from distill_jax.compress.units._trace.program import Program, flatten
 from distill_jax.compress.units._trace.rules import Tracer, fixed, value
-from distill_jax.compress.units.reading import any_key, shapes_in, traced
+from distill_jax.compress.units.edited_functions import any_key, shapes_in, traced
 
 
 def label_inputs(tracer: Tracer, program: Program, count: int) -> None:
