@@ -310,6 +310,22 @@ def test_a_network_without_blocks_is_a_model(shallow, tmp_path):
     close(loaded.apply(X, key=keys[0])[0], by_hand.apply(X, key=keys[0])[0], 1e-5)
 
 
+def test_networks_that_lost_other_layers_of_equal_shapes_share_no_program():
+    scales = np.array([1.0, 5.0, 25.0], "f4")
+
+    def scaled(p, x):
+        return jax.lax.scan(lambda x, each: (x + each[1] * jnp.tanh(x @ each[0]), None), x, (p["w"], scales))[
+            0
+        ]
+
+    model = from_function(scaled, {"w": np.stack([numbers(4, 4).astype("f4")] * 3)})
+    graph = units.trace(model, X)
+    run = jax.jit(lambda network: network(X))
+    for row, name in enumerate(units.blocks(graph)):
+        silent = {"w": np.where(np.arange(3)[:, None, None] == row, 0, model.params["w"])}
+        close(run(units.drop_blocks(graph, model, [name])), run(model.replace(params=silent)), 1e-5)
+
+
 def test_depth_then_width_and_width_then_depth(shallow):
     model, graph, small, by_hand = shallow
     kept = {"blocks.0.up": [0, 2, 5]}
