@@ -89,13 +89,15 @@ def test_what_still_counts_when_silenced_is_not_exact():
         assert ("reduce_sum" in padded) == bool(filling)
     assert "acosh of 0" in reason(lambda h, p: h * (h * jnp.arccosh(p["s"])).sum(), s=(5,))
     # Of two zeros the angle may be π
-    assert "reduce_sum" in reason(lambda h, p: h * jnp.arctan2(h, -h).sum(-1, keepdims=True))
+    assert "atan2 of 0" in reason(lambda h, p: h * jnp.arctan2(h, -h).sum(-1, keepdims=True))
     assert reason(lambda h, p: jnp.minimum(jax.nn.relu(h), 6) * (h @ h.T).sum()) == ""
 
 
 NORMS = {
     "weights": lambda p, x: jnp.tanh(x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0))) @ p["b"],
     "values": lambda p, x: (x @ p["a"] / jnp.sqrt(((x @ p["a"]) ** 2).sum(0))) @ p["b"],
+    "angle": lambda p, x: (
+        lambda h: h / jnp.sqrt((h * h).sum(0)))(jnp.arctan2(x @ p["a"], (x @ p["a"]) ** 2)) @ p["b"],
     "logarithm": lambda p, x: jnp.log(jnp.abs(x @ p["a"])) @ p["b"],
     "heads": lambda p, x: jnp.einsum("bhd,hdo->bo", *(
         lambda h: (h / jnp.linalg.norm(h, axis=-1, keepdims=True), p["c"]))(jnp.einsum("bi,ihd->bhd", x, p["q"]))),

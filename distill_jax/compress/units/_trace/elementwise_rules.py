@@ -16,7 +16,7 @@ ZERO_IF_ALL = (
 ZERO_IF_ANY = "mul and"
 ZERO_NEVER = (
     "exp exp2 cos cosh acos logistic erfc erf_inv eq ne lt le gt ge not is_finite "
-    "atan2 shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
+    "shift_left shift_right_logical shift_right_arithmetic population_count clz bessel_i0e"
 )
 # Operations that are not finite where an operand (the last) is 0: a silenced unit then spoils sums
 POLE = "log rsqrt lgamma digamma acosh"
@@ -92,6 +92,16 @@ def _zero_never(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value
 def _pole(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
     for units, zero in zip(operands[0].units, operands[0].zero, strict=True):
         tracer.labels.mark(units[:, zero], f"{step.name} of 0")
+    return _elementwise(tracer, step, operands, _never)
+
+
+@rule("atan2")
+def _angle(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
+    # The angle of (0, 0) is 0 or π, by the signs of the zeros, and 0 may be divided by
+    y, x = operands
+    for a, units in enumerate(y.units):
+        both = y.zero[a] & (x.zero[a] if x.shape else x.nil)
+        tracer.labels.mark(units[:, both], "atan2 of 0")
     return _elementwise(tracer, step, operands, _never)
 
 
