@@ -7,7 +7,7 @@ after fine-tuning on the labels, and after distillation from the original for as
 against operations and against measured time. The test set is used for the report only.
 
     python experiments/depth_and_width.py             # mnist where it can be had, else digits
-    python experiments/depth_and_width.py digits      # a small ResNet on scikit-learn's digits
+    python experiments/depth_and_width.py digits      # ResNet-20 on scikit-learn's digits
     python experiments/depth_and_width.py mnist       # ResNet-20 on MNIST
     python experiments/depth_and_width.py transformer # a vision transformer on digits
 """
@@ -69,9 +69,8 @@ class Config(Options):
 
 CONFIGS = {
     "mnist": ("ResNet-20 of half width on MNIST", Config(dataset="mnist")),
-    "digits": ("ResNet-14 of a quarter width on scikit-learn's digits, which need no download", Config(
-        dataset="digits", original="resnet14:0.25", epochs=30, tuning_epochs=15, batch_size=32,
-        shares=(0.75, 0.5), examples=256,
+    "digits": ("ResNet-20 of half width on scikit-learn's digits, which need no download", Config(
+        dataset="digits", epochs=30, tuning_epochs=15, batch_size=32, examples=256,
     )),
     "transformer": ("a vision transformer of six blocks on scikit-learn's digits", Config(
         dataset="digits", original="vit6-2:0.334", epochs=60, tuning_epochs=20, batch_size=32, examples=256,
@@ -170,6 +169,11 @@ def fit(
     return run.judge(done.model, done.history, done.seconds)
 
 
+def count_blocks(run: Run, model: models.Model) -> int:
+    """Counts the residual blocks that can be removed from a network."""
+    return len(units.blocks(units.trace(model, prepare(run.dataset.train.image[:1]))))
+
+
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, mnist_or_digits)
@@ -185,11 +189,11 @@ def main() -> int:
     for seed in range(config.seeds):
         original = fit(run, "original", seed, build(config, run.dataset, seed), first, 10_000 + seed)
         of = {"original": original}
+        blocks.setdefault("original", []).append(count_blocks(run, original.model))
         labels = run.store_labels(seed, original.model)
         for made, model in smaller(config, run, seed, original.model).items():
             of[made] = run.judge(model)
-            left = units.blocks(units.trace(model, prepare(run.dataset.train.image[:1])))
-            blocks.setdefault(made, []).append(len(left))
+            blocks.setdefault(made, []).append(count_blocks(run, model))
             for tuning, how in tunings.items():
                 more = {"teacher": labels} if tuning == "distilled" else {}
                 of[f"{made}, {tuning}"] = fit(
@@ -201,9 +205,7 @@ def main() -> int:
     for name, entry in found["models"].items():
         entry["share of FLOPs"] = entry["flops"] / whole["flops"]
         entry["share of time"] = entry["latency_ms"]["256"] / whole["latency_ms"]["256"]
-        made = ", ".join(name.split(", ")[:2])
-        if made in blocks:
-            entry["blocks"] = float(np.mean(blocks[made]))
+        entry["blocks"] = float(np.mean(blocks[", ".join(name.split(", ")[:2])]))
     run.finish(found, draw(config, run, found), headline=headline(config, found), columns=COLUMNS)
     lost = [
         np.mean(whole["test"]["accuracy"]) - np.mean(entry["test"]["accuracy"])
