@@ -12,6 +12,7 @@ from harness.experiment import (
     mnist_or_digits,
     plain,
     prepare,
+    rise_and_fall,
     shifted_views,
 )
 from harness.options import Amount, Count, Dropout, Options, Positive, RunOptions, Share, Whole, read
@@ -20,5 +21,5 @@ from harness.runs import run_main
 __all__ = [
     "Amount", "Count", "Dropout", "Options", "Positive", "Run", "RunOptions", "Share", "Trained", "Whole", "adam",
     "arrays", "config_of_data", "jittered", "labelled", "load", "mnist_or_digits", "plain", "prepare",
-    "read", "run_main", "shifted_views",
+    "read", "rise_and_fall", "run_main", "shifted_views",
 ]  # fmt: skip

@@ -61,10 +61,10 @@ def labelled(transform: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
     return lambda teacher, batch, key: teachers.label(teacher, transform(None, batch, key))
 
 
-def adam(
+def rise_and_fall(
     learning_rate: float, epochs: int, steps: int, *, warmup: int | None = None
-) -> optax.GradientTransformation:
-    """Makes Adam with a learning rate that rises over the first epoch and then falls as a cosine to 0.
+) -> optax.Schedule:
+    """Makes a learning rate that rises over the first epoch and then falls as a cosine to 0.
 
     Args:
       learning_rate: the highest learning rate.
@@ -73,10 +73,16 @@ def adam(
       warmup: the number of steps over which the rate rises (default: those of an epoch).
     """
     warmup, total = (steps, max(epochs, 2) * steps) if warmup is None else (warmup, epochs * steps)
-    schedule = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps=min(warmup, total - 1), decay_steps=total
     )
-    return optax.adam(schedule)
+
+
+def adam(
+    learning_rate: float, epochs: int, steps: int, *, warmup: int | None = None
+) -> optax.GradientTransformation:
+    """Makes Adam with the learning rate of :func:`rise_and_fall`."""
+    return optax.adam(rise_and_fall(learning_rate, epochs, steps, warmup=warmup))
 
 
 class Trained(NamedTuple):
