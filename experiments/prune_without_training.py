@@ -200,7 +200,7 @@ def prune(config: Config, run: Run, seed: int, original: models.Model) -> dict[s
 def merge(
     graph: units.UnitGraph, model: models.Model, x: jax.Array, kept: Mapping[str, list[int]]
 ) -> tuple[models.Model, dict[str, list[int]]]:
-    """Merges units that are alike; groups that cannot be merged, such as heads, are pruned."""
+    """Merges units that are alike; groups that cannot be merged are pruned."""
     values, stays = units.activations(graph, model, x), dict(kept)
     for name, indices in kept.items():
         try:
