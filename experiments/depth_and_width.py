@@ -200,6 +200,8 @@ def main() -> int:
                     run, f"{made}, {tuning}", seed, model, how, 20_000 + seed, **more
                 )
         trained.append(of)
+        # The programs of one seed's networks serve no other seed; a process cannot hold those of all seeds
+        jax.clear_caches()
     found = run.evaluate(trained, run.test_logits(trained), reference="original")
     whole = found["models"]["original"]
     for name, entry in found["models"].items():
