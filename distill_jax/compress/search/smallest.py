@@ -1,17 +1,12 @@
-"""Searches for the smallest network within a budget of loss: edit, train, validate, adjust.
-
-:func:`smallest_model` does so with functions that make a model smaller, train it and validate it.
-:func:`find_smallest` decides what is tried next, and leaves all else to the caller (:data:`Attempt`).
-"""
+"""The smallest network within a budget of loss."""
 
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distill_jax._checks import (
@@ -23,11 +18,8 @@ from distill_jax._checks import (
     check_real,
     check_sequence,
 )
-from distill_jax._model import Model, PyTree, check_model
-from distill_jax.teachers import fingerprint
-from distill_jax.train.checkpoints import Checkpoints
-
-ORIGINAL = "original"
+from distill_jax._model import Model, check_model
+from distill_jax.compress.search._kept import ORIGINAL, Kept, number, trained
 
 
 class Edit(NamedTuple):
@@ -257,8 +249,7 @@ def smallest_model(
       ValueError: in the cases of :func:`find_smallest`; if a function does not return what is said above; if the
         directory holds a search of other networks; if the name of an operator cannot be that of a folder.
 
-    >>> import jax.numpy as jnp
-    >>> from distill_jax import models
+    >>>     >>> from distill_jax import models
     >>> model = models.from_function(lambda p, x: x @ p, jnp.arange(4.0))
     >>> def first(model, share):
     ...     return model.replace(params=model.params[-round(share * model.params.size) :])
@@ -285,45 +276,7 @@ def smallest_model(
     made, share_of = {ORIGINAL: model}, {ORIGINAL: 1.0}
 
     def figures(name: str, of: Model) -> tuple[float, float]:
-        values = {"validate": validate(of), "size": size(of)}
-        for function, value in values.items():
-            check_real(f"what {function} returns for {name!r}", value)
-            if np.size(value) != 1:
-                raise ValueError(
-                    f"{function} must return one number, got {np.shape(value)} numbers for {name!r}"
-                )
-        return float(values["validate"]), float(values["size"])
-
-    def tune(small: Model) -> Model:
-        tuned = fine_tune(small)
-        check_model("what fine_tune returns", tuned)
-        if _shapes(tuned) != _shapes(small):
-            raise ValueError(
-                "fine_tune must return a model with arrays of the shapes and dtypes that it was given"
-            )
-        return small.replace(params=tuned.params, state=tuned.state)
-
-    def resumed(name: str, small: Model) -> tuple[Model, tuple[float, float]]:
-        assert directory is not None
-        source = fingerprint((small.params, small.state))
-        with Checkpoints(Path(directory) / name, keep=1) as checkpoints:
-            stored = checkpoints.restore((small.params, small.state))
-            if stored is None:
-                tuned, info = tune(small), dict[str, Any](source=source)
-                checkpoints.save(1, (tuned.params, tuned.state), info)
-            else:
-                (params, state), info = jax.tree.map(jnp.asarray, stored[0]), stored[1]
-                tuned = small.replace(params=params, state=state)
-            if info["source"] != source:
-                raise ValueError(
-                    f"directory: {directory} holds another search, in which {name!r} was another network: give "
-                    "another directory"
-                )
-            if "figures" not in info:
-                info["figures"] = figures(name, tuned)
-                checkpoints.save(2, (tuned.params, tuned.state), info)
-        loss, size = info["figures"]
-        return tuned, (loss, size)
+        return number("validate", validate(of), name), number("size", size(of), name)
 
     def attempt(edit: Edit) -> tuple[float, float]:
         name, start = edit.name, edit.start
@@ -331,23 +284,20 @@ def smallest_model(
         if small is None:
             return np.inf, np.inf
         check_model(f"what operators[{edit.operator!r}] returns", small)
-        if directory is None:
-            made[name] = tune(small)
-            found = figures(name, made[name])
-        else:
-            made[name], found = resumed(name, small)
-        share_of[name] = edit.share
-        return found
+        kept = Kept(None if directory is None else Path(directory), name, small)
+        if not kept.info:
+            kept.add(trained("fine_tune", fine_tune, small), trained=True)
+        if "figures" not in kept.info:
+            kept.add(kept.model, figures=figures(name, kept.model))
+        made[name], share_of[name] = kept.model, edit.share
+        loss, extent = kept.info["figures"]
+        return loss, extent
 
     done = find_smallest(
         attempt, figures(ORIGINAL, model), operators=[*operators], shares=shares, budget=budget,
         iterative=iterative, refinements=refinements,
     )  # fmt: skip
     return Smallest(made[done.chosen], done.chosen, done.trials, made)
-
-
-def _shapes(model: Model) -> PyTree:
-    return jax.tree.map(lambda x: (np.shape(x), jnp.result_type(x)), (model.params, model.state))
 
 
 def _check_budget(original: tuple[float, float], budget: float) -> None:

@@ -1,0 +1,246 @@
+"""The search for the best file: what is measured, trained, kept, chosen and refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import export, models
+from distill_jax.compress import search
+
+X = np.ones((4, 6), np.float32)
+WIDTHS = (12, 8, 4, 2)
+
+
+def network(scale=1.0):
+    params = {"a": scale * jnp.ones((6, 16)), "b": jnp.ones((16, 2))}
+    return models.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+
+
+def width(model):
+    return model.params["a"].shape[1]
+
+
+class Work:
+    """Functions for a search that note their calls; ``dies`` says at which call of which one the machine dies."""
+
+    def __init__(self, dies=("", 0), scale=1.0):
+        self.original, self.dies, self.calls = network(scale), dies, []
+
+    def note(self, name, *facts):
+        self.calls.append((name, *facts))
+        if self.dies == (name, sum(call[0] == name for call in self.calls)):
+            raise RuntimeError("the machine died")
+
+    def make(self, model, settings):
+        count = settings["width"]
+        return model.replace(params={"a": model.params["a"][:, :count], "b": model.params["b"][:count]})
+
+    def tune(self, model, settings, epochs):
+        self.note("tune", settings["width"], epochs)
+        return model.replace(params=jax.tree.map(lambda leaf: leaf + 0.001 * epochs, model.params))
+
+    def quality(self, model):
+        self.note("quality", width(model))
+        return width(model) + float(model.params["b"][0, 0])  # wider is better, and so is longer training
+
+    def write(self, path, model, x):
+        self.note("write", width(model))
+        path.write_bytes(bytes(100 * width(model)))
+
+    def search(self, directory, **options):
+        given = {
+            "candidates": [{"width": w} for w in WIDTHS], "epochs": (1, 2), "make": self.make, "tune": self.tune,
+            "quality": self.quality, "write": self.write, "directory": directory,
+        } | options  # fmt: skip
+        return search.best_file(self.original, x=X, **given)
+
+    def widths(self, name):
+        return [call[1] for call in self.calls if call[0] == name]
+
+
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch):
+    """Files are not loaded: their time is that of their size, but for those of width 2, which are slow."""
+
+    def latency(path, x, *, threads, seconds):
+        size = path.stat().st_size
+        return {"bytes": size, "latency_ms": 9.0 if size == 200 else size / 100, "batch": len(x)}
+
+    monkeypatch.setattr(export, "latency", latency)
+
+
+def test_what_is_over_a_budget_is_not_trained_and_the_better_half_goes_on(tmp_path):
+    work = Work()
+    found = work.search(tmp_path, most_bytes=800, aim="quality")
+    # Measured: all; trained: 8, 4, 2, then the better half of them; written: the original and the two of the last round
+    assert work.widths("write") == [16, *WIDTHS, 8, 4]
+    assert [call[1:] for call in work.calls if call[0] == "tune"] == [(8, 1), (4, 1), (2, 1), (8, 2), (4, 2)]
+    assert found.chosen.name == "width=8"
+    assert found.chosen.path == tmp_path / "width=8.model"
+    assert found.chosen.path.stat().st_size == found.chosen.bytes == 800
+    assert found.chosen.quality == pytest.approx(9.003)
+    assert found.chosen.epochs == 3
+    np.testing.assert_allclose(found.chosen.model.params["b"], 1.003)
+    assert found.chosen.measured["batch"] == 1
+    assert {name: each.epochs for name, each in found.candidates.items()} == {
+        "original": 0, "width=12": 0, "width=8": 3, "width=4": 3, "width=2": 1,
+    }  # fmt: skip
+    assert found.candidates["width=12"].quality == -np.inf
+    assert [path.name for path in sorted(tmp_path.glob("*.model"))] == [
+        "original.model", "width=4.model", "width=8.model"
+    ]  # fmt: skip
+
+
+def test_each_aim_chooses_its_own(tmp_path):
+    options = {"least_quality": 3.0, "keep": 1.0}
+    for aim, name in {"latency": "width=4", "bytes": "width=2", "quality": "width=12"}.items():
+        found = Work().search(
+            tmp_path / aim, aim=aim, **options, **({"most_ms": 15} if aim == "quality" else {})
+        )
+        assert found.chosen.name == name
+    # The file of width 2 is smaller than that of width 4, and slower; each other pays for its quality
+    assert [each.name for each in found.front] == ["width=2", "width=4", "width=8", "width=12", "original"]
+    # Where quality goes before the cost, the small ones that are not good enough go out
+    work = Work()
+    assert work.search(tmp_path / "few", aim="bytes", least_quality=8.5).chosen.name == "width=8"
+    assert work.widths("tune")[4:] == [8, 12]
+
+
+def test_the_front_leaves_out_what_another_file_surpasses(tmp_path):
+    work = Work()
+    found = work.search(
+        tmp_path, aim="bytes", least_quality=0.0, keep=1.0, quality=lambda m: 5 - width(m) % 8
+    )
+    assert found.candidates["width=12"].quality == 1  # fewer than width 8, which is smaller
+    assert [each.name for each in found.front] == ["width=2", "width=4", "width=8"]
+
+
+@pytest.mark.parametrize("dies", [("write", 3), ("tune", 2), ("quality", 4), ("tune", 6), ("write", 7)])
+def test_a_search_continues_where_it_died(tmp_path, dies):
+    options = {"aim": "latency", "least_quality": 5.0}
+    whole = Work()
+    expected = whole.search(tmp_path / "whole", **options)
+    work = Work(dies)
+    with pytest.raises(RuntimeError, match="died"):
+        work.search(tmp_path / "again", **options)
+    again = Work()
+    found = again.search(tmp_path / "again", **options)
+    assert found.chosen[:5] == expected.chosen[:5]
+    np.testing.assert_array_equal(found.chosen.model.params["a"], expected.chosen.model.params["a"])
+    # No call is made twice, but for the one at which the machine died
+    assert len(work.calls) + len(again.calls) == len(whole.calls) + 1
+    done = Work()
+    assert done.search(tmp_path / "again", **options).chosen[:5] == expected.chosen[:5]
+    assert done.calls == []
+
+
+def test_other_budgets_use_what_is_there(tmp_path):
+    Work().search(tmp_path, most_bytes=400)
+    work = Work()
+    found = work.search(tmp_path, most_bytes=800)
+    assert found.chosen.name == "width=8"
+    assert work.widths("tune") == [8, 8]  # 4 and 2 were trained before
+    fresh = Work().search(tmp_path / "fresh", most_bytes=800)
+    assert {n: c[:6] for n, c in found.candidates.items()} == {n: c[:6] for n, c in fresh.candidates.items()}
+    found.chosen.path.unlink()
+    assert Work().search(tmp_path, most_bytes=800).chosen.path.exists()
+
+
+def test_a_network_is_finished_before_it_is_validated_and_written(tmp_path):
+    def finish(model, settings):
+        return model.replace(params=jax.tree.map(lambda leaf: -leaf, model.params))
+
+    found = Work().search(tmp_path, most_bytes=800, finish=finish)
+    assert found.chosen.quality == pytest.approx(8 - 1.003)
+    np.testing.assert_allclose(found.chosen.model.params["b"], -1.003)
+    assert found.candidates["original"].quality == 17
+
+
+def test_what_cannot_be_made_is_left_out_and_what_diverges_is_last(tmp_path):
+    work = Work()
+
+    def make(model, settings):
+        return None if settings["width"] == 12 else work.make(model, settings)
+
+    def quality(model):
+        return np.nan if width(model) == 8 else width(model)
+
+    found = work.search(tmp_path, most_bytes=800, make=make, quality=quality)
+    assert "width=12" not in found.candidates
+    assert found.candidates["width=8"].quality == -np.inf
+    assert found.chosen.name == "width=4"
+
+
+def test_a_budget_that_no_file_keeps_is_refused_with_the_nearest(tmp_path):
+    work = Work()
+    message = "^most_bytes, most_ms: no file is within 1,000 bytes and 0.5 ms; that of 'width=4' has 400 bytes and 4 ms"
+    with pytest.raises(ValueError, match=message):
+        work.search(tmp_path, most_bytes=1000, most_ms=0.5)
+    assert work.widths("tune") == []
+    message = (
+        r"^least_quality: no trained file within the budgets reaches 20; that of 'width=8' .* reaches 9.003"
+    )
+    with pytest.raises(ValueError, match=message):
+        work.search(tmp_path, most_bytes=800, least_quality=20)
+
+
+def test_a_model_that_no_file_can_hold_is_refused_before_training(tmp_path):
+    def random(params, state, x, *, key=None):
+        return x + jax.random.normal(jax.random.key(0), x.shape), state
+
+    def counting(params, state, x, *, key=None):
+        return x, {"calls": state["calls"] + 1}
+
+    for apply_fn, words in {random: "draws random numbers", counting: "changes the state"}.items():
+        work = Work()
+        work.original = models.Model(apply_fn, {}, {"calls": jnp.zeros(())})
+        with pytest.raises(ValueError, match=f"'original': model: its evaluation {words}"):
+            work.search(tmp_path / words, most_bytes=800, write=functools.partial(export.stablehlo))
+        assert work.calls == []
+
+
+def test_another_search_in_the_directory_is_refused(tmp_path):
+    Work().search(tmp_path, most_bytes=800)
+    for options, message in (
+        ({"epochs": (2, 2)}, "with 1 epochs in round 1, not 2"),
+        ({"make": lambda model, settings: network()}, "in which 'width=12' was another network"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Work().search(tmp_path, most_bytes=800, **options)
+    with pytest.raises(ValueError, match="in which 'original' was another network"):
+        Work(scale=2.0).search(tmp_path, most_bytes=800)
+
+
+def test_malformed_calls(tmp_path):
+    for options, message in (
+        ({"candidates": []}, "at least one"),
+        ({"candidates": {"width": 2}}, "candidates must be a list"),
+        ({"candidates": [{"width": 2}, {"width": 2}]}, "settings of its own"),
+        ({"candidates": [{"a/b": 2}]}, "settings of its own"),
+        ({"candidates": [2]}, "each of candidates must be a dict"),
+        ({"epochs": ()}, "got none"),
+        ({"epochs": (0,)}, "epochs must be an integer"),
+        ({"keep": 0}, "keep must lie in"),
+        ({"batch": 5}, "batch must be finite and at most 4"),
+        ({"suffix": "onnx"}, "suffix must be"),
+        ({"aim": "size"}, "aim must be one of"),
+        ({"aim": "bytes"}, "'bytes' needs least_quality"),
+        ({"most_bytes": None}, "'quality' needs most_bytes or most_ms"),
+        ({"most_ms": 0}, "most_ms must be positive"),
+        ({"least_quality": np.nan}, "least_quality must be finite"),
+        ({"make": lambda model: model}, "make must be a function"),
+        ({"finish": lambda model: model}, "finish must be a function"),
+        (
+            {"make": lambda model, settings: model.params},
+            "what make returns for 'width=12' must be a models.Model",
+        ),
+        ({"tune": lambda model, settings, epochs: network()}, "tune must return a model with arrays"),
+        ({"quality": lambda model: model(X)}, "quality must return one number"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            Work().search(tmp_path / json.dumps(message), **{"most_bytes": 800} | options)
+        assert len(str(caught.value).splitlines()) == 1
