@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from distill_jax import models
+from distill_jax import export, models
 
 EXPERIMENT = compress_to_file
 SMALL = [
-    *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--tuning-epochs", "1"),
-    *("--shares", "0.5", "--seconds", "0.05", "--points", "100", "--save-seconds", "0"),
-]
+    *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--rounds", "1", "1"),
+    *("--widths", "0.5", "0.25", "--most-lost", "100", "--save-seconds", "0", "--runtime", "stablehlo"),
+]  # fmt: skip
 
 
 def small_network(shape, classes, key):
@@ -21,31 +21,55 @@ def small_network(shape, classes, key):
     return models.build("mlp:12", shape, classes, key)
 
 
-def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run):
+def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
+    calls = []
+
+    def latency(path, x, *, threads, seconds):
+        """Starts no process: the time of a file is that of its bytes."""
+        calls.append(path.name)
+        size = path.stat().st_size
+        about = {"quartiles_ms": [1, 2], "runtime": "none", "machine": "none", "threads": threads}
+        return {"bytes": size, "latency_ms": size / 1e4, "batch": len(x), **about}
+
+    monkeypatch.setattr(export, "latency", latency)
     out = tmp_path / "run"
-    status, printed, _ = run("--out", out, "--original", "test_compress_to_file:small_network")
-    assert status == 0
+    status, printed, error = run("--out", out, "--original", "test_compress_to_file:small_network")
+    assert status == 0, error
     found = json.loads((out / "results.json").read_text())
-    assert list(found["models"]) == ["original", "pruned to 0.5"]
-    small = found["models"]["pruned to 0.5"]
-    assert small["parameters"] == 64 * 6 + 6 + 6 * 10 + 10
-    latencies = {name: each["files"][0]["latency_ms"] for name, each in found["models"].items()}
-    assert found["chosen"] == min(latencies, key=latencies.get)  # all may be chosen, with 100 points to lose
-    assert f"Chosen: {found['chosen']}." in printed
-    model = models.load(out / small["files"][0]["file"])
+    (seed,) = found["seeds"]
+    candidates = {each["name"]: each for each in seed["candidates"]}
+    assert [*candidates] == [
+        "original", "width=0.5,bits=32", "width=0.5,bits=8", "width=0.25,bits=32", "width=0.25,bits=8"
+    ]  # fmt: skip
+    smallest = min(candidates, key=lambda name: candidates[name]["bytes"])
+    assert seed["chosen"] == smallest  # all may be chosen, with 100 points to lose
+    assert sorted(each["epochs"] for each in candidates.values()) == [0, 1, 1, 2, 2]
+    assert calls[-4:] == 2 * ["original.model", f"{smallest}.model"]
+    assert seed["smaller"] == seed["original"]["bytes"] / candidates[smallest]["bytes"]
+    assert f"{smallest} | " in printed
+    path = out / seed["file"]
+    model = models.load(path)
     digits = load_digits()
     wrong = (np.argmax(model(digits.images[..., None].astype(np.float32) / 16), -1) != digits.target).mean()
-    assert wrong == pytest.approx(1 - small["test"]["accuracy"][0], abs=0.1)
-    (card,) = (out / "seed0").glob("*.md")
-    assert found["models"][found["chosen"]]["files"][0]["file"] == f"seed0/{card.name.removesuffix('.md')}"
-    assert "test examples of digits" in card.read_text()
+    accuracy = found["models"]["chosen"]["test"]["accuracy"][0]
+    assert wrong == pytest.approx(1 - accuracy, abs=0.1)
+    before = found["models"]["original"]["test"]["accuracy"][0]
+    assert seed["points lost"] == pytest.approx(100 * (before - accuracy))
+    assert "test examples of digits" in path.with_name(f"{path.name}.md").read_text()
+    assert (out / "front.png").exists()
+    del calls[:]
+    assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
+    assert len(calls) == 4  # what was found is not measured again, but for the end
 
 
 OPTIONS = {
-    "shares that rise": ("--shares 0.5 0.75", "--shares must fall and lie between 0 and 1"),
     "no such module": ("--original nowhere:network", "--original nowhere:network cannot be imported"),
     "no model": ("--original test_compress_to_file:len", "cannot be imported"),
     "a batch that is too large": ("--batch 5000", "number of training examples, 1081, got 5000"),
+    "a width of 0": ("--widths 0.5 0", "--widths must be shares above 0"),
+    "other bits": ("--bits 4", "--bits must be from 8, 32"),
+    "an aim without a budget": ("--aim quality", "--aim must be bytes or latency without --most-bytes"),
+    "no blocks": ("--depths 1 0.5", "--depths must be 1 for a network without residual blocks"),
 }
 
 

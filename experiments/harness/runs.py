@@ -36,6 +36,7 @@ WRITTEN = re.compile(
     | (seed\d+|all_seeds)/([^/]+/)?[^/]+\.jsonl
     | tensorboard/([^/]+/)+events\.out\.tfevents\.[^/]+
     | profile/plugins/profile/[^/]+/(perfetto_trace\.json\.gz|[^/]+\.(trace\.json\.gz|xplane\.pb))
+    | seed\d+/files/(\.lock|[^/]+\.(model|onnx)(\.md)?|\.[^/]+\.tmp)
     | seed\d+/(labels|views)/([^/]+/)?(\.lock|store\.json|(ids|head|\d+)\.bin|\.[^/]+\.tmp)
     | (seed\d+|all_seeds|width\d+)/([^/]+/){1,2}\d+(\.damaged-\w+|\.orbax-checkpoint-tmp[^/]*)?/
       ((json|tree)(\.orbax-checkpoint-tmp[^/]*)?/|d/|ocdbt\.process_\d+/|array_metadatas/)*

@@ -209,8 +209,9 @@ def best_file(
         "tune": (tune, "model, settings, epochs"),
         "quality": (quality, "model"),
         "write": (write, "path, model, x"),
-        "finish": (finish or make, "model, settings"),
     }
+    if finish is not None:
+        functions["finish"] = (finish, "model, settings")
     for name, (function, arguments) in functions.items():
         check_function(name, function, arguments)
     named = _named(candidates)

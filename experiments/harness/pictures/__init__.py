@@ -16,6 +16,7 @@ from harness.pictures.comparisons import (
     heat_map,
     tradeoffs,
 )
+from harness.pictures.fronts import front
 from harness.pictures.insides import reconstructions
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "comparison",
     "confusion",
     "curves",
+    "front",
     "gallery",
     "heat_map",
     "hesitation",

@@ -93,7 +93,7 @@ def curves(
     lowest, highest = (f([f(values) for values in series.values()]) for f in (np.min, np.max))
     if lowest > 0 and highest > 20 * lowest:
         axes.set_yscale("log")
-        _log_ticks(axes.yaxis, *axes.get_ylim())
+        log_axis(axes.yaxis, *axes.get_ylim())
     if log_x:
         axes.set_xscale("log")
         axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -140,7 +140,7 @@ def tradeoffs(
                               markersize=3, elinewidth=0.6, **looks[name])  # fmt: skip
             axes.plot(reference[1][cost], reference[0][figure], "x", color="black", label="original")
             axes.set_xscale("log")
-            _log_ticks(axes.xaxis, *axes.get_xlim())
+            log_axis(axes.xaxis, *axes.get_xlim())
             axes.grid(axis="y")
         row[0].yaxis.set_major_locator(ticker.MaxNLocator(5, min_n_ticks=3))
         row[0].set_ylabel(f"{figure}, %")
@@ -186,7 +186,7 @@ def by_bytes(
         for name, level in levels.items():
             axes.axhline(level[label], label=name, **looks[name])
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, *axes.get_xlim())
+        log_axis(axes.xaxis, *axes.get_xlim())
         axes.set(xlabel="bytes per label", ylabel=label)
         axes.grid(axis="y")
     picture.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
@@ -238,14 +238,14 @@ def against(
     for name, level in levels.items():
         axes.axhline(level, label=name, zorder=0, **looks[name])
     axes.set_xscale("log")
-    _log_ticks(axes.xaxis, *axes.get_xlim())
+    log_axis(axes.xaxis, *axes.get_xlim())
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(axis="y")
     picture.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     save(path, picture)
 
 
-def _log_ticks(axis: Any, low: float, high: float) -> None:
+def log_axis(axis: Any, low: float, high: float) -> None:
     """Gives a logarithmic axis from ``low`` to ``high`` at least three ticks, and keeps its limits."""
     marks = [mark for mark in log_ticks(low, high) if low <= mark <= high]
     axis.set_ticks(marks)
