@@ -19,11 +19,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optax
 from compress_to_file_report import COLUMNS, described, draw, headline, lost, notes, write_card
@@ -129,36 +129,17 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need("depths", bool(shallow), "be 1 for a network without residual blocks")
 
 
-Recipe = Callable[[int], tuple[optax.GradientTransformation, Any]]  # number of epochs → optimizer and epoch
-
-
-def make_recipe(config: Config, run: Run) -> Recipe:
-    """Makes what trains candidates, on the labels of the data and of the original."""
-
-    @functools.cache
-    def recipe(epochs: int) -> tuple[optax.GradientTransformation, Any]:
-        tx = adam(config.learning_rate, epochs, len(run.dataset.train.label) // config.batch_size)
-        step = train.make_train_step(train.distill(temperature=config.temperature, alpha=config.alpha), tx)
-        return tx, train.make_epoch(
-            step, transform=labelled(jittered(config.jitter)) if config.jitter else plain
-        )
-
-    return recipe
-
-
 class Tools:
-    """What makes, trains, finishes and judges the candidates of one seed.
+    """What makes, trains, finishes and judges the candidates of one seed."""
 
-    Attributes:
-      recipe: number of epochs → how to train for so many; made once, so that networks of the same shapes are compiled
-        once.
-    """
-
-    def __init__(self, config: Config, run: Run, recipe: Recipe, seed: int, original: models.Model):
-        self.config, self.run, self.recipe, self.seed, self.original = config, run, recipe, seed, original
+    def __init__(self, config: Config, run: Run, seed: int, original: models.Model):
+        self.config, self.run, self.seed, self.original = config, run, seed, original
         rows = np.random.default_rng(seed).permutation(len(run.dataset.train.label))[: config.examples]
         self.x = prepare(run.dataset.train.image[rows])
         self.made = functools.cache(self._make)  # bits make no difference before the end
+        self.recipe = functools.cache(
+            self._recipe
+        )  # made once, so that networks of the same shapes are compiled once
         self.data, self.context = arrays(run.dataset.train), original if config.jitter else None
         if not config.jitter:  # the original sees the same images in each epoch
             self.data["teacher"] = run.store_labels(seed, original)
@@ -183,6 +164,15 @@ class Tools:
         exact = {name for name, group in graph.groups.items() if group.free and group.exact_shrunk}
         scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
         return units.keep(graph, model, units.prune(graph, scores, width, across="group"))
+
+    def _recipe(self, epochs: int) -> tuple[optax.GradientTransformation, Any]:
+        """Makes the optimizer and the epoch of a training on the labels of the data and of the original."""
+        config = self.config
+        tx = adam(config.learning_rate, epochs, len(self.data["label"]) // config.batch_size)
+        step = train.make_train_step(train.distill(temperature=config.temperature, alpha=config.alpha), tx)
+        return tx, train.make_epoch(
+            step, transform=labelled(jittered(config.jitter)) if config.jitter else plain
+        )
 
     def tune(self, model: models.Model, settings: search.Settings, epochs: int) -> models.Model:
         """Trains for so many epochs; what is trained already, with other bits, is taken from the run."""
@@ -224,12 +214,10 @@ def settings_of(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def compress(
-    config: Config, run: Run, recipe: Recipe, seed: int
-) -> tuple[dict[str, Trained], dict[str, Any]]:
+def compress(config: Config, run: Run, seed: int) -> tuple[dict[str, Trained], dict[str, Any]]:
     """Trains an original, finds the best file, and measures both again: the networks, and what the files measure."""
     original = train_original(run, seed)
-    tools = Tools(config, run, recipe, seed, original.model)
+    tools = Tools(config, run, seed, original.model)
     facts: dict[str, Any] = {
         "labels": [str(name) for name in run.dataset.class_names],
         "preprocessing": "grey values or colours as numbers from 0 to 1",
@@ -263,9 +251,12 @@ def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, lambda given: {"mnist": "mlp"}.get(n := mnist_or_digits(given), n))
     run = Run.start("compress_to_file", name, config, check)
-    recipe = make_recipe(config, run)
-    done = [compress(config, run, recipe, seed) for seed in range(config.seeds)]
-    trained, files = map(list, zip(*done, strict=True))
+    trained, files = [], []
+    for seed in range(config.seeds):
+        networks, measured = compress(config, run, seed)
+        trained.append(networks)
+        files.append(measured)
+        jax.clear_caches()  # the programs of one seed serve no other one, and a process cannot hold those of many
     found: Any = run.evaluate(trained, run.test_logits(trained), reference="original")
     for network, entry in found["models"].items():
         entry["files"] = [file["original" if network == "original" else "small"] for file in files]

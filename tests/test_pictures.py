@@ -214,7 +214,7 @@ def test_tradeoffs(tmp_path, seeds):
 def test_a_logarithmic_axis_has_three_ticks(low, high):
     axes = comparisons.Figure().subplots()
     axes.set(xscale="log", xlim=(low, high))
-    comparisons._log_ticks(axes.xaxis, low, high)
+    comparisons.log_axis(axes.xaxis, low, high)
     ticks = axes.get_xticks()
     assert len(ticks) >= 3
     assert ((ticks >= low) & (ticks <= high)).all()
