@@ -1,7 +1,6 @@
 """The search for the best file: what is measured, trained, kept, chosen and refused."""
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -217,25 +216,8 @@ def test_another_search_in_the_directory_is_refused(tmp_path):
         Work(scale=2.0).search(tmp_path, most_bytes=800)
 
 
-def test_malformed_calls(tmp_path):
+def test_functions_that_return_something_else_are_refused(tmp_path):
     for options, message in (
-        ({"candidates": []}, "at least one"),
-        ({"candidates": {"width": 2}}, "candidates must be a list"),
-        ({"candidates": [{"width": 2}, {"width": 2}]}, "settings of its own"),
-        ({"candidates": [{"a/b": 2}]}, "settings of its own"),
-        ({"candidates": [2]}, "each of candidates must be a dict"),
-        ({"epochs": ()}, "got none"),
-        ({"epochs": (0,)}, "epochs must be an integer"),
-        ({"keep": 0}, "keep must lie in"),
-        ({"batch": 5}, "batch must be finite and at most 4"),
-        ({"suffix": "onnx"}, "suffix must be"),
-        ({"aim": "size"}, "aim must be one of"),
-        ({"aim": "bytes"}, "'bytes' needs least_quality"),
-        ({"most_bytes": None}, "'quality' needs most_bytes or most_ms"),
-        ({"most_ms": 0}, "most_ms must be positive"),
-        ({"least_quality": np.nan}, "least_quality must be finite"),
-        ({"make": lambda model: model}, "make must be a function"),
-        ({"finish": lambda model: model}, "finish must be a function"),
         (
             {"make": lambda model, settings: model.params},
             "what make returns for 'width=12' must be a models.Model",
@@ -243,9 +225,8 @@ def test_malformed_calls(tmp_path):
         ({"tune": lambda model, settings, epochs: network()}, "tune must return a model with arrays"),
         ({"quality": lambda model: model(X)}, "quality must return one number"),
     ):
-        with pytest.raises(ValueError, match=message) as caught:
-            Work().search(tmp_path / json.dumps(message), **{"most_bytes": 800} | options)
-        assert len(str(caught.value).splitlines()) == 1
+        with pytest.raises(ValueError, match=message):
+            Work().search(tmp_path / message[:4], **{"most_bytes": 800} | options)
 
 
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from faults.malformed_calls.material import (
     WRONG_NUMBERS,
     Case,
     X,
+    fresh,
     kernels,
     loaded,
     model,
@@ -260,4 +261,29 @@ def of_compression() -> Iterator[Case]:
     }.items():
         words = name.split()[0] if name != "baselines all" else "no baseline"
         yield Case(f"search.find_smallest: {name}", words, lambda w=wrong: smallest(**w))
+
+    def best(**changes: Any) -> Any:
+        given: dict[str, Any] = {
+            "model": MODEL, "make": lambda m, settings: m, "candidates": [{"width": 0.5}], "x": X, "epochs": [1],
+            "tune": lambda m, settings, epochs: m, "quality": lambda m: 1.0, "directory": fresh(), "most_bytes": 100,
+        } | changes
+        return search.best_file(**given)
+
+    for name, wrong in {
+        "model a module": {"model": MODULE}, "x a scalar": {"x": 1.0}, "make of one": {"make": lambda m: m},
+        "tune of two": {"tune": lambda m, settings: m}, "quality a Model": {"quality": MODEL},
+        "finish of one": {"finish": lambda m: m}, "write of two": {"write": lambda path, m: None},
+        "candidates none": {"candidates": []}, "candidates a dict": {"candidates": {"width": 0.5}},
+        "candidates numbers": {"candidates": [0.5]}, "candidates twice": {"candidates": [{"width": 0.5}] * 2},
+        "candidates of slashes": {"candidates": [{"a/b": 1}]}, "candidates empty": {"candidates": [{}]},
+        "epochs none": {"epochs": []}, "epochs a number": {"epochs": 3}, "epochs 0": {"epochs": [0]},
+        "epochs 1.5": {"epochs": [1.5]}, "keep 0": {"keep": 0}, "keep NaN": {"keep": NAN}, "batch 0": {"batch": 0},
+        "batch beyond the inputs": {"batch": 9}, "suffix without a dot": {"suffix": "onnx"},
+        "suffix None": {"suffix": None},
+        "aim unknown": {"aim": "size"}, "aim without least_quality": {"aim": "bytes"},
+        "aim without a budget": {"most_bytes": None}, "most_bytes 0": {"most_bytes": 0},
+        "most_ms NaN": {"most_ms": NAN}, "most_ms a string": {"most_ms": "1"},
+        "least_quality NaN": {"least_quality": NAN},
+    }.items():
+        yield Case(f"search.best_file: {name}", f"^(each of )?{name.split()[0]}\\b", lambda w=wrong: best(**w))
     yield Case("search.smallest_within: budget NaN", "budget", lambda: search.smallest_within({}, (1.0, 1.0), NAN))
