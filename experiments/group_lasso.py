@@ -126,10 +126,9 @@ def penalties(config: Config, run: Run) -> dict[float, optax.GradientTransformat
     """Makes the lasso of each strength; its steps follow the learning rate."""
     model = build(config, run.dataset, 0)
     graph = units.trace(model, prepare(run.dataset.train.image[:1]))
-    rate = rise_and_fall(
-        config.learning_rate, config.epochs, len(run.dataset.train.label) // config.batch_size
-    )
-    return {s: units.group_lasso(graph, lambda step, s=s: s * rate(step)) for s in config.strengths}
+    steps = len(run.dataset.train.label) // config.batch_size
+    rates = {s: rise_and_fall(s * config.learning_rate, config.epochs, steps) for s in config.strengths}
+    return {strength: units.group_lasso(graph, rate) for strength, rate in rates.items()}
 
 
 def fisher(config: Config, run: Run, seed: int, graph: units.UnitGraph, model: models.Model) -> Any:

@@ -94,9 +94,9 @@ def test_logits_that_are_never_all_held_give_the_same_step(monkeypatch):
     monkeypatch.setattr(chunks, "_HELD", 3 * V)  # three tokens at a time
     labels = jax.jit(lambda: top_k(TEACHER(IMAGE), 3))()
     data = {"image": IMAGE, "weight": WEIGHT, "teacher": labels}
-    for make in (
-        train.next_token,
-        functools.partial(train.distill_tokens, alpha=0.25, soft=bucketed(losses.kl)),
+    for more, make in (
+        (1, train.next_token),
+        (3, functools.partial(train.distill_tokens, alpha=0.25, soft=bucketed(losses.kl))),
     ):
 
         def graded(model, chunked, make=make):
@@ -109,6 +109,9 @@ def test_logits_that_are_never_all_held_give_the_same_step(monkeypatch):
         )
         held = [f"{ROWS},{LENGTH - 1},{V}]" in str(jax.make_jaxpr(each)(STUDENT)) for each in (plain, pieces)]
         assert held == [True, False]
+        # Of each loss: logits, and the gradients of hidden states and kernel. The error rate needs logits alone.
+        texts = [str(jax.make_jaxpr(each)(STUDENT)) for each in (plain, pieces)]
+        assert texts[1].count("dot_general[") - texts[0].count("dot_general[") == more
         same(pieces(STUDENT), plain(STUDENT), rtol=1e-4, atol=1e-6)
 
 

@@ -81,7 +81,7 @@ def in_parts(
     # Options may be traced, even differentiated: what the loss closes over becomes an argument (jax.closure_convert
     # would do so with floating-point numbers alone)
     first, first_others = jax.tree.map(lambda x: x[0], (hidden, others))
-    program = jax.make_jaxpr(from_products)(products(first, layers), first_others)
+    program = jax.make_jaxpr(from_products)(jax.eval_shape(products, first, layers), first_others)
     closed = list(program.consts)
 
     def loss(logits, others, *closed):

@@ -103,7 +103,8 @@ def next_token(*, chunked: bool = False) -> LossFn:
         need(batch, "image")
         mean, state = _compared(model, batch, key, chunked)
         labels = tokens_of(batch["image"])
-        return mean(losses.cross_entropy, labels[:, 1:]), (state, {"error_rate": mean(wrong, labels[:, 1:])})
+        rate = mean(wrong, labels[:, 1:], learns=False)
+        return mean(losses.cross_entropy, labels[:, 1:]), (state, {"error_rate": rate})
 
     return loss_fn
 
@@ -165,15 +166,26 @@ def _compared(
 ) -> tuple[Callable[..., jax.Array], PyTree]:
     """Runs the model; returns a function that compares its logits with labels, and the model's new state.
 
-    The function is ``(loss, labels [batch, length − 1, ...], **options) -> number``, the mean over the tokens.
+    The function is ``(loss, labels [batch, length − 1, ...], *, learns=True, **options) -> number``, the mean over the
+    tokens. Without ``learns`` it has no gradient.
     """
     counted = predicted(batch["image"], batch.get("counts"))
-    shared: dict[str, Any] = {"student_kernel": head_kernel(model)} if chunked else {}
     outputs, state = (hidden_states(model) if chunked else model).apply(batch["image"], key=key)
+    head: dict[str, Any] = {"student_kernel": head_kernel(model)} if chunked else {}
 
-    def mean(loss: Callable[..., jax.Array], labels: PyTree, **options: Any) -> jax.Array:
-        of_rows = token_losses.sequence(token_losses.chunked(loss) if chunked else loss)
-        return weighted_mean(of_rows(outputs[:, :-1], labels, tokens=counted, **shared, **options), batch)
+    def mean(
+        loss: Callable[..., jax.Array], labels: PyTree, *, learns: bool = True, **options: Any
+    ) -> jax.Array:
+        given = outputs[:, :-1], head
+        rows, kernel = given if learns else jax.lax.stop_gradient(given)
+        if not chunked:
+            return weighted_mean(token_losses.sequence(loss)(rows, labels, tokens=counted, **options), batch)
+        # The weight of each token in the mean over rows of their means over tokens
+        of_rows = jax.grad(weighted_mean)(jnp.zeros(len(counted)), batch)
+        weights = counted * (of_rows / jnp.maximum(counted.sum(-1), 1))[:, None]
+        # The gradient of one number is computed with it, so no logit is computed twice
+        total = token_losses.chunked(loss, reduce="sum")
+        return total(rows, labels, tokens=counted, weights=weights, **kernel, **options)
 
     return mean, state
 
