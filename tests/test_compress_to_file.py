@@ -5,6 +5,7 @@ import json
 import compress_to_file
 import numpy as np
 import pytest
+from harness import runs
 from sklearn.datasets import load_digits
 
 from distill_jax import export, models
@@ -57,6 +58,7 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert seed["points lost"] == pytest.approx(100 * (before - accuracy))
     assert "test examples of digits" in path.with_name(f"{path.name}.md").read_text()
     assert (out / "front.png").exists()
+    assert runs.files_of_run(out)[1] == []  # --restart knows all of them
     del calls[:]
     assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
     assert len(calls) == 4  # what was found is not measured again, but for the end

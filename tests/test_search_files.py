@@ -167,10 +167,11 @@ def test_what_cannot_be_made_is_left_out_and_what_diverges_is_last(tmp_path):
     def quality(model):
         return np.nan if width(model) == 8 else width(model)
 
-    found = work.search(tmp_path, most_bytes=800, make=make, quality=quality)
-    assert "width=12" not in found.candidates
-    assert found.candidates["width=8"].quality == -np.inf
-    assert found.chosen.name == "width=4"
+    for _ in range(2):  # the second time, what was found is read from the directory
+        found = work.search(tmp_path, most_bytes=800, make=make, quality=quality)
+        assert "width=12" not in found.candidates
+        assert found.candidates["width=8"].quality == -np.inf
+        assert found.chosen.name == "width=4"
 
 
 def test_a_budget_that_no_file_keeps_is_refused_with_the_nearest(tmp_path):

@@ -235,8 +235,8 @@ def smallest_model(
       validate: ``model -> loss`` on data that nothing was trained on, the lower the better.
       shares: the shares of the grid, falling, between 0 and 1.
       budget: by how much the loss may exceed that of the original.
-      size: ``model -> size``, by default the number of parameters. It may measure what counts for you, such as
-        the bytes or the latency of an exported file.
+      size: ``model -> size``, by default the number of parameters. It may measure what counts for you; for the bytes
+        and the latency of exported files see :func:`best_file`.
       iterative: the operators that are also applied step by step.
       refinements: number of further shares.
       directory: where trained models are kept, one folder for each; None to keep nothing. Take a new directory
