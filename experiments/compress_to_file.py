@@ -92,8 +92,8 @@ CONFIGS = {
     "mlp": ("784-1200-1200-10 on MNIST", replace(MLP, widths=(0.35, 0.18, 0.12, 0.08))),
     "convnet": ("two convolutions and a dense layer on MNIST", replace(DEEP, original="convnet:16,32")),
     "vgg": ("VGG-8 of a quarter width on MNIST", replace(DEEP, original="vgg8:0.25")),
-    "resnet": ("ResNet-14 of half width on MNIST", replace(
-        DEEP, original="resnet14:0.5", widths=(0.7, 0.5, 0.35), depths=(1.0, 0.7),
+    "resnet": ("ResNet-14 on MNIST", replace(
+        DEEP, original="resnet14", original_epochs=4, widths=(0.5, 0.35, 0.25), depths=(1.0, 0.7),
     )),
     "mobilenetv2": ("MobileNetV2 of half width on MNIST", replace(
         DEEP, original="mobilenetv2:0.5", original_epochs=4, widths=(0.5, 0.35), depths=(1.0, 0.7), rounds=(1, 3),
