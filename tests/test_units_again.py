@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import widths
+from faults import comparisons, widths
 from test_units_architectures import numbers, shapes
 
 from distill_jax.compress import units
@@ -24,7 +24,7 @@ def traced(fn, x=(2, 6, 3), **params):
     return model, units.trace(model, numbers(np.zeros(x)))
 
 
-@pytest.mark.parametrize("start", range(70, 100, 10))
+@pytest.mark.parametrize("start", [110, 120])
 def test_random_programs_that_read_widths(start):
     """``python tests/faults/widths.py`` tries thousands."""
     exact = 0
@@ -35,6 +35,14 @@ def test_random_programs_that_read_widths(start):
         assert not wrong, (i, names)
         exact += sum(group.exact for group in graph.groups.values() if group.free)
     assert exact > 4
+
+
+@pytest.mark.parametrize("name", comparisons.COMPARISONS)
+def test_each_comparison_is_needed(name):
+    comparison = comparisons.COMPARISONS[name]
+    assert next(comparisons.programs(comparison, 1)) == []
+    with comparisons.without(comparison):
+        assert next(comparisons.programs(comparison, 1))
 
 
 def either(h, a, b):
@@ -82,12 +90,12 @@ CASES = {
     "bound": (lambda h, x: h * x[:, h.shape[-1] % 5, None, :1], "another cut in slice"),
     "stride": (lambda h, x: h * x[:, :: 1 + h.shape[-1] % 2, :1].sum(1, keepdims=True), "in slice"),
     "halves": (lambda h, x: jnp.concatenate([jnp.sin(h[..., : h.shape[-1] // 2]), h[..., h.shape[-1] // 2 :]], -1),
-               "other shapes in slice|other operations"),
+               "another cut in slice|other operations"),
     "every other": (lambda h, x: jnp.concatenate([jnp.sin(h[..., ::2]), h[..., 1::2]], -1), "slice"),
     "window": (lambda h, x: window(h, size=2 + h.shape[-1] % 2)[:, :6], "in reduce_window_sum"),
     "window's stride": (lambda h, x: h + window(h, stride=1 + h.shape[-1] % 2)[:, :1], "reduce_window_sum"),
     "padding": (lambda h, x: h + jnp.pad(x[..., :1], ((0, 0), (h.shape[-1] % 5, 9), (0, 0)))[:, :6], "pad"),
-    "reshape": (lambda h, x: jnp.tanh(h.reshape(2, 6, 4, -1).cumsum(3)).reshape(h.shape), "reshape|does not run"),
+    "reshape": (lambda h, x: jnp.tanh(h.reshape(2, 6, 4, -1).cumsum(3)).reshape(h.shape), "in cumsum|does not run"),
     "length": (lambda h, x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), h, None, h.shape[-1] // 2)[0], "length"),
     "in a loop": (lambda h, x: jax.lax.fori_loop(0, 3, lambda i, c: c / c.shape[-1], h), "number"),
     "in a choice": (lambda h, x: jax.lax.cond(x[0, 0, 0] > 0, lambda c: c / c.shape[-1], jnp.sin, h), "number"),
@@ -97,6 +105,8 @@ CASES = {
     "same program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * 3, (1,))[:, None, :1], None),
     "program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * h.shape[-1], (1,))[:, None, :1],
                 "in reduce"),
+    "number of operands": (lambda h, x: h * jnp.concatenate([x] * either(h, 2, 1), -1)[..., :1], "other operations"),
+    "number of results": (lambda h, x: h * jnp.split(jnp.sin(x), either(h, [1, 2], [1]), 2)[0], "other operations"),
 }  # fmt: skip
 
 
@@ -150,6 +160,18 @@ def test_results_in_another_order_are_noticed():
 
     _, graph = traced(fn, a=(3, 8), b=(8, 2))
     assert (graph.groups["a"].removable, "order" in graph.groups["a"].reason) == ("exactly, adapted", True)
+
+
+def test_results_in_another_structure_are_noticed():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["a"]) @ p["b"]
+        return {"even" if p["a"].shape[1] % 2 == 0 else "odd": h}
+
+    _, graph = traced(fn, a=(3, 8), b=(8, 2))
+    assert (graph.groups["a"].removable, "structure" in graph.groups["a"].reason) == (
+        "exactly, adapted",
+        True,
+    )
 
 
 def by_width(p, x):

@@ -363,6 +363,38 @@ alike("ones_before", lambda h: jnp.pad(h, ((0, 0), (1, 0), (0, 0)), constant_val
 alike("along", lambda h: jnp.take_along_axis(h, np.array(INTERLEAVED)[None, :, None], 1))
 
 
+def if_odd(h, a, b):
+    """What code chooses by whether the width is odd."""
+    return a if h.shape[-1] % 2 else b
+
+
+def gain(h):
+    """A value without units, by which units may be multiplied."""
+    return jnp.sin(h.sum(-1, keepdims=True))
+
+
+# In these the programs for odd and even widths differ in one thing alone
+alike("ordered", lambda h: (lambda a, b: if_odd(h, a - b, b - a))(jnp.sin(h), jnp.cos(h)))
+alike("constant_or_value", lambda h: (
+    lambda a: h * if_odd(h, a, np.full((BATCH, TIME, 1), 2.0)) + a)(gain(h)))  # fmt: skip
+alike(
+    "exponent_of_other_type",
+    lambda h: jax.lax.pow(jnp.exp(jnp.sin(h)), np.full(h.shape, 2).view(if_odd(h, "f8", "i8"))),
+)
+alike("padded_evenly", lambda h: h + jnp.pad(h, ((0, 0), if_odd(h, (0, 2), (2, 0)), (0, 0)))[:, 1 : TIME + 1])
+alike("shuffled_gain", lambda h: h * jax.lax.broadcast_in_dim(gain(h)[..., 0], h.shape, (0, 1)).reshape(
+    BATCH, if_odd(h, 2, 3), -1, h.shape[-1]).swapaxes(1, 2).reshape(h.shape))  # fmt: skip
+alike("reduced", lambda h: h * reduced(gain(h), if_odd(h, 2.0, 3.0)))
+alike("scaled_in_loop", lambda h: jax.lax.fori_loop(0, 3, lambda i, h: h / h.shape[-1] ** 0.5, h))
+alike("swapped", lambda h: jax.lax.fori_loop(
+    0, 3, lambda i, c: (jnp.sin(c[0]), jnp.cos(c[1]))[:: if_odd(h, 1, -1)], (h, h))[0])  # fmt: skip
+alike("more_parts", lambda h: h * cat(*[gain(h)] * if_odd(h, 1, 2)).sum(-1, keepdims=True))
+
+
+def reduced(h, scale):
+    return jax.lax.reduce(h, np.float64(0), lambda a, b: a + b * scale, (1,))[:, None]
+
+
 @part
 def divisible(width, rng):
     n = int(rng.choice([2, 3, 4]))

@@ -225,10 +225,12 @@ def _run(graph: UnitGraph, kept: Mapping[str, np.ndarray]) -> Outcome:
             raise
 
     try:
-        closed, _ = _jaxpr.trace(run, *arrays, traced.x)
+        closed, results = _jaxpr.trace(run, *arrays, traced.x)
     except Exception:  # Whatever the network raises: it does not run with these sizes
         return Outcome(frozenset(), checked, "")
     lost = frozenset(name for name, indices in kept.items() if len(indices) < graph.groups[name].size)
+    if jax.tree.structure(results) != traced.structure:
+        return Outcome(lost, False, f"{OTHER} results in another structure")
     return Outcome(lost, False, difference(Adapted.of(traced, kept), flatten(closed)))
 
 
@@ -277,24 +279,20 @@ def difference(small: Adapted, again: Program, *, draws: bool = False) -> str:
             else:
                 yield step
 
-    def has_shape(masks: Sequence[np.ndarray], number: int, any_size: Sequence[bool]) -> bool:
-        shape = shape_of(masks)
-        given = again.avals[number].shape
-        if not any(any_size):
-            return given == shape
-        return len(given) == len(shape) and all(
-            a == b or free for a, b, free in zip(given, shape, any_size, strict=True)
-        )
-
     def other_value(
+        where: str,
         old: int,
         new: int,
         masks: Sequence[np.ndarray],
         any_size: Sequence[bool] = (),
         term: Any = lambda a: a,
     ) -> str:
-        if not has_shape(masks, new, any_size):
-            return f"{OTHER} other shapes"
+        given, wanted = again.avals[new].shape, shape_of(masks)
+        free = any_size or [False] * len(wanted)
+        if len(given) != len(wanted) or any(
+            a != b and not f for a, b, f in zip(given, wanted, free, strict=True)
+        ):
+            return f"{OTHER} other shapes in {where}"
         if (old in constants) != (new in again.constants):
             return NUMBER
         if old not in constants:
@@ -309,12 +307,10 @@ def difference(small: Adapted, again: Program, *, draws: bool = False) -> str:
         for i, (a, b) in enumerate(zip(old.inputs, new.inputs, strict=True)):
             operand = small.tracer.operand(old, i, small.program)
             any_size = operand.repeats if repeats else ()
-            if reason := other_value(a, b, small.stays(operand), any_size, partial(small.count, old, i)):
+            term = partial(small.count, old, i)
+            if reason := other_value(old.name, a, b, small.stays(operand), any_size, term):
                 return reason
-        for a, b, result in zip(old.outputs, new.outputs, results, strict=True):
-            if not has_shape(small.stays(result), b, result.repeats):
-                return f"{OTHER} other shapes in {old.name}"
-            numbers[a] = b
+        numbers.update(zip(old.outputs, new.outputs, strict=True))
         if option := other_option(old, new, results[0].repeats if results else ()):
             return f"{OTHER} another {option} in {old.name}"
         for body, again_body in zip(old.bodies, new.bodies, strict=True):
@@ -345,16 +341,15 @@ def difference(small: Adapted, again: Program, *, draws: bool = False) -> str:
 
     def other_program(old: Program, new: Program) -> str:
         olds, news = [*busy(old.steps, old=True)], [*busy(new.steps, old=False)]
-        if [step.name for step in olds] != [step.name for step in news]:
+        if [*map(_form, olds)] != [*map(_form, news)]:
             return f"{OTHER} other operations"
-        if (len(old.inputs), len(old.outputs)) != (len(new.inputs), len(new.outputs)):
-            return f"{OTHER} other inputs of a loop"
         numbers.update(zip(old.inputs, new.inputs, strict=True))
         for a, b in zip(olds, news, strict=True):
             if reason := other_step(a, b):
                 return reason
         for i, (result, given) in enumerate(zip(old.outputs, new.outputs, strict=True)):
-            if reason := other_value(result, given, small.stays(small.tracer.result(old, i))):
+            masks = small.stays(small.tracer.result(old, i))
+            if reason := other_value("its results", result, given, masks):
                 return reason
         return ""
 
@@ -368,8 +363,13 @@ IN_SHAPES = {
 }  # fmt: skip
 
 
+def _form(step: Step) -> tuple[str, int, int]:
+    """Says which operation a step is, and how many operands and results it has."""
+    return step.name, len(step.inputs), len(step.outputs)
+
+
 def _same_array(a: Any, b: Any, masks: Sequence[np.ndarray], any_size: Sequence[bool]) -> bool:
-    """Compares a constant, cut to the positions that stay, with another; one index where it repeats."""
+    """Compares a constant, cut to the positions that stay, with one of that shape; one index where it repeats."""
     if a is b and all(mask.all() for mask in masks):
         return True
     if jax.dtypes.issubdtype(getattr(a, "dtype", np.float32), jax.dtypes.extended):
@@ -380,17 +380,13 @@ def _same_array(a: Any, b: Any, masks: Sequence[np.ndarray], any_size: Sequence[
             a, b = a.take([0], axis), b.take([0], axis)
         elif not mask.all():
             a = a.take(np.flatnonzero(mask), axis)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Compares an option of two operations."""
-    if a is b:
-        return True
+    """Compares an option of two operations. JAX makes the arrays in an inner program operands of the operation."""
     if isinstance(a, PROGRAMS):
-        return str(a) == str(b) and _same(*([*getattr(program, "consts", ())] for program in (a, b)))
-    if isinstance(a, (tuple, list)):
+        return str(a) == str(b)
+    if isinstance(a, tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, (np.ndarray, jax.Array)):
-        return np.array_equal(a, b)
     return bool(a == b)
