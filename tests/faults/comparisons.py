@@ -13,10 +13,14 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from faults import widths
 
 from distill_jax.compress import units
@@ -26,12 +30,13 @@ from distill_jax.models import from_function
 
 
 class Comparison(NamedTuple):
-    """A comparison, and the code without it.
+    """A comparison, and how to remove it.
 
     Attributes:
       text: the code that compares, which occurs once in its module.
       instead: what stands there without the comparison.
-      part: for which it matters: a part of ``widths.py``, or a function (units, random key or None) -> units.
+      part: a part of ``widths.py`` for which it matters; or a function of units and of the random key, which is
+        None in evaluation.
       module: where the code is.
     """
 

@@ -384,8 +384,8 @@ def _same_array(a: Any, b: Any, masks: Sequence[np.ndarray], any_size: Sequence[
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Compares an option of two operations. JAX makes the arrays in an inner program operands of the operation."""
-    if isinstance(a, PROGRAMS):
+    """Compares an option of two operations."""
+    if isinstance(a, PROGRAMS):  # arrays that it uses are operands; JAX allows none among options
         return str(a) == str(b)
     if isinstance(a, tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
