@@ -39,7 +39,7 @@ def evaluates_as_silenced(graph, model, kept, *inputs):
         close(*run(small, silent, x=x))
 
 
-def trains_as_silenced(graph, model, kept, x, y, steps=20):
+def trains_as_silenced(graph, model, kept, x, y, steps=20, tolerance=1e-6):
     """Trains both in training mode; each step's gradient and state agree on the slices of the kept units."""
     # Code that runs by itself would draw masks of its own
     networks = units.shrink(graph, model, kept), units.silence(graph, model, kept)
@@ -71,7 +71,7 @@ def trains_as_silenced(graph, model, kept, x, y, steps=20):
     _, (gaps, sizes) = jax.jit(lambda networks: jax.lax.scan(step, networks, keys))(
         jax.tree.map(jnp.asarray, networks)
     )
-    assert gaps.max() < 1e-6, gaps
+    assert gaps.max() < tolerance, gaps
     assert sizes.min() > 1e-4
 
 
