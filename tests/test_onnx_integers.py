@@ -1,15 +1,22 @@
-"""Integers in ONNX graphs: kernels are recognised whatever their layout, and ONNX Runtime computes what JAX does."""
+"""Quantised models as ONNX files: small, computed in integers, and equal to the model in memory."""
+
+import importlib.util
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from sklearn.datasets import load_digits
 
-from distill_jax import models
+from distill_jax import export, models, train
 from distill_jax.compress import quantisation
-from distill_jax.export import with_integers
+from distill_jax.export._integers import with_integers
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
+needs_converter = pytest.mark.skipif(not importlib.util.find_spec("jax2onnx"), reason="needs jax2onnx")
 CONV = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
@@ -26,62 +33,154 @@ def network(p, x):
     return jax.nn.relu(x.reshape(len(x), -1) @ p["a"] + p["bias"]) @ p["b"]
 
 
-def graph(params):
-    """The network as a converter writes it: kernels in other layouts, the factor folded in."""
-    kernel = (params["conv"] * FACTOR).transpose(3, 2, 0, 1)
-    constants = {
-        "k": kernel, "a": params["a"].T, "bias": params["bias"], "b": params["b"], "shape": np.array([-1, 100]),
-    }  # fmt: skip
-    make = onnx.helper.make_node
-    nodes = [
-        make("Transpose", ["x"], ["x1"], perm=[0, 3, 1, 2]), make("Conv", ["x1", "k"], ["x2"], pads=[1, 1, 1, 1]),
-        make("Relu", ["x2"], ["x3"]), make("Transpose", ["x3"], ["x4"], perm=[0, 2, 3, 1]),
-        make("Reshape", ["x4", "shape"], ["x5"]), make("Gemm", ["x5", "a", "bias"], ["x6"], transB=1),
-        make("Relu", ["x6"], ["x7"]), make("MatMul", ["x7", "b"], ["y"]),
-    ]  # fmt: skip
+def message(nodes, constants, inputs, outputs):
     value, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     made = onnx.helper.make_graph(
-        nodes, "network", [value("x", kind, ["n", 5, 5, 2])], [value("y", kind, ["n", 3])],
+        [onnx.helper.make_node(*node, **options) for *node, options in nodes],
+        "network", [value(name, kind, shape) for name, shape in inputs.items()],
+        [value(name, kind, shape) for name, shape in outputs.items()],
         [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()],
     )  # fmt: skip
     return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
 
 
-def run(message, x):
-    onnx.checker.check_model(message)
-    session = runtime.InferenceSession(message.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
+def graph(params):
+    """The network as a converter writes it: kernels in other layouts, the factor folded in."""
+    constants = {
+        "k": (params["conv"] * FACTOR).transpose(3, 2, 0, 1), "a": params["a"].T, "bias": params["bias"],
+        "b": params["b"], "shape": np.array([-1, 100]),
+    }  # fmt: skip
+    nodes = [
+        ("Transpose", ["x"], ["x1"], {"perm": [0, 3, 1, 2]}), ("Conv", ["x1", "k"], ["x2"], {"pads": [1, 1, 1, 1]}),
+        ("Relu", ["x2"], ["x3"], {}), ("Transpose", ["x3"], ["x4"], {"perm": [0, 2, 3, 1]}),
+        ("Reshape", ["x4", "shape"], ["x5"], {}), ("Gemm", ["x5", "a", "bias"], ["x6"], {"transB": 1}),
+        ("Relu", ["x6"], ["x7"], {}), ("MatMul", ["x7", "b"], ["y"], {}),
+    ]  # fmt: skip
+    return message(nodes, constants, {"x": ["n", 5, 5, 2]}, {"y": ["n", 3]})
+
+
+def run(model, x):
+    return np.asarray(jax.jit(lambda m, x: m(x))(model, x))
+
+
+def started(data, tmp_path):
+    """A session, and the operations into which ONNX Runtime turns a graph."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised")
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return session, Counter(node.op_type for node in onnx.load(tmp_path / "optimised").graph.node)
 
 
 MODEL, X = models.from_function(network, PARAMS), normal(200, 5, 5, 2)
+FLOATS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
-@pytest.mark.parametrize("options", [{"activations": True}, {"bits": 8}, {"bits": 4}], ids=str)
-def test_onnx_runtime_computes_what_the_quantised_model_does(options):
+@pytest.mark.parametrize(
+    "options", [{"activations": True}, {"activations": True, "bits": 4}, {}, {"bits": 4}], ids=str
+)
+def test_onnx_runtime_computes_what_the_quantised_model_does(tmp_path, options):
     small = quantisation.quantise(MODEL, [X], **options)
     floats = graph(jax.tree.map(np.asarray, quantisation.dequantise(small).params))
     before = floats.SerializeToString()
-    message = with_integers(floats, quantisation.layers(small))
+    made = with_integers(floats, quantisation.layers(small))
     assert floats.SerializeToString() == before
-    expected = np.asarray(jax.jit(lambda m, x: m(x))(small, X))
-    np.testing.assert_allclose(run(message, X), expected, atol=0.01 * np.abs(expected).max())
-    stored = {tensor.name: tensor for tensor in message.graph.initializer}
-    assert not {"k", "a", "b"} & set(stored)
+    onnx.checker.check_model(made)
+    session, used = started(made.SerializeToString(), tmp_path)
+    expected = run(small, X)
+    rounded = "activations" in options
+    difference = np.abs(session.run(None, {"x": X})[0] - expected).max()
+    assert difference <= (0.01 if rounded else 1e-5) * np.abs(expected).max()
+    stored = [tensor for tensor in made.graph.initializer if tensor.name.endswith(".integers")]
     kind = onnx.TensorProto.INT4 if options.get("bits") == 4 else onnx.TensorProto.INT8
-    assert {stored[f"{name}.codes"].data_type for name in "kab"} == {kind}
-    assert len(stored["a.codes"].raw_data or stored["a.codes"].int32_data) in (600, 300)
-    kinds = [node.op_type for node in message.graph.node]
-    assert kinds.count("QuantizeLinear") == 3 * ("activations" in options)
-    assert kinds.count("DequantizeLinear") == 3 + 4 * ("activations" in options)  # and that of the bias
+    assert {tensor.data_type for tensor in stored} == {kind}
+    assert sum(len(tensor.raw_data) for tensor in stored) == 690 * options.get("bits", 8) / 8
+    if rounded:
+        assert not FLOATS & set(used)
+        assert used["QLinearConv"] == used["QGemm"] == 1
+        assert used["MatMulIntegerToFloat"] + used["QLinearMatMul"] == 1
+        assert used["QuantizeLinear"] == 1  # of the inputs
+    else:
+        assert not {"DequantizeLinear", "MatMulNBits", "Cast"} & set(used)  # decoded when it is loaded
+
+
+def residual(p, x):
+    """A convolution whose outputs are also added as they are, a limit, and a bias that no int32 holds."""
+    conv = jax.lax.conv_general_dilated
+    x = jnp.clip(conv(x, p["a"], **CONV) + p["shift"], 0, 6)
+    x = jax.nn.relu(x + conv(x, p["b"], **CONV))
+    return (x.mean((1, 2)) @ p["c"] * 1e-9 + 1) @ p["d"]
+
+
+@needs_converter
+def test_what_is_not_rounded_is_added_as_floats(tmp_path):
+    params = {"a": normal(3, 3, 1, 4), "b": normal(3, 3, 4, 4), "shift": normal(4), "c": normal(4, 5)}
+    params["d"] = normal(5, 3)
+    x = normal(20, 8, 8, 1)
+    small = quantisation.quantise(models.from_function(residual, params), [x], activations=True)
+    written = export.onnx(tmp_path / "m.onnx", small, x)
+    session, used = started((tmp_path / "m.onnx").read_bytes(), tmp_path)
+    assert used["ConvInteger"] == 2
+    assert not FLOATS & set(used)
+    found, expected = session.run(None, {"x": x})[0], run(small, x)
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
+    assert written["inputs"][0]["shape"][0] == "batch"
+
+
+DIGITS = load_digits()
+IMAGES, LABELS = (DIGITS.images[..., None] / 16).astype("f4"), DIGITS.target.astype("i4")
+
+
+def trained(name):
+    model, tx = models.build(name, (8, 8, 1), 10, jax.random.key(0)), optax.adam(3e-3)
+    epoch = train.make_epoch(train.make_train_step(train.supervised(), tx))
+    data = {"image": IMAGES[:1000], "label": LABELS[:1000]}
+    return train.fit(
+        train.init_state(model, tx, jax.random.key(1)), epoch, data, epochs=8, batch_size=50, seed=0
+    ).model
+
+
+@needs_converter
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("mlp:32", {"QGemm": 2}), ("convnet:4,8", {"QLinearConv": 2, "QGemm": 2})]
+)
+def test_a_file_of_integers_classifies_as_the_model_in_memory(tmp_path, name, kinds):
+    model, path = trained(name), tmp_path / "m.onnx"
+    export.onnx(path, model, IMAGES[:16])
+    whole = path.stat().st_size
+    small = quantisation.quantise(model, [IMAGES[:500]], activations=True)
+    written = export.onnx(path, small, IMAGES[:16], labels=list("0123456789"))
+    assert written["bytes"] < 0.4 * whole
+    assert set(map(str, written["integers"].values())) == {str({"weights": 8, "inputs": 8})}
+    assert written["digest"] == export.stablehlo(tmp_path / "m.model", small, IMAGES[:16])["digest"]
+    data = path.read_bytes()
+    session, used = started(data, tmp_path)
+    assert {kind: used[kind] for kind in kinds} == kinds
+    assert not FLOATS & set(used)
+    expected = run(small, IMAGES[1000:]).argmax(-1)
+    for size in (1, 7, 256):
+        found = [session.run(None, {"x": IMAGES[i : i + size]})[0] for i in range(1000, len(IMAGES), size)]
+        assert np.mean(np.concatenate(found).argmax(-1) == expected) >= 0.999
+    export.onnx(tmp_path / "again.onnx", small, IMAGES[:16], labels=list("0123456789"))
+    assert data == (tmp_path / "again.onnx").read_bytes()
+    path.write_bytes(data.replace(b".integers", b".integerz", 1))
+    with pytest.raises(ValueError, match="is damaged"):
+        export.describe(path)
+
+
+@needs_converter
+def test_scales_for_groups_of_inputs_become_a_file_too(tmp_path):
+    small = quantisation.quantise(
+        models.from_function(lambda p, x: x @ p, normal(64, 32)), [normal(1, 64)], group=8
+    )
+    written = export.onnx(tmp_path / "m.onnx", small, normal(3, 64))
+    assert list(written["integers"].values()) == [{"weights": 8, "inputs": None}]
 
 
 def test_what_is_refused():
     small = quantisation.quantise(MODEL, [X])
-    with pytest.raises(ValueError, match="layers: a, b, conv not found among the kernels"):
+    with pytest.raises(ValueError, match="a, b, conv not found among the kernels"):
         with_integers(graph(PARAMS), quantisation.layers(small))
-    grouped = quantisation.quantise(MODEL, [X], group=2, bits=4)
-    with pytest.raises(ValueError, match="has scales for groups of inputs"):
-        with_integers(graph(PARAMS), quantisation.layers(grouped))
 
 
 def test_kernels_that_look_alike_are_not_mixed_up():
@@ -89,13 +188,12 @@ def test_kernels_that_look_alike_are_not_mixed_up():
     params = {"a": normal(1, 6), "b": normal(1, 6, seed=1)}
     model = models.from_function(lambda p, x: (x[:, :1] @ p["a"]) + (100 * x[:, 1:] @ p["b"]), params)
     small = quantisation.quantise(model, [normal(9, 2)], activations=True)
-    make, value, kind = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     floats = jax.tree.map(np.asarray, quantisation.dequantise(small).params)
-    made = onnx.helper.make_graph(
-        [make("MatMul", ["x", "a"], ["h"]), make("MatMul", ["z", "b"], ["g"]), make("Add", ["h", "g"], ["y"])],
-        "network", [value("x", kind, ["n", 1]), value("z", kind, ["n", 1])], [value("y", kind, ["n", 6])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in floats.items()],
-    )  # fmt: skip
-    message = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    nodes = [
+        ("MatMul", ["x", "a"], ["h"], {}),
+        ("MatMul", ["z", "b"], ["g"], {}),
+        ("Add", ["h", "g"], ["y"], {}),
+    ]
+    made = message(nodes, floats, {"x": ["n", 1], "z": ["n", 1]}, {"y": ["n", 6]})
     with pytest.raises(ValueError, match="a, b hold the same integers up to a factor per output"):
-        with_integers(message, quantisation.layers(small))
+        with_integers(made, quantisation.layers(small))

@@ -3,8 +3,7 @@
 from distill_jax.export.cards import card
 from distill_jax.export.descriptions import describe
 from distill_jax.export.graphs import onnx
-from distill_jax.export.integers import with_integers
 from distill_jax.export.measuring import latency
 from distill_jax.export.programs import stablehlo
 
-__all__ = ["card", "describe", "latency", "onnx", "stablehlo", "with_integers"]
+__all__ = ["card", "describe", "latency", "onnx", "stablehlo"]

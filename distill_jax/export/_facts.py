@@ -13,6 +13,7 @@ import distill_jax
 from distill_jax import _files, _jaxpr
 from distill_jax._checks import check_sequence, is_key, shown
 from distill_jax._model import Model, PyTree, check_inputs, check_model
+from distill_jax.export._kernels import grid_of, kernels_of
 
 Facts = str | Mapping[str, Any]
 
@@ -36,7 +37,8 @@ def facts(
       provenance: where the network comes from, or None.
 
     Returns:
-      These three, the SHA-256 of the parameters and the state, and the version of this library.
+      These three, the SHA-256 of the parameters and the state, the bits of kernels that are integers, and the version
+      of this library.
 
     Raises:
       ValueError: if evaluation draws random numbers, changes the state or calls Python, the labels are not
@@ -63,7 +65,11 @@ def facts(
                 f"{name} must be a text or a dict of what is to be said, got {shown(stated[name])}"
             )
     plain: dict[str, Any] = _files.plain(stated)
-    return {**plain, "digest": digest(model), "distill_jax": distill_jax.__version__}
+    integers = {
+        path: {"weights": kernel.bits, "inputs": 8 if grid_of(kernel) else None}
+        for path, kernel in kernels_of(model).items()
+    }
+    return {**plain, "digest": digest(model), "integers": integers, "distill_jax": distill_jax.__version__}
 
 
 def digest(model: Model) -> str:

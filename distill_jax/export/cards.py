@@ -1,6 +1,7 @@
 """The model card beside an exported file."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def card(
         "Preprocessing": _text(about["preprocessing"]),
         "Provenance": _text(about["provenance"]),
         "SHA-256 of the parameters": f"`{about['digest']}`" if about["digest"] else NOT_STATED,
+        "Integers": _integers(about["integers"]),
         "Made by": makers or NOT_STATED,
     }
     measured = {FIGURES.get(name, name): f"{float(value):,.5g}" for name, value in figures.items()}
@@ -139,6 +141,18 @@ def _text(value: Facts | None) -> str:
         for name, each in _files.plain(value).items()
     }
     return "; ".join(f"{name}: {each}" for name, each in plain.items()) or NOT_STATED
+
+
+def _integers(kernels: Mapping[str, Mapping[str, Any]] | None) -> str:
+    """Says how many kernels have how many bits, and their inputs."""
+    if kernels is None:
+        return NOT_STATED
+    kinds = Counter((each["weights"], each["inputs"]) for each in kernels.values())
+    parts = [
+        f"{count} kernel{'s' * (count > 1)} of {weights} bits, inputs of {f'{inputs} bits' if inputs else 'floats'}"
+        for (weights, inputs), count in kinds.items()
+    ]
+    return "; ".join(parts) or "none"
 
 
 def _arrays(arrays: Sequence[Mapping[str, Any]]) -> str:

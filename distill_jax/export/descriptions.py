@@ -9,8 +9,8 @@ import numpy as np
 from distill_jax.export import _sealed
 from distill_jax.models import files
 
-STATED = ("labels", "preprocessing", "provenance", "digest")
-MAKERS = ("distill_jax", "jax", "jax2onnx")
+STATED = ("labels", "preprocessing", "provenance", "digest", "integers")
+MAKERS = ("distill_jax", "jax", "jax2onnx", "onnxruntime")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -24,8 +24,9 @@ def describe(path: str | Path) -> dict[str, Any]:
       ``format``; ``bytes``, the size of the file; ``platforms`` of a StableHLO program, else None; ``inputs`` and
       ``outputs``, each a list of name, shape and dtype, where ``"batch"`` in a shape stands for any size;
       ``labels``, ``preprocessing`` and ``provenance`` as they were given, or None; ``digest``, the SHA-256 of
-      parameters and state, the same in all files of one model; ``made by``, the versions of the libraries that
-      wrote it.
+      parameters and state, the same in all files of one model; ``integers``, for the path of each kernel that
+      is integers the bits of its ``weights`` and of its ``inputs``, None if these are floats; ``made by``, the versions
+      of the libraries that wrote it.
 
     Raises:
       ValueError: if the file is none of these, of another version of the format, or damaged.
