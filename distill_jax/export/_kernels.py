@@ -16,11 +16,14 @@ EXACT = 1e-5  # how far a kernel of the graph may be from its integers, as a sha
 class Kernel(Protocol):
     """A kernel as integers, such as ``compress.quantisation.Quantised``, which says what its parts are."""
 
-    bits: int
-    scale: jax.Array
-    input_scale: jax.Array | None
-    input_zero: jax.Array | None
-
+    @property
+    def bits(self) -> int: ...
+    @property
+    def scale(self) -> jax.Array: ...
+    @property
+    def input_scale(self) -> jax.Array | None: ...
+    @property
+    def input_zero(self) -> jax.Array | None: ...
     @property
     def codes(self) -> jax.Array: ...
     def array(self) -> jax.Array: ...
