@@ -1,7 +1,8 @@
-"""Compression: removing units, sparse weights, low-rank kernels, integers, narrow codes, and a search for sizes."""
+"""Compression: units, sparse weights, low-rank kernels, integers, entropy coding, narrow codes, a search for sizes."""
 
 from distill_jax.compress import (
     codes,
+    entropy_codes,
     linear_codes,
     low_rank,
     one_shot,
@@ -11,4 +12,14 @@ from distill_jax.compress import (
     units,
 )
 
-__all__ = ["codes", "linear_codes", "low_rank", "one_shot", "quantisation", "search", "sparsity", "units"]
+__all__ = [
+    "codes",
+    "entropy_codes",
+    "linear_codes",
+    "low_rank",
+    "one_shot",
+    "quantisation",
+    "search",
+    "sparsity",
+    "units",
+]

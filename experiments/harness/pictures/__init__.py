@@ -18,6 +18,7 @@ from harness.pictures.comparisons import (
 )
 from harness.pictures.fronts import front
 from harness.pictures.insides import reconstructions
+from harness.pictures.sizes import frontier
 
 __all__ = [
     "against",
@@ -28,6 +29,7 @@ __all__ = [
     "confusion",
     "curves",
     "front",
+    "frontier",
     "gallery",
     "heat_map",
     "hesitation",
