@@ -258,7 +258,9 @@ def main() -> int:
             entry[part] = float(np.mean([len(getattr(of[n], part)) for of in files]))
         entry["differences"] = 0
         for seed, (of, outputs) in enumerate(zip(files, logits, strict=True)):
-            (run.directory / f"seed{seed}" / f"{file_name(n)}.py").write_bytes(of[n].program)
+            path = run.directory / f"seed{seed}" / "programs" / f"{file_name(n)}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(of[n].program)
             classes = network.classify(of[n].program, run.dataset.test.image)
             entry["differences"] += int(np.sum(classes != outputs[n].argmax(1)))
     found["ratio"] = found["models"][ORIGINAL]["bytes"] / sizes[PACKED]

@@ -36,7 +36,7 @@ def test_the_bytes_are_near_the_entropy():
     size = len(entropy_codes.encode([q], limit=3, check=0))
     # The counts are learned on the way: half of log2(n) bits for each of 6 that are free
     assert entropy < size < entropy + 6 / 2 * np.log2(len(q)) / 8 + 2
-    assert len(entropy_codes.encode([q], limit=3, check=4)) == size + 4
+    assert size + 3 <= len(entropy_codes.encode([q], limit=3, check=4)) <= size + 4
     assert len(entropy_codes.encode([[0] * 1000], limit=3, check=0)) < 5
 
 

@@ -249,3 +249,14 @@ def test_eight_models_look_different_and_reserved_looks_are_not_given_away():
     some = style.looks_of(["distilled", *(f"model {i}" for i in range(7))])
     assert len({str(look) for look in some.values()}) == 8
     assert some["distilled"] == style.looks_of(["distilled"])["distilled"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_frontier(tmp_path, seeds):
+    rng = np.random.default_rng(0)
+    errors = np.array([[1.5], [0.9], [1.1]]) + rng.uniform(0, 0.1, (3, seeds))
+    measured = {"small": (np.array([800, 2000, 1200]), errors), "MLP": (np.array([1e6]), errors[:1])}
+    pictures.frontier(tmp_path / "a.png", measured, {"someone": (3000, 0.8)})
+    look(tmp_path / "a.png", (7, 3.6))
+    with pytest.raises(ValueError, match=r"errors of small must be \[files, seeds\] = \(2,\), got \(3,\)"):
+        pictures.frontier(tmp_path / "b.png", {"small": (np.array([1, 2]), errors)}, {})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import smallest_mnist
 import smallest_mnist_network as network
+from harness import runs
 
 from distill_jax.compress import entropy_codes
 
@@ -81,13 +82,17 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     assert list(models) == ["teacher", "4,6@1", "original", "original, packed"]
     assert found["chosen"] == "4,6@1"
     for name in ("4,6@1", "original, packed"):
-        program = out / "seed0" / f"{name.replace(', ', '-').replace(',', '-').replace('@', '-')}.py"
+        program = (
+            out / "seed0" / "programs" / f"{name.replace(', ', '-').replace(',', '-').replace('@', '-')}.py"
+        )
         assert models[name]["bytes"] == program.stat().st_size
         assert models[name]["differences"] == 0
     assert models["4,6@1"]["parameters"] == (9 * 4 + 4 * 4 + 4) + (9 * 4 + 4 * 6 + 6) + (16 * 6 + 6 * 10 + 10)
     assert models["original"]["bytes"] == 4 * (64 * 8 + 8 + 80 + 10)
     assert (out / "frontier.png").stat().st_size > 500
     assert printed.strip().splitlines()[-2] in (out / "report.md").read_text()
+
+    assert runs.files_of_run(out)[1] == []
 
     # As if killed before the training of the small network
     shutil.rmtree(out / "seed0" / "4-6-1")

@@ -34,6 +34,7 @@ WRITTEN = re.compile(
     r"""
     \.lock | (config|choice|results)\.json | report\.md | \.[^/]+\.tmp
     | (seed\d+|all_seeds)/([^/]+/)?[^/]+\.jsonl
+    | seed\d+/programs/[^/]+\.py
     | tensorboard/([^/]+/)+events\.out\.tfevents\.[^/]+
     | profile/plugins/profile/[^/]+/(perfetto_trace\.json\.gz|[^/]+\.(trace\.json\.gz|xplane\.pb))
     | seed\d+/files/(\.lock|[^/]+\.(model|onnx)(\.md)?|\.[^/]+\.tmp)
