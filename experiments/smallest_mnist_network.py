@@ -1,7 +1,7 @@
 """The networks of smallest_mnist.py, whose parameters are small integers, and the Python programs that they become.
 
-A network is a chain of layers: ReLU, division by the root mean square of the whole activation of an image, and a
-convolution without padding, down to one pixel of as many channels as there are classes. Since the division undoes
+A network is a chain of layers: ReLU, standardisation of the whole activation of an image (mean 0, variance 1), and a
+convolution without padding, down to one pixel of as many channels as there are classes. Since standardisation undoes
 every scale, the scales of the integers need not be stored.
 """
 
@@ -25,7 +25,7 @@ from distill_jax import models
 from distill_jax.compress import entropy_codes
 
 BIAS = 4  # what the integer 1 of a bias adds to an output, where the integer 1 of a kernel multiplies
-FLOOR = 1e-6  # added to the mean square of an activation, which may be 0
+FLOOR = 1e-6  # added to the variance of an activation, which may be 0
 
 
 class Layer(NamedTuple):
@@ -67,7 +67,8 @@ class Network:
             if layer.rank:
                 kernel = jnp.einsum("cijm,cmo->cijo", kernel, found["mix"])
             x = jax.nn.relu(x)
-            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), (0, 1, 2), keepdims=True) + FLOOR)
+            x -= jnp.mean(x, (0, 1, 2), keepdims=True)
+            x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), (0, 1, 2), keepdims=True) + FLOOR)
             patches = _patches(x, layer)
             y = kernel.reshape(-1, layer.outputs).T @ patches.reshape(kernel[..., 0].size, -1)
             x = y.reshape(-1, *patches.shape[-3:]) + BIAS * found["bias"][:, None, None, None]
@@ -139,8 +140,8 @@ def g(*s):
 i={channels};L=[]
 for k,s,o,m in {layers}:L+=(k,s,{kernel},g(o)),;i=o
 for x in n.load(sys.argv[1])/255:
- for k,s,w,b in L:x=x*(x>0);x=n.tensordot(\
-n.lib.stride_tricks.sliding_window_view(x/((x*x).mean()+1e-6)**.5,(k,k),(0,1))[::s,::s],w,3)+{bias}*b
+ for k,s,w,b in L:x=x*(x>0);x-=x.mean();x=n.tensordot(\
+n.lib.stride_tricks.sliding_window_view(x/(x.var()+1e-6)**.5,(k,k),(0,1))[::s,::s],w,3)+{bias}*b
  print(x.argmax())
 """
 FACTORS = 'n.einsum("cijm,cmo->cijo",g(i,k,k,m),g(i,m,o))'
