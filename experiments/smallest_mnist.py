@@ -49,39 +49,29 @@ TEACHER, ORIGINAL, PACKED = "teacher", "original", "original, packed"
 class Config(Options):
     """The options of the experiment."""
 
-    networks: tuple[str, ...] = ("8,16,24@3", "12,24,32@3", "16,32,48@1", "16,32,48@3")
-    """the small networks: widths of their convolutions before the last one, and the largest integer, as in 8,16,24@3"""
-    kernels: tuple[Count, ...] = (5, 3, 3, 4)
+    networks: tuple[str, ...] = ("8,16,32@3", "12,24,48@3", "16,32,64@3", "24,48,96@1")
+    """the small networks: widths of their convolutions before the last one, and the largest integer, as in 8,16,32@3"""
+    kernels: tuple[Count, ...] = (5, 3, 3, 3)
     """sizes of the kernels of the convolutions; the last one must leave one pixel"""
-    strides: tuple[Count, ...] = (2, 1, 2, 1)  # strides of the convolutions
-    ranks: tuple[Count, ...] = (
-        4,
-        1,
-        1,
-        1,
-    )  # number of spatial kernels for each input channel of the convolutions
-    teacher: tuple[Count, ...] = (
-        24,
-        32,
-        64,
-    )  # widths of the teacher, of the same kind with full kernels of floats
+    strides: tuple[Count, ...] = (2, 2, 1, 1)  # strides of the convolutions
+    ranks: tuple[Count, ...] = (4, 1, 1, 1)  # number of spatial kernels for each of their input channels
+    teacher: tuple[Count, ...] = (24, 48, 96)  # widths of the teacher, whose kernels are full and floats
     teacher_epochs: Count = 10  # number of epochs to train the teacher
     teacher_jitter: Whole = 2  # largest random shift of the teacher's images, in pixels
     original: tuple[Count, ...] = (300, 100)  # widths of the hidden layers of the MLP that is packed
-    original_epochs: Count = 20  # number of epochs to train the MLP, and the packed one
+    original_epochs: Count = 15  # number of epochs to train the MLP, and the packed one
     limit: Count = 3  # largest integer of the packed MLP
     zeros: Dropout = 0.92  # fraction of the kernels of the packed MLP that is pruned during training
-    epochs: Count = 30  # number of epochs to train each small network
-    learning_rate: Positive = 5e-3  # highest learning rate of the small networks (Adam, cosine schedule)
+    epochs: Count = 35  # number of epochs to train each small network
+    learning_rate: Positive = 1e-2  # highest learning rate of the small networks (Adam, cosine schedule)
     other_learning_rate: Positive = 2e-3  # that of teacher and MLP
     batch_size: Count = 128  # number of examples per step
     jitter: Whole = 1
     """largest random shift of training images, in pixels; the teacher labels them unshifted"""
     temperature: Positive = 3.0  # temperature T that softens the predictions
     alpha: Share = 0.1  # weight of the labels; the teacher's predictions have 1 - alpha
-    rate: Amount = (
-        0.02  # weight of the estimated size in the loss of the small networks: nats per 1,000 bytes
-    )
+    rate: Amount = 0.04
+    """weight of the estimated size in the loss of the small networks: nats per 1,000 bytes"""
     original_rate: Amount = 0.002  # the same for the packed MLP
     most_errors: Share = 0.0095  # largest share of validation errors that the chosen network may have
     goal_errors: Share = 0.01  # share of test errors that --check allows
