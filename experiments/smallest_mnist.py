@@ -181,7 +181,8 @@ def fit(
         batch_size=config.batch_size, order=order,
     )  # fmt: skip
     # The best epoch may be one before the last weight was pruned
-    return run.judge(done.state.model if zeros else done.model, done.history, done.seconds)
+    model = done.state.model if zeros else done.model
+    return run.judge(network.freeze(model) if labels is not None else model, done.history, done.seconds)
 
 
 def train_all(run: Run, seed: int) -> dict[str, Trained]:

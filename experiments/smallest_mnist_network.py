@@ -119,6 +119,21 @@ def make(layers: Sequence[Layer], limit: int | None, channels: int, key: jax.Arr
     return models.from_function(Network(tuple(layers), limit), {"layers": params, "log_scale": log_scale})
 
 
+def freeze(model: models.Model) -> models.Model:
+    """Replaces the weights of a network by its integers, so that it computes the same in every program."""
+
+    def rounded(leaf):
+        return {"weight": integers(leaf, network_of(model).limit), "log_step": jnp.zeros(())}
+
+    layers = [{name: rounded(leaf) for name, leaf in leaves.items()} for leaves in model.params["layers"]]
+    return model.replace(params={**model.params, "layers": layers})
+
+
+def network_of(model: models.Model) -> Network:
+    """Returns the function of a model from :func:`make`."""
+    return model.apply_fn.fn  # type: ignore[attr-defined]
+
+
 def size_of(params: Mapping[str, Any]) -> jax.Array:
     """Estimates the thousands of bytes of all integers, so that the estimate has a gradient: Σ log₂(1 + |q|)/8000."""
     leaves = [leaf for leaves in params["layers"] for leaf in leaves.values()]
@@ -166,24 +181,14 @@ class File(NamedTuple):
 
 
 def arrays_of(model: models.Model) -> list[np.ndarray]:
-    """Lists the integers of a network in the order in which they are coded."""
-    limit = network_of(model).limit
-    leaves = [
-        leaves[name]
-        for leaves in model.params["layers"]
-        for name in ("kernel", "mix", "bias")
-        if name in leaves
-    ]
-    return [np.asarray(integers(leaf, limit)).astype(np.int64) for leaf in leaves]
-
-
-def network_of(model: models.Model) -> Network:
-    """Returns the function of a model from :func:`make`."""
-    return model.apply_fn.fn  # type: ignore[attr-defined]
+    """Lists the integers of a network from :func:`freeze`, in the order in which they are coded."""
+    names = ("kernel", "mix", "bias")
+    leaves = [leaves[name] for leaves in model.params["layers"] for name in names if name in leaves]
+    return [np.asarray(leaf["weight"]).astype(np.int64) for leaf in leaves]
 
 
 def write(model: models.Model, channels: int = 1) -> File:
-    """Makes the program of a network of integers."""
+    """Makes the program of a network from :func:`freeze`."""
     layers, limit = network_of(model).layers, network_of(model).limit
     assert limit is not None
     weights = entropy_codes.encode(arrays_of(model), limit=limit, check=0)

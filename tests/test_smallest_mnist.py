@@ -10,6 +10,7 @@ import smallest_mnist
 import smallest_mnist_network as network
 from harness import runs
 
+from distill_jax import data
 from distill_jax.compress import entropy_codes
 
 EXPERIMENT = smallest_mnist
@@ -31,27 +32,28 @@ SMALL = [
     *("--teacher-epochs", "1", "--original-epochs", "2", "--epochs", "2"),
 ]
 LAYERS = {
-    "factors": ((network.Layer(3, 1, 5, 2), network.Layer(3, 2, 6, 1), network.Layer(2, 1, 4, 1)), 3),
-    "full": ((network.Layer(8, 1, 9, 0), network.Layer(1, 1, 4, 0)), 7),
+    "factors": ((network.Layer(3, 1, 5, 2), network.Layer(3, 2, 6, 1), network.Layer(2, 1, 10, 1)), 3),
+    "full": ((network.Layer(8, 1, 9, 0), network.Layer(1, 1, 10, 0)), 7),
 }
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_program_computes_what_the_network_does(kind):
     layers, limit = LAYERS[kind]
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
+    images = data.load("digits").test.image[:64].copy()
     images[0] = 0
+    rng = np.random.default_rng(0)
     model = network.make(layers, limit, 1, jax.random.key(0))
     for leaves in model.params["layers"]:
-        leaves["bias"]["weight"] = np.float32(0.2 * rng.normal(size=leaves["bias"]["weight"].shape))
+        leaves["bias"]["weight"] = np.float32(0.05 * rng.normal(size=leaves["bias"]["weight"].shape))
+    model = network.freeze(model)
     logits = jax.jit(lambda model, x: model(x))(model, images.astype("f4") / 255)
     file = network.write(model)
     assert len(np.unique(logits.argmax(1))) > 1
     np.testing.assert_array_equal(network.classify(file.program, images), logits.argmax(1))
 
     arrays = network.arrays_of(model)
-    assert [a.shape for a in arrays[-1:]] == [(4,)]
+    assert [a.shape for a in arrays[-1:]] == [(10,)]
     assert max(np.abs(a).max() for a in arrays) == limit
     again = entropy_codes.decode(file.weights, [a.size for a in arrays], limit=limit, check=0)
     for a, b in zip(arrays, again, strict=True):
