@@ -16,9 +16,8 @@ from harness.pictures.comparisons import (
     heat_map,
     tradeoffs,
 )
-from harness.pictures.fronts import front
+from harness.pictures.fronts import front, frontier
 from harness.pictures.insides import reconstructions
-from harness.pictures.sizes import frontier
 
 __all__ = [
     "against",
