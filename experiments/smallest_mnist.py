@@ -70,7 +70,7 @@ class Config(Options):
     """largest random shift of training images, in pixels; the teacher labels them unshifted"""
     temperature: Positive = 3.0  # temperature T that softens the predictions
     alpha: Share = 0.1  # weight of the labels; the teacher's predictions have 1 - alpha
-    rate: Amount = 0.04
+    rate: Amount = 0.1
     """weight of the estimated size in the loss of the small networks: nats per 1,000 bytes"""
     original_rate: Amount = 0.002  # the same for the packed MLP
     most_errors: Share = 0.0095  # largest share of validation errors that the chosen network may have
@@ -195,11 +195,15 @@ def train_all(run: Run, seed: int) -> dict[str, Trained]:
             config.kernels, config.strides, (*config.teacher, dataset.classes), strict=True
         )
     ]
-    first = {"learning_rate": config.other_learning_rate, "jitter": config.teacher_jitter}
+    first: dict[str, Any] = {"learning_rate": config.other_learning_rate, "jitter": config.teacher_jitter}
     teacher = network.make(wide, None, channels, jax.random.fold_in(key, 0))
     made = {TEACHER: fit(run, TEACHER, seed, teacher, 10_000 + seed, epochs=config.teacher_epochs, **first)}
     labels = run.store_labels(seed, made[TEACHER].model)
-    small = {"epochs": config.epochs, "learning_rate": config.learning_rate, "rate": config.rate}
+    small: dict[str, Any] = {
+        "epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "rate": config.rate,
+    }
     for number, name in enumerate(config.networks):
         model = network.make(*layers_of(config, dataset, name), channels, jax.random.fold_in(key, 1 + number))
         order = 20_000 + 1000 * number + seed
@@ -231,7 +235,8 @@ def main() -> int:
     name, config = read(CONFIGS, __doc__, mnist_or_digits)
     run = Run.start("smallest_mnist", name, config, check)
     channels = run.dataset.image_shape[-1]
-    trained, files = [], []
+    trained: list[dict[str, Trained]] = []
+    files: list[dict[str, network.File]] = []
     for seed in range(config.seeds):
         trained.append(train_all(run, seed))
         files.append({n: network.write(trained[-1][n].model, channels) for n in (*config.networks, PACKED)})

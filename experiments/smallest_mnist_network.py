@@ -102,8 +102,10 @@ def make(layers: Sequence[Layer], limit: int | None, channels: int, key: jax.Arr
     for layer in layers:
         key, *keys = jax.random.split(key, 3)
         spatial = layer.size**2
-        # name -> shape, and number of inputs of an output
-        shapes = {"kernel": ((channels, layer.size, layer.size, layer.outputs), channels * spatial)}
+        # The shape, and the number of inputs of an output
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {
+            "kernel": ((channels, layer.size, layer.size, layer.outputs), channels * spatial)
+        }
         if layer.rank:
             shapes["kernel"] = (channels, layer.size, layer.size, layer.rank), spatial
             shapes["mix"] = (channels, layer.rank, layer.outputs), channels * layer.rank
@@ -137,7 +139,8 @@ def network_of(model: models.Model) -> Network:
 def size_of(params: Mapping[str, Any]) -> jax.Array:
     """Estimates the thousands of bytes of all integers, so that the estimate has a gradient: Σ log₂(1 + |q|)/8000."""
     leaves = [leaf for leaves in params["layers"] for leaf in leaves.values()]
-    return sum(jnp.sum(jnp.log2(1 + jnp.abs(integers(leaf, None)))) for leaf in leaves) / 8000
+    bits = [jnp.sum(jnp.log2(1 + jnp.abs(integers(leaf, None)))) for leaf in leaves]
+    return jnp.sum(jnp.stack(bits)) / 8000
 
 
 # --- files -------------------------------------------------------------------------------------------------------
