@@ -81,15 +81,12 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     assert status == 0
     found = json.loads((out / "results.json").read_text())
     models = found["models"]
-    assert list(models) == ["teacher", "4,6@1", "original", "original, packed"]
-    assert found["chosen"] == "4,6@1"
-    for name in ("4,6@1", "original, packed"):
-        program = (
-            out / "seed0" / "programs" / f"{name.replace(', ', '-').replace(',', '-').replace('@', '-')}.py"
-        )
-        assert models[name]["bytes"] == program.stat().st_size
+    assert list(models) == ["teacher", "4,6@3", "original", "original, packed"]
+    assert found["chosen"] == "4,6@3"
+    for name, file in {"4,6@3": "4-6-3.py", "original, packed": "original-packed.py"}.items():
+        assert models[name]["bytes"] == (out / "seed0" / "programs" / file).stat().st_size
         assert models[name]["differences"] == 0
-    assert models["4,6@1"]["parameters"] == (9 * 4 + 4 * 4 + 4) + (9 * 4 + 4 * 6 + 6) + (16 * 6 + 6 * 10 + 10)
+    assert models["4,6@3"]["parameters"] == (9 * 4 + 4 * 4 + 4) + (9 * 4 + 4 * 6 + 6) + (16 * 6 + 6 * 10 + 10)
     assert models["original"]["bytes"] == 4 * (64 * 8 + 8 + 80 + 10)
     assert (out / "frontier.png").stat().st_size > 500
     assert printed.strip().splitlines()[-2] in (out / "report.md").read_text()
@@ -97,7 +94,7 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     assert runs.files_of_run(out)[1] == []
 
     # As if killed before the training of the small network
-    shutil.rmtree(out / "seed0" / "4-6-1")
+    shutil.rmtree(out / "seed0" / "4-6-3")
     assert run("--out", out)[0] == 0
     again = json.loads((out / "results.json").read_text())["models"]
     for name, model in models.items():
