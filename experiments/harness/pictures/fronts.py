@@ -82,9 +82,9 @@ def frontier(
         spread = errors.std(1, ddof=1) if errors.shape[1] > 1 else np.zeros(len(errors))
         axes.errorbar(size[order], errors.mean(1)[order], spread[order], label=name, marker="o", markersize=3,
                       elinewidth=0.6, **look)  # fmt: skip
-    for name, (size, error) in published.items():
-        axes.plot(size, error, "x", color="black", markersize=4)
-        axes.annotate(name, (size, error), (4, 4), textcoords="offset points", size=6)
+    for name, place in published.items():
+        axes.plot(*place, "x", color="black", markersize=4)
+        axes.annotate(name, place, (4, 4), textcoords="offset points", size=6)
     axes.set(xscale="log", xlabel="bytes", ylabel="test error, %")
     log_axis(axes.xaxis, *axes.get_xlim())
     axes.set_ylim(0, None)
