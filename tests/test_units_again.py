@@ -105,7 +105,8 @@ CASES = {
     "same program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * 3, (1,))[:, None, :1], None),
     "program": (lambda h, x: h * jax.lax.reduce(x, 0.0, lambda a, b: a + b * h.shape[-1], (1,))[:, None, :1],
                 "in reduce"),
-    "number of operands": (lambda h, x: h * jnp.concatenate([x] * either(h, 2, 1), -1)[..., :1], "other operations"),
+    "same NaN": (lambda h, x: h * jnp.take(x[..., :1], np.arange(6), axis=1), None),
+    "number of operands": (lambda h, x: h * jnp.concatenate([x] * either(h, 2, 3), -1)[..., :1], "other operations"),
     "number of results": (lambda h, x: h * jnp.split(jnp.sin(x), either(h, [1, 2], [1]), 2)[0], "other operations"),
 }  # fmt: skip
 

@@ -68,7 +68,7 @@ COMPARISONS = {
     "constants": Comparison('return "" if _same_array(a, b, masks, any_size) else NUMBER', 'return ""', "scaled"),
     "dtypes of constants": Comparison("a.dtype == b.dtype and", "", "exponent_of_other_type"),
     "options": Comparison("if option := other_option(", "if option := False and other_option(", "power"),
-    "numbers as options": Comparison("return bool(a == b)", "return True", "power"),
+    "numbers as options": Comparison("return bool(a == b or", "return bool(True or", "power"),
     "tuples as options": Comparison("and all(map(_same, a, b))", "", "padded_evenly"),
     "programs as options": Comparison("return str(a) == str(b)", "return True", "reduced"),
     "cut of a slice": Comparison('return "cut"', "pass", "time_from_width"),

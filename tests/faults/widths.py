@@ -388,7 +388,7 @@ alike("reduced", lambda h: h * reduced(gain(h), if_odd(h, 2.0, 3.0)))
 alike("scaled_in_loop", lambda h: jax.lax.fori_loop(0, 3, lambda i, h: h / h.shape[-1] ** 0.5, h))
 alike("swapped", lambda h: jax.lax.fori_loop(
     0, 3, lambda i, c: (jnp.sin(c[0]), jnp.cos(c[1]))[:: if_odd(h, 1, -1)], (h, h))[0])  # fmt: skip
-alike("more_parts", lambda h: h * cat(*[gain(h)] * if_odd(h, 1, 2)).sum(-1, keepdims=True))
+alike("more_parts", lambda h: h * cat(*[gain(h)] * if_odd(h, 2, 3)).sum(-1, keepdims=True))
 
 
 def reduced(h, scale):

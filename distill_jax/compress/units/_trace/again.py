@@ -389,4 +389,4 @@ def _same(a: Any, b: Any) -> bool:
         return str(a) == str(b)
     if isinstance(a, tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    return bool(a == b or (a != a and b != b))  # NaN, with which a gather fills what is out of bounds
