@@ -15,7 +15,7 @@ import pytest
 from flax import linen, nnx
 
 from distill_jax import models, train
-from distill_jax.compress import low_rank, units
+from distill_jax.compress import low_rank, quantisation, units
 
 SHAPE = (8, 8, 2)
 
@@ -74,6 +74,7 @@ MODELS = {
     "linen": lambda: models.from_linen(LinenNet(), jax.random.key(0), X[:1]),
     "shrunk": shrunk,
     "factorised": factorised,
+    "quantised": lambda: quantisation.quantise(shrunk(), [X], activations=True, bits={"Dense_0": 4, "": 8}),
 }
 
 FRESH = """
@@ -84,6 +85,9 @@ folder = sys.argv[1]
 x = np.load(folder + "/x.npy")
 for path in sys.argv[2:]:
     model = models.load(f"{folder}/{path}.model")
+    if path == "quantised":  # integers are not trained
+        np.savez(f"{folder}/{path}.npz", outputs=jax.jit(lambda m, x: m(x))(model, x), two=model(x[:2]))
+        continue
     tx = optax.sgd(0.1)
     step = jax.jit(train.make_train_step(train.supervised(), tx))
     state, metrics = step(train.init_state(model, tx, jax.random.key(3)), {"image": x, "label": np.arange(6) % 3})
@@ -112,6 +116,9 @@ def test_a_process_without_the_networks_code_runs_and_tunes_them(tmp_path):
             found = dict(file)
         np.testing.assert_allclose(found["outputs"], model(X), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found["two"], model(X[:2]), rtol=1e-5, atol=1e-6)
+        if name == "quantised":
+            assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"int8", "uint8", "float32"}
+            continue
         start = train.init_state(model, tx, jax.random.key(3))
         state, metrics = step(start, {"image": X, "label": np.arange(6) % 3})
         np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)  # dropout's mask, too

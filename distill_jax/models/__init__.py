@@ -15,6 +15,7 @@ from distill_jax.models.pretrained import load_pretrained, save_pretrained
 from distill_jax.models.recurrent import GRUConfig, build_gru, given_source, load_gru
 from distill_jax.models.resnet import ResNet
 from distill_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from distill_jax.models.tensors import load_safetensors, save_safetensors
 from distill_jax.models.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.models.transformer import (
     RopeScaling,
@@ -32,6 +33,6 @@ __all__ = [
     "RopeScaling", "ShuffleNetV1", "ShuffleNetV2", "Tokenizer", "TransformerConfig", "ViT", "WideResNet", "build",
     "build_encoder", "build_gru", "build_transformer", "compose", "extend", "feature_names", "from_function",
     "from_linen", "from_nnx", "generate", "given_source", "head_kernel", "hidden_states", "init_cache", "load",
-    "load_gru", "load_pretrained", "load_tokenizer", "nnx_module", "predict", "save", "save_pretrained",
-    "sentence_embeddings", "side_by_side",
+    "load_gru", "load_pretrained", "load_safetensors", "load_tokenizer", "nnx_module", "predict", "save",
+    "save_pretrained", "save_safetensors", "sentence_embeddings", "side_by_side",
 ]  # fmt: skip

@@ -7,11 +7,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from distill_jax import _files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+DTYPES = FLOAT8 | {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+        "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32, "F64": np.float64, "C64": np.complex64,
+    }.items()
+}  # fmt: skip
 
 
 class Tensor(NamedTuple):
@@ -29,7 +39,7 @@ def package() -> Any:
         import safetensors.numpy
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "weights of transformers are in files of the package safetensors: pip install 'distill_jax[text]'"
+            "files of safetensors need the package of that name: pip install 'distill_jax[text]'"
         ) from None
     return safetensors
 
@@ -52,9 +62,26 @@ def read(path: Path) -> dict[str, Tensor]:
 
     def tensor(name: str) -> Tensor:
         view = file.get_slice(name)
-        return Tensor(path, tuple(view.get_shape()), view.get_dtype(), lambda: file.get_tensor(name))
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+
+        def whole() -> np.ndarray:
+            if kind not in FLOAT8:
+                return file.get_tensor(name)
+            # The package looks for these types in NumPy, which has not got them
+            entry = dict(safetensors.deserialize(path.read_bytes()))[name]
+            return np.frombuffer(entry["data"], FLOAT8[kind]).reshape(shape)
+
+        return Tensor(path, shape, kind, whole)
 
     return {name: tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def is_one(path: Path) -> bool:
+    """Says whether a file is of this format, whole or damaged: it begins with the length of an object of JSON."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _culprit(path: Path) -> str:
@@ -133,20 +160,21 @@ def write_directory(directory: Path, arrays: Mapping[str, np.ndarray], shard_byt
         shards[-1][name] = array
         filled += array.nbytes
     if len(shards) == 1:
-        _write(directory / SINGLE, arrays)
+        write(directory / SINGLE, arrays)
         return
     places: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write(directory / file, shard)
+        write(directory / file, shard)
         places |= dict.fromkeys(shard, file)
     total = sum(array.nbytes for array in arrays.values())
     _files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to one file."""
     save = package().numpy.save_file
     # The package writes the memory of an array as it lies, so a transposed one would be written as it was
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # Without this entry, transformers refuses the file
     _files.write_atomically(path, lambda temporary: save(whole, temporary, metadata={"format": "pt"}))
