@@ -187,7 +187,10 @@ def arrays_of(model: models.Model) -> list[np.ndarray]:
     """Lists the integers of a network from :func:`freeze`, in the order in which they are coded."""
     names = ("kernel", "mix", "bias")
     leaves = [leaves[name] for leaves in model.params["layers"] for name in names if name in leaves]
-    return [np.asarray(leaf["weight"]).astype(np.int64) for leaf in leaves]
+    weights = [np.asarray(leaf["weight"]) for leaf in leaves]
+    if any(np.any(weight != np.rint(weight)) for weight in weights):
+        raise ValueError("model must be one from freeze, got weights that are not integers")
+    return [weight.astype(np.int64) for weight in weights]
 
 
 def write(model: models.Model, channels: int = 1) -> File:

@@ -33,6 +33,8 @@ def test_a_program_computes_what_the_network_does(kind):
     model = network.make(layers, limit, 1, jax.random.key(0))
     for leaves in model.params["layers"]:
         leaves["bias"]["weight"] = np.float32(0.05 * rng.normal(size=leaves["bias"]["weight"].shape))
+    with pytest.raises(ValueError, match="model must be one from freeze"):
+        network.write(model)
     model = network.freeze(model)
     logits = jax.jit(lambda model, x: model(x))(model, images.astype("f4") / 255)
     file = network.write(model)
