@@ -84,9 +84,9 @@ class Config(Options):
 CONFIGS = {
     "mnist": ("MNIST: three quarters of an hour on one core", Config()),
     "digits": ("scikit-learn's digits, which need no download: two minutes per seed", Config(
-        dataset="digits", networks=("8,16@3", "16,32@3", "24,48@3"), kernels=(3, 3, 4), strides=(1, 1, 1), ranks=(4, 1, 1),
-        teacher=(16, 32), teacher_epochs=40, teacher_jitter=1, original=(64, 64), original_epochs=60, zeros=0.6,
-        epochs=120, batch_size=32, most_errors=0.04, goal_errors=0.05, goal_ratio=10.0,
+        dataset="digits", networks=("8,16@3", "16,32@3", "24,48@3"), kernels=(3, 3, 4), strides=(1, 1, 1),
+        ranks=(4, 1, 1), teacher=(16, 32), teacher_epochs=40, teacher_jitter=1, original=(64, 64), original_epochs=60,
+        zeros=0.6, epochs=120, batch_size=32, most_errors=0.04, goal_errors=0.05, goal_ratio=10.0,
     )),
 }  # fmt: skip
 
