@@ -174,6 +174,27 @@ def test_what_cannot_be_made_is_left_out_and_what_diverges_is_last(tmp_path):
         assert found.chosen.name == "width=4"
 
 
+def test_what_cannot_be_written_is_left_out_with_a_warning(tmp_path):
+    work = Work()
+
+    def write(path, model, x):
+        if width(model) in refused:
+            raise ValueError("model: the operation tanh is not converted")
+        work.write(path, model, x)
+
+    refused = {8}
+    with pytest.warns(UserWarning, match="write, for 'width=8': model: the operation tanh"):
+        found = work.search(tmp_path, most_bytes=800, write=write)
+    assert [*found.candidates] == ["original", "width=12", "width=4", "width=2"]
+    assert found.chosen.name == "width=4"
+    refused = {*WIDTHS}
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="none of them could be made"),
+    ):
+        work.search(tmp_path / "none", most_bytes=800, write=write)
+
+
 def test_a_budget_that_no_file_keeps_is_refused_with_the_nearest(tmp_path):
     work = Work()
     message = "^most_bytes, most_ms: no file is within 1,000 bytes and 0.5 ms; that of 'width=4' has 400 bytes and 4 ms"

@@ -3,6 +3,7 @@
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ class BestFile(NamedTuple):
     chosen: Candidate
     front: list[Candidate]
     candidates: dict[str, Candidate]
+
+
+class _UnwritableError(ValueError):
+    """A network cannot be written, or its file does not run."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,13 @@ def best_file(
 
     Raises:
       ValueError: if no file keeps within the budgets of bytes and latency, which is found before anything is trained,
-        or none of these reaches ``least_quality``: the nearest is named with what it has; if a network cannot be
-        written, for example since its evaluation is random or changes its state; if functions do not return what is
-        said above, two candidates are equal, no budget is given that the aim needs, or the directory holds another
-        search.
+        or none of these reaches ``least_quality``: the nearest is named with what it has; if the original cannot be
+        written, for example since its evaluation is random or changes its state, or no candidate can; if functions do
+        not return what is said above, two candidates are equal, no budget is given that the aim needs, or the
+        directory holds another search.
+
+    Warns:
+      UserWarning: if a candidate cannot be written, for what reason; it is left out.
     """
     check_model("model", model)
     check_inputs("x", x)
@@ -239,11 +247,12 @@ def best_file(
         return directory / f"{name}{suffix}"
 
     def measured(name: str, path: Path) -> dict[str, Any]:
+        of = finished(name)
         try:
-            write(path, finished(name), x)
+            write(path, of, x)
             return export.latency(path, first, threads=threads, seconds=seconds)
         except ValueError as error:
-            raise ValueError(f"write, for {name!r}: {error}") from error
+            raise _UnwritableError(f"write, for {name!r}: {error}") from error
 
     def validated(name: str) -> float:
         value = number("quality", quality(finished(name)), name)
@@ -302,7 +311,15 @@ def best_file(
             if (made := make(model, settings)) is not None:
                 check_model(f"what make returns for {name!r}", made)
                 kept[name] = Kept(directory, name, made)
-                draft(name)
+                try:
+                    draft(name)
+                except _UnwritableError as error:
+                    warnings.warn(f"{error} (this candidate is left out)", stacklevel=2)
+                    del kept[name]
+        if len(kept) == 1:
+            raise ValueError(
+                "candidates: none of them could be made and written: see the warnings, or give others"
+            )
         found = {name: candidate(name, whole=name == ORIGINAL) for name in kept}
         if not any(budgets.used(each) <= 1 for each in found.values()):
             raise ValueError(budgets.complaint([*found.values()]))
