@@ -2,13 +2,14 @@
 
 For each seed an original is trained. Candidates keep a share of its units, and of the operations in its residual
 blocks, as floats or with weights and activations of 8 bits. Each is exported and its file measured; what is over a
-budget is left out. The others are trained on the labels of the data and of the original in rounds, after each of which
-the better part goes on. The chosen file and that of the original, a program of XLA, are measured once more, and the
-chosen one gets a model card. The test set is used for the report only.
+budget, by default a tenth of the bytes and a fifth of the time of the original under XLA, is left out. The others are
+trained on the labels of the data and of the original in rounds, after each of which the better part goes on. The chosen
+file and the original's are measured once more, and the chosen one gets a model card. The test set is used for the
+report only.
 
     python experiments/compress_to_file.py              # mlp on mnist where it can be had, else digits
-    python experiments/compress_to_file.py resnet --most-lost 0.2 --aim latency
-    python experiments/compress_to_file.py mlp --most-bytes 100000 --most-ms 0.02 --aim quality
+    python experiments/compress_to_file.py resnet --aim latency --most-lost 0.2
+    python experiments/compress_to_file.py mlp --most-bytes 100000 --most-ms 0.02
     python experiments/compress_to_file.py digits --original my_package.my_module:my_network
 
 A network of your own is a function (shape, classes, key) that returns a Model.
@@ -69,13 +70,15 @@ class Config(OriginalOptions):
     alpha: Share = 0.1  # weight of the labels in the loss; the original's predictions have 1 - alpha
     examples: Count = 512
     """number of training images by which blocks are judged and the ranges of activations are found"""
-    aim: Literal["bytes", "latency", "quality"] = "bytes"
+    aim: Literal["bytes", "latency", "quality"] = "quality"
     """what is chosen within the budgets: the smallest file, the fastest one, or the one of the highest accuracy"""
-    most_bytes: Count | None = None  # size of the largest file that may be chosen (default: any)
-    most_ms: Positive | None = (
-        None  # longest time of a call that may be chosen, in milliseconds (default: any)
+    most_bytes: Count | None = None
+    """size of the largest file that may be chosen (default: a tenth of the original's under XLA)"""
+    most_ms: Positive | None = None
+    """longest time of a call that may be chosen, in milliseconds (default: a fifth of the original's under XLA)"""
+    most_lost: Amount | None = (
+        None  # points of validation accuracy that the chosen file may lose (default: any)
     )
-    most_lost: Amount = 0.1  # points of validation accuracy that the chosen file may lose
     runtime: Literal["onnx", "stablehlo"] = "onnx" if HAS_ONNX else "stablehlo"
     """what candidates are exported to (default: onnx where pip install 'distill_jax[onnx]' is done)"""
     batch: Count = 1  # batch size for which latency is measured
@@ -101,9 +104,8 @@ CONFIGS = {
     "transformer": ("a vision transformer of six blocks on MNIST", replace(
         DEEP, original="vit6-7:0.5", original_epochs=10, widths=(0.7, 0.5, 0.35), depths=(1.0, 0.5), rounds=(2, 4, 8),
     )),
-    "digits": ("784-256-256-10 on scikit-learn's digits, which need no download: a minute per seed", replace(
-        MLP, dataset="digits", original="mlp:256,256", original_epochs=60, batch_size=32, jitter=0, rounds=(20, 40, 80),
-        widths=(0.5, 0.25, 0.12), keep=0.67, learning_rate=3e-3, most_lost=0.5,
+    "digits": ("64-1200-1200-10 on scikit-learn's digits, which need no download: minutes", replace(
+        MLP, dataset="digits", original_epochs=30, batch_size=32, jitter=0, rounds=(20, 40), widths=(0.25, 0.12, 0.06),
     )),
 }  # fmt: skip
 
@@ -116,9 +118,8 @@ def check(config: Config, dataset: data.Dataset) -> None:
     config.need("bits", bool(config.bits) and {*config.bits} <= {8, 32}, "be from 8, 32")
     config.need("rounds", bool(config.rounds), "be at least one number of epochs")
     config.need("keep", config.keep > 0, "lie in (0, 1]")
-    limited = config.most_bytes is not None or config.most_ms is not None
     config.need(
-        "aim", config.aim != "quality" or limited, "be bytes or latency without --most-bytes or --most-ms"
+        "aim", config.aim == "quality" or config.most_lost is not None, "be quality without --most-lost"
     )
     needed = "be stablehlo without pip install 'distill_jax[onnx]'"
     config.need("runtime", config.runtime != "onnx" or HAS_ONNX, needed)
@@ -223,17 +224,22 @@ def compress(config: Config, run: Run, seed: int) -> tuple[dict[str, Trained], d
         "preprocessing": "grey values or colours as numbers from 0 to 1",
         "provenance": {"original": config.original, "data": run.dataset.name, "seed": seed},
     }
+    least = None
+    if config.most_lost is not None:
+        least = tools.accuracy(original.model) - config.most_lost / 100 - 1e-9
     directory = run.directory / f"seed{seed}" / "files"
+    directory.mkdir(parents=True, exist_ok=True)
+    first = directory / "original.model"
+    export.stablehlo(first, original.model, tools.x, **facts)
+    whole = tools.latency(first)
     found = search.best_file(
         original.model, tools.make, settings_of(config), tools.x, tune=tools.tune, quality=tools.accuracy,
         directory=directory, epochs=config.rounds, finish=tools.finish,
         write=functools.partial(getattr(export, config.runtime), **facts), suffix=SUFFIXES[config.runtime],
-        aim=config.aim, most_bytes=config.most_bytes, most_ms=config.most_ms,
-        least_quality=tools.accuracy(original.model) - config.most_lost / 100 - 1e-9, keep=config.keep,
+        aim=config.aim, most_bytes=config.most_bytes or whole["bytes"] // 10,
+        most_ms=config.most_ms or whole["latency_ms"] / 5, least_quality=least, keep=config.keep,
         batch=config.batch, threads=config.threads, seconds=config.seconds,
     )  # fmt: skip
-    first = directory / "original.model"
-    export.stablehlo(first, original.model, tools.x, **facts)
     assert found.chosen.path is not None
     assert found.chosen.model is not None
     turns = [(tools.latency(first), tools.latency(found.chosen.path)) for _ in range(2)]

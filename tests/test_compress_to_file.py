@@ -13,7 +13,8 @@ from distill_jax import export, models
 EXPERIMENT = compress_to_file
 SMALL = [
     *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--rounds", "1", "1"),
-    *("--widths", "0.5", "0.25", "--most-lost", "100", "--save-seconds", "0", "--runtime", "stablehlo"),
+    *("--widths", "0.5", "0.25", "--save-seconds", "0", "--runtime", "stablehlo"),
+    *("--aim", "bytes", "--most-lost", "100", "--most-bytes", "9999999", "--most-ms", "999"),
 ]  # fmt: skip
 
 
@@ -61,7 +62,10 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert runs.files_of_run(out)[1] == []  # --restart knows all of them
     del calls[:]
     assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
-    assert len(calls) == 4  # what was found is not measured again, but for the end
+    assert len(calls) == 5  # what was found is not measured again, but for the original and the end
+    status, _, error = run("--out", tmp_path / "budget", "--most-bytes", "1000")
+    assert status == 2
+    assert "most_bytes, most_ms: no file is within 1,000 bytes and 999 ms; that of" in error
 
 
 OPTIONS = {
@@ -70,7 +74,7 @@ OPTIONS = {
     "a batch that is too large": ("--batch 5000", "number of training examples, 1081, got 5000"),
     "a width of 0": ("--widths 0.5 0", "--widths must be shares above 0"),
     "other bits": ("--bits 4", "--bits must be from 8, 32"),
-    "an aim without a budget": ("--aim quality", "--aim must be bytes or latency without --most-bytes"),
+    "an aim without a budget": ("--aim latency", "--aim must be quality without --most-lost"),
     "no blocks": ("--depths 1 0.5", "--depths must be 1 for a network without residual blocks"),
 }
 
@@ -79,7 +83,7 @@ OPTIONS = {
 def test_bad_options(name, tmp_path, run):
     arguments, message = OPTIONS[name]
     out = tmp_path / "run"
-    status, _, error = run(*arguments.split(), "--out", out)
+    status, _, error = run(*arguments.split(), "--out", out, small=["digits"])
     assert status == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
