@@ -368,14 +368,16 @@ def test_onnx_runtime_computes_the_same_at_any_batch_size(tmp_path, name):
 
 
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
-    """All but those of ONNX and safetensors, where their packages are not installed."""
+    """All but those whose packages are not installed."""
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     space = {}
     for program in programs:
-        if not HAS_ONNX and re.search(r"export\.onnx|import onnxruntime", program):
-            continue
-        if importlib.util.find_spec("safetensors") or "safetensors" not in program:
+        needed = {"export.onnx": HAS_ONNX, "import onnxruntime": HAS_ONNX} | {
+            name: importlib.util.find_spec(name)
+            for name in ("safetensors", "litert_converter", "ai_edge_litert")
+        }
+        if all(found for name, found in needed.items() if name in program):
             # The loader shows JAX's export by a name of its own, so the programs run one after another
             exec(compile(program, GUIDE.name, "exec"), space)
     assert space["written"]["labels"][:2] == ["0", "1"]
