@@ -97,9 +97,12 @@ def _with_bias(nodes: list[Any], arrays: Mapping[str, np.ndarray], uses: Counter
             products[node.output[0]] = node
         place = next((i for i, name in enumerate(node.input) if name in products), None)
         if node.op_type == "Add" and place is not None:
-            bias = arrays.get(node.input[1 - place])
-            if bias is not None and bias.ndim and bias.size == bias.shape[-1] > 1:
-                product = products.pop(node.input[place])
+            product, bias = products[node.input[place]], arrays.get(node.input[1 - place])
+            kernel = arrays.get(product.input[1])
+            turned = any(attribute.name == "transB" and attribute.i for attribute in product.attribute)
+            sizes = None if kernel is None else kernel.shape[1 - turned :][:1]
+            if bias is not None and bias.ndim in (1, 2) and sizes == bias.shape[-1:] == (bias.size,):
+                del products[node.input[place]]
                 product.input.append(node.input[1 - place])
                 product.output[0] = node.output[0]
                 continue

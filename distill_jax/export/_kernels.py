@@ -133,7 +133,7 @@ def _kernel_of(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[int | None,
         return (1, 0) if place == 1 else (None, 0)
     if node.op_type == "Gemm":
         turned = options[("transA", "transB")[place]].i if ("transA", "transB")[place] in options else 0
-        plain = "alpha" not in options or options["alpha"].f == 1
+        plain = all(options[name].f == 1 for name in ("alpha", "beta") if name in options)
         return (place, (place + turned) % 2) if plain else (None, 0)
     return place, rank - 1 if place else rank - 2
 
