@@ -113,3 +113,22 @@ def test_ascii_few_descriptors_and_two_processes(tmp_path):
     environment.succeeded(first.returncode, error.decode())
     assert b"Report with pictures" in printed
     assert (out / "report.md").exists()
+
+
+def test_a_run_names_the_commit_of_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "experiments" / "harness" / "runs.py"))
+    assert runs.commit() is None  # no clone
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    try:
+        subprocess.run([*git, "init", "-q"], check=True)
+    except OSError:
+        pytest.skip("there is no git")
+    (tmp_path / "file").write_text("one")
+    for words in (["add", "file"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    named = runs.commit()
+    assert named
+    assert head.startswith(named)
+    (tmp_path / "file").write_text("two")
+    assert runs.commit() == f"{named}-dirty"

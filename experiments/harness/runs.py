@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -192,7 +193,20 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "backend": jax.default_backend(),
         "devices": [str(device.device_kind) for device in jax.devices()],
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """Names the commit of the code, with ``-dirty`` where files differ from it; None outside a clone, or without git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 class Stopped(KeyboardInterrupt):
