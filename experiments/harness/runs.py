@@ -198,7 +198,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Names the commit of the code, with ``-dirty`` where files differ from it; None outside a clone, or without git."""
+    """Names the commit of the code, with ``-dirty`` where files differ from it; None outside a clone or without git."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
