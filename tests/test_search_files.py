@@ -148,6 +148,21 @@ def test_other_budgets_use_what_is_there(tmp_path):
     assert Work().search(tmp_path, most_bytes=800).chosen.path.exists()
 
 
+def test_what_was_measured_otherwise_is_measured_again(tmp_path):
+    options = {"aim": "latency", "least_quality": 5.0, "candidates": [{"width": 8}]}
+    Work().search(tmp_path, **options)
+    for other in ({"batch": 2}, {"threads": 2}, {"seconds": 0.1}, {"suffix": ".onnx"}, {}):
+        work = Work()
+        chosen = work.search(tmp_path, **options, **other).chosen
+        assert work.widths("write") == [16, 8, 8]  # the original, and the draft and the file of the candidate
+        assert not work.widths("tune")
+        assert chosen.path == tmp_path / f"width=8{other.get('suffix', '.model')}"
+        assert chosen.measured["batch"] == other.get("batch", 1)
+        again = Work()
+        assert again.search(tmp_path, **options, **other).chosen[:7] == chosen[:7]
+        assert not again.calls
+
+
 def test_a_network_is_finished_before_it_is_validated_and_written(tmp_path):
     def finish(model, settings):
         return model.replace(params=jax.tree.map(lambda leaf: -leaf, model.params))
@@ -226,7 +241,8 @@ def test_a_model_that_no_file_can_hold_is_refused_before_training(tmp_path):
 def test_another_search_in_the_directory_is_refused(tmp_path):
     Work().search(tmp_path, most_bytes=800)
     for options, message in (
-        ({"epochs": (2, 2)}, "with 1 epochs in round 1, not 2"),
+        ({"epochs": (2, 2)}, r"'width=8' was trained in rounds of \[1, 2\] epochs, not \[2, 2\]"),
+        ({"epochs": (1,)}, r"'width=8' was trained in rounds of \[1, 2\] epochs, not \[1\]"),
         (
             {"make": lambda m, settings: Work().make(network(2.0), settings)},
             "which 'width=12' was another network",

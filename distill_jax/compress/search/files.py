@@ -167,7 +167,8 @@ def best_file(
     and measured again, in files of their own in ``directory``; with them takes part the original, which is not trained.
 
     Everything that is found is kept in ``directory`` at once. The same call in a new process continues there, and a
-    call with other budgets uses what is there. Networks are made again, so ``make`` must give the same one each time.
+    call with other budgets uses what is there. With another ``batch``, ``threads``, ``seconds`` or ``suffix``, files are
+    written and measured again. Networks are made again, so ``make`` must give the same one each time.
 
     Args:
       model: the trained original.
@@ -204,7 +205,7 @@ def best_file(
       ValueError: if no file keeps within the budgets of bytes and latency, which is found before anything is trained,
         or none of these reaches ``least_quality``: the nearest is named with what it has; if the original cannot be
         written, for example since its evaluation is random or changes its state, or no candidate can; if functions do
-        not return what is said above, two candidates are equal, no budget is given that the aim needs, or the
+        not return what is said above, two candidates have the same name, no budget is given that the aim needs, or the
         directory holds another search.
 
     Warns:
@@ -234,7 +235,11 @@ def best_file(
     if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix):
         raise ValueError(f"suffix must be the end of a file's name, such as '.onnx', got {shown(suffix)}")
     budgets = _Budgets(aim, most_bytes, most_ms, least_quality)
+    check_count("threads", threads)
+    check_positive("seconds", seconds)
     first = jax.tree.map(lambda leaf: leaf[:batch], x)
+    # Figures hold for these; taken otherwise, they are taken again
+    under = {"batch": int(batch), "threads": int(threads), "seconds": float(seconds), "suffix": suffix}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Kept] = {}
@@ -250,7 +255,7 @@ def best_file(
         of = finished(name)
         try:
             write(path, of, x)
-            return export.latency(path, first, threads=threads, seconds=seconds)
+            return {"under": under, "found": export.latency(path, first, threads=threads, seconds=seconds)}
         except ValueError as error:
             raise _UnwritableError(f"write, for {name!r}: {error}") from error
 
@@ -258,16 +263,28 @@ def best_file(
         value = number("quality", quality(finished(name)), name)
         return -math.inf if math.isnan(value) else value  # its training has diverged
 
+    def known(name: str, what: str) -> bool:
+        return kept[name].info.get(what, {}).get("under") == under
+
     def write_out(name: str) -> None:
-        if "file" not in kept[name].info or not path_of(name).exists():
+        if not known(name, "file") or not path_of(name).exists():
             kept[name].add(kept[name].model, file=measured(name, path_of(name)))
 
+    def check_rounds(name: str) -> None:
+        """Refuses a network that was trained otherwise, or longer: the others would not be trained as long."""
+        asked, done = [*map(int, epochs)], [each["epochs"] for each in kept[name].info.get("rounds", [])]
+        if done != asked[: len(done)]:
+            raise ValueError(
+                f"directory: {directory} holds another search, in which {name!r} was trained in rounds of {done} "
+                f"epochs, not {asked}: give another directory"
+            )
+
     def draft(name: str) -> None:
-        """Measures the file of a network that is not trained yet."""
-        if not kept[name].info:
+        """Measures the file of a network, usually before it is trained."""
+        if not known(name, "draft"):
             with tempfile.TemporaryDirectory() as temporary:
                 found = measured(name, Path(temporary) / path_of(name).name)
-            kept[name].add(kept[name].model, draft=found, rounds=[])
+            kept[name].add(kept[name].model, draft=found, rounds=kept[name].info.get("rounds", []))
 
     def train_round(name: str, place: int) -> None:
         rounds, count = kept[name].info["rounds"], int(epochs[place])
@@ -276,11 +293,6 @@ def best_file(
             rounds = [*rounds, {"epochs": count}]
             kept[name].info.pop("file", None)  # that of the network before this round
             kept[name].add(model, rounds=rounds)
-        if (before := rounds[place]["epochs"]) != count:
-            raise ValueError(
-                f"directory: {directory} holds another search, with {before} epochs in round {place + 1}, not {count}: "
-                "give another directory"
-            )
         if "quality" not in rounds[place]:
             done = {"epochs": count, "quality": validated(name)}
             kept[name].add(kept[name].model, rounds=[*rounds[:place], done])
@@ -288,7 +300,7 @@ def best_file(
     def candidate(name: str, place: int = 0, *, whole: bool = False) -> Candidate:
         """Says what is known of a network, up to a round; or all of it, with its file."""
         info = kept[name].info
-        found = info["file" if whole else "draft"]
+        found = info["file" if whole else "draft"]["found"]
         rounds = info["rounds"] if whole else info["rounds"][:place]
         return Candidate(
             name=name,
@@ -311,6 +323,7 @@ def best_file(
             if (made := make(model, settings)) is not None:
                 check_model(f"what make returns for {name!r}", made)
                 kept[name] = Kept(directory, name, made)
+                check_rounds(name)
                 try:
                     draft(name)
                 except _UnwritableError as error:
