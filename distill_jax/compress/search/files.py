@@ -167,8 +167,8 @@ def best_file(
     and measured again, in files of their own in ``directory``; with them takes part the original, which is not trained.
 
     Everything that is found is kept in ``directory`` at once. The same call in a new process continues there, and a
-    call with other budgets uses what is there. With another ``batch``, ``threads``, ``seconds`` or ``suffix``, files are
-    written and measured again. Networks are made again, so ``make`` must give the same one each time.
+    call with other budgets uses what is there. With another ``batch``, ``threads``, ``seconds`` or ``suffix``, files
+    are written and measured again. Networks are made again, so ``make`` must give the same one each time.
 
     Args:
       model: the trained original.
