@@ -21,6 +21,14 @@ _INSIDE = (str(Path(__file__).parent), str(Path(jax.__file__).parent))
 _warned: set[str] = set()  # names of arguments about which a warning was given
 
 
+class BudgetError(ValueError):
+    """Nothing keeps within these budgets, which are named as the arguments are."""
+
+    def __init__(self, message: str, *budgets: str):
+        super().__init__(message)
+        self.budgets = budgets
+
+
 def check_real(name: str, array: Any) -> None:
     """Raises ``ValueError`` unless an array holds real numbers: floats of any width, or integers.
 

@@ -76,9 +76,8 @@ class Config(OriginalOptions):
     """size of the largest file that may be chosen (default: a tenth of the original's under XLA)"""
     most_ms: Positive | None = None
     """longest time of a call that may be chosen, in milliseconds (default: a fifth of the original's under XLA)"""
-    most_lost: Amount | None = (
-        None  # points of validation accuracy that the chosen file may lose (default: any)
-    )
+    most_lost: Amount | None = None
+    """points of validation accuracy that the chosen file may lose (default: any)"""
     runtime: Literal["onnx", "stablehlo"] = "onnx" if HAS_ONNX else "stablehlo"
     """what candidates are exported to (default: onnx where pip install 'distill_jax[onnx]' is done)"""
     batch: Count = 1  # batch size for which latency is measured

@@ -212,9 +212,14 @@ def test_what_cannot_be_written_is_left_out_with_a_warning(tmp_path):
 
 def test_a_budget_that_no_file_keeps_is_refused_with_the_nearest(tmp_path):
     work = Work()
-    message = "^most_bytes, most_ms: no file is within 1,000 bytes and 0.5 ms; that of 'width=4' has 400 bytes and 4 ms"
-    with pytest.raises(ValueError, match=message):
-        work.search(tmp_path, most_bytes=1000, most_ms=0.5)
+    for budgets, message in (
+        ((1000, 0.5), "most_ms: no file is within 0.5 ms; that of 'width=4' has 400 bytes and 4 ms"),
+        ((100, 20), "most_bytes: no file is within 100 bytes; that of 'width=2' has 200 bytes and 9 ms"),
+        ((100, 0.5), "most_bytes, most_ms: no file is within 100 bytes and 0.5 ms"),
+        ((300, 5), "most_bytes, most_ms: no file is within 300 bytes and 5 ms; that of 'width=4'"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            work.search(tmp_path, most_bytes=budgets[0], most_ms=budgets[1])
     assert work.widths("tune") == []
     message = (
         r"^least_quality: no trained file within the budgets reaches 20; that of 'width=8' .* reaches 9.003"
@@ -246,6 +251,10 @@ def test_another_search_in_the_directory_is_refused(tmp_path):
         (
             {"make": lambda m, settings: Work().make(network(2.0), settings)},
             "which 'width=12' was another network",
+        ),
+        (
+            {"make": lambda m, settings: Work().make(m, {"width": settings["width"] - 1})},
+            "holds another search, in which 'width=12' was another network",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -94,6 +94,10 @@ def quiet() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+class OtherModelError(ValueError):
+    """A checkpoint holds other arrays than those that were asked for."""
+
+
 class _DamagedError(Exception):
     """A checkpoint is not as it was saved."""
 
@@ -216,7 +220,7 @@ class Checkpoints:
         wrong = tree_differences(found, _describe(flat))
         if wrong:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-            raise ValueError(
+            raise OtherModelError(
                 f"the checkpoint in {self.directory} is of another model or optimizer: "
                 f"{'; '.join(wrong[:3])}{more}. Use another directory, or move this one away"
             )

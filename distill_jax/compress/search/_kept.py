@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax._checks import check_real
 from distill_jax._model import Model, PyTree, check_model
 from distill_jax.teachers import fingerprint
-from distill_jax.train.checkpoints import Checkpoints
+from distill_jax.train.checkpoints import Checkpoints, OtherModelError
 
 ORIGINAL = "original"
 
@@ -38,16 +38,20 @@ class Kept:
         if self._folder is None:
             return
         self._source = fingerprint((made.params, made.state))
+        other = ValueError(
+            f"directory: {directory} holds another search, in which {name!r} was another network: give another "
+            "directory"
+        )
         with Checkpoints(self._folder, keep=1) as checkpoints:
-            stored = checkpoints.restore((made.params, made.state))
+            try:
+                stored = checkpoints.restore((made.params, made.state))
+            except OtherModelError:
+                raise other from None
         if stored is None:
             return
         (params, state), kept = jax.tree.map(jnp.asarray, stored[0]), stored[1]
         if kept["source"] != self._source:
-            raise ValueError(
-                f"directory: {directory} holds another search, in which {name!r} was another network: give another "
-                "directory"
-            )
+            raise other
         self.model, self.info = made.replace(params=params, state=state), kept["info"]
         self._saves = kept["saves"]
 

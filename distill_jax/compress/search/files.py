@@ -13,6 +13,7 @@ import jax
 
 from distill_jax import _files, export
 from distill_jax._checks import (
+    BudgetError,
     check_at_most,
     check_choice,
     check_count,
@@ -118,22 +119,31 @@ class _Budgets:
             return not self.reached(candidate), -candidate.quality, *costs
         return False, *(costs if self.aim == "bytes" else costs[::-1]), -candidate.quality
 
-    def complaint(self, candidates: Sequence[Candidate]) -> str:
+    def complaint(self, candidates: Sequence[Candidate]) -> BudgetError:
         """Says which budget none of the candidates keeps, and what the nearest one has."""
-        limits = {"most_bytes": f"{self.most_bytes:,} bytes" if self.most_bytes else ""}
-        limits |= {"most_ms": f"{self.most_ms:g} ms" if self.most_ms else ""}
-        limits = {name: limit for name, limit in limits.items() if limit}
+        limits: dict[str, tuple[str, bool]] = {}
+        if self.most_bytes is not None:
+            limits["most_bytes"] = (
+                f"{self.most_bytes:,} bytes",
+                min(c.bytes for c in candidates) > self.most_bytes,
+            )
+        if self.most_ms is not None:
+            limits["most_ms"] = f"{self.most_ms:g} ms", min(c.latency_ms for c in candidates) > self.most_ms
+        # Where each budget is kept by some file, none keeps all of them
+        limits = {name: limit for name, limit in limits.items() if limit[1]} or limits
         fitting = [each for each in candidates if self.used(each) <= 1]
         nearest = min(fitting, key=self.rank) if fitting else min(candidates, key=self.used)
         has = f"that of {nearest.name!r} has {nearest.bytes:,} bytes and {nearest.latency_ms:.3g} ms"
         if not fitting:
-            return (
-                f"{', '.join(limits)}: no file is within {' and '.join(limits.values())}; {has}: raise the budget, or "
-                "give smaller candidates"
+            within = " and ".join(limit for limit, _ in limits.values())
+            return BudgetError(
+                f"{', '.join(limits)}: no file is within {within}; {has}: raise the budget, or give smaller candidates",
+                *limits,
             )
-        return (
+        return BudgetError(
             f"least_quality: no trained file within the budgets reaches {self.least_quality:g}; {has}, and reaches "
-            f"{nearest.quality:g}: ask for less, train longer, or give larger candidates"
+            f"{nearest.quality:g}: ask for less, train longer, or give larger candidates",
+            "least_quality",
         )
 
 
@@ -335,7 +345,7 @@ def best_file(
             )
         found = {name: candidate(name, whole=name == ORIGINAL) for name in kept}
         if not any(budgets.used(each) <= 1 for each in found.values()):
-            raise ValueError(budgets.complaint([*found.values()]))
+            raise budgets.complaint([*found.values()])
         going = [name for name, each in found.items() if name != ORIGINAL and budgets.used(each) <= 1]
         for place in range(len(epochs)):
             if place:
@@ -350,7 +360,7 @@ def best_file(
     files = [found[ORIGINAL], *(found[name] for name in going)]
     chosen = [each for each in files if budgets.used(each) <= 1 and budgets.reached(each)]
     if not chosen:
-        raise ValueError(budgets.complaint(files))
+        raise budgets.complaint(files)
     return BestFile(min(chosen, key=budgets.rank), _front(files), found)
 
 

@@ -16,7 +16,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from distill_jax._checks import check_choice, check_finite, check_fraction, check_mapping, check_sequence
+from distill_jax._checks import (
+    BudgetError,
+    check_choice,
+    check_finite,
+    check_fraction,
+    check_mapping,
+    check_sequence,
+)
 from distill_jax._model import ApplyFn, PyTree
 from distill_jax.compress.units._trace.branches import take_out, used
 from distill_jax.compress.units._trace.program import Program
@@ -228,9 +235,10 @@ def prune_blocks(
             break
         gone.append(name)
     if cost(gone) > budget * whole:
-        raise ValueError(
+        raise BudgetError(
             f"budget: without {len(gone)} of {len(network.branches)} blocks, {cost(gone) / whole:.3g} of the {of} are "
-            f"left, and {budget} were asked for: raise the budget, name more blocks, or remove units, too"
+            f"left, and {budget} were asked for: raise the budget, name more blocks, or remove units, too",
+            "budget",
         )
     for name in gone[::-1]:
         if cost(rest := [other for other in gone if other != name]) <= budget * whole:
