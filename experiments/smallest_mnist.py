@@ -68,9 +68,9 @@ class Config(Options):
     batch_size: Count = 128  # number of examples per step
     jitter: Whole = 1
     """largest random shift of training images, in pixels; the teacher labels them unshifted"""
-    temperature: Positive = 2.0  # temperature T that softens the predictions
-    alpha: Share = 0.5  # weight of the labels; the teacher's predictions have 1 - alpha
-    rate: Amount = 0.05
+    temperature: Positive = 3.0  # temperature T that softens the predictions
+    alpha: Share = 0.1  # weight of the labels; the teacher's predictions have 1 - alpha
+    rate: Amount = 0.1
     """weight of the estimated size in the loss of the small networks: nats per 1,000 bytes"""
     original_rate: Amount = 0.002  # the same for the packed MLP
     most_errors: Share = 0.0095  # largest share of validation errors that the chosen network may have
@@ -87,6 +87,7 @@ CONFIGS = {
         dataset="digits", networks=("8,16@3", "16,32@3", "24,48@3"), kernels=(3, 3, 4), strides=(1, 1, 1),
         ranks=(4, 1, 1), teacher=(16, 32), teacher_epochs=40, teacher_jitter=1, original=(64, 64), original_epochs=60,
         zeros=0.6, epochs=120, batch_size=32, most_errors=0.04, goal_errors=0.05, goal_ratio=10.0,
+        temperature=2.0, alpha=0.5, rate=0.05,
     )),
 }  # fmt: skip
 

@@ -153,13 +153,13 @@ def g(*s):
  for _ in range(n.prod(s)):
   X,v=divmod(X,sum(c));q=0
   while v>=c[q]:v-=c[q];q+=1
-  X=X*c[q]+v;c[q]+=2;r+=q-{limit},
+  X=X*c[q]+v;c[q]+={step};r+=q-{limit},
  return n.reshape(r,s)
 i={channels};L=[]
 for k,s,o,m in {layers}:L+=(k,s,{kernel},g(o)),;i=o
 for x in n.load(sys.argv[1])/255:
  for k,s,w,b in L:x=x*(x>0);x-=x.mean();x=n.tensordot(\
-n.lib.stride_tricks.sliding_window_view(x/(x.var()+1e-6)**.5,(k,k),(0,1))[::s,::s],w,3)+{bias}*b
+n.lib.stride_tricks.sliding_window_view(x/(x.var()+{floor})**.5,(k,k),(0,1))[::s,::s],w,3)+{bias}*b
  print(x.argmax())
 """
 FACTORS = 'n.einsum("cijm,cmo->cijo",g(i,k,k,m),g(i,m,o))'
@@ -205,6 +205,8 @@ def write(model: models.Model, channels: int = 1) -> File:
         layers=str([tuple(layer) for layer in layers])[1:-1].replace(" ", ""),
         kernel=FACTORS if layers[0].rank else FULL,
         bias=BIAS,
+        floor=f"{FLOOR:g}".replace("e-0", "e-"),
+        step=entropy_codes.STEP,
     )
     decoder = zlib.compress(source.encode(), 9)
     literal = "".join(ESCAPES.get(c, c) for c in (decoder + weights).decode("latin-1"))
