@@ -5,7 +5,7 @@ blocks, as floats or with weights and activations of 8 bits. Each is exported an
 budget, by default a tenth of the bytes and a fifth of the time of the original under XLA, is left out. The others are
 trained on the labels of the data and of the original in rounds, after each of which the better part goes on. The chosen
 file and the original's are measured once more, and the chosen one gets a model card. The test set is used for the
-report only.
+report only: the chosen file itself is run on it.
 
     python experiments/compress_to_file.py              # mlp on mnist where it can be had, else digits
     python experiments/compress_to_file.py resnet --aim latency --most-lost 0.2
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from compress_to_file_report import COLUMNS, described, draw, headline, lost, notes, write_card
+from compress_to_file_report import COLUMNS, described, draw, headline, lost, notes, run_file, write_card
 from harness import (
     Amount,
     Count,
@@ -48,9 +48,14 @@ from harness import (
 from harness.networks import OriginalOptions, build_original, train_original
 
 from distill_jax import data, export, metrics, models, teachers, train
+from distill_jax._checks import BudgetError
 from distill_jax.compress import quantisation, search, units
 
 HAS_ONNX = all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
+DEFAULTS = {
+    "most_bytes": "most_bytes is by default a tenth of the original's bytes under XLA",
+    "most_ms": "most_ms is by default a fifth of the original's time under XLA",
+}
 SUFFIXES = {"onnx": ".onnx", "stablehlo": ".model"}
 
 
@@ -111,10 +116,13 @@ CONFIGS = {
 
 def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
-    config.at_most(len(dataset.train.id), "batch_size", "examples", "batch")
+    config.at_most(len(dataset.train.id), "batch_size", "examples")
+    config.need("batch", config.batch <= config.examples, f"be at most --examples, {config.examples}")
     for name in ("widths", "depths"):
         config.need(name, bool(values := getattr(config, name)) and min(values) > 0, "be shares above 0")
     config.need("bits", bool(config.bits) and {*config.bits} <= {8, 32}, "be from 8, 32")
+    for name in ("widths", "depths", "bits"):
+        config.need(name, len({*(values := getattr(config, name))}) == len(values), "differ from each other")
     config.need("rounds", bool(config.rounds), "be at least one number of epochs")
     config.need("keep", config.keep > 0, "lie in (0, 1]")
     config.need(
@@ -137,9 +145,8 @@ class Tools:
         rows = np.random.default_rng(seed).permutation(len(run.dataset.train.label))[: config.examples]
         self.x = prepare(run.dataset.train.image[rows])
         self.made = functools.cache(self._make)  # bits make no difference before the end
-        self.recipe = functools.cache(
-            self._recipe
-        )  # made once, so that networks of the same shapes are compiled once
+        # Made once, so that networks of the same shapes are compiled once
+        self.recipe = functools.cache(self._recipe)
         self.data, self.context = arrays(run.dataset.train), original if config.jitter else None
         if not config.jitter:  # the original sees the same images in each epoch
             self.data["teacher"] = run.store_labels(seed, original)
@@ -155,9 +162,7 @@ class Tools:
             influence = units.block_influence(graph, model, [self.x], how="kl")
             try:
                 gone = units.prune_blocks(graph, influence, depth)
-            except ValueError as error:
-                if not str(error).startswith("budget"):
-                    raise
+            except BudgetError:
                 return None  # too few blocks
             model = units.drop_blocks(graph, model, gone)
             graph = units.trace(model, self.x[:1])
@@ -231,14 +236,18 @@ def compress(config: Config, run: Run, seed: int) -> tuple[dict[str, Trained], d
     first = directory / "original.model"
     export.stablehlo(first, original.model, tools.x, **facts)
     whole = tools.latency(first)
-    found = search.best_file(
-        original.model, tools.make, settings_of(config), tools.x, tune=tools.tune, quality=tools.accuracy,
-        directory=directory, epochs=config.rounds, finish=tools.finish,
-        write=functools.partial(getattr(export, config.runtime), **facts), suffix=SUFFIXES[config.runtime],
-        aim=config.aim, most_bytes=config.most_bytes or whole["bytes"] // 10,
-        most_ms=config.most_ms or whole["latency_ms"] / 5, least_quality=least, keep=config.keep,
-        batch=config.batch, threads=config.threads, seconds=config.seconds,
-    )  # fmt: skip
+    try:
+        found = search.best_file(
+            original.model, tools.make, settings_of(config), tools.x, tune=tools.tune, quality=tools.accuracy,
+            directory=directory, epochs=config.rounds, finish=tools.finish,
+            write=functools.partial(getattr(export, config.runtime), **facts), suffix=SUFFIXES[config.runtime],
+            aim=config.aim, most_bytes=config.most_bytes or whole["bytes"] // 10,
+            most_ms=config.most_ms or whole["latency_ms"] / 5, least_quality=least, keep=config.keep,
+            batch=config.batch, threads=config.threads, seconds=config.seconds,
+        )  # fmt: skip
+    except BudgetError as error:
+        origins = [DEFAULTS[name] for name in error.budgets if name in DEFAULTS and not getattr(config, name)]
+        raise ValueError("; ".join([str(error), *origins])) from None
     assert found.chosen.path is not None
     assert found.chosen.model is not None
     turns = [(tools.latency(first), tools.latency(found.chosen.path)) for _ in range(2)]
@@ -261,7 +270,12 @@ def main() -> int:
         trained.append(networks)
         files.append(measured)
         jax.clear_caches()  # the programs of one seed serve no other one, and a process cannot hold those of many
-    found: Any = run.evaluate(trained, run.test_logits(trained), reference="original")
+    logits = run.test_logits(trained)
+    for of, file in zip(logits, files, strict=True):
+        network = of["chosen"].argmax(-1)
+        of["chosen"] = run_file(run.directory / file["file"], run.dataset.test.image)
+        file["other classes"] = int((of["chosen"].argmax(-1) != network).sum())
+    found: Any = run.evaluate(trained, logits, reference="original")
     for network, entry in found["models"].items():
         entry["files"] = [file["original" if network == "original" else "small"] for file in files]
     for seed, file in enumerate(files):

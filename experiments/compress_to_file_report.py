@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from harness import Run, pictures, results
+from harness import Run, pictures, prepare, results
 
-from distill_jax import export
+from distill_jax import export, models
 from distill_jax.compress import search
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ def described(found: search.BestFile) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def run_file(path: Path, images: np.ndarray) -> np.ndarray:
+    """Runs an exported file on images: its logits ``[examples, classes]``."""
+    if path.suffix != ".onnx":
+        return models.predict(models.load(path), images, prepare=prepare)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    parts = np.array_split(images, math.ceil(len(images) / 500))
+    return np.concatenate([session.run(None, {given.name: prepare(part)})[0] for part in parts])
+
+
 def lost(found: Mapping[str, Any], seed: int) -> float:
     """Computes how many points of test accuracy the chosen file of a seed loses."""
     before, after = (found["models"][name]["test"]["accuracy"][seed] for name in ("original", "chosen"))
@@ -60,17 +72,20 @@ def headline(config: Config, files: Sequence[Mapping[str, Any]]) -> str:
 
 def notes(config: Config, files: Sequence[Mapping[str, Any]]) -> list[str]:
     """Gives the three figures of each seed, and says what was measured, and where."""
-    rows = [["seed", "chosen", "times as fast", "times as small", "points lost"]]
-    rows += [
-        [str(seed), file["chosen"], *(f"{file[key]:.2f}" for key in ("faster", "smaller", "points lost"))]
-        for seed, file in enumerate(files)
-    ]
+    rows = [["seed", "chosen", "times as fast", "times as small", "points lost", "other classes"]]
+    for seed, file in enumerate(files):
+        figures = [f"{file[key]:.2f}" for key in ("faster", "smaller", "points lost")]
+        rows.append([str(seed), file["chosen"], *figures, str(file["other classes"])])
+    judged = (
+        "All test figures of what was chosen are those of the exported file, run on the test images. 'Other classes' "
+        "counts the test images of which the file names another class than the network that it was made from."
+    )
     runtimes = " and ".join(dict.fromkeys(files[0][name]["runtime"] for name in ("original", "small")))
     measured = (
         f"Measured from the files by {runtimes}, {config.threads} threads, on {files[0]['small']['machine']}; original "
         "and chosen file by turns, twice, in fresh processes; the shorter times are given."
     )
-    return [results.markdown(rows), measured]
+    return [results.markdown(rows), judged, measured]
 
 
 def draw(run: Run, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -3,12 +3,12 @@
 import json
 
 import compress_to_file
+import jax
 import numpy as np
 import pytest
-from harness import runs
-from sklearn.datasets import load_digits
+from harness import prepare, runs
 
-from distill_jax import export, models
+from distill_jax import data, export, models
 
 EXPERIMENT = compress_to_file
 SMALL = [
@@ -51,27 +51,59 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert f"{smallest} | " in printed
     path = out / seed["file"]
     model = models.load(path)
-    digits = load_digits()
-    wrong = (np.argmax(model(digits.images[..., None].astype(np.float32) / 16), -1) != digits.target).mean()
+    test = data.load("digits").test
+    wrong = np.argmax(model(prepare(test.image)), -1) != test.label
+    assert found["models"]["chosen"]["test"]["errors"] == [wrong.sum()]
+    assert seed["other classes"] == 0
     accuracy = found["models"]["chosen"]["test"]["accuracy"][0]
-    assert wrong == pytest.approx(1 - accuracy, abs=0.1)
     before = found["models"]["original"]["test"]["accuracy"][0]
     assert seed["points lost"] == pytest.approx(100 * (before - accuracy))
     assert "test examples of digits" in path.with_name(f"{path.name}.md").read_text()
     assert (out / "front.png").exists()
     assert runs.files_of_run(out)[1] == []  # --restart knows all of them
     del calls[:]
+    # Run again, with a runtime that gives each class the logits of the one before
+    logits = compress_to_file.run_file
+    monkeypatch.setattr(compress_to_file, "run_file", lambda *given: np.roll(logits(*given), 1, -1))
     assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
+    found = json.loads((out / "results.json").read_text())
+    (seed,) = found["seeds"]
+    assert seed["other classes"] == len(test.label)
+    right = (np.argmax(np.roll(model(prepare(test.image)), 1, -1), -1) == test.label).mean()
+    assert seed["points lost"] == pytest.approx(100 * (before - right))
     assert len(calls) == 5  # what was found is not measured again, but for the original and the end
-    status, _, error = run("--out", tmp_path / "budget", "--most-bytes", "1000")
+    status, _, error = run("--out", tmp_path / "budget", small=SMALL[:-2])
     assert status == 2
-    assert "most_bytes: no file is within 1,000 bytes; that of" in error
+    assert "error: most_ms: no file is within" in error
+    assert error.endswith("; most_ms is by default a fifth of the original's time under XLA\n")
+
+
+def test_the_help_says_what_the_budgets_are(run):
+    printed = " ".join(run("--help", small=["digits"])[1].split())
+    for words in (
+        "points of validation accuracy that the chosen",
+        "longest time of a call",
+        "size of the largest file",
+    ):
+        assert words in printed
+
+
+def test_an_onnx_file_is_run_on_images(tmp_path):
+    pytest.importorskip("jax2onnx")
+    test = data.load("digits").test
+    model = small_network(test.image.shape[1:], 10, jax.random.key(0))
+    export.onnx(tmp_path / "m.onnx", model, prepare(test.image[:2]))
+    found = compress_to_file.run_file(tmp_path / "m.onnx", test.image)
+    np.testing.assert_allclose(found, model(prepare(test.image)), atol=1e-5)
 
 
 OPTIONS = {
     "no such module": ("--original nowhere:network", "--original nowhere:network cannot be imported"),
     "no model": ("--original test_compress_to_file:len", "cannot be imported"),
-    "a batch that is too large": ("--batch 5000", "number of training examples, 1081, got 5000"),
+    "a batch that is too large": ("--batch 5000", "--batch must be at most --examples, 512, got 5000"),
+    "equal widths": ("--widths 0.5 0.5", "--widths must differ from each other, got 0.5 0.5"),
+    "equal depths": ("--depths 1 1", "--depths must differ from each other, got 1.0 1.0"),
+    "equal bits": ("--bits 8 8", "--bits must differ from each other, got 8 8"),
     "a width of 0": ("--widths 0.5 0", "--widths must be shares above 0"),
     "other bits": ("--bits 4", "--bits must be from 8, 32"),
     "an aim without a budget": ("--aim latency", "--aim must be quality without --most-lost"),
