@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from distill_jax import export, models, train
 from distill_jax.compress import quantisation
+from distill_jax.export import graphs
 from distill_jax.export._integers import with_integers
 
 onnx = pytest.importorskip("onnx")
@@ -25,7 +26,7 @@ def normal(*shape, seed=0):
 
 
 PARAMS = {"conv": normal(3, 3, 2, 4), "a": normal(100, 6), "b": normal(6, 3), "bias": normal(6)}
-FACTOR = np.array([0.5, -2.0, 1.0, 3.0], "f4")  # a normalisation, as a converter folds it into the kernel
+FACTOR = np.array([0.5, -2.0, 0.0, 3.0], "f4")  # a normalisation, as a converter folds it into the kernel
 
 
 def network(p, x):
@@ -197,3 +198,57 @@ def test_kernels_that_look_alike_are_not_mixed_up():
     made = message(nodes, floats, {"x": ["n", 1], "z": ["n", 1]}, {"y": ["n", 6]})
     with pytest.raises(ValueError, match="a, b hold the same integers up to a factor per output"):
         with_integers(made, quantisation.layers(small))
+
+
+def test_a_kernel_is_not_that_of_floats_which_looks_alike():
+    """A kernel of one input is a multiple of any other one, also of one that is excluded from quantisation."""
+    params = {"a": normal(1, 6), "b": normal(1, 6, seed=1)}
+    model = models.from_function(lambda p, x: (x[:, :1] @ p["a"]) + (100 * x[:, 1:] @ p["b"]), params)
+    nodes = [
+        ("MatMul", ["x", "a"], ["h"], {}),
+        ("MatMul", ["z", "b"], ["g"], {}),
+        ("Add", ["h", "g"], ["y"], {}),
+    ]
+    small = quantisation.quantise(model, [normal(9, 2)], activations=True, exclude=["a"])
+    floats = jax.tree.map(np.asarray, quantisation.dequantise(small).params)
+    made = message(nodes, floats, {"x": ["n", 1], "z": ["n", 1]}, {"y": ["n", 6]})
+    with pytest.raises(ValueError, match="b have one input"):
+        with_integers(made, quantisation.layers(small))
+
+
+def test_a_factor_of_zero_is_folded_into_a_whole_kernel(tmp_path):
+    params = {"a": normal(4, 4), "b": normal(4, 4, seed=1)}
+    model = models.from_function(lambda p, x: 100 * (x @ p["a"]) @ p["b"], params)
+    small = quantisation.quantise(model, [normal(9, 4)], activations=True)
+    floats = jax.tree.map(np.asarray, quantisation.dequantise(small).params)
+    constants = {"a": floats["a"], "b": 0 * floats["b"], "c": normal(4)}
+    nodes = [("MatMul", ["x", "a"], ["h"], {}), ("Gemm", ["h", "b", "c"], ["y"], {})]
+    made = with_integers(
+        message(nodes, constants, {"x": ["n", 4]}, {"y": ["n", 4]}), quantisation.layers(small)
+    )
+    session, _ = started(made.SerializeToString(), tmp_path)
+    found = session.run(None, {"x": normal(9, 4)})[0]
+    np.testing.assert_allclose(found, np.broadcast_to(constants["c"], (9, 4)), rtol=1e-3)
+
+
+@needs_converter
+def test_a_file_that_does_not_round_is_refused(tmp_path, monkeypatch):
+    small = quantisation.quantise(MODEL, [X], activations=True)
+    monkeypatch.setattr(graphs, "with_integers", lambda message, kernels: message)
+    with pytest.raises(ValueError, match="differs from JAX on average by"):
+        export.onnx(tmp_path / "m.onnx", small, X)
+
+
+@needs_converter
+def test_kernels_of_attention_are_integers(tmp_path):
+    """Their inputs and outputs have several axes, so the converter writes them as Einsum."""
+    x = normal(16, 8, 8, 1)
+    small = quantisation.quantise(
+        models.build("vit1-4:0.25", (8, 8, 1), 10, jax.random.key(0)), [x], activations=True
+    )
+    written = export.onnx(tmp_path / "m.onnx", small, x)
+    assert written["integers"].keys() == quantisation.layers(small).keys()
+    _, used = started((tmp_path / "m.onnx").read_bytes(), tmp_path)
+    assert used["MatMulIntegerToFloat"] == 6
+    assert used["Einsum"] == 2  # of activations with each other
+    assert not FLOATS & set(used)

@@ -91,17 +91,30 @@ def matches(
     """
     found: dict[int, Match] = {}
     missing = set(kernels)
+    # Number of outputs → the kernels of one input in the graph, and the paths that fit them
+    alone: dict[int, tuple[set[bytes], set[str]]] = {}
     codes = {path: np.asarray(kernel.codes, np.float64) for path, kernel in kernels.items()}
     for number, node in enumerate(nodes):
         place, axis = _kernel_of(node, arrays)
         if place is None or not (fitting := list(_find(arrays[node.input[place]], place, axis, codes))):
             continue
         paths = [match.path for match in fitting]
-        if len({grid_of(kernels[path]) for path in paths}) > 1:
+        array = arrays[node.input[place]]
+        # Whatever multiplies zeros, and however it is rounded, the outputs are 0
+        if array.any() and len({grid_of(kernels[path]) for path in paths}) > 1:
             raise ValueError(
                 f"model: {', '.join(paths)} hold the same integers up to a factor per output, so it is not known "
                 "which is which in the graph: exclude them from quantisation"
             )
+        if array.size == array.shape[axis] and any(grid_of(kernels[path]) for path in paths):
+            values, fit = alone.setdefault(array.size, (set(), set()))
+            values.add(array.tobytes())
+            fit.update(paths)
+            if len(values) > len(fit):
+                raise ValueError(
+                    f"model: {', '.join(sorted(fit))} have one input, so any kernel of as many outputs in the graph "
+                    "may be theirs, and there are more of these: exclude them from quantisation"
+                )
         missing -= set(paths)
         found[number] = fitting[0]
     if missing:
@@ -151,9 +164,10 @@ def _find(array: np.ndarray, place: int, axis: int, kernels: Mapping[str, np.nda
             energy = np.sum(codes**2, others)
             scale = np.sum(wanted * codes, others) / np.maximum(energy, 1)
             if np.abs(wanted - codes * scale.reshape(shape)).max(initial=0) <= limit:
-                signs = np.where(scale < 0, -1.0, 1.0)
-                scale = np.where(scale == 0, 1, np.abs(scale))
-                yield Match(path, place, axis, codes * signs.reshape(shape), scale)
+                codes = codes * np.sign(scale).reshape(shape)  # 0 where a factor of 0 was folded in
+                # Where all is 0, a bias is stored in units of the scale, so this is a small one
+                small = np.abs(scale).min(where=scale != 0, initial=EXACT)
+                yield Match(path, place, axis, codes, np.where(scale == 0, small, np.abs(scale)))
                 break
 
 
