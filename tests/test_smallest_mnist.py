@@ -74,8 +74,9 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
     assert found["chosen"] == "4,6@3"
     for name, file in {"4,6@3": "4-6-3.py", "original, packed": "original-packed.py"}.items():
         assert models[name]["bytes"] == (out / "seed0" / "programs" / file).stat().st_size
-        # Networks that have hardly been trained give some classes equal outputs, which rounding puts in an order
-        assert models[name]["differences"] < 20
+    assert models["4,6@3"]["differences"] == 0
+    # This MLP has hardly been trained, and gives some images two equal largest outputs, which rounding puts in an order
+    assert models["original, packed"]["differences"] < 6
     assert models["4,6@3"]["parameters"] == (9 * 4 + 4 * 4 + 4) + (9 * 4 + 4 * 6 + 6) + (16 * 6 + 6 * 10 + 10)
     assert models["original"]["bytes"] == 4 * (64 * 8 + 8 + 80 + 10)
     assert (out / "frontier.png").stat().st_size > 500
