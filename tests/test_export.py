@@ -281,7 +281,7 @@ def test_what_is_not_converted_is_named(tmp_path):
             export.onnx(path, models.from_function(fn, jnp.eye(3)), x, **options)
 
     refused(lambda w, x: jax.lax.linalg.eigh(x[:, :, None] * w)[0], "the operation eigh is not converted")
-    refused(lambda w, x: jnp.tanh(x @ w) + jnp.exp(x), "y differs from JAX by", tolerance=1e-12)
+    refused(lambda w, x: jnp.tanh(x @ w) + jnp.exp(x), "y differs from JAX at most by", tolerance=1e-12)
     assert not path.exists()
     model = models.from_function(lambda w, x: x @ w * float(len(x)), jnp.eye(3))
     with pytest.warns(UserWarning, match=r"takes batches of the shapes of x only, \[\(2, 3\)\]: .*_DimExpr"):
