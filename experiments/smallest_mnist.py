@@ -59,9 +59,11 @@ class Config(Options):
     teacher_epochs: Count = 10  # number of epochs to train the teacher
     teacher_jitter: Whole = 2  # largest random shift of the teacher's images, in pixels
     original: tuple[Count, ...] = (300, 100)  # widths of the hidden layers of the MLP that is packed
-    original_epochs: Count = 15  # number of epochs to train the MLP, and the packed one
+    original_epochs: Count = 15  # number of epochs to train the MLP
+    packed_epochs: Count = 40  # number of epochs to train the packed MLP
+    packed_learning_rate: Positive = 4e-3  # highest learning rate of the packed MLP
     limit: Count = 3  # largest integer of the packed MLP
-    zeros: Dropout = 0.92  # fraction of the kernels of the packed MLP that is pruned during training
+    zeros: Dropout = 0.9  # fraction of the kernels of the packed MLP that is pruned during training
     epochs: Count = 35  # number of epochs to train each small network
     learning_rate: Positive = 1e-2  # highest learning rate of the small networks (Adam, cosine schedule)
     other_learning_rate: Positive = 2e-3  # that of teacher and MLP
@@ -86,7 +88,8 @@ CONFIGS = {
     "digits": ("scikit-learn's digits, which need no download: two minutes per seed", Config(
         dataset="digits", networks=("8,16@3", "16,32@3", "24,48@3"), kernels=(3, 3, 4), strides=(1, 1, 1),
         ranks=(4, 1, 1), teacher=(16, 32), teacher_epochs=40, teacher_jitter=1, original=(64, 64), original_epochs=60,
-        zeros=0.6, epochs=120, batch_size=32, most_errors=0.04, goal_errors=0.05, goal_ratio=10.0,
+        packed_epochs=60, packed_learning_rate=2e-3, zeros=0.6, epochs=120, batch_size=32, most_errors=0.04,
+        goal_errors=0.05, goal_ratio=10.0,
         temperature=2.0, alpha=0.5, rate=0.05,
     )),
 }  # fmt: skip
@@ -214,8 +217,10 @@ def train_all(run: Run, seed: int) -> dict[str, Trained]:
     model = models.build(described, dataset.image_shape, dataset.classes, jax.random.fold_in(key, 100))
     made[ORIGINAL] = fit(run, ORIGINAL, seed, model, 30_000 + seed, **first)
     model = network.make(mlp(config, dataset), config.limit, channels, jax.random.fold_in(key, 101))
-    made[PACKED] = fit(run, PACKED, seed, model, 30_000 + seed, labels=labels, zeros=config.zeros,
-                       rate=config.original_rate, **first)  # fmt: skip
+    made[PACKED] = fit(
+        run, PACKED, seed, model, 30_000 + seed, labels=labels, zeros=config.zeros, rate=config.original_rate,
+        jitter=config.teacher_jitter, epochs=config.packed_epochs, learning_rate=config.packed_learning_rate,
+    )  # fmt: skip
     return made
 
 

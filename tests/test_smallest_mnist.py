@@ -16,7 +16,8 @@ from distill_jax.compress import entropy_codes
 EXPERIMENT = smallest_mnist
 SMALL = [
     *("digits", "--seeds", "1", "--networks", "4,6@3", "--teacher", "4", "6", "--original", "8"),
-    *("--teacher-epochs", "1", "--original-epochs", "2", "--epochs", "2", "--save-seconds", "0"),
+    *("--teacher-epochs", "1", "--original-epochs", "2", "--packed-epochs", "2", "--epochs", "2"),
+    *("--save-seconds", "0"),
 ]
 LAYERS = {
     "factors": ((network.Layer(3, 1, 5, 2), network.Layer(3, 2, 6, 1), network.Layer(2, 1, 10, 1)), 3),
