@@ -76,9 +76,9 @@ class Config(Options):
     """weight of the estimated size in the loss of the small networks: nats per 1,000 bytes"""
     original_rate: Amount = 0.002  # the same for the packed MLP
     most_errors: Share = 0.0095  # largest share of validation errors that the chosen network may have
-    goal_errors: Share = 0.01  # share of test errors that --check allows
-    goal_bytes: Count = 2800  # number of bytes that --check allows for the chosen program
-    goal_ratio: Positive = 40.0  # how many times smaller than the MLP its packed program must be for --check
+    goal_errors: Share = 0.01  # share of test errors that the check allows
+    goal_bytes: Count = 2800  # number of bytes that the check allows for the chosen program
+    goal_ratio: Positive = 40.0  # how many times smaller the packed MLP must be for the check
     check: bool = False
     """exit with status 1 if a goal is missed, a packed MLP that errs more than the MLP included"""
 

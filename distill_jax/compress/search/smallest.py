@@ -249,6 +249,7 @@ def smallest_model(
       ValueError: in the cases of :func:`find_smallest`; if a function does not return what is said above; if the
         directory holds a search of other networks; if the name of an operator cannot be that of a folder.
 
+    >>> import jax.numpy as jnp
     >>> from distill_jax import models
     >>> model = models.from_function(lambda p, x: x @ p, jnp.arange(4.0))
     >>> def first(model, share):
