@@ -174,7 +174,8 @@ def read(
     program, *given = [Path(sys.argv[0]).name, *(sys.argv[1:] if arguments is None else arguments)]
     if given and given[0].startswith("-") and {"-h", "--help"} & set(given):
         print(f"usage: {program} [CONFIG] [OPTIONS]\n\n{(description or '').strip()}\n\nConfigs:")
-        print(*(f"  {name:<14}{line}" for name, (line, _) in configs.items()), sep="\n")
+        width = max(map(len, configs)) + 2
+        print(*(f"  {name:<{width}}{line}" for name, (line, _) in configs.items()), sep="\n")
         print(f"\n{program} CONFIG --help lists all options, with the values that they have in that config.")
         sys.exit(0)
     if given and not given[0].startswith("-"):
