@@ -7,7 +7,7 @@ within a limit of validation errors is chosen. Beside it stands a well-known MLP
 same way. At the end each program classifies the test images in a fresh process.
 
     python experiments/smallest_mnist.py           # mnist where it can be had, else digits
-    python experiments/smallest_mnist.py digits    # two minutes per seed, no download
+    python experiments/smallest_mnist.py digits    # scikit-learn's digits, no download
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Config(Options):
 
 CONFIGS = {
     "mnist": ("MNIST: three quarters of an hour on one core", Config()),
-    "digits": ("scikit-learn's digits, which need no download: two minutes per seed", Config(
+    "digits": ("small networks for scikit-learn's digits, which need no download", Config(
         dataset="digits", networks=("8,16@3", "16,32@3", "24,48@3"), kernels=(3, 3, 4), strides=(1, 1, 1),
         ranks=(4, 1, 1), teacher=(16, 32), teacher_epochs=40, teacher_jitter=1, original=(64, 64), original_epochs=60,
         packed_epochs=60, packed_learning_rate=2e-3, zeros=0.6, epochs=120, batch_size=32, most_errors=0.04,

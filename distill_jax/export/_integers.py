@@ -22,7 +22,8 @@ from distill_jax.export._sealed import package
 ModelProto = Any  # onnx.ModelProto; onnx is imported only where it is used
 Grid = tuple[float, int]  # the scale and the uint8 code of 0
 
-# Of these the codes of the outputs are the same operation on the codes of the inputs: of the first, or of all
+# Operations that only move or compare numbers. Rounding before such an operation gives the same codes as rounding after
+# it. What they move is their first input (MOVES), or all of their inputs (JOINS).
 MOVES = {
     "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Squeeze",
     "Tile", "Transpose", "Unsqueeze",
@@ -58,7 +59,12 @@ def with_integers(message: ModelProto, kernels: Mapping[str, Kernel]) -> ModelPr
 
 
 def _without_einsum(onnx: Any, message: ModelProto) -> ModelProto:
-    """Writes an Einsum of the last axes of a value and the first ones of a constant as a MatMul."""
+    """Replaces each Einsum that is a matrix product with a constant kernel by a MatMul, where kernels are looked for.
+
+    jax2onnx writes the products of attention so, whose kernels have several axes: ``btd,dhk->bthk``. The axes that are
+    summed must be the last ones of the value and the first ones of the kernel. Then the others are joined by a Reshape
+    before the product and separated by one after it.
+    """
     made = type(message)()
     made.CopyFrom(message)
     graph = made.graph
