@@ -40,7 +40,8 @@ class Candidate(NamedTuple):
       settings: its settings.
       bytes: the size of its file.
       latency_ms: the median time of a call of its file, in milliseconds.
-      quality: its quality after the last round in which it was trained; −∞ if it was not, or is not a number.
+      quality: its quality after the last round in which it was trained; −∞ if it was not trained, or if its
+        quality is not a number.
       epochs: the number of epochs for which it was trained in all.
       path: its file, if it was trained to the end; else None. Its bytes and latency are then those of the file before
         the training.
@@ -64,8 +65,8 @@ class BestFile(NamedTuple):
 
     Attributes:
       chosen: the file that was chosen.
-      front: the files than which no other one is better: those that no other file equals in bytes, latency and quality
-        and surpasses in one of them. From small to large.
+      front: the Pareto front, from small to large. A file is left out if another one is at least as good in bytes,
+        latency and quality, and better in one of them.
       candidates: all candidates that could be made, and the original, by name.
     """
 
@@ -383,7 +384,7 @@ def _named(candidates: Sequence[Settings]) -> dict[str, Settings]:
 
 
 def _front(files: Sequence[Candidate]) -> list[Candidate]:
-    """Leaves out the files than which another one is better in one respect, and worse in none."""
+    """Returns the Pareto front: leaves out each file that another one beats in one respect and equals or beats in the others."""
     points = [(each.bytes, each.latency_ms, -each.quality) for each in files]
 
     def surpassed(point: tuple[float, ...]) -> bool:
