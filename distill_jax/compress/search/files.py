@@ -384,7 +384,7 @@ def _named(candidates: Sequence[Settings]) -> dict[str, Settings]:
 
 
 def _front(files: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the Pareto front: leaves out each file that another one beats in one respect and equals or beats in the others."""
+    """Returns the Pareto front: without each file that another one beats in one respect and at least equals in others."""
     points = [(each.bytes, each.latency_ms, -each.quality) for each in files]
 
     def surpassed(point: tuple[float, ...]) -> bool:
