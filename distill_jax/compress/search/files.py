@@ -384,7 +384,7 @@ def _named(candidates: Sequence[Settings]) -> dict[str, Settings]:
 
 
 def _front(files: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the Pareto front: without each file that another one beats in one respect and at least equals in others."""
+    """Returns the Pareto front: the files that no other one beats in one respect without being worse in another."""
     points = [(each.bytes, each.latency_ms, -each.quality) for each in files]
 
     def surpassed(point: tuple[float, ...]) -> bool:
