@@ -42,20 +42,20 @@ class Config(RunOptions):
     data_dir: Path | None = None  # where the files of a named text are, if not in their usual place
     seeds: Count = 3  # number of repetitions, each with its own initial parameters of the students
     length: Count = 128  # number of bytes of a row
-    teacher: tuple[Count, Count, Count, Count] = (192, 4, 6, 512)  # width, layers, heads, feed-forward units
-    student: tuple[Count, Count, Count, Count] = (64, 2, 4, 176)  # the same of a student
+    teacher: tuple[Count, Count, Count, Count] = (96, 3, 4, 256)  # width, layers, heads, feed-forward units
+    student: tuple[Count, Count, Count, Count] = (32, 2, 2, 80)  # the same of a student
     steps: Count = 250  # number of steps of a round, after which there is a validation
-    teacher_rounds: Count = 24  # number of rounds of the teacher
-    rounds: Count = 8  # number of rounds of each student, at equal tokens
+    teacher_rounds: Count = 12  # number of rounds of the teacher
+    rounds: Count = 4  # number of rounds of each student, at equal tokens
     time_rounds: tuple[Count, ...] = ()  # number of rounds of each method at equal time; none: measured
     batch_size: Count = 32  # number of rows per step
-    learning_rate: Positive = 3e-3  # highest learning rate of the students (Adam, cosine schedule)
-    teacher_learning_rate: Positive = 1.5e-3  # highest learning rate of the teacher
+    learning_rate: Positive = 1e-2  # highest learning rate of the students (Adam, cosine schedule)
+    teacher_learning_rate: Positive = 3e-3  # highest learning rate of the teacher
     top: Count = 12  # number of bytes of a top-k label, besides OTHER
     draws: Count = 16  # number of draws of a sampled label
     beta: Share = 0.5  # of the Jensen-Shannon divergence
     prompt: Count = 32  # number of bytes of a row from which a model goes on
-    samples: Count = 16384  # number of texts of the teacher for sequence-level distillation
+    samples: Count = 12_288  # number of texts of the teacher for sequence-level distillation
     share: Share = 0.5  # probability that a batch is the student's own, on-policy
     rows: Count = 32_000  # number of training rows at most
     evaluated: Count = 2000  # number of rows of the validation data, and of the test data, at most
@@ -70,8 +70,8 @@ CONFIGS = {
         batch_size=16, prompt=16, samples=320, rows=512,
         evaluated=64,
     )),
-    "python": ("The sources of Python's library; about half a day on one core, by estimate.", Config()),
-    "bible": ("The World English Bible; about half a day on one core, by estimate.", Config(dataset="bible")),
+    "python": ("The sources of Python's library; hours on one core.", Config()),
+    "bible": ("The World English Bible; hours on one core.", Config(dataset="bible")),
 }  # fmt: skip
 
 
