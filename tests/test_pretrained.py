@@ -127,6 +127,11 @@ def test_files_of_the_first_bert(tmp_path):
     )
     new = models.load_pretrained(directory(tmp_path / "new", kind))
     jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+    arrays["bert.embeddings.LayerNorm.weight"] = arrays["bert.embeddings.LayerNorm.gamma"] + 1
+    with pytest.raises(ValueError, match=r"1 tensor: bert\.embeddings\.LayerNorm\.gamma$"):
+        models.load_pretrained(
+            directory(tmp_path / "both", kind, arrays, architectures=["BertForPreTraining"])
+        )
     for entries, message in (
         ({"architectures": ["BertForSequenceClassification"]}, r"holds, beyond .*: cls\.predictions"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
@@ -268,23 +273,45 @@ DAMAGED = {
     "unknown type": (header(b'"F32"', b'"F31"'), r"damaged or truncated: its tensor \S+ has \d+ bytes, .* not F31"),
     "wrong bytes": (header(b'"F32"', b'"F64"'), r"damaged or truncated: its tensor \S+ has \d+ bytes, .* not F64"),
     "no offsets": (header(b"data_offsets", b"data_offzets"), r"damaged or truncated: its tensor \S+ is described as"),
-    "one missing": (rewrite(lambda a: a.pop(K)), f"lacks 1 tensor: {K}$"),
-    "one too many": (rewrite(lambda a: a.update(x=a[K])), "holds, beyond what config.json says, 1 tensor: x$"),
+    "pointer of Git LFS": (
+        changed(lambda path, _: (path / "model.safetensors").write_text("version https://git-lfs.github.com/x")),
+        "model.safetensors is damaged or truncated: it is a pointer of Git LFS",
+    ),
+    "one missing": (rewrite(lambda a: a.pop(K)), f"model.safetensors lacks 1 tensor: {K}$"),
+    "one too many": (
+        rewrite(lambda a: a.update(x=a[K])),
+        "model.safetensors holds, beyond what config.json says, 1 tensor: x$",
+    ),
     "one twice": (
         rewrite(lambda a: a.update({"norm.weight": 2 * a["model.norm.weight"]})),
         "holds, beyond what config.json says, 1 tensor: norm.weight$",
     ),
-    "another head": (rewrite(lambda a: a.update({"lm_head.weight": a[K]})), "1 tensor: lm_head.weight$"),
+    "another head": (
+        rewrite(lambda a: a.update({"lm_head.weight": a[K]})),
+        r"tensor lm_head.weight of \S+model.safetensors differs from model.embed_tokens.weight, .* ties it",
+    ),
+    "no head": (
+        entry(tie_word_embeddings=False),
+        "lacks 1 tensor: lm_head.weight, which config.json does not tie to model.embed_tokens.weight",
+    ),
     "another shape": (
         rewrite(lambda a: a.update({K: a[K][:-1]})),
         rf"tensor {K} of \S+model.safetensors has shape \(11, 12\), expected \(12, 12\)",
     ),
     "integers": (rewrite(lambda a: None, "I32"), r"tensor model\S+ of \S+model.safetensors holds I32"),
-    "float16": (rewrite(lambda a: None, "F16"), "dtype: tensor .* is F16, .* say into which"),
+    "float16": (rewrite(lambda a: None, "F16"), r"dtype: tensor model\S+ of \S+ is F16: say into which"),
     "no config": (changed(lambda path, _: (path / "config.json").unlink()), "config.json does not exist"),
     "config no JSON": (changed(lambda path, _: (path / "config.json").write_text("{")), "config.json is damaged"),
+    "config nested": (
+        changed(lambda path, _: (path / "config.json").write_text("[" * 100_000)), "config.json is damaged",
+    ),
     "another model": (entry(model_type="mamba"), "config.json describes a model of type 'mamba': known are llama"),
     "a list of models": (entry(model_type=["qwen3"]), "config.json describes a model of type .'qwen3'.: known are"),
+    "of another model": (entry(model_type="llama"), r"holds, beyond what .* says, 4 tensors: \S+k_norm.weight"),
+    "too many layers": (
+        entry(num_hidden_layers=10**9),
+        "config.json says that there are 1000000000 layers, but the files hold 24 tensors",
+    ),
     "no size": (entry(hidden_size=...), "config.json lacks 'hidden_size'"),
     "a size of text": (entry(hidden_size="8"), "config.json: width must be an integer"),
     "another activation": (entry(hidden_act="relu"), "config.json: hidden_act is 'relu': known here is 'silu'"),
@@ -303,10 +330,15 @@ DAMAGED = {
     "a bias of text": (entry(attention_bias="no"), "config.json: qkv_bias must be one of"),
     "codes": (entry(quantization_config={"bits": 4}), "config.json: quantization_config is"),
     "windows by layers": (entry(layer_types=["full_attention", "sliding_attention"]), "config.json: layer_types is"),
+    "layers of a number": (entry(layer_types=3), "config.json: layer_types is 3: expected a list of names"),
     "a window": (entry(use_sliding_window=True), "config.json: use_sliding_window is True"),
     "no weights": (
         changed(lambda path, _: (path / "model.safetensors").unlink()),
         "holds neither model.safetensors nor model.safetensors.index.json",
+    ),
+    "weights of PyTorch": (
+        changed(lambda path, _: shutil.move(path / "model.safetensors", path / "pytorch_model.bin")),
+        r"nor model.safetensors.index.json, but pytorch_model.bin: let transformers save the model again",
     ),
     "no directory": (lambda path: path, "is no directory"),
 }  # fmt: skip

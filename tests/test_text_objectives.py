@@ -179,6 +179,39 @@ def test_on_policy_mixes_with_the_share():
     assert 10 <= own <= 32  # of 80 with 0.25: four standard deviations are 15
 
 
+def test_an_on_policy_step_is_one_program_whatever_the_sampler():
+    """Sampler, teacher and update are traced together, and not again for further steps."""
+    traced = []
+
+    def sampler(model, prompts, *, key):
+        traced.append("sampler")
+        drawn = jax.random.randint(key, (len(prompts["tokens"]), LENGTH - PROMPT), 0, V)
+        return {
+            "tokens": jnp.concatenate([prompts["tokens"], drawn], 1),
+            "segments": jnp.ones((4, LENGTH), int),
+        }
+
+    def score(teacher, batch):
+        traced.append("teacher")
+        return teachers.label(teacher, batch)
+
+    def loss_fn(model, batch, **options):
+        traced.append("update")
+        return train.distill_tokens()(model, batch, **options)
+
+    transform = train.on_policy(sampler, prompt=PROMPT, score=score)
+    epoch = train.make_epoch(train.make_train_step(loss_fn, TX), transform=transform)
+    state = train.init_state(STUDENT, TX, jax.random.key(5))
+    data = jax.tree.map(jnp.asarray, {"image": IMAGE, "weight": WEIGHT})
+    state, _ = epoch(state, data, np.repeat(ORDER, 9, 0), TEACHER)
+    first = traced.copy()
+    assert set(first) == {"sampler", "teacher", "update"}
+    assert len(first) < 9  # not once for each of the nine steps
+    _, metrics = epoch(state, data, np.repeat(ORDER[:, ::-1], 9, 0), TEACHER)
+    assert traced == first
+    assert np.isfinite(metrics["loss"]).all()
+
+
 def test_stored_labels_of_tokens_are_those_online(tmp_path):
     ids = RNG.permutation(100)[:ROWS]
     kind = kinds.Top(3)
@@ -223,20 +256,25 @@ def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
     class StoppedError(Exception):
         pass
 
-    def stop(done, total):
-        if done == 6:
-            raise StoppedError
+    made, stop = [], 3
 
+    def counted(given, *, key, length):
+        made.append(1)
+        if len(made) == stop:  # in the middle of a batch
+            raise StoppedError
+        return sampler(given, key=key)
+
+    counted = functools.partial(counted, **sampler.keywords)
     calm = teachers.write_samples(tmp_path / "calm", prompts, sampler, **options)
     with pytest.raises(StoppedError):
-        teachers.write_samples(tmp_path / "killed", prompts, sampler, **options, progress=stop)
-    made = []
-    counted = lambda given, *, key, length: made.append(1) or sampler(given, key=key)  # noqa: E731
-    counted = functools.partial(counted, **sampler.keywords)
+        teachers.write_samples(tmp_path / "killed", prompts, counted, **options)
+    made, stop = [], None
     again = teachers.write_samples(tmp_path / "killed", prompts, counted, **options)
     assert len(made) == -(-ROWS // 3) - 2  # the first two batches are not made again
     texts = calm[np.arange(ROWS)]
     same(again[np.arange(ROWS)], texts)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("calm", "killed")]
+    assert files[0] == files[1]
     assert texts["tokens"].shape == (ROWS, LENGTH)
     np.testing.assert_array_equal(texts["tokens"][:, :PROMPT], prompts["tokens"])
     assert len({tuple(row) for row in texts["tokens"][:, PROMPT:].tolist()}) > ROWS // 2

@@ -64,6 +64,14 @@ def _expect(entries: Mapping[str, Any], name: str, *known: Any) -> None:
         raise ValueError(f"{name} is {shown(entries[name])}: known here is {' or '.join(map(repr, known))}")
 
 
+def _names(entries: Mapping[str, Any], name: str) -> list[str]:
+    """Reads an entry that is a list of names, or absent."""
+    found = entries.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ValueError(f"{name} is {shown(found)}: expected a list of names")
+    return found
+
+
 # --- Llama, Qwen2, Qwen3 -------------------------------------------------------------------------
 
 _LLAMA_FIELDS = {
@@ -122,7 +130,7 @@ def _read_llama(entries: dict[str, Any]) -> TransformerConfig:
     _expect(entries, "hidden_act", "silu", "swish")
     _expect(entries, "use_sliding_window", False, None)
     _expect(entries, "quantization_config", None)
-    if set(entries.get("layer_types") or ()) - {"full_attention"}:
+    if set(_names(entries, "layer_types")) - {"full_attention"}:
         raise ValueError(f"layer_types is {shown(entries['layer_types'])}: known here is 'full_attention'")
     bias, feed_forward_bias = entries.get("attention_bias", False), entries.get("mlp_bias", False)
     absent = _LLAMA_ABSENT | ({"head_dim": 128} if kind == "qwen3" else {})
@@ -239,7 +247,7 @@ def _read_bert(entries: dict[str, Any]) -> EncoderConfig:
     for name in ("is_decoder", "add_cross_attention"):
         _expect(entries, name, False)
     _expect(entries, "quantization_config", None)
-    masked = any(name in _MASKED for name in entries.get("architectures") or ())
+    masked = any(name in _MASKED for name in _names(entries, "architectures"))
     if masked:
         _expect(entries, "tie_word_embeddings", True)
     return EncoderConfig(**_fields(_BERT_FIELDS, entries, _BERT_ABSENT), masked_head=masked)

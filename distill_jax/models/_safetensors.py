@@ -88,8 +88,11 @@ def _culprit(path: Path) -> str:
     """Names the first tensor that a damaged file does not hold as its header says. The package does not."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         text = file.read(length) if length <= size - 8 else b""
+    if first == b"version ":
+        return "it is a pointer of Git LFS, the file itself must be fetched (git lfs pull): "
     try:
         header = json.loads(text)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
@@ -118,7 +121,9 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
     if (directory / SINGLE).exists():
         return read(directory / SINGLE)
     if not index.exists():
-        raise ValueError(f"path: {directory} holds neither {SINGLE} nor {INDEX}")
+        others = sorted(file.name for file in directory.glob("*.bin"))
+        hint = f", but {others[0]}: let transformers save the model again, as safetensors" if others else ""
+        raise ValueError(f"path: {directory} holds neither {SINGLE} nor {INDEX}{hint}")
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"path: {index} has no weight_map from tensors to files")
@@ -138,11 +143,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the file does not exist or holds something else.
     """
+    if not path.is_file():
+        raise ValueError(f"path: {path} does not exist")
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"path: {path} does not exist") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"path: {path} is damaged: it holds no JSON object where one was expected")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,32 +211,61 @@ def _transposed(family: Family, name: str) -> bool:
     return name.endswith("kernel") and (family.transposed or name.startswith("head."))
 
 
-def _read_params(directory: Path, family: Family, function: Any, wanted: np.dtype | None) -> PyTree:
-    like = _like(function)
-    shapes = {name: leaf.shape for name, leaf in _named_leaves(like)}
-    layout = _layout(family, list(shapes))
-    # Files of the first BERT have older names of what LayerNorm multiplies by and adds
-    tensors = {
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        ): tensor
-        for name, tensor in _safetensors.read_directory(directory).items()
-    }
+def _open_tensors(directory: Path, family: Family) -> dict[str, _safetensors.Tensor]:
+    """Opens the tensors of a directory by the names that they have in files of a whole model."""
+    found = _safetensors.read_directory(directory)
+    tensors = {}
+    for name, tensor in found.items():
+        # Files of the first BERT have older names of what LayerNorm multiplies by and adds
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        tensors[name if new in found else new] = tensor
     if not any(name.startswith(family.prefix) for name in tensors):
         heads = {name: tensor for name, tensor in tensors.items() if name.startswith(family.head)}
         tensors = heads | {family.prefix + n: t for n, t in tensors.items() if n not in heads}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(family.ignored)}
+
+
+def _check_names(
+    directory: Path, family: Family, wanted: Iterable[str], tensors: dict[str, _safetensors.Tensor]
+) -> None:
+    """Raises ``ValueError`` unless the files hold the tensors of the network, and copies of them at most."""
+    missing, surplus = sorted(set(wanted) - tensors.keys()), sorted(tensors.keys() - set(wanted))
+
+    def words(names: list[str]) -> str:
+        return f"{len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:5])}" + (
+            ", ..." if len(names) > 5 else ""
+        )
+
+    if missing:
+        single = directory / _safetensors.SINGLE
+        where = single if single.exists() else directory / _safetensors.INDEX
+        only = family.copies.get(missing[0]) if len(missing) == 1 else None
+        why = f", which {CONFIG} does not tie to {only} (tie_word_embeddings)" if only else ""
+        raise ValueError(f"path: {where} lacks {words(missing)}{why}")
     for copy, original in family.copies.items():
-        known = copy in tensors and copy not in layout and original in tensors
-        if known and np.array_equal(tensors[copy].read(), tensors[original].read()):
-            del tensors[copy]
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(family.ignored)}
-    missing, surplus = layout.keys() - tensors.keys(), tensors.keys() - layout.keys()
-    for words, names in (("lacks", missing), ("holds, beyond what config.json says,", surplus)):
-        if names:
-            first = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise ValueError(
-                f"path: {directory} {words} {len(names)} tensor{'s' * (len(names) > 1)}: {first}"
-            )
+        if copy in surplus:
+            if not np.array_equal(tensors[copy].read(), tensors[original].read()):
+                raise ValueError(
+                    f"path: tensor {copy} of {tensors[copy].file} differs from {original}, to which {CONFIG} ties it "
+                    "(tie_word_embeddings)"
+                )
+            surplus.remove(copy)
+    if surplus:
+        files = " and ".join(sorted({str(tensors[name].file) for name in surplus[:5]}))
+        raise ValueError(f"path: {files} holds, beyond what {CONFIG} says, {words(surplus)}")
+
+
+def _read_params(directory: Path, family: Family, function: Any, wanted: np.dtype | None) -> PyTree:
+    tensors = _open_tensors(directory, family)
+    if function.config.layers > len(tensors):  # a damaged number could be too large to be tried
+        raise ValueError(
+            f"path: {directory / CONFIG} says that there are {function.config.layers} layers, but the files hold "
+            f"{len(tensors)} tensors"
+        )
+    like = _like(function)
+    shapes = {name: leaf.shape for name, leaf in _named_leaves(like)}
+    layout = _layout(family, list(shapes))
+    _check_names(directory, family, layout, tensors)
     flat = {tensor: [_flat(name, shapes[name]) for name in names] for tensor, names in layout.items()}
     for tensor, parts in flat.items():
         file, shape, kind, _ = tensors[tensor]
@@ -255,9 +284,10 @@ def _read_params(directory: Path, family: Family, function: Any, wanted: np.dtyp
     for tensor in layout:
         other = tensors[tensor].dtype
         if wanted is None and (other != kind or dtype.name not in DTYPES):
+            against = "" if other == kind else f", and {first} is {kind}"
             raise ValueError(
-                f"dtype: tensor {tensor} of {tensors[tensor].file} is {other}, and {first} is {kind}: say into which "
-                "of float32 and bfloat16 all are to be converted"
+                f"dtype: tensor {tensor} of {tensors[tensor].file} is {other}{against}: say into which of float32 and "
+                "bfloat16 all are to be converted"
             )
     leaves = {}
     for tensor, ours in layout.items():
