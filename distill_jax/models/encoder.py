@@ -100,7 +100,8 @@ def sentence_embeddings(model: Model, *, normalise: bool = True) -> Model:
 
     Padding (segment 0) does not count. Each row holds one text; packed rows are refused unless they are traced. With
     the weights of a sentence encoder such as MiniLM these are the embeddings of sentence-transformers, whose dot
-    products are cosine similarities.
+    products are cosine similarities. Some encoders take the first token instead of the mean, as their file
+    ``1_Pooling/config.json`` says; that is ``model(x)[:, 0]``.
 
     Args:
       model: an encoder, of :func:`build_encoder` or :func:`load_pretrained`.

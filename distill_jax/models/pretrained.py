@@ -152,6 +152,12 @@ def _present(model: Model) -> Any:
         for field, table in (("max_length", "positions"), ("types", "types"))
         if table in params
     }
+    features = attention["query"]["kernel"].shape[2]
+    if isinstance(function, EncoderFn) and sizes["heads"] * features != sizes["width"]:
+        raise ValueError(
+            f"model: its {sizes['heads']} heads have {features} features each, but in files of BERT all heads have "
+            f"together as many as a token, {sizes['width']}: models without some heads cannot be saved"
+        )
     known = {field.name for field in dataclasses.fields(function.config)}
     sizes = {name: size for name, size in sizes.items() if name in known}
     function = dataclasses.replace(function, config=dataclasses.replace(function.config, **sizes))

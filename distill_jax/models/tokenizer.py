@@ -53,7 +53,9 @@ def load_tokenizer(
     file = Path(path)
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
-        raise ValueError(f"path: {file} does not exist: expected a {FILE}")
+        raise ValueError(
+            f"path: {file} does not exist: expected a {FILE}, as fast tokenizers of transformers save it"
+        )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
         tokenizer.no_padding()
@@ -77,7 +79,12 @@ def _check_room(tokenizer: "tokenizers.Tokenizer", length: int | None, special: 
 
 
 class Tokenizer:
-    """Turns texts into the input of a transformer; :func:`load_tokenizer` reads one."""
+    """Turns texts into the input of a transformer; :func:`load_tokenizer` reads one.
+
+    Attributes:
+      tokenizer: the tokenizer of the package tokenizers, for all that is not here:
+        ``tokenizer.encode(text, add_special_tokens=False).offsets`` says which part of a text each token is.
+    """
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", length: int | None, side: str, special: bool):
         self.tokenizer, self.length, self.side, self.special = tokenizer, length, side, special
