@@ -57,3 +57,19 @@ def run(request, capsys, monkeypatch):
         return exit_.value.code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def check_refused(run, tmp_path):
+    """Checks that the experiment refuses options in one line with a message, before it writes anything."""
+
+    def check_refused(options, message, *, written=False, **keywords):
+        out = tmp_path / "run"
+        status, _, error = run(*options.split(), "--out", out, **keywords)
+        assert status == 2
+        assert error.startswith("error: ")
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+        assert written or not out.exists()
+
+    return check_refused

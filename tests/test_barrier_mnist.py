@@ -43,9 +43,5 @@ def test_a_whole_run(tmp_path, run):
         ("--networks mlp:x", "a model is described by"),
     ],
 )
-def test_bad_options(arguments, message, tmp_path, run):
-    out = tmp_path / "run"
-    status, _, error = run("--out", out, *arguments.split())
-    assert status == 2
-    assert message in error
-    assert not out.exists()
+def test_bad_options(arguments, message, check_refused):
+    check_refused(arguments, message)

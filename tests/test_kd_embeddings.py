@@ -230,7 +230,5 @@ def test_what_to_install_is_said(tmp_path, run, small, monkeypatch):
         ("--teacher no-such", "no-such is no directory"),
     ],
 )
-def test_bad_options(tmp_path, run, small, options, message):
-    status, _, error = run(*options.split(), "--out", tmp_path / "run", small=small)
-    assert (status, len(error.strip().splitlines())) == (2, 1)
-    assert message in error
+def test_bad_options(options, message, small, check_refused):
+    check_refused(options, message, small=small)

@@ -105,10 +105,5 @@ def test_a_whole_run_and_its_resume(tmp_path, run):
         ("--batch-size 5000", "number of training examples, 1081, got 5000"),
     ],
 )
-def test_bad_options(arguments, message, tmp_path, run):
-    out = tmp_path / "run"
-    status, _, error = run(*arguments.split(), "--out", out)
-    assert status == 2
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
-    assert not out.exists()
+def test_bad_options(arguments, message, check_refused):
+    check_refused(arguments, message)
