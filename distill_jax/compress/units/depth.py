@@ -30,7 +30,7 @@ from distill_jax.compress.units._trace.program import Program
 from distill_jax.compress.units._trace.work import whole_multiplications
 from distill_jax.compress.units.editing import map_leaves, numpy_of
 from distill_jax.compress.units.graph import UnitGraph, check_graph
-from distill_jax.compress.units.shallow import RemainingArrays, ShallowFn, read
+from distill_jax.compress.units.shallow import RemainingArrays, ShallowFn, trace_blocks
 
 
 class Block(NamedTuple):
@@ -109,7 +109,9 @@ class Network:
         self.whole = [*graph.shapes.values()]
         self.count = len(jax.tree.leaves(model.params))
         self.parameters = sum(prod(like.shape) for like in self.whole[: self.count])
-        self.program, self.branches, _ = read(model.apply_fn, (model.params, model.state), graph.traced.x)
+        self.program, self.branches, _ = trace_blocks(
+            model.apply_fn, (model.params, model.state), graph.traced.x
+        )
         self.used = used(self.program)
 
     def without(self, names: Collection[str]) -> tuple[RemainingArrays, Program]:

@@ -14,7 +14,7 @@ from distill_jax.compress.units._trace.program import Step, bind
 from distill_jax.compress.units.depth import Network
 from distill_jax.compress.units.edited_functions import Like
 from distill_jax.compress.units.graph import UnitGraph
-from distill_jax.compress.units.shallow import Branches, Read, read
+from distill_jax.compress.units.shallow import Branches, ProgramWithBlocks, trace_blocks
 from distill_jax.losses import kl
 
 Loss = Callable[[Model, Any], Any]
@@ -81,7 +81,7 @@ def _angles(blocks: Branches) -> Measure:
 
     @jax.jit
     def measure(model: Model, x: PyTree) -> list[jax.Array]:
-        network = _read(model.apply_fn, (model.params, model.state), x, None, blocks)
+        network = _trace_blocks(model.apply_fn, (model.params, model.state), x, None, blocks)
         seen: dict[tuple[int, int | None], jax.Array] = {}
         wanted = [network.branches[name] for name in blocks]
         branches = {branch.key: branch for branch in wanted}
@@ -169,7 +169,7 @@ class _GatedFn:
 
     def __call__(self, params: PyTree, state: PyTree, x: PyTree, *, key: jax.Array | None = None) -> Any:
         """Computes the outputs and the state."""
-        network = _read(self.apply_fn, (params, state), x, key, self.blocks)
+        network = _trace_blocks(self.apply_fn, (params, state), x, key, self.blocks)
         wanted = [network.branches[name] for name in self.blocks]
         branches = {branch.key: branch for branch in wanted}
 
@@ -194,6 +194,8 @@ def _through(old: list[Any], new: list[Any], gate: Any) -> Any:
     return [jnp.where(gate, b, a) for a, b in zip(old, new, strict=True)], ()
 
 
-def _read(apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any, blocks: Branches) -> Read:
+def _trace_blocks(
+    apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Any, blocks: Branches
+) -> ProgramWithBlocks:
     arrays, x, key = jax.tree.map(lambda leaf: Like(jnp.shape(leaf), jnp.result_type(leaf)), (arrays, x, key))
-    return read(apply_fn, arrays, x, key, blocks)
+    return trace_blocks(apply_fn, arrays, x, key, blocks)

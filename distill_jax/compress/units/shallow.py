@@ -53,7 +53,7 @@ class RemainingArrays(NamedTuple):
         ]
 
 
-class Read(NamedTuple):
+class ProgramWithBlocks(NamedTuple):
     """A network's program with the blocks that were found in it.
 
     Attributes:
@@ -70,9 +70,9 @@ class Read(NamedTuple):
 Branches = Mapping[str, Branch]
 
 
-def read(
+def trace_blocks(
     apply_fn: ApplyFn, arrays: PyTree, x: PyTree, key: Key = None, wanted: Branches | None = None
-) -> Read:
+) -> ProgramWithBlocks:
     """Traces a network and finds its blocks.
 
     Args:
@@ -83,7 +83,7 @@ def read(
       wanted: blocks that must be there, with the same parameters.
 
     Returns:
-      What was read.
+      The program with its blocks.
 
     Raises:
       ValueError: if a wanted block is not found.
@@ -103,7 +103,7 @@ def read(
             f"{place(x, key)}, the network has no blocks {missing} with the same parameters, only {[*found]}: trace "
             "the network on such inputs"
         )
-    return Read(program, found, results)
+    return ProgramWithBlocks(program, found, results)
 
 
 class ShallowFn(EditedFn):
@@ -135,7 +135,7 @@ class ShallowFn(EditedFn):
         dtypes = {remaining.whole[i].dtype: array.dtype for i, array in zip(stays, arrays, strict=True)}
         whole = [Like(like.shape, dtypes.get(like.dtype, like.dtype)) for like in remaining.whole]
         tree = jax.tree.unflatten(self.whole_structure, whole)
-        program, found, results = read(self.apply_fn, tree, x, key, self.blocks)
+        program, found, results = trace_blocks(self.apply_fn, tree, x, key, self.blocks)
         ends = program.outputs
         if key is not None:
             outputs, new = results
