@@ -2,7 +2,7 @@
 
 The texts are split by book or by file. One teacher is trained and kept for all methods and seeds. Each student begins
 with the same parameters and is trained twice: with as many rows of the same length as the others ("equal tokens"), and
-for as much processor time as the dearest method takes for these ("equal time"), what the teacher stores included. In
+for as much processor time as the slowest method takes for these ("equal time"), what the teacher stores included. In
 rows that a model has written the prompt is read but not learned: 97 tokens of 128 are, with the default sizes, so
 sequence-level distillation learns from 24 % fewer tokens than the others, and on-policy from 12 % fewer. One student
 from scratch is trained far longer, until it has converged: the teacher must be better than that. The figures are those
@@ -10,7 +10,7 @@ of texts that no training and no choice has seen. "Renormalised" are the teacher
 are still of all tokens.
 
     python experiments/kd_text.py smoke                    # a minute, on the sources of Python's library
-    python experiments/kd_text.py python                   # the same sources, hours
+    python experiments/kd_text.py python                   # the same sources, two hours
     python experiments/kd_text.py bible                    # the World English Bible (apt-get install sword-text-web)
     python experiments/kd_text.py python --dataset FOLDER  # your own texts
 """
@@ -63,19 +63,17 @@ class Config(RunOptions):
     share: Share = 0.5  # probability that a batch is the student's own, on-policy
     rows: Count = 32_000  # number of training rows at most
     evaluated: Count = 2000  # number of rows of the validation data, and of the test data, at most
-    check: bool = (
-        False  # exit with status 1 unless the teacher leads and top-k labels are as good as all logits
-    )
+    check: bool = False
+    """exit with status 1 unless the teacher leads and top-k labels are as good as all logits"""
 
 
 CONFIGS = {
     "smoke": ("The sources of Python's library, a minute; shows that all works, and nothing else.", Config(
         seeds=1, length=48, teacher=(48, 2, 4, 128), student=(16, 1, 2, 32), steps=20, teacher_rounds=6, rounds=2,
-        long_rounds=4, batch_size=16, prompt=16, samples=320, rows=512,
-        evaluated=64,
+        long_rounds=4, batch_size=16, prompt=16, samples=320, rows=512, evaluated=64,
     )),
-    "python": ("The sources of Python's library; hours on one core.", Config()),
-    "bible": ("The World English Bible; hours on one core.", Config(dataset="bible")),
+    "python": ("The sources of Python's library; two hours on one core.", Config()),
+    "bible": ("The World English Bible; two hours on one core.", Config(dataset="bible")),
 }  # fmt: skip
 
 
@@ -251,11 +249,13 @@ def evaluate(
 
 def draw(run: Run, trained: Sequence[Students], choice: Mapping[str, Any]) -> dict[str, str]:
     """Draws bits per byte of the validation data against tokens and against processor time."""
-    config, drawn = run.config, {}
+    config = run.config
     of_round = config.steps * config.batch_size * config.length / 1e6
-    for column, (file, label) in enumerate(
-        {"tokens.png": "million bytes", "time.png": "processor time, s"}.items()
-    ):
+    files = {
+        "tokens.png": ("million bytes", "what they have read, at equal tokens"),
+        "time.png": ("processor time, s", "the time that they have taken, at equal time"),
+    }
+    for column, (file, (label, _)) in enumerate(files.items()):
         curves = {}
         for name in trained[0][column]:
             found = np.array([seed[column][name].history["validation_loss"] for seed in trained]).T * BITS
@@ -263,15 +263,8 @@ def draw(run: Run, trained: Sequence[Students], choice: Mapping[str, Any]) -> di
             spent = seconds["stored"][name] + rounds * seconds["round"][name]
             curves[name] = (spent if column else rounds * of_round, found)
         pictures.against(run.directory / file, curves, xlabel=label, ylabel="validation bits per byte")
-        about = (
-            "the time that they have taken, at equal time"
-            if column
-            else "what they have read, at equal tokens"
-        )
-        drawn[f"Students' bits per byte against {about}: means over seeds, bands one standard deviation"] = (
-            file
-        )
-    return drawn
+    ending = "means over seeds, bands one standard deviation"
+    return {f"Students' bits per byte against {words}: {ending}": file for file, (_, words) in files.items()}
 
 
 def main() -> int:
