@@ -13,21 +13,21 @@ are still of all tokens.
     python experiments/kd_text.py python                   # the same sources, two hours
     python experiments/kd_text.py bible                    # the World English Bible (apt-get install sword-text-web)
     python experiments/kd_text.py python --dataset FOLDER  # your own texts
+    python experiments/kd_text.py bible --methods scratch KL "top-k, OTHER" --alpha 0.1  # these three, with the text
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from harness import Count, Positive, Run, RunOptions, Share, language, pictures, read, run_main
-from harness.language import BITS
+from harness import Count, Positive, Run, RunOptions, Share, language, read, run_main
+from kd_text_report import draw, evaluate, headline, lead_and_cost
 
 from distill_jax import _files, losses, models, teachers, train
 from distill_jax.data.text import VOCABULARY
@@ -57,7 +57,12 @@ class Config(RunOptions):
     teacher_learning_rate: Positive = 3e-3  # highest learning rate of the teacher
     top: Count = 12  # number of bytes of a top-k label, besides OTHER
     draws: Count = 16  # number of draws of a sampled label
+    methods: tuple[
+        str, ...
+    ] = ()  # which methods are compared: scratch, KL, "top-k, OTHER" and more; none: all
     beta: Share = 0.5  # of the Jensen-Shannon divergence
+    alpha: Share = 0.0
+    """weight of the text itself in word-level distillation; the teacher's predictions have 1 - alpha"""
     prompt: Count = 32  # number of bytes of a row from which a model goes on
     samples: Count = 12_288  # number of texts of the teacher for sequence-level distillation
     share: Share = 0.5  # probability that a batch is the student's own, on-policy
@@ -97,25 +102,29 @@ def make_sampler(config: Config) -> Callable[..., Any]:
 
 def methods(config: Config) -> dict[str, Method]:
     """Lists the methods by name."""
-    next_token, kl = train.next_token(), train.distill_tokens()
+    next_token, soft = train.next_token(), functools.partial(train.distill_tokens, alpha=config.alpha)
     jsd = functools.partial(losses.jensen_shannon, beta=config.beta)
-    top_k = train.distill_tokens(soft=bucketed(losses.kl))
+    top_k = soft(soft=bucketed(losses.kl))
     own = train.on_policy(make_sampler(config), prompt=config.prompt, share=config.share)
-    return {
+    every = {
         "scratch": Method(next_token),
-        "KL": Method(kl, online),
-        "reverse KL": Method(train.distill_tokens(soft=losses.reverse_kl), online),
-        "JSD": Method(train.distill_tokens(soft=jsd), online),
-        "on-policy": Method(kl, own),
+        "KL": Method(soft(), online),
+        "reverse KL": Method(soft(soft=losses.reverse_kl), online),
+        "JSD": Method(soft(soft=jsd), online),
+        "on-policy": Method(train.distill_tokens(), own),  # a student's own text teaches nothing by itself
         "sequence-level": Method(next_token, stored="texts"),
         "top-k, OTHER": Method(top_k, stored="top"),
         "top-k, renormalised": Method(top_k, stored="renormalised"),
         "sampled": Method(top_k, stored="sampled"),
     }
+    return {name: method for name, method in every.items() if name in (config.methods or every)}
 
 
 def check(config: Config, dataset: language.TextRows) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
+    config.among("methods", tuple(methods(replace(config, methods=()))))
+    missing = {"scratch", "KL", "top-k, OTHER"} - set(config.methods)
+    config.need("methods", not config.methods or not missing, "name scratch, KL and 'top-k, OTHER', or none")
     rows, least, names = len(dataset.train.id), config.steps * config.batch_size, list(methods(config))
     config.need("steps", least <= rows, f"be at most {rows // config.batch_size}, as there are {rows} rows")
     enough = least <= config.samples < rows
@@ -134,6 +143,7 @@ class Lesson:
     def __init__(self, run: Run, data: language.TextRows):
         self.run, self.data, self.config, self.methods = run, data, run.config, methods(run.config)
         config, rows, self.programs = run.config, data.train, dict[Any, Any]()
+        self.sampler = make_sampler(config)
         self.measure = train.make_measure(train.next_token(), data.validation.examples(), batch_size=100)
         plain = language.Stored(rows.examples(), lambda: 0.0)
         start = language.network(config.teacher, jax.random.key(0))
@@ -141,15 +151,16 @@ class Lesson:
         self.teacher = self.fit("teacher", 0, start, self.methods["scratch"], rounds, rate, plain).best
         folder = run.directory / "seed0" / "labels"
         author = language.Author(self.teacher, rows, folder, 2 * config.batch_size)
-        top = author.labels("top", kinds.Top(config.top))
-        without_other = top.examples | {"teacher": language.renormalised(top.examples["teacher"])}
-        self.stored = {
-            "": plain,
-            "top": top,
-            "renormalised": top._replace(examples=without_other),
-            "sampled": author.labels("sampled", kinds.Sampled(config.draws)),
-            "texts": author.texts("texts", config.samples, config.prompt),
-        }
+        self.stored = {"": plain, "top": author.labels("top", kinds.Top(config.top))}
+        needed = {method.stored for method in self.methods.values()}
+        if "renormalised" in needed:
+            top = self.stored["top"]
+            without_other = top.examples | {"teacher": language.renormalised(top.examples["teacher"])}
+            self.stored["renormalised"] = top._replace(examples=without_other)
+        if "sampled" in needed:
+            self.stored["sampled"] = author.labels("sampled", kinds.Sampled(config.draws))
+        if "texts" in needed:
+            self.stored["texts"] = author.texts("texts", config.samples, config.prompt)
 
     def fit(self, name: str, seed: int, model: models.Model, method: Method, rounds: int, rate: float,
             given: language.Stored) -> train.Fit:  # fmt: skip
@@ -174,7 +185,7 @@ class Lesson:
         return self.fit(name + suffix, seed, start, method, rounds, rate, given)
 
     def equal_time(self, done: Mapping[str, train.Fit]) -> dict[str, Any]:
-        """Computes how many rounds of each method take as long as those of the dearest, once for the run."""
+        """Computes how many rounds of each method take as long as those of the slowest, once for the run."""
         file, config = self.run.directory / "choice.json", self.config
         if file.exists():
             return _files.unseal(json.loads(file.read_bytes()))
@@ -206,67 +217,6 @@ def train_seed(lesson: Lesson, seed: int, choice: dict[str, Any]) -> Students:
     return tokens, times
 
 
-def evaluate(
-    lesson: Lesson, trained: Sequence[Students], longer: models.Model, choice: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Evaluates all models on the held-out texts: the ``models`` of results.json."""
-    config, sampler = lesson.config, make_sampler(lesson.config)
-    examples = lesson.data.test.examples()
-    measure = train.make_measure(train.next_token(), examples, batch_size=100)
-    image = {name: values[:: 1 + len(values) // 500] for name, values in examples["image"].items()}
-    prompts = {n: values[:32] for n, values in lesson.data.test.prompts(config.prompt).items()}
-
-    @jax.jit
-    def exposure(student, teacher, rows):
-        return train.exposure(student, teacher, rows, sampler, prompt=config.prompt, key=jax.random.key(0))
-
-    def about(model):
-        speed = language.generation_speed(model, prompts, config.length + 1 - config.prompt)
-        return {"parameters": sum(x.size for x in jax.tree.leaves(model.params)), "time": speed}
-
-    def bits(model):
-        return BITS * measure(model)["validation_loss"]
-
-    student = about(trained[0][0]["scratch"].best)
-    table = {
-        "teacher": {**about(lesson.teacher), "bits": [[bits(lesson.teacher)], []]},
-        "scratch, converged": {**student, "bits": [[bits(longer)], []]},
-    }
-    for name, method in lesson.methods.items():
-        best = [[seed[column][name].best for seed in trained] for column in (0, 1)]
-        exposed = [[jax.device_get(exposure(m, lesson.teacher, image)) for m in column] for column in best]
-        ms = 1000 * choice["seconds"]["round"][name] / config.steps
-        table[name] = {
-            **student,
-            "time": {**student["time"], "step_ms": ms},
-            "bits": [list(map(bits, column)) for column in best],
-            "rounds": [config.rounds, choice["rounds"][name]],
-            "exposure": [{k: [BITS * float(e[k]) for e in column] for k in column[0]} for column in exposed],
-            "bytes_per_token": lesson.stored[method.stored].bytes,
-        }
-    return table
-
-
-def draw(run: Run, trained: Sequence[Students], choice: Mapping[str, Any]) -> dict[str, str]:
-    """Draws bits per byte of the validation data against tokens and against processor time."""
-    config = run.config
-    of_round = config.steps * config.batch_size * config.length / 1e6
-    files = {
-        "tokens.png": ("million bytes", "what they have read, at equal tokens"),
-        "time.png": ("processor time, s", "the time that they have taken, at equal time"),
-    }
-    for column, (file, (label, _)) in enumerate(files.items()):
-        curves = {}
-        for name in trained[0][column]:
-            found = np.array([seed[column][name].history["validation_loss"] for seed in trained]).T * BITS
-            rounds, seconds = np.arange(1, len(found) + 1), choice["seconds"]
-            spent = seconds["stored"][name] + rounds * seconds["round"][name]
-            curves[name] = (spent if column else rounds * of_round, found)
-        pictures.against(run.directory / file, curves, xlabel=label, ylabel="validation bits per byte")
-    ending = "means over seeds, bands one standard deviation"
-    return {f"Students' bits per byte against {words}: {ending}": file for file, (_, words) in files.items()}
-
-
 def main() -> int:
     """Runs the experiment; returns the exit status."""
     name, config = read(CONFIGS, __doc__, "smoke")
@@ -276,24 +226,10 @@ def main() -> int:
     trained = [train_seed(lesson, seed, choice) for seed in range(config.seeds)]
     longer = lesson.student("scratch", 0, config.long_rounds, ", converged").best
     found = run.record(evaluate(lesson, trained, longer, choice))
-    bits = {
-        name: [np.mean(b) if b else 0.0 for b in entry["bits"]] for name, entry in found["models"].items()
-    }
-    told = []
-    for column, words in enumerate(("tokens", "time")):
-        best = min(lesson.methods, key=lambda name: bits[name][column])
-        told.append(f"at equal {words}: {best}, {bits[best][column]:.3f} bits per byte")
-        told[-1] += f" (scratch {bits['scratch'][column]:.3f})" if best != "scratch" else ""
-    lead = bits["scratch, converged"][0] - bits["teacher"][0]
-    loss = 100 * (bits["top-k, OTHER"][0] / bits["KL"][0] - 1)
-    headline = (
-        f"Best {'; '.join(told)}. The teacher has {bits['teacher'][0]:.3f}, {lead:.3f} less than a student from "
-        f"scratch after {config.long_rounds} rounds. Top-{config.top} labels with OTHER of "
-        f"{lesson.stored['top'].bytes} bytes per token instead of all logits change the bits by {loss:+.2f} %."
-    )
-    run.finish(found, draw(run, trained, choice), headline=headline, columns=language.COLUMNS)
+    run.finish(found, draw(run, trained, choice), headline=headline(lesson, found), columns=language.COLUMNS)
+    lead, cost = lead_and_cost(found)
     return run.check(
-        lead >= 0.3 and loss <= 1, "the teacher leads by under 0.3 bits, or top-k labels cost over 1 %"
+        lead >= 0.3 and cost <= 1, "the teacher leads by under 0.3 bits, or top-k labels cost over 1 %"
     )
 
 

@@ -44,7 +44,7 @@ def test_killed_and_resumed(tmp_path, books):
     )  # fmt: skip
     assert "arrays and results.json are the same" in done
     found = json.loads((tmp_path / "calm" / "results.json").read_text())["models"]
-    assert list(found) == ["teacher", *kd_text.methods(kd_text.Config())]
+    assert list(found) == ["teacher", "scratch, converged", *kd_text.methods(kd_text.Config())]
     assert found["top-k, OTHER"]["bytes_per_token"] == 12 + 13 * 2
     assert found["scratch"]["rounds"] == [2, 3]
     assert found["scratch"]["bits"][0] != found["scratch"]["bits"][1]
@@ -89,6 +89,8 @@ def test_teachers_probabilities_without_other_and_the_excess():
         ("--samples 8", "--samples must lie between 24 and"),
         ("--prompt 17", "--prompt must be at most --length"),
         ("--top 256", "--top must be below 256"),
+        ("--methods scratch KL", "--methods must name scratch, KL and 'top-k, OTHER', or none"),
+        ("--methods KL other", "--methods must be from scratch, KL"),
         ("--time-rounds 1 2", "--time-rounds must be none, or 9 numbers: scratch, KL"),
         ("--student 6 1 4 8", "width must be a multiple of heads"),
     ],
