@@ -132,6 +132,9 @@ def test_files_of_the_first_bert(tmp_path):
         models.load_pretrained(
             directory(tmp_path / "both", kind, arrays, architectures=["BertForPreTraining"])
         )
+    bias = {"cls.predictions.decoder.bias": np.ones(11)}
+    with pytest.raises(ValueError, match=r"1 tensor: cls\.predictions\.decoder\.bias$"):
+        models.load_pretrained(directory(tmp_path / "headless", "bert", drawn("bert") | bias))
     for entries, message in (
         ({"architectures": ["BertForSequenceClassification"]}, r"holds, beyond .*: cls\.predictions"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),

@@ -121,7 +121,7 @@ def read_directory(directory: Path) -> dict[str, Tensor]:
     if (directory / SINGLE).exists():
         return read(directory / SINGLE)
     if not index.exists():
-        others = sorted(file.name for file in directory.glob("*.bin"))
+        others = sorted(file.name for file in directory.glob("pytorch_model*.bin"))
         hint = f", but {others[0]}: let transformers save the model again, as safetensors" if others else ""
         raise ValueError(f"path: {directory} holds neither {SINGLE} nor {INDEX}{hint}")
     places = read_json(index).get("weight_map")

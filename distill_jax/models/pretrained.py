@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ def _open_tensors(directory: Path, family: Family) -> dict[str, _safetensors.Ten
 
 
 def _check_names(
-    directory: Path, family: Family, wanted: Iterable[str], tensors: dict[str, _safetensors.Tensor]
+    directory: Path, family: Family, wanted: Collection[str], tensors: dict[str, _safetensors.Tensor]
 ) -> None:
     """Raises ``ValueError`` unless the files hold the tensors of the network, and copies of them at most."""
     missing, surplus = sorted(set(wanted) - tensors.keys()), sorted(tensors.keys() - set(wanted))
@@ -249,7 +249,7 @@ def _check_names(
         why = f", which {CONFIG} does not tie to {only} (tie_word_embeddings)" if only else ""
         raise ValueError(f"path: {where} lacks {words(missing)}{why}")
     for copy, original in family.copies.items():
-        if copy in surplus:
+        if copy in surplus and original in wanted:
             if not np.array_equal(tensors[copy].read(), tensors[original].read()):
                 raise ValueError(
                     f"path: tensor {copy} of {tensors[copy].file} differs from {original}, to which {CONFIG} ties it "
