@@ -318,6 +318,9 @@ def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():
     for name, image in (("on_data", IMAGE), ("on_own", written)):
         soft = np.asarray(losses.kl(STUDENT(image), TEACHER(image)))[:, :-1]
         assert other[name] == pytest.approx(means_by_hand(image, soft, counts), rel=1e-4)
+    log_p = np.asarray(jax.nn.log_softmax(TEACHER(written)))[:, :-1]
+    surprise = -np.take_along_axis(log_p, np.asarray(written["tokens"])[:, 1:, None], -1)[..., 0]
+    assert other["own_loss"] == pytest.approx(means_by_hand(written, surprise, counts), rel=1e-4)
     assert other["own_loss"] > own["own_loss"]
 
 
