@@ -278,6 +278,19 @@ def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
     assert texts["tokens"].shape == (ROWS, LENGTH)
     np.testing.assert_array_equal(texts["tokens"][:, :PROMPT], prompts["tokens"])
     assert len({tuple(row) for row in texts["tokens"][:, PROMPT:].tolist()}) > ROWS // 2
+    for wrong, message in (
+        (
+            lambda prompts, *, key: prompts["tokens"],
+            "must return a dict with 'tokens' and 'segments', got ndarray",
+        ),
+        (lambda prompts, *, key: {"tokens": 1}, r"'segments', got dict with \['tokens'\]"),
+        (
+            lambda prompts, *, key: {name: np.repeat(x, 2, 0) for name, x in prompts.items()},
+            "one text for each of 3 prompts, got 6",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            teachers.write_samples(tmp_path / "wrong", prompts, wrong, **options)
     with pytest.raises(ValueError, match="seed"):
         teachers.write_samples(tmp_path / "calm", prompts, sampler, **options | {"seed": 5})
     cold = functools.partial(sampler, temperature=0.1)
@@ -346,6 +359,19 @@ def test_exposure_is_none_for_the_teacher_itself_and_some_for_a_student():
                 lambda model, prompts, *, key: {"tokens": IMAGE["tokens"]}, prompt=2, share=1
             )(TEACHER, {"image": IMAGE}, jax.random.key(0), model=STUDENT),
             r"must have all entries of the data's, \['segments', 'tokens'\]: \['segments'\] are missing",
+        ),
+        *(
+            (
+                lambda made=made: train.on_policy(lambda model, prompts, *, key: made, prompt=2, share=1)(
+                    TEACHER, {"image": IMAGE}, jax.random.key(0), model=STUDENT
+                ),
+                message,
+            )
+            for made, message in (
+                (IMAGE["tokens"], "the sampler must return a dict with 'tokens', got ndarray"),
+                ({"text": 1}, r"a dict with 'tokens', got dict with \['text'\]"),
+                (IMAGE | {"tokens": IMAGE["tokens"] * 1.0}, "the sampler's tokens must be integers"),
+            )
         ),
         (
             lambda: one_step(train.distill_tokens(), train.on_policy(SAMPLER, prompt=8)),

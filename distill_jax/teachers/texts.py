@@ -148,6 +148,16 @@ def write_samples(
         rows = np.resize(positions, min(batch_size, count))  # the last batch is filled up, and compiled once
         key = jax.random.fold_in(jax.random.key(seed), int(positions[0]))
         made = sampler(jax.tree.map(lambda x: x[rows], prompts), key=key)
+        if not isinstance(made, Mapping) or not {"tokens", "segments"} <= made.keys():
+            raise ValueError(
+                f"sampler must return a dict with 'tokens' and 'segments', got {type(made).__name__}"
+                + (f" with {sorted(made)}" if isinstance(made, Mapping) else "")
+            )
+        if len(made["tokens"]) != len(rows):
+            raise ValueError(
+                f"sampler must return one text for each of {len(rows)} prompts, got {len(made['tokens'])}: give a "
+                "prompt as often as it is to be continued"
+            )
         return {name: np.asarray(made[name])[: len(positions)] for name in ("tokens", "segments")}
 
     options = getattr(sampler, "keywords", {})

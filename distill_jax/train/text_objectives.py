@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax._checks import check_choice, check_count, check_fraction, check_function, need
+from distill_jax._checks import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_function,
+    check_integers,
+    need,
+)
 from distill_jax._model import Model, PyTree
 from distill_jax.losses import tokens as token_losses
 from distill_jax.models import head_kernel, hidden_states
@@ -219,8 +226,8 @@ def on_policy(
       the batch's ``"image"``, ``"counts"``, ``"weight"`` and ``"teacher"``.
 
     Raises:
-      ValueError: if an argument is not of that form; when traced, if the sampler's rows have another shape than those
-        of the data.
+      ValueError: if an argument is not of that form; when traced, if the sampler returns no such dict, or rows of
+        another shape than those of the data.
 
     References:
       Agarwal et al., `On-Policy Distillation of Language Models` (GKD), 2024 (arXiv 2306.13649), Algorithm 1.
@@ -242,6 +249,12 @@ def on_policy(
             prompts = jax.tree.map(lambda x: x[:, :prompt], image)
             sampled = sampler(model, prompts, key=draws[0])
             written = jnp.broadcast_to(jnp.arange(rows.shape[1]) >= prompt, rows.shape)
+            if not isinstance(sampled, Mapping) or "tokens" not in sampled:
+                raise ValueError(
+                    f"the sampler must return a dict with 'tokens', got {type(sampled).__name__}"
+                    + (f" with {sorted(sampled)}" if isinstance(sampled, Mapping) else "")
+                )
+            check_integers("the sampler's tokens", sampled["tokens"])
             if sampled["tokens"].shape != rows.shape:
                 raise ValueError(
                     f"the sampler's rows must have the shape of the data's, {rows.shape}, got "
