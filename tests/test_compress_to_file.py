@@ -9,13 +9,17 @@ import pytest
 from harness import prepare, runs
 
 from distill_jax import data, export, models
+from distill_jax.compress import quantisation
 
 EXPERIMENT = compress_to_file
 SMALL = [
     *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--rounds", "1", "1"),
     *("--widths", "0.5", "0.25", "--save-seconds", "0", "--runtime", "stablehlo"),
+    *("--numbers", "float", "int8"),
     *("--aim", "bytes", "--most-lost", "100", "--most-bytes", "9999999", "--most-ms", "999"),
 ]  # fmt: skip
+
+GOOD = {"faster": 5, "smaller": 10, "points lost": 0.3}
 
 
 def small_network(shape, classes, key):
@@ -41,7 +45,8 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     (seed,) = found["seeds"]
     candidates = {each["name"]: each for each in seed["candidates"]}
     assert [*candidates] == [
-        "original", "width=0.5,bits=32", "width=0.5,bits=8", "width=0.25,bits=32", "width=0.25,bits=8"
+        "original", "width=0.5,numbers=float", "width=0.5,numbers=int8", "width=0.25,numbers=float",
+        "width=0.25,numbers=int8",
     ]  # fmt: skip
     smallest = min(candidates, key=lambda name: candidates[name]["bytes"])
     assert seed["chosen"] == smallest  # all may be chosen, with 100 points to lose
@@ -54,7 +59,9 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     test = data.load("digits").test
     wrong = np.argmax(model(prepare(test.image)), -1) != test.label
     assert found["models"]["chosen"]["test"]["errors"] == [wrong.sum()]
-    assert seed["other classes"] == 0
+    rows = [(row["file"], row["batch"], row["difference"], row["same"]) for row in seed["compared"]]
+    assert rows == [(".model", batch, 0, 1) for batch in (1, 7, 256)]
+    assert ".model | 256 | 0 | 100.00 |" in " ".join(printed.split())
     accuracy = found["models"]["chosen"]["test"]["accuracy"][0]
     before = found["models"]["original"]["test"]["accuracy"][0]
     assert seed["points lost"] == pytest.approx(100 * (before - accuracy))
@@ -68,7 +75,6 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
     found = json.loads((out / "results.json").read_text())
     (seed,) = found["seeds"]
-    assert seed["other classes"] == len(test.label)
     right = (np.argmax(np.roll(model(prepare(test.image)), 1, -1), -1) == test.label).mean()
     assert seed["points lost"] == pytest.approx(100 * (before - right))
     assert len(calls) == 5  # what was found is not measured again, but for the original and the end
@@ -76,6 +82,15 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert status == 2
     assert "error: most_ms: no file is within" in error
     assert error.endswith("; most_ms is by default a fifth of the original's time under XLA\n")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_file_is_good_if_it_is_fast_and_small_and_right(name):
+    rows = [{"good": True}, {"good": True}]
+    assert compress_to_file.is_good({**GOOD, "compared": rows})
+    worse = {"faster": 4.9, "smaller": 9.9, "points lost": 0.31}[name]
+    assert not compress_to_file.is_good({**GOOD, name: worse, "compared": rows})
+    assert not compress_to_file.is_good({**GOOD, "compared": [*rows, {"good": False}]})
 
 
 def test_the_help_says_what_the_budgets_are(run):
@@ -93,8 +108,18 @@ def test_an_onnx_file_is_run_on_images(tmp_path):
     test = data.load("digits").test
     model = small_network(test.image.shape[1:], 10, jax.random.key(0))
     export.onnx(tmp_path / "m.onnx", model, prepare(test.image[:2]))
-    found = compress_to_file.run_file(tmp_path / "m.onnx", test.image)
-    np.testing.assert_allclose(found, model(prepare(test.image)), atol=1e-5)
+    images = prepare(test.image)
+    found = compress_to_file.run_file(tmp_path / "m.onnx", images)
+    np.testing.assert_allclose(found, model(images), atol=1e-5)
+    small = quantisation.quantise(model, [images], activations=True)
+    export.onnx(tmp_path / "s.onnx", small, images[:64])
+    for name, of in {"m": model, "s": small}.items():
+        rows = compress_to_file.compared(tmp_path / f"{name}.onnx", of, images)
+        assert [(row["batch"], row["good"]) for row in rows] == [(1, True), (7, True), (256, True)]
+    # The numbers that integers mean are not what the file computes, but nearly
+    (row, *_) = compress_to_file.compared(tmp_path / "m.onnx", quantisation.dequantise(small), images)
+    assert 1e-4 < row["difference"] < 0.1
+    assert not row["good"]
 
 
 OPTIONS = {
@@ -103,9 +128,9 @@ OPTIONS = {
     "a batch that is too large": ("--batch 5000", "--batch must be at most --examples, 512, got 5000"),
     "equal widths": ("--widths 0.5 0.5", "--widths must differ from each other, got 0.5 0.5"),
     "equal depths": ("--depths 1 1", "--depths must differ from each other, got 1.0 1.0"),
-    "equal bits": ("--bits 8 8", "--bits must differ from each other, got 8 8"),
+    "equal numbers": ("--numbers int8 int8", "--numbers must differ from each other, got int8 int8"),
     "a width of 0": ("--widths 0.5 0", "--widths must be shares above 0"),
-    "other bits": ("--bits 4", "--bits must be from 8, 32"),
+    "other numbers": ("--numbers int4", "--numbers must be from float, int8-weights, int8, got int4"),
     "an aim without a budget": ("--aim latency", "--aim must be quality without --most-lost"),
     "no blocks": ("--depths 1 0.5", "--depths must be 1 for a network without residual blocks"),
 }

@@ -367,6 +367,47 @@ def test_onnx_runtime_computes_the_same_at_any_batch_size(tmp_path, name):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
+def normalised(x, axis=-1, factor=1.0, least=0.0):
+    mean, squares = x.mean(axis, keepdims=True), jnp.square(factor * x).mean(axis, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.maximum(least, squares - jnp.square(mean)) + 1e-6)
+    return (x - mean) * (inverse * jnp.arange(1.0, 5)) + jnp.arange(4.0)
+
+
+def powers(x, axis=-1):
+    powers = jnp.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(axis, keepdims=True)
+
+
+def curve(x, factor):
+    return x * 0.5 * (1 + jnp.tanh(factor * (x + 0.044715 * x**3)))
+
+
+@needs_onnx
+def test_layer_norm_softmax_gelu_and_products_are_one_operation_each(tmp_path):
+    """What looks like them and is something else stays as it is; export.onnx compares the outputs of both."""
+    import onnx
+
+    same = [
+        normalised,
+        jax.nn.softmax,
+        jax.nn.gelu,
+        lambda x: jnp.einsum("btd,dhk->bthk", x, np.ones((4, 2, 3), "f4")),
+    ]
+    other = [
+        lambda x: normalised(x, axis=1), lambda x: normalised(x, factor=2.0), lambda x: normalised(x, least=0.5),
+        lambda x: powers(x, axis=1), lambda x: curve(x, 0.7),
+        lambda x: jnp.einsum("btd,sd->bts", x, np.ones((5, 4), "f4")),
+    ]  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype("f4")
+    for functions, expected in ((same, [1, 1, 1, 1]), (other, [0, 0, 0, 0])):
+        model = models.from_function(lambda _, x, functions=functions: [f(x) for f in functions], {})
+        export.onnx(tmp_path / "m.onnx", model, x)
+        used = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+        kinds = ["LayerNormalization", "Softmax", "Gelu", "MatMul"]
+        assert [used.count(kind) for kind in kinds] == expected
+        assert ("Einsum" in used) == (functions is other)
+
+
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
     """All but those whose packages are not installed."""
     monkeypatch.chdir(tmp_path)

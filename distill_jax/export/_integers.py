@@ -50,57 +50,12 @@ def with_integers(message: ModelProto, kernels: Mapping[str, Kernel]) -> ModelPr
       ValueError: if a kernel is not found in the graph, or cannot be told from another one with another input scale.
     """
     onnx = package("onnx")
-    message = _tidied(onnx, _without_einsum(onnx, message))
+    message = _tidied(onnx, message)
     nodes, outputs = list(message.graph.node), list(message.graph.output)
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in message.graph.initializer}
     nodes = _with_bias(nodes, arrays, _uses(nodes, outputs))
     written = _Writer(onnx, nodes, arrays, kernels, _uses(nodes, outputs)).write(message.graph.input)
     return _message(onnx, message, *written)
-
-
-def _without_einsum(onnx: Any, message: ModelProto) -> ModelProto:
-    """Replaces each Einsum that is a matrix product with a constant kernel by a MatMul, where kernels are looked for.
-
-    jax2onnx writes the products of attention so, whose kernels have several axes: ``btd,dhk->bthk``. The axes that are
-    summed must be the last ones of the value and the first ones of the kernel. Then the others are joined by a Reshape
-    before the product and separated by one after it.
-    """
-    made = type(message)()
-    made.CopyFrom(message)
-    graph = made.graph
-    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    nodes: list[Any] = []
-    for node in graph.node:
-        nodes.append(node)
-        if node.op_type != "Einsum" or len(node.input) != 2 or node.input[1] not in arrays:
-            continue
-        equation = onnx.helper.get_attribute_value(node.attribute[0]).decode().replace(" ", "")
-        left, right, result = equation.replace("->", ",").split(",")
-        shared = sum(letter in left for letter in right)
-        rest = len(left) - shared
-        if not 0 < shared < len(right) or (left[rest:], left[:rest] + right[shared:]) != (
-            right[:shared],
-            result,
-        ):
-            continue
-        kernel, output = arrays[node.input[1]], node.output[0]
-        sizes, inputs = kernel.shape[shared:], np.prod(kernel.shape[:shared])
-        constants = {
-            "kernel": kernel.reshape(inputs, -1),
-            "before": np.array([*[0] * rest, inputs]),  # 0 keeps the size of an axis
-            "after": np.array([*[0] * rest, *sizes]),
-        }
-        for name, array in constants.items():
-            graph.initializer.append(onnx.numpy_helper.from_array(array, f"{output}.{name}"))
-        write = onnx.helper.make_node
-        nodes[-1:] = [
-            write("Reshape", [node.input[0], f"{output}.before"], [f"{output}.inputs"]),
-            write("MatMul", [f"{output}.inputs", f"{output}.kernel"], [f"{output}.product"]),
-            write("Reshape", [f"{output}.product", f"{output}.after"], [output]),
-        ]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    return made
 
 
 def _tidied(onnx: Any, message: ModelProto) -> ModelProto:

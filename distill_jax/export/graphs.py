@@ -20,6 +20,7 @@ from distill_jax._checks import check_positive
 from distill_jax._model import Model, PyTree
 from distill_jax.export._facts import Facts, facts
 from distill_jax.export._folding import folded
+from distill_jax.export._fusing import fused
 from distill_jax.export._integers import with_integers
 from distill_jax.export._kernels import Kernel, as_floats, grid_of, has_groups, kernels_of
 from distill_jax.export._sealed import FORMAT, is_onnx, metadata, package, seal, session
@@ -136,6 +137,7 @@ def _convert(
         )
     finally:
         logger.setLevel(level)
+    message = fused(package("onnx"), message)
     if kernels:
         message = with_integers(message, kernels)
     for key, value in properties.items():

@@ -1,0 +1,248 @@
+"""Writes what an ONNX graph computes in many small operations as one: products, softmax, LayerNorm and GELU.
+
+A converter of JAX's primitives writes LayerNorm as some twenty operations. ONNX Runtime does not recognise them, and in
+a small network an operation costs more than what it computes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+NEEDED = 20  # the first opset that has all of the operations that are written here
+SHAPING = {
+    "Expand",
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}  # they move numbers, or repeat them
+
+
+def fused(onnx: Any, message: Any) -> Any:
+    """Returns an ONNX message in which LayerNorm, softmax, GELU and products with constants are one operation each.
+
+    Args:
+      onnx: the package.
+      message: an ``onnx.ModelProto`` that computes with floats; it is not changed.
+    """
+    made = type(message)()
+    made.CopyFrom(message)
+    if next(each.version for each in made.opset_import if not each.domain) >= NEEDED:
+        _Graph(onnx, made.graph).fuse()
+    return made
+
+
+class _Graph:
+    """A graph whose nodes are replaced."""
+
+    def __init__(self, onnx: Any, graph: Any):
+        self.onnx, self.graph, self.write = onnx, graph, onnx.helper.make_node
+        self.arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.makers = {name: node for node in graph.node for name in node.output}
+
+    def fuse(self) -> None:
+        nodes: list[Any] = []
+        for node in self.graph.node:
+            rules = {"Einsum": self.product, "Div": self.softmax, "Add": self.layer_norm, "Mul": self.gelu}
+            rule = rules.get(node.op_type)
+            nodes += (rule(node) if rule else None) or [node]
+        used = {output.name for output in self.graph.output}
+        kept = []
+        for node in reversed(nodes):  # what led to the replaced ones alone is left out
+            inner = [name for attribute in node.attribute for name in _names(attribute.g)]
+            if used.intersection(node.output):
+                kept.append(node)
+                used.update(node.input, inner)
+        tensors = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        for field, left in ((self.graph.node, kept[::-1]), (self.graph.initializer, tensors)):
+            del field[:]
+            field.extend(left)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def of(self, name: str, kind: str) -> Any:
+        """Returns the node that makes a value, if it is of this kind."""
+        node = self.makers.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    def pair(self, name: str, kind: str, inner: str) -> tuple[Any, str] | None:
+        """Of a sum or product, returns the operand that a node of the kind ``inner`` makes, and the other one."""
+        node = self.of(name, kind)
+        for one, other in (node.input, node.input[::-1]) if node is not None else ():
+            if (found := self.of(one, inner)) is not None:
+                return found, other
+        return None
+
+    def scaled(self, name: str, kind: str, constant: float) -> str | None:
+        """Returns x where a value is x times, or plus, this constant."""
+        node = self.of(name, kind)
+        for one, other in (node.input, node.input[::-1]) if node is not None else ():
+            if self.is_number(one, constant):
+                return other
+        return None
+
+    def is_number(self, name: str, constant: float) -> bool:
+        array = self.arrays.get(name)
+        return array is not None and array.size == 1 and np.isclose(array.item(), constant, rtol=1e-6)
+
+    def attribute(self, node: Any, name: str, default: Any = None) -> Any:
+        found = [a for a in node.attribute if a.name == name]
+        return self.onnx.helper.get_attribute_value(found[0]) if found else default
+
+    def unshaped(self, name: str, *others: str) -> str:
+        """Follows a value back through operations that only move or repeat it, and through ``others``."""
+        while (node := self.makers.get(name)) is not None and node.op_type in {*SHAPING, *others}:
+            name = next(each for each in node.input if each not in self.arrays)
+        return name
+
+    def axis(self, node: Any) -> int | None:
+        """Returns the axis over which a node sums, if it is one."""
+        axes = self.arrays.get(node.input[1]) if len(node.input) == 2 else None
+        return int(axes.item()) if axes is not None and axes.size == 1 else None
+
+    def size(self, shape: str, axis: int) -> int | None:
+        """Returns the size of an axis in a shape, if it is known."""
+        if shape in self.arrays:
+            return int(self.arrays[shape][axis])
+        node = self.of(shape, "Concat")
+        sizes = [self.arrays.get(name) for name in node.input] if node is not None else []
+        return int(sizes[axis].item()) if axis < len(sizes) and sizes[axis] is not None else None
+
+    # --- rules -----------------------------------------------------------------------------------
+
+    def product(self, node: Any) -> list[Any] | None:
+        """Einsum of a value and a constant kernel as a MatMul: ``btd,dhk->bthk``, as products of attention are.
+
+        The axes that are summed must be the last ones of the value and the first ones of the kernel. Where there are
+        several, or several others, a Reshape before the product joins them and one after it separates them.
+        """
+        if len(node.input) != 2 or node.input[1] not in self.arrays:
+            return None
+        left, right, result = (
+            self.attribute(node, "equation").decode().replace(" ", "").replace("->", ",").split(",")
+        )
+        shared = sum(letter in left for letter in right)
+        rest = len(left) - shared
+        if not 0 < shared < len(right) or (left[rest:], left[:rest] + right[shared:]) != (
+            right[:shared],
+            result,
+        ):
+            return None
+        kernel, (value, output) = self.arrays[node.input[1]], (node.input[0], node.output[0])
+        sizes = kernel.shape[shared:]
+        written = []
+        if shared > 1:
+            shape = self.constant(
+                f"{output}.before", np.array([*[0] * rest, -1])
+            )  # 0 keeps the size of an axis
+            written.append(self.write("Reshape", [value, shape], [value := f"{output}.inputs"]))
+        matrix = self.constant(f"{output}.kernel", kernel.reshape(-1, np.prod(sizes)))
+        written.append(
+            self.write("MatMul", [value, matrix], [output if len(sizes) == 1 else f"{output}.product"])
+        )
+        if len(sizes) > 1:
+            shape = self.constant(f"{output}.after", np.array([*[0] * rest, *sizes]))
+            written.append(self.write("Reshape", [f"{output}.product", shape], [output]))
+        return written
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        self.graph.initializer.append(self.onnx.numpy_helper.from_array(array, name))
+        self.arrays[name] = array
+        return name
+
+    def softmax(self, node: Any) -> list[Any] | None:
+        """Softmax as exp(x − m) / Σ exp(x − m), where m is the maximum of x over the axis of the sum."""
+        numerator, denominator = node.input
+        exp, total = self.of(numerator, "Exp"), self.of(self.unshaped(denominator), "ReduceSum")
+        if exp is None or total is None or total.input[0] != numerator:
+            return None
+        difference, axis = self.of(exp.input[0], "Sub"), self.axis(total)
+        if difference is None or axis is None:
+            return None
+        x, shift = difference.input
+        most = self.of(self.unshaped(shift, "Max"), "ReduceMax")
+        # Both the sum and the maximum must be one number along the axis, and the maximum that of x
+        if most is None or self.unshaped(most.input[0]) != self.unshaped(x) or axis != self.axis(most):
+            return None
+        if not all(self.is_one(name, axis) for name in (denominator, shift)):
+            return None
+        return [self.write("Softmax", [x], list(node.output), axis=axis)]
+
+    def is_one(self, name: str, axis: int) -> bool:
+        """Says whether a value is reshaped so that an axis has the size 1, and then perhaps repeated."""
+        while (node := self.makers.get(name)) is not None and node.op_type in ("Expand", "Identity"):
+            name = node.input[0]
+        return node is not None and node.op_type == "Reshape" and self.size(node.input[1], axis) == 1
+
+    def layer_norm(self, node: Any) -> list[Any] | None:
+        """LayerNorm over the last axis, (x − mean) · (scale / √(var + ε)) + shift, var = max(0, mean of x² − mean²)."""
+        if not (added := self.pair(node.output[0], "Add", "Mul")):
+            return None
+        product, shift = added
+        if not (found := self.pair(product.output[0], "Mul", "Sub")):
+            return None
+        difference, factor = found
+        if not (found := self.pair(factor, "Mul", "Div")):
+            return None
+        inverse, scale = found
+        x, mean = difference.input[0], self.unshaped(difference.input[1])
+        root = self.of(inverse.input[1], "Sqrt")
+        inside = self.of(root.input[0], "Add") if root is not None else None
+        constants = [self.arrays.get(name) for name in (shift, scale)]
+        if inside is None or not self.is_number(inverse.input[0], 1.0) or any(c is None for c in constants):
+            return None
+        epsilon = next((name for name in inside.input if name in self.arrays), None)
+        if epsilon is None or self.arrays[epsilon].size != 1:
+            return None
+        (variance,) = (name for name in inside.input if name != epsilon)
+        variance = self.scaled(self.unshaped(variance), "Max", 0.0) or ""
+        parts = self.of(variance, "Sub")
+        square = self.of(parts.input[1], "Mul") if parts is not None else None
+        if square is None or list(square.input) != [mean, mean]:
+            return None
+        size, last = constants[0].size, constants[0].ndim - 1
+        if not all(c.shape == (*[1] * last, size) for c in constants):
+            return None
+        for name, kind in ((mean, "ReduceSum"), (parts.input[0], "ReduceSumSquare")):
+            divided = self.of(name, "Div")
+            total = self.of(self.unshaped(divided.input[0]), kind) if divided is not None else None
+            if total is None or total.input[0] != x or self.axis(total) != last:
+                return None
+            if not self.is_number(divided.input[1], size):
+                return None
+        names = [
+            self.constant(f"{node.output[0]}.{name}", c.reshape(-1))
+            for name, c in zip(("shift", "scale"), constants, strict=True)
+        ]
+        given = [x, *names[::-1]]
+        epsilon = float(self.arrays[epsilon].item())
+        return [self.write("LayerNormalization", given, list(node.output), axis=-1, epsilon=epsilon)]
+
+    def gelu(self, node: Any) -> list[Any] | None:
+        """The tangent form of GELU, x · 0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))."""
+        for x, factor in (node.input, node.input[::-1]):
+            curve = self.of(self.scaled(self.scaled(factor, "Mul", 0.5) or "", "Add", 1.0) or "", "Tanh")
+            if curve is None:
+                continue
+            inside = self.scaled(curve.input[0], "Mul", np.sqrt(2 / np.pi))
+            if not (found := self.pair(inside or "", "Add", "Mul")):
+                continue
+            power = self.of(self.scaled(found[0].output[0], "Mul", 0.044715) or "", "Pow")
+            if (
+                power is not None
+                and [found[1], power.input[0]] == [x, x]
+                and self.is_number(power.input[1], 3)
+            ):
+                return [self.write("Gelu", [x], list(node.output), approximate="tanh")]
+        return None
+
+
+def _names(graph: Any) -> Iterator[str]:
+    """Lists the values that the graph of a branch or a loop uses."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _names(attribute.g)
+    yield from (output.name for output in graph.output)

@@ -1,0 +1,103 @@
+"""The candidates of compress_to_file: how they are made of an original, trained, finished, judged and measured."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optax
+from harness import Run, adam, arrays, jittered, labelled, plain, prepare
+
+from distill_jax import export, metrics, models, teachers, train
+from distill_jax._checks import BudgetError
+from distill_jax.compress import quantisation, search, units
+
+if TYPE_CHECKING:
+    from compress_to_file import Config
+
+
+class Tools:
+    """What makes, trains, finishes and judges the candidates of one seed."""
+
+    def __init__(self, config: Config, run: Run, seed: int, original: models.Model):
+        self.config, self.run, self.seed, self.original = config, run, seed, original
+        rows = np.random.default_rng(seed).permutation(len(run.dataset.train.label))[: config.examples]
+        self.x = prepare(run.dataset.train.image[rows])
+        self.made = functools.cache(self._make)  # the kind of numbers makes no difference before the end
+        # Made once, so that networks of the same shapes are compiled once
+        self.recipe = functools.cache(self._recipe)
+        self.data, self.context = arrays(run.dataset.train), original if config.jitter else None
+        if not config.jitter:  # the original sees the same images in each epoch
+            self.data["teacher"] = run.store_labels(seed, original)
+
+    def make(self, original: models.Model, settings: search.Settings) -> models.Model | None:
+        """Removes blocks and units."""
+        return self.made(settings.get("depth", 1.0), settings["width"])
+
+    def _make(self, depth: float, width: float) -> models.Model | None:
+        model = self.original
+        graph = units.trace(model, self.x[:1])
+        if depth < 1:
+            influence = units.block_influence(graph, model, [self.x], how="kl")
+            try:
+                gone = units.prune_blocks(graph, influence, depth)
+            except BudgetError:
+                return None  # too few blocks
+            model = units.drop_blocks(graph, model, gone)
+            graph = units.trace(model, self.x[:1])
+        exact = {name for name, group in graph.groups.items() if group.free and group.exact_shrunk}
+        scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
+        return units.keep(graph, model, units.prune(graph, scores, width, across="group"))
+
+    def _recipe(self, epochs: int) -> tuple[optax.GradientTransformation, Any]:
+        """Makes the optimizer and the epoch of a training on the labels of the data and of the original."""
+        config = self.config
+        tx = adam(config.learning_rate, epochs, len(self.data["label"]) // config.batch_size)
+        step = train.make_train_step(train.distill(temperature=config.temperature, alpha=config.alpha), tx)
+        return tx, train.make_epoch(
+            step, transform=labelled(jittered(config.jitter)) if config.jitter else plain
+        )
+
+    def tune(self, model: models.Model, settings: search.Settings, epochs: int) -> models.Model:
+        """Trains for so many epochs; what is trained already, with other numbers, is taken from the run."""
+        run = self.run
+        start = teachers.fingerprint((model.params, model.state))[:8]
+        name = (
+            " ".join(f"{k} {v}" for k, v in settings.items() if k != "numbers")
+            + f", {epochs} epochs from {start}"
+        )
+        tx, epoch = self.recipe(epochs)
+        order = 20_000 + self.seed
+        done = run.fit(
+            name, self.seed, train.init_state(model, tx, run.key(self.seed, order)), epoch, self.data, epochs=epochs,
+            batch_size=self.config.batch_size, order=order, context=self.context,
+        )  # fmt: skip
+        return done.model
+
+    def finish(self, model: models.Model, settings: search.Settings) -> models.Model:
+        """Turns weights, and perhaps activations, into integers of 8 bits, if these are asked for."""
+        if settings["numbers"] == "float":
+            return model
+        return quantisation.quantise(model, [self.x], activations=settings["numbers"] == "int8")
+
+    def accuracy(self, model: models.Model) -> float:
+        """Computes the accuracy on the validation images."""
+        label = self.run.dataset.validation.label
+        return metrics.figures(self.run.judge(model).validation_logits, label)["accuracy"]
+
+    def latency(self, path: Path) -> dict[str, Any]:
+        """Measures a file in a fresh process."""
+        config = self.config
+        return export.latency(path, self.x[: config.batch], threads=config.threads, seconds=config.seconds)
+
+
+def settings_of(config: Config) -> list[dict[str, Any]]:
+    """Lists the candidates."""
+    deep = len(config.depths) > 1 or config.depths[0] < 1
+    return [
+        ({"depth": depth} if deep else {}) | {"width": width, "numbers": numbers}
+        for depth, width, numbers in itertools.product(config.depths, config.widths, config.numbers)
+    ]
