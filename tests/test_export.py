@@ -367,10 +367,10 @@ def test_onnx_runtime_computes_the_same_at_any_batch_size(tmp_path, name):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-def normalised(x, axis=-1, factor=1.0, least=0.0):
-    mean, squares = x.mean(axis, keepdims=True), jnp.square(factor * x).mean(axis, keepdims=True)
+def normalised(x, axis=-1, of=lambda x: x, least=0.0, turned=lambda mean: mean):
+    mean, squares = x.mean(axis, keepdims=True), jnp.square(of(x)).mean(axis, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.maximum(least, squares - jnp.square(mean)) + 1e-6)
-    return (x - mean) * (inverse * jnp.arange(1.0, 5)) + jnp.arange(4.0)
+    return (x - turned(mean)) * (inverse * jnp.arange(1.0, 5)) + jnp.arange(4.0)
 
 
 def powers(x, axis=-1):
@@ -394,7 +394,8 @@ def test_layer_norm_softmax_gelu_and_products_are_one_operation_each(tmp_path):
         lambda x: jnp.einsum("btd,dhk->bthk", x, np.ones((4, 2, 3), "f4")),
     ]
     other = [
-        lambda x: normalised(x, axis=1), lambda x: normalised(x, factor=2.0), lambda x: normalised(x, least=0.5),
+        lambda x: normalised(x, axis=1), lambda x: normalised(x, of=jnp.exp), lambda x: normalised(x, least=0.5),
+        lambda x: normalised(x, turned=lambda mean: mean.reshape(mean.shape[0], 1, 4)),
         lambda x: powers(x, axis=1), lambda x: curve(x, 0.7),
         lambda x: jnp.einsum("btd,sd->bts", x, np.ones((5, 4), "f4")),
     ]  # fmt: skip

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 
 NEEDED = 20  # the first opset that has all of the operations that are written here
-SHAPING = {
-    "Expand",
-    "Identity",
-    "Reshape",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-}  # they move numbers, or repeat them
+# Operations that keep the order of numbers, or repeat them
+SHAPING = {"Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
 def fused(onnx: Any, message: Any) -> Any:
@@ -92,9 +86,12 @@ class _Graph:
         return self.onnx.helper.get_attribute_value(found[0]) if found else default
 
     def unshaped(self, name: str, *others: str) -> str:
-        """Follows a value back through operations that only move or repeat it, and through ``others``."""
+        """Follows a value back through operations that only reshape or repeat it, and through ``others``."""
         while (node := self.makers.get(name)) is not None and node.op_type in {*SHAPING, *others}:
-            name = next(each for each in node.input if each not in self.arrays)
+            moved = [each for each in node.input if each not in self.arrays]
+            if not moved:
+                break
+            name = moved[0]
         return name
 
     def axis(self, node: Any) -> int | None:
@@ -107,8 +104,8 @@ class _Graph:
         if shape in self.arrays:
             return int(self.arrays[shape][axis])
         node = self.of(shape, "Concat")
-        sizes = [self.arrays.get(name) for name in node.input] if node is not None else []
-        return int(sizes[axis].item()) if axis < len(sizes) and sizes[axis] is not None else None
+        size = self.arrays.get(node.input[axis]) if node is not None and axis < len(node.input) else None
+        return None if size is None else int(size.item())
 
     # --- rules -----------------------------------------------------------------------------------
 
@@ -162,9 +159,13 @@ class _Graph:
         if difference is None or axis is None:
             return None
         x, shift = difference.input
-        most = self.of(self.unshaped(shift, "Max"), "ReduceMax")
+        most = self.of(self.unshaped(shift, "Max", "Transpose"), "ReduceMax")
         # Both the sum and the maximum must be one number along the axis, and the maximum that of x
-        if most is None or self.unshaped(most.input[0]) != self.unshaped(x) or axis != self.axis(most):
+        if (
+            most is None
+            or self.unshaped(most.input[0], "Transpose") != self.unshaped(x, "Transpose")
+            or axis != self.axis(most)
+        ):
             return None
         if not all(self.is_one(name, axis) for name in (denominator, shift)):
             return None
@@ -190,35 +191,37 @@ class _Graph:
         x, mean = difference.input[0], self.unshaped(difference.input[1])
         root = self.of(inverse.input[1], "Sqrt")
         inside = self.of(root.input[0], "Add") if root is not None else None
-        constants = [self.arrays.get(name) for name in (shift, scale)]
-        if inside is None or not self.is_number(inverse.input[0], 1.0) or any(c is None for c in constants):
+        constants = [self.arrays[name] for name in (scale, shift) if name in self.arrays]
+        if inside is None or not self.is_number(inverse.input[0], 1.0) or len(constants) < 2:
             return None
         epsilon = next((name for name in inside.input if name in self.arrays), None)
         if epsilon is None or self.arrays[epsilon].size != 1:
             return None
         (variance,) = (name for name in inside.input if name != epsilon)
-        variance = self.scaled(self.unshaped(variance), "Max", 0.0) or ""
-        parts = self.of(variance, "Sub")
+        parts = self.of(self.scaled(self.unshaped(variance), "Max", 0.0) or "", "Sub")
         square = self.of(parts.input[1], "Mul") if parts is not None else None
         if square is None or list(square.input) != [mean, mean]:
             return None
         size, last = constants[0].size, constants[0].ndim - 1
         if not all(c.shape == (*[1] * last, size) for c in constants):
             return None
-        for name, kind in ((mean, "ReduceSum"), (parts.input[0], "ReduceSumSquare")):
+        for used, name, kind in (
+            (difference.input[1], mean, "ReduceSum"),
+            (variance, parts.input[0], "ReduceSumSquare"),
+        ):
             divided = self.of(name, "Div")
             total = self.of(self.unshaped(divided.input[0]), kind) if divided is not None else None
             if total is None or total.input[0] != x or self.axis(total) != last:
                 return None
-            if not self.is_number(divided.input[1], size):
+            wide = divided.input[0] if self.unshaped(used) == used else used
+            if not (self.is_one(wide, last) and self.is_number(divided.input[1], size)):
                 return None
-        names = [
+        given = [
             self.constant(f"{node.output[0]}.{name}", c.reshape(-1))
-            for name, c in zip(("shift", "scale"), constants, strict=True)
+            for name, c in zip(("scale", "shift"), constants, strict=True)
         ]
-        given = [x, *names[::-1]]
-        epsilon = float(self.arrays[epsilon].item())
-        return [self.write("LayerNormalization", given, list(node.output), axis=-1, epsilon=epsilon)]
+        options = {"axis": -1, "epsilon": float(self.arrays[epsilon].item())}
+        return [self.write("LayerNormalization", [x, *given], list(node.output), **options)]
 
     def gelu(self, node: Any) -> list[Any] | None:
         """The tangent form of GELU, x · 0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))."""
