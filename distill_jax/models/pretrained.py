@@ -81,7 +81,8 @@ def save_pretrained(
 
     The architecture is the one that can express the configuration: Llama, Qwen2, Qwen3, GPT-2 or BERT. Sizes are those
     of the arrays, so a model with fewer layers, heads or units can be saved if all its layers are alike.
-    ``config.json`` is written last: a directory without it is not complete.
+    ``config.json`` is written last: a directory without it is not complete. A tokenizer is not written: copy the
+    teacher's files (``tokenizer.json``, ``tokenizer_config.json``).
 
     Args:
       path: a directory, which is made if it does not exist. One that already holds a model is refused.
