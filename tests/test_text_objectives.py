@@ -293,9 +293,10 @@ def test_a_teachers_texts_are_the_same_after_a_stop(tmp_path):
             teachers.write_samples(tmp_path / "wrong", prompts, wrong, **options)
     with pytest.raises(ValueError, match="seed"):
         teachers.write_samples(tmp_path / "calm", prompts, sampler, **options | {"seed": 5})
-    cold = functools.partial(sampler, temperature=0.1)
-    with pytest.raises(ValueError, match="sampler"):
-        teachers.write_samples(tmp_path / "calm", prompts, cold, **options)
+    for cold in (0.1, np.float32(0.1), jnp.float32(0.1)):
+        colder = functools.partial(sampler, temperature=cold)
+        with pytest.raises(ValueError, match="sampler"):
+            teachers.write_samples(tmp_path / "calm", prompts, colder, **options)
     # They are the rows of the next training
     batch = {"image": texts, "weight": train.token_weight(texts)}
     assert np.isfinite(train.next_token()(STUDENT, batch, key=None, step=jnp.int32(0))[0])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from distill_jax._checks import check_count, check_function
+from distill_jax._checks import check_count, check_function, is_key
 from distill_jax._model import PyTree, example_count
 from distill_jax.teachers._ids import as_ids
 from distill_jax.teachers.kinds import Kind, Logits, Tokens
@@ -161,11 +161,13 @@ def write_samples(
         return {name: np.asarray(made[name])[: len(positions)] for name in ("tokens", "segments")}
 
     options = getattr(sampler, "keywords", {})
-    known = {
-        name: options[name]
-        for name in sorted(options)
-        if isinstance(options[name], int | float | str | tuple)
-    }
+    known = {}
+    for name in sorted(options):
+        value = options[name]
+        if isinstance(value, np.generic | np.ndarray | jax.Array) and not value.ndim and not is_key(value):
+            value = value.item()  # a number, though not one of Python's
+        if isinstance(value, int | float | str | tuple):
+            known[name] = value
     described = {**fingerprint, "prompts": _fingerprint(prompts), "seed": str(seed), "sampler": str(known)}
     return write_labels(
         path, np.arange(count), outputs, fingerprint=described, kind=Tokens(vocabulary), shard_rows=batch_size,
