@@ -1,13 +1,14 @@
-"""Language models of bytes: a small run of all methods, killed and resumed, and bad input."""
+"""Language models of bytes: a small run, its resume, and bad input."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import kd_text
 import numpy as np
 import pytest
-from faults.kills import torture
-from harness import language
+from faults.whole_runs import compare
+from harness import language, runs
 
 from distill_jax.losses.tokens import TopK
 
@@ -30,29 +31,40 @@ def small(folder):
         *("smoke", "--dataset", str(folder), "--length", "16", "--prompt", "4", "--teacher", "8", "1", "2", "8"),
         *("--student", "8", "1", "2", "4", "--steps", "3", "--batch-size", "8", "--samples", "32"),
         *("--teacher-rounds", "2", "--rounds", "2", "--evaluated", "16", "--save-seconds", "0"),
-        *("--time-rounds", "3", "2", "2", "2", "2", "3", "2", "2", "2"),
     ]  # fmt: skip
 
 
 SMALL: list[str] = []
 
 
-def test_killed_and_resumed(tmp_path, books):
-    done = torture(
-        tmp_path, "kd_text", small(books), 2,
-        triggers={0: "seed0/labels/texts/00000.bin", 1: "seed0/scratch-equal-time"},
-    )  # fmt: skip
-    assert "arrays and results.json are the same" in done
-    found = json.loads((tmp_path / "calm" / "results.json").read_text())["models"]
-    assert list(found) == ["teacher", "scratch, converged", *kd_text.methods(kd_text.Config())]
+# One of each kind: the others differ from KL in the divergence
+METHODS = ("scratch", "KL", "on-policy", "sequence-level", "top-k, OTHER", "top-k, renormalised", "sampled")
+
+
+def test_a_whole_run_and_its_resume(tmp_path, books, run, monkeypatch):
+    out = tmp_path / "run"
+    options = ("--methods", *METHODS, "--time-rounds", *"3223222", "--out", out)
+    status, _, error = run(*options, small=small(books))
+    assert status == 0, error
+    found = json.loads((out / "results.json").read_text())["models"]
+    assert list(found) == ["teacher", "scratch, converged", *METHODS]
     assert found["top-k, OTHER"]["bytes_per_token"] == 12 + 13 * 2
     assert found["scratch"]["rounds"] == [2, 3]
     assert found["scratch"]["bits"][0] != found["scratch"]["bits"][1]
     assert found["KL"]["bits"][0] == found["KL"]["bits"][1]
     assert all(0 < model["bits"][0][0] < 9 for model in found.values())
     for picture in ("tokens.png", "time.png"):
-        assert (tmp_path / "calm" / picture).stat().st_size > 500
-    assert "excess %" in (tmp_path / "calm" / "report.md").read_text()
+        assert (out / picture).stat().st_size > 500
+    assert "excess %" in (out / "report.md").read_text()
+    assert runs.files_of_run(out)[1] == []
+
+    # As if killed while the teacher wrote, and again at equal time
+    shutil.copytree(out, tmp_path / "calm")
+    for name in ("labels/texts", "sequence-level", "scratch-equal-time"):
+        shutil.rmtree(out / "seed0" / name)
+    monkeypatch.setattr(kd_text, "draw", lambda *given: {})
+    assert run(*options, small=small(books))[0] == 0
+    compare(tmp_path / "calm", out)
 
 
 def test_equal_time_is_that_of_the_dearest_method_with_what_is_stored(tmp_path):
