@@ -240,6 +240,27 @@ def test_a_file_that_does_not_round_is_refused(tmp_path, monkeypatch):
 
 
 @needs_converter
+@pytest.mark.filterwarnings("ignore:the ONNX file takes batches")
+def test_wrong_ranges_of_activations_do_not_loosen_the_check(tmp_path, monkeypatch):
+    """Quantisation changes the outputs altogether; a file that is half as wrong is wrong."""
+    small = quantisation.quantise(MODEL, [X / 100], activations=True)
+    export.onnx(tmp_path / "m.onnx", small, X)
+
+    def halved(message, kernels):
+        (last,) = (node for node in message.graph.node if node.output[0] == message.graph.output[0].name)
+        last.output[0] = "whole"
+        message.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.5), "half"))
+        message.graph.node.append(
+            onnx.helper.make_node("Mul", ["whole", "half"], [message.graph.output[0].name])
+        )
+        return message
+
+    monkeypatch.setattr(graphs, "with_integers", halved)
+    with pytest.raises(ValueError, match="differs from JAX"):
+        export.onnx(tmp_path / "h.onnx", small, X)
+
+
+@needs_converter
 def test_kernels_of_attention_are_integers(tmp_path):
     """Their inputs and outputs have several axes, so the converter writes them as Einsum."""
     x = normal(16, 8, 8, 1)

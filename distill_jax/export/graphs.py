@@ -32,6 +32,8 @@ TINY = float(np.finfo(np.float32).tiny)
 # By how much outputs may differ where activations are rounded, as multiples of what the rounding costs: at most, and
 # on average; without any rounding they would differ by 1 on average
 FLIPS = np.array([4, 0.75])
+# And as multiples of the outputs, which rounding by wrong ranges may change altogether
+MOST = np.array([1, 0.25])
 
 
 def onnx(
@@ -65,7 +67,8 @@ def onnx(
       preprocessing: how an input is made, as a text or a dict.
       provenance: where the network comes from, as a text or a dict.
       tolerance: by how much an output may differ, as a share of the largest output. Where activations are rounded, an
-        output may also differ by four times the most that quantisation changes for ``x``.
+        output may also differ by four times the most that quantisation changes for ``x``, and by no more than the
+        largest output.
 
     Returns:
       What the file says of itself, as :func:`distill_jax.export.describe` returns it.
@@ -93,7 +96,11 @@ def onnx(
     if any(map(grid_of, kernels.values())):
         # A number in the middle between two codes may get the other one, and others follow
         cost = map(_differ, jax.tree.leaves(outputs), jax.tree.leaves(run(model, x)))
-        limits = [np.maximum(limit, FLIPS * each) for limit, each in zip(limits, cost, strict=True)]
+        sizes = [_differ(output, 0) for output in jax.tree.leaves(outputs)]
+        limits = [
+            np.maximum(limit, np.minimum(FLIPS * each, MOST * size))
+            for limit, each, size in zip(limits, cost, sizes, strict=True)
+        ]
     problems: list[Exception] = []
     for any_batch in (True, False):
         try:
@@ -171,7 +178,7 @@ def _most(array: np.ndarray) -> float:
     return float(np.abs(array.astype(np.float64)).max(initial=0))
 
 
-def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _differ(a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
     """Returns the largest and the mean difference."""
     difference = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))
     return np.array([difference.max(initial=0), difference.sum() / max(1, difference.size)])
