@@ -91,20 +91,21 @@ class Config(OriginalOptions):
 
 MLP = Config()
 DEEP = replace(
-    MLP, original_learning_rate=2e-3, numbers=("int8-weights",), widths=(0.5, 0.35), rounds=(2, 8), dropout=0.0,
-    jitter=0,
+    MLP, original_learning_rate=2e-3, numbers=("int8-weights",), rounds=(2, 8), dropout=0.0, jitter=0,
 )  # fmt: skip
 CONFIGS = {
     "mlp": ("784-1200-1200-10 on MNIST", replace(MLP, original_epochs=12, widths=(0.4, 0.25), rounds=(3, 12))),
     "convnet": ("convolutions of 24 and 48 channels and a dense layer on MNIST", replace(
-        DEEP, original="convnet:24,48", original_epochs=5,
+        DEEP, original="convnet:24,48", original_epochs=5, widths=(0.5, 0.34),
     )),
-    "vgg": ("VGG-8 of about a third of the width on MNIST", replace(DEEP, original="vgg8:0.35", original_epochs=4)),
+    "vgg": ("VGG-8 of half width on MNIST", replace(
+        DEEP, original="vgg8:0.5", original_epochs=3, widths=(0.5, 0.25), rounds=(1, 8),
+    )),
     "resnet": ("ResNet-14 on MNIST", replace(
         DEEP, original="resnet14", original_epochs=3, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 6),
     )),
     "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; its training is slow on a CPU", replace(
-        DEEP, original="mobilenetv2-t2:0.5", original_epochs=2, widths=(0.5, 0.4), depths=(0.7,), rounds=(1, 4),
+        DEEP, original="mobilenetv2-t2:0.5", original_epochs=2, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 4),
     )),
     "transformer": ("a vision transformer of four blocks and half width on MNIST", replace(
         DEEP, original="vit4-7:0.5", original_epochs=6, original_learning_rate=1e-3, widths=(0.5,),
