@@ -109,7 +109,7 @@ CONFIGS = {
     )),
     "transformer": ("a vision transformer of four blocks and half width on MNIST", replace(
         DEEP, original="vit4-7:0.5", original_epochs=6, original_learning_rate=1e-3, widths=(0.5,),
-        depths=(0.75, 0.5), rounds=(2, 12), jitter=1,
+        depths=(0.75, 0.5), rounds=(1, 8), jitter=1,
     )),
     "digits": ("64-1200-1200-10 on scikit-learn's digits, which need no download: minutes", replace(
         MLP, dataset="digits", original_epochs=30, batch_size=32, jitter=0, rounds=(20, 40), widths=(0.25, 0.12, 0.06),
