@@ -128,7 +128,8 @@ def check(config: Config, dataset: language.TextRows) -> None:
     rows, least, names = len(dataset.train.id), config.steps * config.batch_size, list(methods(config))
     config.need("steps", least <= rows, f"be at most {rows // config.batch_size}, as there are {rows} rows")
     enough = least <= config.samples < rows
-    config.need("samples", enough, f"lie between {least} and {rows - 1}, one less than the rows")
+    bounds = f"--steps × --batch-size, {least}, and one less than the rows, {rows - 1}"
+    config.need("samples", enough, f"lie between {bounds}")
     config.need("prompt", config.prompt <= config.length, "be at most --length")
     config.need("top", config.top < VOCABULARY, f"be below {VOCABULARY}")
     fits = len(config.time_rounds) in (0, len(names))

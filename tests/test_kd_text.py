@@ -98,7 +98,7 @@ def test_teachers_probabilities_without_other_and_the_excess():
     [
         ("--dataset nope", "must be one of stdlib, python-doc, bible"),
         ("--steps 1000", "--steps must be at most"),
-        ("--samples 8", "--samples must lie between 24 and"),
+        ("--samples 8", "--samples must lie between --steps × --batch-size, 24, and"),
         ("--prompt 17", "--prompt must be at most --length"),
         ("--top 256", "--top must be below 256"),
         ("--methods scratch KL", "--methods must name scratch, KL and 'top-k, OTHER', or none"),

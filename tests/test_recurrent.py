@@ -174,11 +174,11 @@ def test_files_that_are_none(tmp_path):
         ({"source": SOURCE, "tokens": TOKENS, "labels": TOKENS}, "x must be tokens, or a dict"),
         (
             {"source": SOURCE + 1, "tokens": TOKENS},
-            r"encoder must lie in \[0, 9\), its vocabulary, got 1 to 9",
+            r"source must lie in \[0, 9\), its vocabulary, got 1 to 9",
         ),
         (
             {"source": SOURCE, "tokens": TOKENS + 1},
-            r"decoder must lie in \[0, 7\), its vocabulary, got 2 to 7",
+            r"tokens must lie in \[0, 7\), its vocabulary, got 2 to 7",
         ),
         ({"source": SOURCE, "tokens": TOKENS[:1]}, "as many rows as the source, 2, got 1"),
         ({"source": SOURCE, "source_segments": MASK[:1], "tokens": TOKENS}, "segments must have the shape"),

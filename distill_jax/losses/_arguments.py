@@ -1,5 +1,7 @@
 """Checks and conversions of the arguments that losses share: logits, options, masks, weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,32 @@ def token_weights(
     weights = jnp.broadcast_to(to_float(weights), shape)
     counts &= weights != 0
     return counts, jnp.where(counts, weights, 0.0)
+
+
+def check_rows(shape: tuple[int, ...], rows: Any) -> None:
+    """Raises ``ValueError`` unless all arrays have a row for each token: ``[*shape, ...]``."""
+    for leaf in jax.tree.leaves(rows):
+        if leaf.shape[: len(shape)] != shape:
+            raise ValueError(
+                f"positional arrays must have shape {shape} + (...), one row per token as the student has, got "
+                f"{leaf.shape}: pass other arrays as keywords"
+            )
+
+
+def check_option_of_rows(name: str, value: ArrayLike, shape: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless an option broadcasts to the logits of tokens, with as many axes."""
+    given = jnp.shape(value)
+    if len(given) != len(shape) + 1 or any(a not in (1, b) for a, b in zip(given, shape, strict=False)):
+        raise ValueError(
+            f"{name} must have one axis per axis of the logits {(*shape, 'vocabulary')}, each of the same size or 1, "
+            f"got shape {given}"
+        )
+
+
+def blank_rows(counts: Array, rows: Array) -> Array:
+    """Sets the rows of tokens that do not count to 0, so that nothing there can reach a gradient."""
+    mask = counts.reshape(counts.shape + (1,) * (rows.ndim - counts.ndim))
+    return jnp.where(mask, rows, jnp.zeros((), rows.dtype))
 
 
 def check_axis_name(name: str, logits: Array, axis_name: str | None) -> None:

@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 
 from distill_jax._checks import check_bool, check_choice, check_count, check_positive, check_real
 from distill_jax.losses import _parts
-from distill_jax.losses._arguments import check_axis_name, token_weights
+from distill_jax.losses._arguments import (
+    blank_rows,
+    check_axis_name,
+    check_option_of_rows,
+    check_rows,
+    token_weights,
+)
 from distill_jax.losses._numerics import Loss
 from distill_jax.losses.correlations import dist, mlkd
 
@@ -28,8 +34,8 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
     of ``chunk`` tokens exist at a time. If ``chunk`` is at least the number of tokens, it is computed in one piece.
 
     Without ``reduce`` there is one value per token. The backward pass computes the logits again, because only then is
-    the gradient known that each value gets. With ``reduce`` the result is one number, and the forward pass of a
-    gradient already computes the gradient for every hidden state and kernel, so no logit is computed twice. More than
+    the gradient known that each value gets. With ``reduce`` the result is one number. When JAX differentiates it, the
+    forward pass also computes the gradients of hidden states and kernels, so no logit is computed twice. More than
     one chunk has reverse-mode gradients alone: ``jax.jvp`` and ``jax.hessian`` raise ``TypeError``.
 
     Args:
@@ -114,12 +120,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
                 f"student_hidden must have shape [..., length, hidden], got {jnp.shape(rows[0])}"
             )
         shape = rows[0].shape[:-1]
-        for leaf in jax.tree.leaves(rows):
-            if leaf.shape[: len(shape)] != shape:
-                raise ValueError(
-                    f"positional arrays must have shape {shape} + (...), one row per token as "
-                    f"student_hidden has, got {leaf.shape}: pass other arrays as keywords"
-                )
+        check_rows(shape, rows)
         heads = [_head("student", student_kernel, student_softcap, rows[0])]
         if teacher_kernel is not None:
             heads.append(_head("teacher", teacher_kernel, teacher_softcap, rows[1]))
@@ -144,7 +145,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         counts, full = token_weights(shape, tokens, weights, name="tokens")
         some = tokens is not None or weights is not None
         if some:
-            rows = jax.tree.map(lambda x: _blank(counts, x), rows)
+            rows = jax.tree.map(lambda x: blank_rows(counts, x), rows)
         count = math.prod(shape)
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(shape) :]), [*rows, per_token, counts])
         hidden, others = flat[: len(heads)], flat[len(heads) :]
@@ -152,7 +153,7 @@ def chunked(loss: Loss, *, chunk: int | None = None, reduce: str | None = None) 
         def values_of(logits, others):
             *compared, per_token, counts = others
             if some:  # labels of 0 may make a NaN, whose gradient is one too
-                logits = [_blank(counts, x) for x in logits]
+                logits = [blank_rows(counts, x) for x in logits]
             values = loss(*logits, *compared, **options, **per_token)
             if values.shape != counts.shape:
                 raise ValueError(
@@ -220,19 +221,9 @@ def _options_of_rows(
         if not given and name != "where":
             fixed[name] = value
             continue
-        if len(given) != len(shape) + 1 or any(a not in (1, b) for a, b in zip(given, shape, strict=False)):
-            raise ValueError(
-                f"{name} must have one axis per axis of the logits {(*shape, 'vocabulary')}, each of the same size or "
-                f"1, got shape {given}"
-            )
+        check_option_of_rows(name, value, shape)
         if all(size == 1 for size in given[:-1]) and (name != "where" or given[-1] > 1):
             fixed[name] = jnp.reshape(value, (1, given[-1]))
         else:
             per_token[name] = jnp.broadcast_to(jnp.asarray(value), (*shape, given[-1]))
     return per_token, fixed
-
-
-def _blank(counts: Array, rows: Array) -> Array:
-    """Sets the rows of tokens that do not count to 0, so that nothing there can reach a gradient."""
-    mask = counts.reshape(counts.shape + (1,) * (rows.ndim - counts.ndim))
-    return jnp.where(mask, rows, jnp.zeros((), rows.dtype))

@@ -26,7 +26,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax._checks import check_bool, check_count, takes
-from distill_jax.losses._arguments import to_float, token_weights
+from distill_jax.losses._arguments import (
+    blank_rows,
+    check_option_of_rows,
+    check_rows,
+    to_float,
+    token_weights,
+)
 from distill_jax.losses._numerics import Loss
 from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
 from distill_jax.losses.chunks import chunked
@@ -154,29 +160,17 @@ def sequence(loss: Loss, *, reduce: str = "mean") -> Loss:
         shape = jnp.shape(student)[:-1]
         counts, full = token_weights(shape, tokens, weights, name="tokens")
 
-        def blank(x):
-            x = jnp.asarray(x)
-            if x.shape[: len(shape)] != shape:
-                raise ValueError(
-                    f"positional arrays must have shape {shape} + (...), one row per token as the student "
-                    f"has, got {x.shape}: pass other arrays as keywords"
-                )
-            mask = counts.reshape(shape + (1,) * (x.ndim - len(shape)))
-            return jnp.where(mask, x, jnp.zeros((), x.dtype))
-
+        rows = jax.tree.map(jnp.asarray, (student, *others))
+        check_rows(shape, rows)
         where = options.get("where")
         if where is not None:
             check_bool("where", where)
-            if jnp.ndim(where) != len(shape) + 1:
-                raise ValueError(
-                    f"where must have one axis per axis of the logits {(*shape, 'vocabulary')}, got shape "
-                    f"{jnp.shape(where)}"
-                )
+            check_option_of_rows("where", where, shape)
         if takes(loss, "tokens"):  # the result of chunked
             options["tokens"] = counts
         elif takes(loss, "where"):  # a loss that compares tokens with each other must not see padding
             options["where"] = counts[..., None] & (True if where is None else where)
-        values = loss(*jax.tree.map(blank, (student, *others)), **options)
+        values = loss(*jax.tree.map(lambda x: blank_rows(counts, x), rows), **options)
         return per_sequence(values, where=counts, weights=full, reduce=reduce)
 
     return sequence_loss

@@ -261,7 +261,8 @@ def _run(
     name: str, params: PyTree, inputs: dict[str, Any], start: Array, cache: dict[str, Array] | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Returns all states ``[batch, length, hidden]`` and what is kept. Each text of a row begins at ``start``."""
-    _blocks.check_indices(name, inputs["tokens"], params["embedding"], "its vocabulary")
+    entry = "source" if name == "encoder" else "tokens"
+    _blocks.check_indices(entry, inputs["tokens"], params["embedding"], "its vocabulary")
     x = _blocks.look_up(params["embedding"], inputs["tokens"])
     given = jnp.einsum("btw,wgh->tbgh", x, params["input"]["kernel"]) + params["input"]["bias"]
     recurrent = params["recurrent"]

@@ -4,8 +4,8 @@ A round has three parts: the clients train on their own examples, they send some
 
 - *Parameters* travel in FedAvg: :func:`average_models`. All clients have one architecture.
 - *Predictions* for public examples without labels travel in federated distillation: :func:`average_predictions`.
-  The average, the *consensus*, is what clients and server learn from next. Architectures may differ. What is sent are
-  the arrays that a kind of labels makes (:mod:`distill_jax.teachers.kinds`), and :func:`payload_bytes` counts them.
+  The average, the *consensus*, is what clients and server learn from next. Architectures may differ. The arrays that
+  a kind of labels makes (:mod:`distill_jax.teachers.kinds`) are what is sent, and :func:`payload_bytes` counts them.
 
 Clients of one architecture are stacked as in :mod:`distill_jax.train.sweeps` and train side by side, in one compiled
 program (:func:`make_local_training`). :mod:`distill_jax.compress.units` averages clients whose units are in different
