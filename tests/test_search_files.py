@@ -279,11 +279,19 @@ def test_functions_that_return_something_else_are_refused(tmp_path):
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guide = Path(__file__).parents[1] / "docs" / "guides" / "small_files.md"
-    space = {}
+    space, found, best_file = {}, [], search.best_file
+
+    def kept(*given, **options):
+        found.append(best_file(*given, **options))
+        return found[-1]
+
+    monkeypatch.setattr(search, "best_file", kept)
     for program in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL):
         exec(compile(program, guide.name, "exec"), space)
-    for name in ("reader", "sequence", "plain"):
-        chosen = space["best_file"](space[name], name).chosen  # found in the directory
+    assert [each.chosen.path.parent.name for each in found] == ["reader", "sequence", "plain"]
+    again = space["best_file"](space["plain"], "plain").chosen  # found in the directory
+    assert again[:5] == found[2].chosen[:5]
+    for chosen in (each.chosen for each in found[:3]):
         assert chosen.name.startswith("width=0.5")
         loaded = models.load(chosen.path)
         same = models.predict(loaded, space["images"]).argmax(-1) == chosen.model(space["images"]).argmax(-1)
