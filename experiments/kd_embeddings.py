@@ -62,7 +62,7 @@ class Config(RunOptions):
     epochs: Count = 5  # number of epochs to train each student
     batch_size: Count = 128  # number of sentences per step
     learning_rate: Positive = 1e-3  # highest learning rate (Adam, cosine schedule)
-    warmup: Count = 40  # number of steps in which the learning rate rises
+    warmup: Share = 0.05  # share of the steps in which the learning rate rises
     temperature: Positive = 0.05  # by which similarities are divided in the losses of relations
     neighbours: Count = 10  # number of nearest neighbours that are compared
     check: bool = False
@@ -90,7 +90,8 @@ def check(config: Config, dataset: sentences.Corpus, encoder: models.Model) -> N
     config.at_most(len(dataset.train.id), "batch_size")
     config.among("students", ("transformer", "static"))
     config.among("losses", tuple(LOSSES))
-    config.need("budget", config.budget > 0, "be positive")
+    for name in ("budget", "warmup"):
+        config.need(name, getattr(config, name) > 0, "be positive")
     given, layers = len(encoder.params["layers"]), list(config.layers)
     known = layers == sorted(set(layers)) and all(layer < given for layer in layers)
     config.need("layers", known, f"rise, below {given}, the number of layers of the teacher")

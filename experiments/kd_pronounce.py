@@ -181,7 +181,7 @@ class Lesson:
         """Trains one model, or takes it from the checkpoint of the run."""
         config = self.config
         steps = len(self.words.id) // config.batch_size
-        tx = language.adam(config.learning_rate, epochs * steps, warmup=steps)
+        tx = language.adam(config.learning_rate, epochs * steps, warmup=1 / epochs)
         kind = "labels" if "teacher" in examples else "text"
         if kind not in self.programs:
             labels = train.distill_tokens(soft=bucketed(kl), alpha=config.alpha)

@@ -2,18 +2,20 @@
 
 The texts are split by book or by file. One teacher is trained and kept for all methods and seeds. Each student begins
 with the same parameters and is trained twice: with as many rows of the same length as the others ("equal tokens"), and
-for as much processor time as the slowest method takes for these ("equal time"), what the teacher stores included. In
-rows that a model has written the prompt is read but not learned: 97 tokens of 128 are, with the default sizes, so
-sequence-level distillation learns from 24 % fewer tokens than the others, and on-policy from 12 % fewer. One student
-from scratch is trained far longer, until it has converged: the teacher must be better than that. The figures are those
-of texts that no training and no choice has seen. "Renormalised" are the teacher's k probabilities alone: the student's
-are still of all tokens.
+for as many rounds as fit into the processor time that the slowest method takes for these ("equal time"). The time that
+the teacher takes to label or write the rows that a student reads is included; that of its own training is not. The
+first seed chooses the learning rate of each method by validation. In rows that a model has written the prompt is read
+but not learned. With the default sizes 97 of 128 tokens are learned, so sequence-level distillation learns from 24 %
+fewer tokens than the others, and on-policy from 12 % fewer. One student from scratch is trained for many more rounds:
+the teacher must be better than that. The figures are those of texts that no training and no choice has seen. "OTHER
+from text": top-k labels, and where the text goes on with none of the k bytes, it teaches which of the others is likely.
+"Renormalised" are the teacher's k probabilities alone: the student's are still of all tokens.
 
     python experiments/kd_text.py smoke                    # a minute, on the sources of Python's library
-    python experiments/kd_text.py python                   # the same sources, two hours
+    python experiments/kd_text.py python                   # the same sources, hours
     python experiments/kd_text.py bible                    # the World English Bible (apt-get install sword-text-web)
     python experiments/kd_text.py python --dataset FOLDER  # your own texts
-    python experiments/kd_text.py bible --methods scratch KL "top-k, OTHER" --alpha 0.1  # these three, with the text
+    python experiments/kd_text.py bible --methods scratch KL "top-k, OTHER from text"  # these three
 """
 
 from __future__ import annotations
@@ -44,27 +46,25 @@ class Config(RunOptions):
     seeds: Count = 3  # number of repetitions, each with its own initial parameters of the students
     length: Count = 128  # number of bytes of a row
     teacher: tuple[Count, Count, Count, Count] = (96, 3, 4, 256)  # width, layers, heads, feed-forward units
-    student: tuple[Count, Count, Count, Count] = (32, 2, 2, 80)  # the same of a student
-    steps: Count = 250  # number of steps of a round, after which there is a validation
-    teacher_rounds: Count = 12  # number of rounds of the teacher
-    rounds: Count = 2  # number of rounds of each student, at equal tokens
-    long_rounds: Count = (
-        16  # number of rounds of a student from scratch that is trained until it has converged
-    )
+    student: tuple[Count, Count, Count, Count] = (32, 1, 2, 80)  # the same of a student
+    steps: Count = 100  # number of steps of a round, after which there is a validation
+    teacher_rounds: Count = 30  # number of rounds of the teacher
+    rounds: Count = 5  # number of rounds of each student, at equal tokens
+    long_rounds: Count = 60  # number of rounds of the long training of a student from scratch
     time_rounds: tuple[Count, ...] = ()  # number of rounds of each method at equal time; none: measured
     batch_size: Count = 32  # number of rows per step
-    learning_rate: Positive = 1e-2  # highest learning rate of the students (Adam, cosine schedule)
+    learning_rates: tuple[Positive, ...] = (5e-3, 1e-2, 2e-2)
+    """highest learning rates (Adam, cosine schedule) among which the first seed chooses for each method"""
     teacher_learning_rate: Positive = 3e-3  # highest learning rate of the teacher
+    warmup: Share = 0.1  # share of the steps in which the learning rate rises
+    methods: tuple[str, ...] = ()
+    """which methods are compared: "scratch", "KL", "top-k, OTHER from text", and perhaps "reverse KL", "JSD",
+    "on-policy", "sequence-level", "top-k, OTHER", "top-k, renormalised", "sampled"; none: all"""
     top: Count = 12  # number of bytes of a top-k label, besides OTHER
     draws: Count = 16  # number of draws of a sampled label
-    methods: tuple[
-        str, ...
-    ] = ()  # which methods are compared: scratch, KL, "top-k, OTHER" and more; none: all
-    beta: Share = 0.5  # of the Jensen-Shannon divergence
-    alpha: Share = 0.0
-    """weight of the text itself in word-level distillation; the teacher's predictions have 1 - alpha"""
+    beta: Share = 0.5  # weight of the teacher in the mixture of the Jensen-Shannon divergence
     prompt: Count = 32  # number of bytes of a row from which a model goes on
-    samples: Count = 12_288  # number of texts of the teacher for sequence-level distillation
+    samples: Count = 16_384  # number of texts of the teacher for sequence-level distillation
     share: Share = 0.5  # probability that a batch is the student's own, on-policy
     rows: Count = 32_000  # number of training rows at most
     evaluated: Count = 2000  # number of rows of the validation data, and of the test data, at most
@@ -74,11 +74,11 @@ class Config(RunOptions):
 
 CONFIGS = {
     "smoke": ("The sources of Python's library, a minute; shows that all works, and nothing else.", Config(
-        seeds=1, length=48, teacher=(48, 2, 4, 128), student=(16, 1, 2, 32), steps=20, teacher_rounds=6, rounds=2,
-        long_rounds=4, batch_size=16, prompt=16, samples=320, rows=512, evaluated=64,
+        seeds=1, length=48, teacher=(48, 2, 4, 128), student=(16, 1, 2, 32), steps=20, teacher_rounds=6, rounds=3,
+        long_rounds=4, learning_rates=(1e-2,), batch_size=16, prompt=16, samples=320, rows=512, evaluated=64,
     )),
-    "python": ("The sources of Python's library; two hours on one core.", Config()),
-    "bible": ("The World English Bible; two hours on one core.", Config(dataset="bible")),
+    "python": ("The sources of Python's library; about two hours on one core, by estimate.", Config()),
+    "bible": ("The World English Bible; about two hours on one core, by estimate.", Config(dataset="bible")),
 }  # fmt: skip
 
 
@@ -102,30 +102,37 @@ def make_sampler(config: Config) -> Callable[..., Any]:
 
 def methods(config: Config) -> dict[str, Method]:
     """Lists the methods by name."""
-    next_token, soft = train.next_token(), functools.partial(train.distill_tokens, alpha=config.alpha)
+    next_token, kl, soft = train.next_token(), train.distill_tokens(), train.distill_tokens
     jsd = functools.partial(losses.jensen_shannon, beta=config.beta)
     top_k = soft(soft=bucketed(losses.kl))
     own = train.on_policy(make_sampler(config), prompt=config.prompt, share=config.share)
     every = {
         "scratch": Method(next_token),
-        "KL": Method(soft(), online),
+        "KL": Method(kl, online),
         "reverse KL": Method(soft(soft=losses.reverse_kl), online),
         "JSD": Method(soft(soft=jsd), online),
-        "on-policy": Method(train.distill_tokens(), own),  # a student's own text teaches nothing by itself
+        "on-policy": Method(kl, own),
         "sequence-level": Method(next_token, stored="texts"),
         "top-k, OTHER": Method(top_k, stored="top"),
+        "top-k, OTHER from text": Method(soft(soft=bucketed(losses.kl), other_from_text=True), stored="top"),
         "top-k, renormalised": Method(top_k, stored="renormalised"),
         "sampled": Method(top_k, stored="sampled"),
     }
-    return {name: method for name, method in every.items() if name in (config.methods or every)}
+    return {name: every[name] for name in config.methods or every if name in every}
 
 
 def check(config: Config, dataset: language.TextRows) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.among("methods", tuple(methods(replace(config, methods=()))))
-    missing = {"scratch", "KL", "top-k, OTHER"} - set(config.methods)
-    config.need("methods", not config.methods or not missing, "name scratch, KL and 'top-k, OTHER', or none")
+    missing = {"scratch", "KL", "top-k, OTHER from text"} - set(config.methods)
+    once = len(set(config.methods)) == len(config.methods)
+    needed = "name scratch, KL, 'top-k, OTHER from text' and perhaps others, each once; or none"
+    config.need("methods", not config.methods or (once and not missing), needed)
     rows, least, names = len(dataset.train.id), config.steps * config.batch_size, list(methods(config))
+    config.need("learning_rates", bool(config.learning_rates), "be one or more")
+    config.need("warmup", config.warmup > 0, "be positive")
+    timed = config.rounds >= 3 or bool(config.time_rounds)
+    config.need("rounds", timed, "be at least 3 without --time-rounds, since the time of a round is measured")
     config.need("steps", least <= rows, f"be at most {rows // config.batch_size}, as there are {rows} rows")
     enough = least <= config.samples < rows
     bounds = f"--steps × --batch-size, {least}, and one less than the rows, {rows - 1}"
@@ -144,6 +151,7 @@ class Lesson:
     def __init__(self, run: Run, data: language.TextRows):
         self.run, self.data, self.config, self.methods = run, data, run.config, methods(run.config)
         config, rows, self.programs = run.config, data.train, dict[Any, Any]()
+        self.rates: dict[str, float] = {}
         self.sampler = make_sampler(config)
         self.measure = train.make_measure(train.next_token(), data.validation.examples(), batch_size=100)
         plain = language.Stored(rows.examples(), lambda: 0.0)
@@ -167,7 +175,7 @@ class Lesson:
             given: language.Stored) -> train.Fit:  # fmt: skip
         """Trains one model, or takes it from the checkpoint of the run."""
         config = self.config
-        tx = language.adam(rate, rounds * config.steps, warmup=config.steps)
+        tx = language.adam(rate, rounds * config.steps, config.warmup)
         program = method.loss_fn, method.transform, rate
         if program not in self.programs:
             step = train.make_train_step(method.loss_fn, tx)  # (state, batch) -> (state, metrics)
@@ -179,25 +187,43 @@ class Lesson:
             best_by="validation_loss", context=self.teacher if method.transform else None,
         )  # fmt: skip
 
-    def student(self, name: str, seed: int, rounds: int, suffix: str = "") -> train.Fit:
+    def student(self, name: str, seed: int, rounds: int, rate: float, suffix: str = "") -> train.Fit:
         """Trains the student of one method."""
         method, start = self.methods[name], language.network(self.config.student, jax.random.key(1000 + seed))
-        rate, given = self.config.learning_rate, self.stored[self.methods[name].stored]
-        return self.fit(name + suffix, seed, start, method, rounds, rate, given)
+        return self.fit(
+            f"{name}{suffix}, rate {rate:g}", seed, start, method, rounds, rate, self.stored[method.stored]
+        )
+
+    def at_equal_tokens(self, name: str, seed: int) -> train.Fit:
+        """Trains the student of one method; the first seed tries all learning rates, and chooses one."""
+        tried = [self.rates[name]] if name in self.rates else self.config.learning_rates
+        fits = {rate: self.student(name, seed, self.config.rounds, rate) for rate in tried}
+        self.rates[name] = min(fits, key=lambda rate: min(fits[rate].history["validation_loss"]))
+        return fits[self.rates[name]]
 
     def equal_time(self, done: Mapping[str, train.Fit]) -> dict[str, Any]:
-        """Computes how many rounds of each method take as long as those of the slowest, once for the run."""
+        """Computes how many rounds of each method fit into the time of the slowest method, once for the run."""
         file, config = self.run.directory / "choice.json", self.config
         if file.exists():
             return _files.unseal(json.loads(file.read_bytes()))
-        stored = {name: given.seconds() for name, given in self.stored.items()}
-        before = {name: stored[method.stored] for name, method in self.methods.items()}
         one = {name: config.steps * language.step_seconds(fit.history) for name, fit in done.items()}
-        most = max(before[name] + config.rounds * one[name] for name in done)
-        rounds = {name: round((most - before[name]) / one[name]) for name in done}
+        row = {what: given.seconds() for what, given in self.stored.items()}
+
+        def seconds(name: str, rounds: int) -> float:
+            """Computes the time of so many rounds, with that of the teacher for the rows that they read."""
+            what = self.methods[name].stored
+            read = min(rounds * config.steps * config.batch_size, len(self.stored[what].examples["weight"]))
+            return rounds * one[name] + read * row[what]
+
+        most = max(seconds(name, config.rounds) for name in done)
+        rounds = dict.fromkeys(done, config.rounds)
+        for name in done:
+            while seconds(name, rounds[name] + 1) <= most:
+                rounds[name] += 1
         if config.time_rounds:
             rounds = dict(zip(done, config.time_rounds, strict=True))
-        found = {"rounds": rounds, "seconds": {"round": one, "stored": before, "all": most}}
+        spent = {name: [seconds(name, n + 1) for n in range(rounds[name])] for name in done}
+        found = {"rounds": rounds, "seconds": {"round": one, "spent": spent, "all": most}}
         _files.write_json(file, _files.seal(found))
         return found
 
@@ -207,12 +233,12 @@ Students = tuple[Mapping[str, train.Fit], Mapping[str, train.Fit]]  # at equal t
 
 def train_seed(lesson: Lesson, seed: int, choice: dict[str, Any]) -> Students:
     """Trains all students of one seed; ``choice`` gets what :meth:`Lesson.equal_time` finds."""
-    tokens = {name: lesson.student(name, seed, lesson.config.rounds) for name in lesson.methods}
+    tokens = {name: lesson.at_equal_tokens(name, seed) for name in lesson.methods}
     choice.update(choice or lesson.equal_time(tokens))
     times = {
         name: tokens[name]
         if rounds == lesson.config.rounds
-        else lesson.student(name, seed, rounds, ", equal time")
+        else lesson.student(name, seed, rounds, lesson.rates[name], ", equal time")
         for name, rounds in choice["rounds"].items()
     }
     return tokens, times
@@ -225,7 +251,7 @@ def main() -> int:
     run = Run.start("kd_text", name, config, check, rows)
     lesson, choice = Lesson(run, rows), dict[str, Any]()
     trained = [train_seed(lesson, seed, choice) for seed in range(config.seeds)]
-    longer = lesson.student("scratch", 0, config.long_rounds, ", converged").best
+    longer = lesson.student("scratch", 0, config.long_rounds, lesson.rates["scratch"], ", long").best
     found = run.record(evaluate(lesson, trained, longer, choice))
     run.finish(found, draw(run, trained, choice), headline=headline(lesson, found), columns=language.COLUMNS)
     lead, cost = lead_and_cost(found)

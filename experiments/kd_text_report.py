@@ -40,7 +40,7 @@ def evaluate(
     student = about(trained[0][0]["scratch"].best)
     table = {
         "teacher": {**about(lesson.teacher), "bits": [[bits(lesson.teacher)], []]},
-        "scratch, converged": {**student, "bits": [[bits(longer)], []]},
+        "scratch, long": {**student, "bits": [[bits(longer)], []], "rounds": [config.long_rounds]},
     }
     for name, method in lesson.methods.items():
         best = [[seed[column][name].best for seed in trained] for column in (0, 1)]
@@ -51,6 +51,8 @@ def evaluate(
             "time": {**student["time"], "step_ms": ms},
             "bits": [list(map(bits, column)) for column in best],
             "rounds": [config.rounds, choice["rounds"][name]],
+            "rate": lesson.rates[name],
+            "seconds": choice["seconds"]["spent"][name][-1],
             "exposure": [{k: [BITS * float(e[k]) for e in column] for k in column[0]} for column in exposed],
             "bytes_per_token": lesson.stored[method.stored].bytes,
         }
@@ -70,8 +72,7 @@ def draw(run: Run, trained: Sequence[Students], choice: Mapping[str, Any]) -> di
         for name in trained[0][column]:
             found = np.array([seed[column][name].history["validation_loss"] for seed in trained]).T * BITS
             rounds, seconds = np.arange(1, len(found) + 1), choice["seconds"]
-            spent = seconds["stored"][name] + rounds * seconds["round"][name]
-            curves[name] = (spent if column else rounds * of_round, found)
+            curves[name] = (seconds["spent"][name] if column else rounds * of_round, found)
         pictures.against(run.directory / file, curves, xlabel=label, ylabel="validation bits per byte")
     ending = "means over seeds, bands one standard deviation"
     return {f"Students' bits per byte against {words}: {ending}": file for file, (_, words) in files.items()}
@@ -88,8 +89,8 @@ def mean_bits(found: Mapping[str, Any]) -> dict[str, list[float]]:
 def lead_and_cost(found: Mapping[str, Any]) -> tuple[float, float]:
     """Computes by how many bits the teacher leads, and by how many per cent top-k labels are worse than all logits."""
     bits = mean_bits(found)
-    lead = bits["scratch, converged"][0] - bits["teacher"][0]
-    return lead, 100 * (bits["top-k, OTHER"][0] / bits["KL"][0] - 1)
+    lead = bits["scratch, long"][0] - bits["teacher"][0]
+    return lead, 100 * (bits["top-k, OTHER from text"][0] / bits["KL"][0] - 1)
 
 
 def headline(lesson: Lesson, found: Mapping[str, Any]) -> str:
@@ -102,6 +103,6 @@ def headline(lesson: Lesson, found: Mapping[str, Any]) -> str:
     lead, cost = lead_and_cost(found)
     return (
         f"Best {'; '.join(told)}. The teacher has {bits['teacher'][0]:.3f}, {lead:.3f} less than a student from "
-        f"scratch after {config.long_rounds} rounds. Top-{config.top} labels with OTHER of "
+        f"scratch after {config.long_rounds} rounds. Top-{config.top} labels, with OTHER from the text, of "
         f"{lesson.stored['top'].bytes} bytes per token instead of all logits change the bits by {cost:+.2f} %."
     )

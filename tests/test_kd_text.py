@@ -30,7 +30,7 @@ def small(folder):
     return [
         *("smoke", "--dataset", str(folder), "--length", "16", "--prompt", "4", "--teacher", "8", "1", "2", "8"),
         *("--student", "8", "1", "2", "4", "--steps", "3", "--batch-size", "8", "--samples", "32"),
-        *("--teacher-rounds", "2", "--rounds", "2", "--evaluated", "16", "--save-seconds", "0"),
+        *("--teacher-rounds", "2", "--evaluated", "16", "--save-seconds", "0"),
     ]  # fmt: skip
 
 
@@ -38,17 +38,25 @@ SMALL: list[str] = []
 
 
 # One of each kind: the others differ from KL in the divergence
-METHODS = ("scratch", "KL", "on-policy", "sequence-level", "top-k, OTHER", "top-k, renormalised", "sampled")
+METHODS = (
+    "scratch",
+    "KL",
+    "on-policy",
+    "sequence-level",
+    "top-k, OTHER from text",
+    "top-k, renormalised",
+    "sampled",
+)
 
 
 def test_a_whole_run_and_its_resume(tmp_path, books, run, monkeypatch):
     out = tmp_path / "run"
-    options = ("--methods", *METHODS, "--time-rounds", *"3223222", "--out", out)
+    options = ("--methods", *METHODS, "--rounds", "2", "--time-rounds", *"3223222", "--out", out)
     status, _, error = run(*options, small=small(books))
     assert status == 0, error
     found = json.loads((out / "results.json").read_text())["models"]
-    assert list(found) == ["teacher", "scratch, converged", *METHODS]
-    assert found["top-k, OTHER"]["bytes_per_token"] == 12 + 13 * 2
+    assert list(found) == ["teacher", "scratch, long", *METHODS]
+    assert found["top-k, OTHER from text"]["bytes_per_token"] == 12 + 13 * 2
     assert found["scratch"]["rounds"] == [2, 3]
     assert found["scratch"]["bits"][0] != found["scratch"]["bits"][1]
     assert found["KL"]["bits"][0] == found["KL"]["bits"][1]
@@ -60,30 +68,59 @@ def test_a_whole_run_and_its_resume(tmp_path, books, run, monkeypatch):
 
     # As if killed while the teacher wrote, and again at equal time
     shutil.copytree(out, tmp_path / "calm")
-    for name in ("labels/texts", "sequence-level", "scratch-equal-time"):
+    for name in ("labels/texts", "sequence-level-rate-0.01", "scratch-equal-time-rate-0.01"):
         shutil.rmtree(out / "seed0" / name)
     monkeypatch.setattr(kd_text, "draw", lambda *given: {})
     assert run(*options, small=small(books))[0] == 0
     compare(tmp_path / "calm", out)
 
 
-def test_equal_time_is_that_of_the_dearest_method_with_what_is_stored(tmp_path):
-    seconds = {"cheap": [0.1, 9.0, 0.1], "dear": [0.3, 0.3], "stored": [0.1, 0.1]}  # 9 s: it was compiled
+def test_equal_time_is_that_of_the_slowest_method_with_what_is_stored(tmp_path):
+    seconds = {"fast": [0.1, 9.0, 0.1], "slow": [0.3, 0.3], "stored": [0.1, 0.1]}  # 9 s: it was compiled
     done = {name: SimpleNamespace(history={"seconds": each}) for name, each in seconds.items()}
-    stores = [99.0, 99.0, 5.0]  # measured once, also when the run goes on
-    config = SimpleNamespace(steps=10, rounds=4, time_rounds=())
+    stores = [99.0, 99.0, 0.05]  # measured once, also when the run goes on
+    rows = {"weight": np.ones(100)}
     lesson = SimpleNamespace(
-        config=config, run=SimpleNamespace(directory=tmp_path),
+        config=SimpleNamespace(steps=10, rounds=4, batch_size=2, time_rounds=()),
+        run=SimpleNamespace(directory=tmp_path),
         methods={name: SimpleNamespace(stored="labels" if name == "stored" else "") for name in seconds},
-        stored={"": SimpleNamespace(seconds=lambda: 0.0), "labels": SimpleNamespace(seconds=stores.pop)},
+        stored={
+            "": SimpleNamespace(examples=rows, seconds=lambda: 0.0),
+            "labels": SimpleNamespace(examples=rows, seconds=stores.pop),
+        },
     )  # fmt: skip
     found = kd_text.Lesson.equal_time(lesson, done)
-    # Rounds of 1, 3 and 1 s: four of the dearest take 12 s, of which 5 s were spent on labels
-    assert found["rounds"] == {"cheap": 12, "dear": 4, "stored": 7}
+    # Rounds of 1, 3 and 1 s: four of the slowest take 12 s. A round reads 20 rows, whose labels take 1 s; all take 5 s
+    assert found["rounds"] == {"fast": 12, "slow": 4, "stored": 7}
     assert found["seconds"]["all"] == pytest.approx(12)
-    assert found["seconds"]["stored"] == {"cheap": 0.0, "dear": 0.0, "stored": 5.0}
+    np.testing.assert_allclose(found["seconds"]["spent"]["stored"], [2, 4, 6, 8, 10, 11, 12])
     assert kd_text.Lesson.equal_time(lesson, done) == found
     assert len(stores) == 2
+
+
+def test_the_first_seed_chooses_the_learning_rate_by_validation():
+    lesson = object.__new__(kd_text.Lesson)
+    lesson.config, lesson.rates = kd_text.Config(learning_rates=(0.1, 0.2, 0.3)), {}
+    losses = {0.1: [3.0, 2.0], 0.2: [1.0, 1.5], 0.3: [1.2, 1.1]}
+
+    def student(name, seed, rounds, rate):
+        return SimpleNamespace(history={"validation_loss": losses[rate]}, made=(name, seed, rounds, rate))
+
+    lesson.student = student
+    assert [lesson.at_equal_tokens("KL", seed).made for seed in (0, 1)] == [
+        ("KL", seed, 5, 0.2) for seed in (0, 1)
+    ]
+
+
+def test_the_rate_rises_and_falls_over_a_share_of_the_steps():
+    tx = language.adam(1.0, 10, warmup=0.5)
+    state = tx.init({"w": np.ones(())})
+    sizes = []
+    for _ in range(10):
+        updates, state = tx.update({"w": np.float32(1e-3)}, state)
+        sizes.append(-float(updates["w"]))
+    shape = [min(1, (n + 1) / 5) * 0.5 * (1 + np.cos(np.pi * n / 10)) for n in range(10)]
+    np.testing.assert_allclose(sizes, shape, rtol=2e-3)  # Adam's own step is 1
 
 
 def test_teachers_probabilities_without_other_and_the_excess():
@@ -101,9 +138,13 @@ def test_teachers_probabilities_without_other_and_the_excess():
         ("--samples 8", "--samples must lie between --steps × --batch-size, 24, and"),
         ("--prompt 17", "--prompt must be at most --length"),
         ("--top 256", "--top must be below 256"),
-        ("--methods scratch KL", "--methods must name scratch, KL and 'top-k, OTHER', or none"),
+        (
+            "--methods scratch KL",
+            "--methods must name scratch, KL, 'top-k, OTHER from text' and perhaps others",
+        ),
+        ("--rounds 2", "--rounds must be at least 3 without --time-rounds"),
         ("--methods KL other", "--methods must be from scratch, KL"),
-        ("--time-rounds 1 2", "--time-rounds must be none, or 9 numbers: scratch, KL"),
+        ("--time-rounds 1 2", "--time-rounds must be none, or 10 numbers: scratch, KL"),
         ("--student 6 1 4 8", "width must be a multiple of heads"),
     ],
 )

@@ -391,3 +391,34 @@ def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_the_text_teaches_what_top_k_labels_leave_open():
+    """Averaged over texts as the teacher writes them, the gradient is that of KL over all tokens; in chunks, too."""
+    rng = np.random.default_rng(0)
+    config = models.TransformerConfig(vocabulary=6, width=8, layers=1, heads=2, hidden=8)
+    model = models.build_transformer(config, jax.random.key(0))
+    logits = jnp.asarray(rng.normal(size=(1, 2, 6)), jnp.float32)
+    top = losses.tokens.top_k(logits, 2)
+    whole, options = (
+        train.distill_tokens(),
+        {"soft": losses.tokens.bucketed(losses.kl), "other_from_text": True},
+    )
+
+    def gradient(loss_fn, token, teacher):
+        batch = {"image": jnp.array([[3, token]]), "teacher": {"logits": teacher}}
+        # The input is the first token, so the second one changes nothing but the label
+        return jax.grad(lambda m: loss_fn(m, batch, key=None, step=0)[0], allow_int=True)(model).params
+
+    p = jax.nn.softmax(logits[0, 0])
+    for chunked in (False, True):
+        loss_fn = train.distill_tokens(**options, chunked=chunked)
+        each = [gradient(loss_fn, token, top) for token in range(6)]
+        mean = jax.tree.map(lambda *g: sum(w * x for w, x in zip(p, g, strict=True)), *each)
+        expected = gradient(whole, 0, logits)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), mean, expected)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(*map(jax.tree.leaves, each[:2]), strict=True))
+    with pytest.raises(ValueError, match="other_from_text needs temperature 1"):
+        train.distill_tokens(**options, temperature=2.0)
+    with pytest.raises(ValueError, match="other_from_text needs top-k labels"):
+        gradient(train.distill_tokens(other_from_text=True), 0, logits)

@@ -19,6 +19,7 @@ from distill_jax._checks import (
 )
 from distill_jax.losses._arguments import to_float, valid_classes
 from distill_jax.losses._numerics import Loss, log_softmax, scale
+from distill_jax.losses.logits import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,37 @@ def bucket_labels(labels: ArrayLike, indices: ArrayLike) -> Array:
     matches = jnp.asarray(indices) == jnp.asarray(labels)[..., None]
     place = jnp.argmax(matches, -1).astype(jnp.int32)
     return jnp.where(jnp.any(matches, -1), place, jnp.int32(matches.shape[-1]))
+
+
+def other_cross_entropy(logits: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> Array:
+    """Cross-entropy among the tokens of OTHER, −log(q[label] / q_OTHER); 0 where the label is one of the k tokens.
+
+    Top-k labels say nothing of the tokens within OTHER. Where the label of the data is one of them, it does. If the
+    labels are distributed as the teacher says, KL over buckets and this loss have together the gradient that KL over
+    all tokens has, on average over the labels: KL(p ‖ q) = KL over buckets + p_OTHER·KL within OTHER.
+
+    Args:
+      logits: the student's, ``[..., vocabulary]``, any float dtype.
+      labels: integers ``[...]``, tokens of the data.
+      indices: integers ``[..., k]``, the tokens of top-k labels.
+
+    Returns:
+      ``[...]``, nats, float32 (float64 for float64 input). NaN where a label is outside [0, vocabulary), or indices
+      are not valid as in :func:`bucket`.
+
+    Raises:
+      ValueError: if the shapes do not fit, or labels or indices are not integers.
+
+    References:
+      Cover, Thomas, `Elements of Information Theory`, 2006, Theorem 2.5.3 (the chain rule of relative entropy).
+
+    >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.1, 0.2]]))
+    >>> f'{other_cross_entropy(logits, jnp.array([3]), jnp.array([[1]]))[0]:.4f}'  # −log(0.2 / 0.4)
+    '0.6931'
+    """
+    log_other = bucket(logits, indices)[..., -1]
+    is_other = bucket_labels(labels, indices) == jnp.shape(indices)[-1]
+    return jnp.where(is_other, cross_entropy(logits, labels) + log_other, 0.0 * log_other)
 
 
 def bucketed(loss: Loss) -> Loss:

@@ -34,7 +34,15 @@ from distill_jax.losses._arguments import (
     token_weights,
 )
 from distill_jax.losses._numerics import Loss
-from distill_jax.losses.buckets import TopK, append_other, bucket, bucket_labels, bucketed, top_k
+from distill_jax.losses.buckets import (
+    TopK,
+    append_other,
+    bucket,
+    bucket_labels,
+    bucketed,
+    other_cross_entropy,
+    top_k,
+)
 from distill_jax.losses.chunks import chunked
 from distill_jax.losses.tokenizers import align_tokens, uld
 
@@ -47,6 +55,7 @@ __all__ = [
     "bucketed",
     "chunked",
     "common_vocabulary",
+    "other_cross_entropy",
     "per_sequence",
     "sequence",
     "sequence_weight",

@@ -121,6 +121,7 @@ def distill_tokens(
     temperature: Schedule | None = 1.0,
     alpha: Schedule = 0.0,
     soft: Callable[..., jax.Array] = losses.kl,
+    other_from_text: bool = False,
     chunked: bool = False,
 ) -> LossFn:
     """Builds the objective of word-level distillation: the mean over tokens of α·hard + (1 − α)·soft.
@@ -135,22 +136,35 @@ def distill_tokens(
       alpha: α in [0, 1], the weight of the text itself, or a schedule of it.
       soft: ``(student_logits, teacher, *, temperature) -> values``, one value per token, ``[batch, length]``: any loss
         between logits.
+      other_from_text: whether the text teaches what top-k labels leave open: which of the tokens of OTHER is likely,
+        see :func:`distill_jax.losses.tokens.other_cross_entropy`, which is added to ``soft`` then. For labels
+        :class:`~distill_jax.losses.tokens.TopK` of temperature 1.
       chunked: whether the student's logits are computed from its hidden states for some tokens at a time, and never
         all held, by :func:`distill_jax.losses.tokens.chunked`: for a transformer with a large vocabulary, and labels
         that are stored. (The teacher's logits, if they are the labels, are held.)
 
     Returns:
-      A ``loss_fn`` with the metric ``"soft"`` and, unless α is the constant 0, ``"hard"``.
+      A ``loss_fn`` with the metric ``"soft"``, unless α is the constant 0 ``"hard"``, and with ``other_from_text``
+      ``"other"``.
 
     Raises:
-      ValueError: if α is a constant outside [0, 1], T one that is not positive, or ``chunked`` neither True nor False;
-        when traced, if it is True and the model is no transformer.
+      ValueError: if α is a constant outside [0, 1], T one that is not positive, a switch neither True nor False, or
+        ``other_from_text`` True where T is not 1; when traced, if ``chunked`` is True and the model is no transformer,
+        or ``other_from_text`` is True and the labels are not top-k labels.
 
     References:
       Kim, Rush, `Sequence-Level Knowledge Distillation`, 2016, §3.1.
     """
     check_options(alpha, temperature, soft)
     check_choice("chunked", chunked, (True, False))
+    check_choice("other_from_text", other_from_text, (True, False))
+    if other_from_text and temperature not in (None, 1):
+        raise ValueError(
+            f"other_from_text needs temperature 1, since the text is not softened, got {temperature!r}"
+        )
+
+    def among_other(logits, given):
+        return token_losses.other_cross_entropy(logits, *given)
 
     def loss_fn(model, batch, *, key, step):
         teacher = teacher_of(batch)
@@ -158,12 +172,19 @@ def distill_tokens(
         mean, state = _compared(model, batch, key, chunked)
         labels = jax.tree.map(lambda x: x[:, :-1], teacher["logits"])
         options = {} if temperature is None else {"temperature": at(temperature, step)}
+        text = tokens_of(batch["image"])[:, 1:]
         metrics = {"soft": mean(soft, labels, **options)}
+        learned = metrics["soft"]
+        if other_from_text:
+            if not isinstance(labels, token_losses.TopK):
+                raise ValueError(f"other_from_text needs top-k labels, a TopK, got {type(labels).__name__}")
+            metrics["other"] = mean(among_other, (text, labels.indices))
+            learned += metrics["other"]
         if is_zero(alpha):
-            return metrics["soft"], (state, metrics)
-        metrics["hard"] = mean(losses.cross_entropy, tokens_of(batch["image"])[:, 1:])
+            return learned, (state, metrics)
+        metrics["hard"] = mean(losses.cross_entropy, text)
         share = at(alpha, step)
-        return share * metrics["hard"] + (1 - share) * metrics["soft"], (state, metrics)
+        return share * metrics["hard"] + (1 - share) * learned, (state, metrics)
 
     return loss_fn
 

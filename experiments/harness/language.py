@@ -94,7 +94,7 @@ class Pace(NamedTuple):
     total: jax.Array
 
 
-def adam(rate: float, total: int, warmup: int) -> optax.GradientTransformation:
+def adam(rate: float, total: int, warmup: float) -> optax.GradientTransformation:
     """Makes Adam with a rate that rises, and falls as a cosine to 0.
 
     The number of steps is part of the state, so trainings of all lengths share a program.
@@ -102,11 +102,11 @@ def adam(rate: float, total: int, warmup: int) -> optax.GradientTransformation:
     Args:
       rate: the highest learning rate.
       total: the number of steps.
-      warmup: the number of steps over which the rate rises.
+      warmup: the share of the steps in which the rate rises.
     """
 
     def update(updates: Any, state: Pace, params: Any = None) -> tuple[Any, Pace]:
-        rise = jnp.minimum(1.0, (state.step + 1) / warmup)
+        rise = jnp.minimum(1.0, (state.step + 1) / (warmup * state.total))
         now = rate * rise * 0.5 * (1 + jnp.cos(jnp.pi * state.step / state.total))
         return jax.tree.map(lambda u: -now * u, updates), state._replace(step=state.step + 1)
 
@@ -166,7 +166,7 @@ class Stored(NamedTuple):
 
     Attributes:
       examples: the training arrays.
-      seconds: measures the processor time that the teacher takes for it.
+      seconds: measures the processor time that the teacher takes for one row of it.
       bytes: bytes per token; None for texts.
     """
 
@@ -210,12 +210,11 @@ class Author:
             return kind.encode(some, dtype="bfloat16", ids=np.arange(len(some)))
 
         given = rows.examples() | {"teacher": store[teachers.token_ids(rows.id, length)]}
-        batches = -(-len(rows.id) // size)
-        return Stored(given, lambda: batches * processor_seconds(label), store.bytes_per_label)
+        return Stored(given, lambda: processor_seconds(label) / size, store.bytes_per_label)
 
     def texts(self, name: str, count: int, prompt: int) -> Stored:
         """Stores texts that go on from the first bytes of some rows."""
-        rows, size = self.rows, self.batch_size
+        rows, size = self.rows, min(4 * self.batch_size, count)  # a token of a text is little work
         prompts = rows.prompts(prompt)
         chosen = np.random.default_rng(0).permutation(len(prompts["tokens"]))[:count]
         prompts = {key: values[chosen] for key, values in prompts.items()}
@@ -225,10 +224,9 @@ class Author:
             batch_size=size,
         )  # fmt: skip
         first = {key: values[:size] for key, values in prompts.items()}
-        batches = -(-count // size)
         return Stored(
             Rows(chosen, **store[np.arange(len(chosen))]).examples(first=prompt),
-            lambda: batches * processor_seconds(lambda: sampler(first, key=jax.random.key(0))),
+            lambda: processor_seconds(lambda: sampler(first, key=jax.random.key(0))) / size,
         )
 
 
@@ -255,6 +253,8 @@ COLUMNS: Mapping[str, results.Column] = {
     "bits per byte, equal tokens": lambda model: results.mean_sd(model["bits"][0]),
     "equal time": figure(lambda model: model["bits"][1]),
     "rounds": lambda model: " / ".join(map(str, model["rounds"])) if "rounds" in model else None,
+    "learning rate": lambda model: f"{model['rate']:g}" if "rate" in model else None,
+    "seconds, equal time": lambda model: f"{model['seconds']:,.0f}" if "seconds" in model else None,
     "ms per step": lambda model: f"{model['time']['step_ms']:.1f}" if "step_ms" in model["time"] else None,
     "bytes per token": lambda model: str(model["bytes_per_token"]) if model.get("bytes_per_token") else None,
     "bits to the teacher": figure(lambda model: model["exposure"][0]["on_data"]),

@@ -35,7 +35,7 @@ SETTINGS = {
     ),
     "kd_text": (
         "smoke --length 16 --prompt 4 --teacher 8 1 2 8 --student 8 1 2 8 --steps 4 --batch-size 8 --samples 40 "
-        "--teacher-rounds 4 --rounds 2 --evaluated 16 --time-rounds 4 2 2 2 2 3 3 3 3"
+        "--teacher-rounds 4 --rounds 2 --evaluated 16 --time-rounds 4 2 2 2 2 3 3 3 3 3"
     ),
     "kd_embeddings": ("smoke --sentences 256 --evaluated 40 --epochs 4 --axes 4 --losses cosine relational"),
     "kd_pronounce": (
