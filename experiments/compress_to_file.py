@@ -196,11 +196,9 @@ def main() -> int:
         jax.clear_caches()  # the programs of one seed serve no other one, and a process cannot hold those of many
     logits = run.test_logits(trained)
     for networks, of, file in zip(trained, logits, files, strict=True):
-        paths = dict.fromkeys([path := run.directory / file["file"], path.with_name("chosen.model")])
-        images = prepare(run.dataset.test.image)
-        file["compared"] = [
-            row for p in paths if p.exists() for row in compared(p, networks["chosen"].model, images)
-        ]
+        path, images = run.directory / file["file"], prepare(run.dataset.test.image)
+        paths = [path] if config.runtime == "stablehlo" else [path, path.with_name("chosen.model")]
+        file["compared"] = [row for each in paths for row in compared(each, networks["chosen"].model, images)]
         of["chosen"] = run_file(path, images)
     found: Any = run.evaluate(trained, logits, reference="original")
     for network, entry in found["models"].items():

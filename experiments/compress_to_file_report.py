@@ -68,8 +68,8 @@ def compared(path: Path, model: models.Model, images: np.ndarray) -> list[dict[s
       name the same class; and whether this is good: exact for StableHLO, differences up to 1e-5 for ONNX, and 99.9 % of
       the classes for ONNX with integers as activations.
     """
-    described = export.describe(path)
-    rounded = any(each["inputs"] for each in described["integers"].values())
+    integers = export.describe(path)["integers"]
+    rounded = any(each["inputs"] for each in integers.values())
     limit = 0.0 if path.suffix != ".onnx" else math.inf if rounded else 1e-5
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:

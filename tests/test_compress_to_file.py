@@ -3,6 +3,7 @@
 import json
 
 import compress_to_file
+import compress_to_file_report
 import jax
 import numpy as np
 import pytest
@@ -71,12 +72,14 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     del calls[:]
     # Run again, with a runtime that gives each class the logits of the one before
     logits = compress_to_file.run_file
-    monkeypatch.setattr(compress_to_file, "run_file", lambda *given: np.roll(logits(*given), 1, -1))
+    for module in (compress_to_file, compress_to_file_report):
+        monkeypatch.setattr(module, "run_file", lambda *given: np.roll(logits(*given), 1, -1))
     assert run("--out", out, "--original", "test_compress_to_file:small_network")[0] == 0
     found = json.loads((out / "results.json").read_text())
     (seed,) = found["seeds"]
     right = (np.argmax(np.roll(model(prepare(test.image)), 1, -1), -1) == test.label).mean()
     assert seed["points lost"] == pytest.approx(100 * (before - right))
+    assert [row["good"] for row in seed["compared"]] == [False] * 3
     assert len(calls) == 5  # what was found is not measured again, but for the original and the end
     status, _, error = run("--out", tmp_path / "budget", small=SMALL[:-2])
     assert status == 2

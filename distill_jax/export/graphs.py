@@ -32,7 +32,8 @@ TINY = float(np.finfo(np.float32).tiny)
 # By how much outputs may differ where activations are rounded, as multiples of what the rounding costs: at most, and
 # on average; without any rounding they would differ by 1 on average
 FLIPS = np.array([4, 0.75])
-# And as multiples of the outputs, which rounding by wrong ranges may change altogether
+# But at most these multiples of the outputs: with wrong ranges of activations, rounding changes everything, and the
+# limit above would allow anything
 MOST = np.array([1, 0.25])
 
 
@@ -66,9 +67,10 @@ def onnx(
       labels: the name of each class.
       preprocessing: how an input is made, as a text or a dict.
       provenance: where the network comes from, as a text or a dict.
-      tolerance: by how much an output may differ, as a share of the largest output. Where activations are rounded, an
-        output may also differ by four times the most that quantisation changes for ``x``, and by no more than the
-        largest output.
+      tolerance: by how much an output may differ, as a share of the largest output. Where activations are rounded, the
+        limit is four times the most that quantisation changes an output for ``x``, but at most the largest output; and
+        outputs may differ on average by three quarters of what quantisation changes on average, but at most by a
+        quarter of the mean output.
 
     Returns:
       What the file says of itself, as :func:`distill_jax.export.describe` returns it.

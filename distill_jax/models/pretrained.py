@@ -258,8 +258,9 @@ def _check_names(
                 )
             surplus.remove(copy)
     if surplus:
-        files = " and ".join(sorted({str(tensors[name].file) for name in surplus[:5]}))
-        raise ValueError(f"path: {files} holds, beyond what {CONFIG} says, {words(surplus)}")
+        files = sorted({str(tensors[name].file) for name in surplus[:5]})
+        hold = "holds" if len(files) == 1 else "hold"
+        raise ValueError(f"path: {' and '.join(files)} {hold}, beyond what {CONFIG} says, {words(surplus)}")
 
 
 def _read_params(directory: Path, family: Family, function: Any, wanted: np.dtype | None) -> PyTree:

@@ -74,6 +74,7 @@ def torture(
     """
     calm, killed = directory / "calm", directory / "killed"
     length = 0.0 if calm.exists() else finish(name, calm, words)
+    assert length or len(triggers or {}) >= kills, "without the length of a run, each kill needs a trigger"
     rng = random.Random(seed)
     stages: Counter[str] = Counter()
     longest = max(length / 2, 1.5 * length / kills)
