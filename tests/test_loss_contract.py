@@ -66,6 +66,11 @@ def bucketed(s, t, w, **options):
     return tokens.bucketed(losses.kl)(s, tokens.top_k(t, 2, where=w), where=w, **options)
 
 
+def other_cross_entropy(s, t, w):
+    indices = np.tile(np.array([0, 2]), (len(s), 1))
+    return tokens.other_cross_entropy(s, LABELS[: len(s)], indices, where=w)
+
+
 def sequence(s, t, w, **options):
     return tokens.sequence(losses.kl, **options)(s, t, tokens=w[:, None] & np.ones(POSITIONS, bool))
 
@@ -102,6 +107,7 @@ LOSSES = {
     "crd": Entry(crd),
     "tokens.bucketed": Entry(bucketed, LOGITS),
     "tokens.chunked": Entry(chunked),
+    "tokens.other_cross_entropy": Entry(other_cross_entropy, LOGITS, teacher=False),
     "tokens.per_sequence": Entry(per_sequence, teacher=False),
     "tokens.sequence": Entry(sequence),
     "tokens.uld": logits_of(tokens.uld),

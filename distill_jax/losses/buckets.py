@@ -210,7 +210,9 @@ def bucket_labels(labels: ArrayLike, indices: ArrayLike) -> Array:
     return jnp.where(jnp.any(matches, -1), place, jnp.int32(matches.shape[-1]))
 
 
-def other_cross_entropy(logits: ArrayLike, labels: ArrayLike, indices: ArrayLike) -> Array:
+def other_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, indices: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """Cross-entropy among the tokens of OTHER, −log(q[label] / q_OTHER); 0 where the label is one of the k tokens.
 
     Top-k labels say nothing of the tokens within OTHER. Where the label of the data is one of them, it does. If the
@@ -221,6 +223,7 @@ def other_cross_entropy(logits: ArrayLike, labels: ArrayLike, indices: ArrayLike
       logits: the student's, ``[..., vocabulary]``, any float dtype.
       labels: integers ``[...]``, tokens of the data.
       indices: integers ``[..., k]``, the tokens of top-k labels.
+      where: ``bool``, broadcastable to the logits: which tokens exist.
 
     Returns:
       ``[...]``, nats, float32 (float64 for float64 input). NaN where a label is outside [0, vocabulary), or indices
@@ -236,9 +239,11 @@ def other_cross_entropy(logits: ArrayLike, labels: ArrayLike, indices: ArrayLike
     >>> f'{other_cross_entropy(logits, jnp.array([3]), jnp.array([[1]]))[0]:.4f}'  # −log(0.2 / 0.4)
     '0.6931'
     """
-    log_other = bucket(logits, indices)[..., -1]
+    log_other = bucket(logits, indices, where=where)[..., -1]
+    of_label = cross_entropy(logits, labels, where=where)
     is_other = bucket_labels(labels, indices) == jnp.shape(indices)[-1]
-    return jnp.where(is_other, cross_entropy(logits, labels) + log_other, 0.0 * log_other)
+    unknown = jnp.where(jnp.isnan(log_other), log_other, 0.0)
+    return jnp.where(is_other, of_label + jnp.where(log_other == -jnp.inf, 0.0, log_other), unknown)
 
 
 def bucketed(loss: Loss) -> Loss:
