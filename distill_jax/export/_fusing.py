@@ -110,10 +110,12 @@ class _Graph:
     # --- rules -----------------------------------------------------------------------------------
 
     def product(self, node: Any) -> list[Any] | None:
-        """Einsum of a value and a constant kernel as a MatMul: ``btd,dhk->bthk``, as products of attention are.
+        """Replaces an Einsum by a MatMul, which ONNX Runtime computes faster.
 
-        The axes that are summed must be the last ones of the value and the first ones of the kernel. Where there are
-        several, or several others, a Reshape before the product joins them and one after it separates them.
+        The Einsum multiplies a value by a constant kernel, as the projections of attention do with ``btd,dhk->bthk``.
+        It must sum over the last axes of the value and the first axes of the kernel. Where it sums over several axes, a
+        Reshape before the MatMul joins them into one; where the kernel has several other axes, a Reshape after the
+        MatMul separates them again.
         """
         if len(node.input) != 2 or node.input[1] not in self.arrays:
             return None
@@ -131,9 +133,8 @@ class _Graph:
         sizes = kernel.shape[shared:]
         written = []
         if shared > 1:
-            shape = self.constant(
-                f"{output}.before", np.array([*[0] * rest, -1])
-            )  # 0 keeps the size of an axis
+            # 0 keeps the size of an axis
+            shape = self.constant(f"{output}.before", np.array([*[0] * rest, -1]))
             written.append(self.write("Reshape", [value, shape], [value := f"{output}.inputs"]))
         matrix = self.constant(f"{output}.kernel", kernel.reshape(-1, np.prod(sizes)))
         written.append(
