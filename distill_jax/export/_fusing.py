@@ -151,7 +151,7 @@ class _Graph:
         return name
 
     def softmax(self, node: Any) -> list[Any] | None:
-        """Softmax as exp(x − m) / Σ exp(x − m), where m is the maximum of x over the axis of the sum."""
+        """Replaces exp(x − m) / Σ exp(x − m) by a Softmax, where m is the maximum of x over the axis of the sum."""
         numerator, denominator = node.input
         exp, total = self.of(numerator, "Exp"), self.of(self.unshaped(denominator), "ReduceSum")
         if exp is None or total is None or total.input[0] != numerator:
@@ -179,7 +179,10 @@ class _Graph:
         return node is not None and node.op_type == "Reshape" and self.size(node.input[1], axis) == 1
 
     def layer_norm(self, node: Any) -> list[Any] | None:
-        """LayerNorm over the last axis, (x − mean) · (scale / √(var + ε)) + shift, var = max(0, mean of x² − mean²)."""
+        """Replaces a LayerNorm over the last axis by one operation.
+
+        It is (x − mean) · (scale / √(var + ε)) + shift with var = max(0, mean of x² − mean²).
+        """
         if not (added := self.pair(node.output[0], "Add", "Mul")):
             return None
         product, shift = added
@@ -225,7 +228,7 @@ class _Graph:
         return [self.write("LayerNormalization", [x, *given], list(node.output), **options)]
 
     def gelu(self, node: Any) -> list[Any] | None:
-        """The tangent form of GELU, x · 0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))."""
+        """Replaces x · (0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))) by a Gelu, whose form with tanh this is."""
         for x, factor in (node.input, node.input[::-1]):
             curve = self.of(self.scaled(self.scaled(factor, "Mul", 0.5) or "", "Add", 1.0) or "", "Tanh")
             if curve is None:

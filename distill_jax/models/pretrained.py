@@ -156,8 +156,8 @@ def _present(model: Model) -> Any:
     features = attention["query"]["kernel"].shape[2]
     if isinstance(function, EncoderFn) and sizes["heads"] * features != sizes["width"]:
         raise ValueError(
-            f"model: its {sizes['heads']} heads have {features} features each, but in files of BERT all heads have "
-            f"together as many as a token, {sizes['width']}: models without some heads cannot be saved"
+            f"model: its {sizes['heads']} heads have {features} features each, but in files of BERT the features of "
+            f"all heads must add up to the width, {sizes['width']}: models without some heads cannot be saved"
         )
     known = {field.name for field in dataclasses.fields(function.config)}
     sizes = {name: size for name, size in sizes.items() if name in known}
