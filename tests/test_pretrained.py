@@ -175,7 +175,9 @@ def test_an_encoder_without_a_head_is_refused(tmp_path):
     for part in ("query", "key", "value"):
         attention[part] = {"kernel": attention[part]["kernel"][:, 1:], "bias": attention[part]["bias"][1:]}
     attention["output"]["kernel"] = attention["output"]["kernel"][1:]
-    with pytest.raises(ValueError, match=r"its 2 heads have 4 features each, but .* must add up to the width, 12"):
+    with pytest.raises(
+        ValueError, match=r"its 2 heads have 4 features each, but .* must add up to the width, 12"
+    ):
         models.save_pretrained(tmp_path / "student", model)
 
 
