@@ -93,8 +93,8 @@ def test_onnx_runtime_computes_what_the_quantised_model_does(tmp_path, options):
     difference = np.abs(session.run(None, {"x": X})[0] - expected).max()
     assert difference <= (0.01 if rounded else 1e-5) * np.abs(expected).max()
     stored = [tensor for tensor in made.graph.initializer if tensor.name.endswith(".integers")]
-    kind = onnx.TensorProto.INT4 if options.get("bits") == 4 else onnx.TensorProto.INT8
-    assert {tensor.data_type for tensor in stored} == {kind}
+    kind = "INT4" if options.get("bits") == 4 else "UINT8" if rounded else "INT8"
+    assert {tensor.data_type for tensor in stored} == {getattr(onnx.TensorProto, kind)}
     assert sum(len(tensor.raw_data) for tensor in stored) == 690 * options.get("bits", 8) / 8
     if rounded:
         assert not FLOATS & set(used)

@@ -1,7 +1,8 @@
 """Writes the kernels of an ONNX graph as integers, so that ONNX Runtime computes its products in int8.
 
-What a kernel multiplies is rounded to uint8 (by default ONNX Runtime has int8 for ARM alone). The rounding moves up the
-graph over everything that only moves or compares numbers, such as pooling and ReLU, to the product before. ONNX Runtime
+What a kernel multiplies is rounded to uint8 (by default ONNX Runtime has int8 for ARM alone). The kernel's int8 become
+uint8 too, 128 higher: on x86 processors without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits,
+which do not hold them. Those of 4 bits stay signed, since their sums fit. The rounding moves up the graph over everything that only moves or compares numbers, such as pooling and ReLU, to the product before. ONNX Runtime
 makes one operation of a product between DequantizeLinear and QuantizeLinear. A convolution whose outputs are not
 rounded would stay one of floats, and so becomes a ConvInteger.
 """
@@ -248,22 +249,26 @@ class _Writer:
         node.output[0] = f"{node.output[0]}.codes"
         self.new.append(node)
 
-    def kernel(self, node: Any, match: Match, kind: str) -> tuple[str, str]:
-        """Writes the integers of a kernel in another type, from the bits in which they are stored.
+    def name(self, node: Any, match: Match) -> str:
+        """Names what belongs to a kernel."""
+        return f"{node.input[match.place]}.{match.axis}"
 
-        Returns:
-          A name for what belongs to the kernel, and the name of the integers.
-        """
-        name, bits = f"{node.input[match.place]}.{match.axis}", self.kernels[match.path].bits
+    def cast(self, node: Any, match: Match, kind: str) -> str:
+        """Writes the integers of a kernel in another type, from the signed ones that are stored."""
+        name, bits = self.name(node, match), self.kernels[match.path].bits
         stored = self.constant(f"{name}.integers", match.codes, jnp.int4 if bits == 4 else np.int8)
-        if kind == "INT8" and bits == 8:
-            return name, stored
-        dtype = getattr(self.onnx.TensorProto, kind)
-        return name, self.add("Cast", [stored], f"{name}.{kind}", to=dtype)
+        return self.add("Cast", [stored], f"{name}.{kind}", to=getattr(self.onnx.TensorProto, kind))
+
+    def factors(self, node: Any, match: Match) -> tuple[str, int, type[np.integer]]:
+        """Writes the integers of a kernel as factors of products; returns their name, the code of 0, and the dtype."""
+        if self.kernels[match.path].bits == 4:
+            return self.cast(node, match, "INT8"), 0, np.int8
+        codes = match.codes.astype(np.int16) + 128
+        return self.constant(f"{self.name(node, match)}.integers", codes, np.uint8), 128, np.uint8
 
     def meant(self, node: Any, match: Match) -> str:
         """Writes what the integers of a kernel mean."""
-        name, floats = self.kernel(node, match, "FLOAT")
+        name, floats = self.name(node, match), self.cast(node, match, "FLOAT")
         shape = [-1 if axis == match.axis else 1 for axis in range(match.codes.ndim)]
         scale = self.constant(f"{name}.scale", match.scale.reshape(shape), np.float32)
         return self.add("Mul", [floats, scale], f"{name}.meant")
@@ -279,11 +284,13 @@ class _Writer:
             del node.input[2]
             node.output[0] = f"{result}.plain"
         codes = self.codes[node.input[1 - match.place], grid]
-        name, kernel = self.kernel(node, match, "INT8")
+        name = self.name(node, match)
+        kernel, origin, dtype = self.factors(node, match)
         along = (-1, *[1] * (match.codes.ndim - 2)) if node.op_type == "Conv" else (-1,)
         if is_sum:
             options = {each.name: self.onnx.helper.get_attribute_value(each) for each in node.attribute}
-            given = [codes, kernel, self.grid(grid)[1], self.constant("zero", 0, np.int8)]
+            zero = self.constant(f"zero.{dtype.__name__}", origin, dtype)
+            given = [codes, kernel, self.grid(grid)[1], zero]
             total = self.add("ConvInteger", given, f"{result}.sums", **options)
             total = self.add("Cast", [total], f"{result}.floats", to=self.onnx.TensorProto.FLOAT)
             scale = self.constant(f"{result}.unit", unit.reshape(along), np.float32)
@@ -291,7 +298,7 @@ class _Writer:
         else:
             # ONNX Runtime makes no integer product where the zero points are left out
             scale = self.constant(f"{name}.scale", match.scale, np.float32)
-            zero = self.constant(f"{name}.zero", np.zeros(unit.size), np.int8)
+            zero = self.constant(f"{name}.zero", np.full(unit.size, origin), dtype)
             meant = self.add("DequantizeLinear", [kernel, scale, zero], f"{name}.meant", axis=match.axis)
             node.input[match.place] = meant
             meant = self.add("DequantizeLinear", [codes, *self.grid(grid)], f"{codes}.meant")
