@@ -2,9 +2,10 @@
 
 What a kernel multiplies is rounded to uint8 (by default ONNX Runtime has int8 for ARM alone). The kernel's int8 become
 uint8 too, 128 higher: on x86 processors without VNNI, ONNX Runtime adds pairs of products of uint8 and int8 in 16 bits,
-which do not hold them. Those of 4 bits stay signed, since their sums fit. The rounding moves up the graph over everything that only moves or compares numbers, such as pooling and ReLU, to the product before. ONNX Runtime
-makes one operation of a product between DequantizeLinear and QuantizeLinear. A convolution whose outputs are not
-rounded would stay one of floats, and so becomes a ConvInteger.
+which do not hold them. Integers of 4 bits stay signed, since their sums fit. The rounding moves up the graph over
+everything that only moves or compares numbers, such as pooling and ReLU, to the product before. ONNX Runtime makes one
+operation of a product between DequantizeLinear and QuantizeLinear. A convolution whose outputs are not rounded would
+stay one of floats, and so becomes a ConvInteger.
 """
 
 import tempfile

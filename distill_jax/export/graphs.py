@@ -55,10 +55,10 @@ def onnx(
     example alone and for ``x`` twice, agree with those
     of JAX. Two exports of one model are equal byte by byte. It needs ``pip install 'distill_jax[onnx]'``.
 
-    The kernels of a model from :func:`distill_jax.compress.quantisation.quantise` or ``freeze`` are stored as integers of
-    8 or 4 bits. If activations are rounded too, ONNX Runtime computes dense layers and convolutions in integers, and the
-    outputs agree but for activations in the middle between two codes. Otherwise it turns the kernels into floats once,
-    when it loads the file, and computes with these.
+    The kernels of a model from :func:`distill_jax.compress.quantisation.quantise` or ``freeze`` are stored as integers
+    of 8 or 4 bits. If activations are rounded too, ONNX Runtime computes dense layers and convolutions in integers, and
+    the outputs agree but for activations in the middle between two codes. Otherwise it turns the kernels into floats
+    once, when it loads the file, and computes with these.
 
     Args:
       path: the file. An older file of this function there is replaced; anything else is not overwritten.
