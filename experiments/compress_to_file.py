@@ -1,11 +1,12 @@
 """Makes a small fast file of a trained network: prunes, distils, quantises and exports it, and chooses by its files.
 
-For each seed an original is trained. Candidates keep a share of its units, and of the operations in its residual
-blocks, as floats, with weights of 8 bits, or with weights and activations of 8 bits. Each is exported and its file
-measured; what is over a budget, by default a tenth of the bytes and a fifth of the time of the original under XLA, is
-left out. The others are trained on the labels of the data and of the original in rounds, after each of which the better
-part goes on. The chosen file and the original's are measured once more, and the chosen one gets a model card. The test
-set is used for the report only: the chosen file itself is run on it, and compared with the network in memory.
+For each seed an original is trained. Candidates keep a share of its residual blocks, of its units, and of the
+multiplications of its kernels, which become products of two thin matrices. Their numbers are floats, weights of 8 or 4
+bits, or weights and activations of 8 bits. Each is exported and its file measured; what is over a budget, by default a
+tenth of the bytes and a fifth of the time of the original under XLA, is left out. The others are trained on the labels
+of the data and of the original in rounds, after each of which the better part goes on. The chosen file and the
+original's are measured once more, and the chosen one gets a model card. The test set is used for the report only: the
+chosen file itself is run on it, and compared with the network in memory.
 
     python experiments/compress_to_file.py              # mlp on mnist where it can be had, else digits
     python experiments/compress_to_file.py resnet --aim latency --most-lost 0.2
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
-from compress_to_file_candidates import Tools, settings_of
+from compress_to_file_candidates import NUMBERS, Tools, settings_of
 from compress_to_file_report import (
     COLUMNS,
     FAILED,
@@ -49,7 +50,6 @@ DEFAULTS = {
     "most_bytes": "most_bytes is by default a tenth of the original's bytes under XLA",
     "most_ms": "most_ms is by default a fifth of the original's time under XLA",
 }
-NUMBERS = ("float", "int8-weights", "int8")
 SUFFIXES = {"onnx": ".onnx", "stablehlo": ".model"}
 
 
@@ -61,9 +61,13 @@ class Config(OriginalOptions):
     widths: tuple[Share, ...] = (0.5, 0.35, 0.25, 0.18)  # shares of the units that candidates keep
     depths: tuple[Share, ...] = (1.0,)
     """shares of the operations that are left when residual blocks are removed, before units are; 1 removes none"""
+    ranks: tuple[Share, ...] = (1.0,)
+    """shares of the multiplications that are left when kernels become products of two thin matrices, after units are
+    removed; 1 leaves kernels as they are"""
     numbers: tuple[str, ...] = ("int8-weights", "int8")
-    """float; int8-weights: weights of 8 bits in the file, with which ONNX Runtime computes as floats; int8: weights and
-    activations of 8 bits, with which it computes as integers; both by rounding after the training"""
+    """float; int8-weights and int4-weights: weights of 8 or 4 bits in the file, with which ONNX Runtime computes as
+    floats; int8: weights and activations of 8 bits, with which it computes as integers; all by rounding after the
+    training"""
     rounds: tuple[Count, ...] = (2, 4, 8)  # numbers of epochs of the rounds in which candidates are trained
     keep: Share = 0.5  # share of the candidates that goes on to the next round
     learning_rate: Positive = 1e-3  # highest learning rate of a round (Adam, cosine schedule)
@@ -94,7 +98,9 @@ DEEP = replace(
     MLP, original_learning_rate=2e-3, numbers=("int8-weights",), rounds=(2, 8), dropout=0.0, jitter=0,
 )  # fmt: skip
 CONFIGS = {
-    "mlp": ("784-1200-1200-10 on MNIST", replace(MLP, original_epochs=12, widths=(0.4, 0.25), rounds=(3, 12))),
+    "mlp": ("784-1200-1200-10 on MNIST", replace(
+        MLP, original_epochs=12, widths=(0.4, 0.32, 0.25), rounds=(4, 24),
+    )),
     "convnet": ("convolutions of 24 and 48 channels and a dense layer on MNIST", replace(
         DEEP, original="convnet:24,48", original_epochs=5, widths=(0.5, 0.34),
     )),
@@ -121,11 +127,11 @@ def check(config: Config, dataset: data.Dataset) -> None:
     """Refuses options that do not fit the data, before anything is trained or written."""
     config.at_most(len(dataset.train.id), "batch_size", "examples")
     config.need("batch", config.batch <= config.examples, f"be at most --examples, {config.examples}")
-    for name in ("widths", "depths"):
+    for name in ("widths", "depths", "ranks"):
         config.need(name, bool(values := getattr(config, name)) and min(values) > 0, "be shares above 0")
-    config.among("numbers", NUMBERS)
+    config.among("numbers", tuple(NUMBERS))
     config.need("numbers", bool(config.numbers), f"be from {', '.join(NUMBERS)}")
-    for name in ("widths", "depths", "numbers"):
+    for name in ("widths", "depths", "ranks", "numbers"):
         config.need(name, len({*(values := getattr(config, name))}) == len(values), "differ from each other")
     config.need("rounds", bool(config.rounds), "be at least one number of epochs")
     config.need("keep", config.keep > 0, "lie in (0, 1]")

@@ -13,10 +13,17 @@ from harness import Run, adam, arrays, jittered, labelled, plain, prepare
 
 from distill_jax import export, metrics, models, teachers, train
 from distill_jax._checks import BudgetError
-from distill_jax.compress import quantisation, search, units
+from distill_jax.compress import low_rank, quantisation, search, units
 
 if TYPE_CHECKING:
     from compress_to_file import Config
+
+NUMBERS: dict[str, dict[str, Any] | None] = {  # how a network is rounded, if it is
+    "float": None,
+    "int8-weights": {"bits": 8},
+    "int4-weights": {"bits": 4},
+    "int8": {"bits": 8, "activations": True},
+}
 
 
 class Tools:
@@ -34,10 +41,10 @@ class Tools:
             self.data["teacher"] = run.store_labels(seed, original)
 
     def make(self, original: models.Model, settings: search.Settings) -> models.Model | None:
-        """Removes blocks and units."""
-        return self.made(settings.get("depth", 1.0), settings["width"])
+        """Removes blocks and units, and factorises kernels."""
+        return self.made(settings.get("depth", 1.0), settings["width"], settings.get("rank", 1.0))
 
-    def _make(self, depth: float, width: float) -> models.Model | None:
+    def _make(self, depth: float, width: float, rank: float) -> models.Model | None:
         model = self.original
         graph = units.trace(model, self.x[:1])
         if depth < 1:
@@ -50,7 +57,15 @@ class Tools:
             graph = units.trace(model, self.x[:1])
         exact = {name for name, group in graph.groups.items() if group.free and group.exact_shrunk}
         scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
-        return units.keep(graph, model, units.prune(graph, scores, width, across="group"))
+        model = units.keep(graph, model, units.prune(graph, scores, width, across="group"))
+        if rank == 1:
+            return model
+        kernels, roots = low_rank.kernels(model, self.x), low_rank.layer_roots(model, self.x)
+        try:
+            ranks = low_rank.allocate(model, kernels, rank, of="flops", roots=roots)
+        except BudgetError:
+            return None  # even products of rank 1 have more
+        return low_rank.factorise(model, kernels, ranks, roots=roots)
 
     def _recipe(self, epochs: int) -> tuple[optax.GradientTransformation, Any]:
         """Makes the optimizer and the epoch of a training on the labels of the data and of the original."""
@@ -78,10 +93,9 @@ class Tools:
         return done.model
 
     def finish(self, model: models.Model, settings: search.Settings) -> models.Model:
-        """Turns weights, and perhaps activations, into integers of 8 bits, if these are asked for."""
-        if settings["numbers"] == "float":
-            return model
-        return quantisation.quantise(model, [self.x], activations=settings["numbers"] == "int8")
+        """Turns weights, and perhaps activations, into integers, if these are asked for."""
+        rounding = NUMBERS[settings["numbers"]]
+        return model if rounding is None else quantisation.quantise(model, [self.x], **rounding)
 
     def accuracy(self, model: models.Model) -> float:
         """Computes the accuracy on the validation images."""
@@ -96,8 +110,8 @@ class Tools:
 
 def settings_of(config: Config) -> list[dict[str, Any]]:
     """Lists the candidates."""
-    deep = len(config.depths) > 1 or config.depths[0] < 1
-    return [
-        ({"depth": depth} if deep else {}) | {"width": width, "numbers": numbers}
-        for depth, width, numbers in itertools.product(config.depths, config.widths, config.numbers)
-    ]
+    axes = {"depth": config.depths, "width": config.widths, "rank": config.ranks, "numbers": config.numbers}
+    chosen = {
+        name: values for name, values in axes.items() if name not in ("depth", "rank") or values != (1.0,)
+    }
+    return [dict(zip(chosen, values, strict=True)) for values in itertools.product(*chosen.values())]

@@ -15,7 +15,7 @@ from distill_jax.compress import quantisation
 EXPERIMENT = compress_to_file
 SMALL = [
     *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--rounds", "1", "1"),
-    *("--widths", "0.5", "0.25", "--save-seconds", "0", "--runtime", "stablehlo"),
+    *("--widths", "0.5", "--ranks", "1", "0.5", "--save-seconds", "0", "--runtime", "stablehlo"),
     *("--numbers", "float", "int8"),
     *("--aim", "bytes", "--most-lost", "100", "--most-bytes", "9999999", "--most-ms", "999"),
 ]  # fmt: skip
@@ -46,8 +46,8 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     (seed,) = found["seeds"]
     candidates = {each["name"]: each for each in seed["candidates"]}
     assert [*candidates] == [
-        "original", "width=0.5,numbers=float", "width=0.5,numbers=int8", "width=0.25,numbers=float",
-        "width=0.25,numbers=int8",
+        "original", "width=0.5,rank=1.0,numbers=float", "width=0.5,rank=1.0,numbers=int8",
+        "width=0.5,rank=0.5,numbers=float", "width=0.5,rank=0.5,numbers=int8",
     ]  # fmt: skip
     smallest = min(candidates, key=lambda name: candidates[name]["bytes"])
     assert seed["chosen"] == smallest  # all may be chosen, with 100 points to lose
@@ -132,8 +132,13 @@ OPTIONS = {
     "equal widths": ("--widths 0.5 0.5", "--widths must differ from each other, got 0.5 0.5"),
     "equal depths": ("--depths 1 1", "--depths must differ from each other, got 1.0 1.0"),
     "equal numbers": ("--numbers int8 int8", "--numbers must differ from each other, got int8 int8"),
+    "equal ranks": ("--ranks 1 0.5 0.5", "--ranks must differ from each other, got 1.0 0.5 0.5"),
     "a width of 0": ("--widths 0.5 0", "--widths must be shares above 0"),
-    "other numbers": ("--numbers int4", "--numbers must be from float, int8-weights, int8, got int4"),
+    "a rank of 0": ("--ranks 0", "--ranks must be shares above 0"),
+    "other numbers": (
+        "--numbers int4",
+        "--numbers must be from float, int8-weights, int4-weights, int8, got int4",
+    ),
     "an aim without a budget": ("--aim latency", "--aim must be quality without --most-lost"),
     "no blocks": ("--depths 1 0.5", "--depths must be 1 for a network without residual blocks"),
 }

@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from distill_jax import export, models, train
-from distill_jax.compress import quantisation
+from distill_jax.compress import low_rank, quantisation
 from distill_jax.export import graphs
 from distill_jax.export._integers import with_integers
 
@@ -167,6 +167,18 @@ def test_a_file_of_integers_classifies_as_the_model_in_memory(tmp_path, name, ki
     path.write_bytes(data.replace(b".integers", b".integerz", 1))
     with pytest.raises(ValueError, match="is damaged"):
         export.describe(path)
+
+
+@needs_converter
+@pytest.mark.parametrize("name", ["mlp:32", "convnet:4,8"])
+def test_low_rank_factors_are_integers_too(tmp_path, name):
+    model = models.build(name, (8, 8, 1), 10, jax.random.key(0))
+    kernels = low_rank.kernels(model, IMAGES[:1])
+    ranks = low_rank.allocate(model, kernels, 0.6, of="flops")
+    small = quantisation.quantise(low_rank.factorise(model, kernels, ranks), [IMAGES[:500]], activations=True)
+    written = export.onnx(tmp_path / "m.onnx", small, IMAGES[:64])
+    assert len(written["integers"]) == len(kernels) + len(ranks) > len(kernels)
+    assert not FLOATS & set(started((tmp_path / "m.onnx").read_bytes(), tmp_path)[1])
 
 
 @needs_converter

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax import _jaxpr
-from distill_jax._checks import check_choice, check_count, check_fraction, check_mapping
+from distill_jax._checks import BudgetError, check_choice, check_count, check_fraction, check_mapping
 from distill_jax._model import ApplyFn, Model, PyTree, check_inputs, check_model, example_count
 from distill_jax.compress import linear_codes
 from distill_jax.compress._products import Kernel, is_closed, probe, rows_of, stacked
@@ -172,9 +172,10 @@ def allocate(
         _, path, rank, cost = heapq.heappop(steps)
         if cost > left:
             if ranks[path] == 0:
-                raise ValueError(
+                raise BudgetError(
                     f"budget: ranks of 1 already exceed {budget:g} of the model's {of}: allow more, "
-                    "or give fewer kernels"
+                    "or give fewer kernels",
+                    "budget",
                 )
             continue
         left -= cost
