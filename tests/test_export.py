@@ -409,6 +409,55 @@ def test_layer_norm_softmax_gelu_and_products_are_one_operation_each(tmp_path):
         assert ("Einsum" in used) == (functions is other)
 
 
+def attended(x, groups=1, over="k", scale=0.7, swapped=False):
+    """Attention of two heads with some groups of queries each; scores are normalised over the axis ``over``."""
+    kernels = np.random.default_rng(1).normal(size=(3, 4, 2 * groups, 3)).astype("f4")
+    bias = np.arange(6 * groups, dtype="f4").reshape(2 * groups, 3) / 10
+    query = (jnp.einsum("btd,dhc->bthc", x, kernels[0]) + bias).reshape(*x.shape[:2], 2, groups, 3)
+    key, value = (jnp.einsum("btd,dhc->bthc", x, k[:, :2]) for k in kernels[1:])
+    scores = scale * jnp.einsum("bqhgc,bkhc->bhgqk", query, key)
+    weights = jax.nn.softmax(scores, axis="bhgqk".index(over))
+    mixed = jnp.einsum("bhgqk,bkhc->bqghc" if swapped else "bhgqk,bkhc->bqhgc", weights, value)
+    return mixed.reshape(*x.shape[:2], -1)
+
+
+def masked(x):
+    return jax.nn.dot_product_attention(x[:, :, None], x[:, :, None], x[:, :, None], is_causal=True)
+
+
+@needs_onnx
+def test_attention_is_one_operation(tmp_path):
+    """Other sums of the same kind, and attention with a mask, are not."""
+    import onnx
+
+    x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype("f4")
+    same = attended, lambda x: attended(x, groups=3), lambda x: attended(x, scale=1.0)
+    other = lambda x: attended(x, over="q"), lambda x: attended(x, 3, swapped=True), masked
+    for functions, expected in ((same, 3), (other, 0)):
+        model = models.from_function(lambda _, x, functions=functions: [f(x) for f in functions], {})
+        export.onnx(tmp_path / "m.onnx", model, x)
+        used = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+        assert used.count("Attention") == expected
+
+
+@needs_onnx
+def test_a_bias_is_added_before_heads_are_parted_and_no_shape_is_left_and_taken_again(tmp_path):
+    import onnx
+
+    x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype("f4")
+    kernel, bias = np.ones((4, 2, 3), "f4"), np.arange(6, dtype="f4").reshape(2, 3)
+    model = models.from_function(
+        lambda _, x: (
+            (jnp.einsum("btd,dhc->bthc", x, kernel) + bias).reshape(3, 4, 6) @ np.ones((6, 2), "f4") + 1
+        ),
+        {},
+    )
+    with pytest.warns(UserWarning, match="takes batches of the shapes of x only"):
+        export.onnx(tmp_path / "m.onnx", model, x)
+    used = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert [kind for kind in used if kind != "Identity"] == ["MatMul", "Add", "MatMul", "Add"]
+
+
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
     """All but those whose packages are not installed."""
     monkeypatch.chdir(tmp_path)

@@ -1,10 +1,10 @@
-"""Writes what an ONNX graph computes in many small operations as one: products, softmax, LayerNorm and GELU.
+"""Writes what an ONNX graph computes in many small operations as one: softmax, LayerNorm, GELU, attention, products.
 
 A converter of JAX's primitives writes LayerNorm as some twenty operations. ONNX Runtime does not recognise them, and in
 a small network an operation costs more than what it computes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,23 @@ SHAPING = {"Expand", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
 def fused(onnx: Any, message: Any) -> Any:
-    """Returns an ONNX message in which LayerNorm, softmax, GELU and products with constants are one operation each.
+    """Returns a message in which LayerNorm, softmax, GELU, attention and products are one operation each.
 
     Args:
       onnx: the package.
-      message: an ``onnx.ModelProto`` of opset 20 or later that computes with floats; it is not changed.
+      message: an ``onnx.ModelProto`` of opset 23 or later that computes with floats; it is not changed.
     """
-    made = type(message)()
-    made.CopyFrom(message)
-    _Graph(onnx, made.graph).fuse()
-    return made
+    passes: tuple[dict[str, Callable[[_Graph, Any], list[Any] | None]], ...] = (
+        {"Einsum": _Graph.product, "Div": _Graph.softmax, "Add": _Graph.layer_norm, "Mul": _Graph.gelu},
+        {"Transpose": _Graph.attention, "Add": _Graph.bias},
+        {"Reshape": _Graph.same_shape},
+    )
+    for rules in passes:
+        # Infers the shapes of what the pass before has written
+        message = onnx.shape_inference.infer_shapes(message)
+        _Graph(onnx, message.graph).fuse(rules)
+    del message.graph.value_info[:]
+    return message
 
 
 class _Graph:
@@ -33,13 +40,17 @@ class _Graph:
         self.onnx, self.graph, self.write = onnx, graph, onnx.helper.make_node
         self.arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output}
+        self.shapes = {  # a number, or a name such as "batch", for each axis; 0 where it is not known
+            value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            for value in graph.value_info
+        }
 
-    def fuse(self) -> None:
+    def fuse(self, rules: Mapping[str, Callable[["_Graph", Any], list[Any] | None]]) -> None:
+        """Replaces nodes; a rule returns the nodes that compute the same as a node of its kind, or None."""
         nodes: list[Any] = []
         for node in self.graph.node:
-            rules = {"Einsum": self.product, "Div": self.softmax, "Add": self.layer_norm, "Mul": self.gelu}
             rule = rules.get(node.op_type)
-            nodes += (rule(node) if rule else None) or [node]
+            nodes += (rule(self, node) if rule else None) or [node]
         used = {output.name for output in self.graph.output}
         kept = []
         for node in reversed(nodes):  # what led to the replaced ones alone is left out
@@ -117,9 +128,7 @@ class _Graph:
         """
         if len(node.input) != 2 or node.input[1] not in self.arrays:
             return None
-        left, right, result = (
-            self.attribute(node, "equation").decode().replace(" ", "").replace("->", ",").split(",")
-        )
+        left, right, result = self.equation(node)
         shared = sum(letter in left for letter in right)
         rest = len(left) - shared
         if not 0 < shared < len(right) or (left[rest:], left[:rest] + right[shared:]) != (
@@ -225,6 +234,107 @@ class _Graph:
         options = {"axis": -1, "epsilon": float(self.arrays[epsilon].item())}
         return [self.write("LayerNormalization", [x, *given], list(node.output), **options)]
 
+    def attention(self, node: Any) -> list[Any] | None:
+        """Replaces softmax(scale · Q·Kᵀ)·V by an Attention, at the transpose that brings its heads together.
+
+        Each axis has a letter. The outputs are batch, place, head, perhaps a group, unit: with groups, several heads
+        of the queries share one of the keys (grouped-query attention).
+        """
+        order, mixed = self.untransposed(node.output[0], "Einsum")
+        if order is None or mixed is None:
+            return None
+        *sides, axes = self.equation(mixed)
+        batch, place, head, *group, unit = (axes[i] for i in order) if len(order) in (4, 5) else "    "
+        for (weights, w_axes), (values, v_axes) in _both(zip(mixed.input, sides, strict=True)):
+            if (softmax := self.of(weights, "Softmax")) is None:
+                continue
+            key = w_axes[self.attribute(softmax, "axis", -1)]
+            scores, w_axes, scale = self.unscaled(softmax.input[0], w_axes)
+            if scores is None or v_axes != f"{batch}{key}{head}{unit}":
+                continue
+            *sides, summed = self.equation(scores)
+            letters = dict(zip(summed, w_axes, strict=True))
+            for (queries, q_axes), (keys, k_axes) in _both(zip(scores.input, sides, strict=True)):
+                q, k = ("".join(letters.get(a, "*") for a in side) for side in (q_axes, k_axes))
+                sizes = [self.shapes.get(x, [])[2:] for x in (queries, keys, values)]
+                known = all(each and all(isinstance(n, int) and n > 0 for n in each) for each in sizes)
+                if known and (q, k) == (f"{batch}{place}{head}{''.join(group)}*", f"{batch}{key}{head}*"):
+                    return self.attend(node, [queries, keys, values], sizes, scale)
+        return None
+
+    def unscaled(self, name: str, axes: str) -> tuple[Any, str, float]:
+        """Follows a value back through transposes and constant factors to an Einsum: it, its axes, and the factor."""
+        scale = 1.0
+        while (node := self.of(name, "Mul") or self.of(name, "Transpose")) is not None:
+            numbers = [x for x in node.input if x in self.arrays and self.arrays[x].size == 1]
+            if node.op_type == "Transpose":
+                perm = list(self.attribute(node, "perm"))
+                axes = "".join(axes[perm.index(i)] for i in range(len(perm)))
+            elif len(numbers) == 1:
+                scale *= float(self.arrays[numbers[0]].item())
+            else:
+                break
+            (name,) = (x for x in node.input if x not in numbers)
+        return self.of(name, "Einsum"), axes, scale
+
+    def attend(self, node: Any, given: list[str], sizes: list[Any], scale: float) -> list[Any]:
+        """Writes an Attention of queries, keys and values ``[batch, place, *sizes]``, with their heads joined."""
+        output = node.output[0]
+        joined = self.constant(f"{output}.joined", np.array([0, 0, -1]))
+        after = self.constant(f"{output}.after", np.array([0, 0, *sizes[0][:-1], sizes[2][-1]]))
+        names = [f"{output}.{name}" for name in ("query", "key", "value")]
+        heads = {"q_num_heads": int(np.prod(sizes[0][:-1])), "kv_num_heads": sizes[1][0]}
+        return [
+            *(self.write("Reshape", [x, joined], [name]) for x, name in zip(given, names, strict=True)),
+            self.write("Attention", names, [f"{output}.heads"], scale=scale, **heads),
+            self.write("Reshape", [f"{output}.heads", after], [output]),
+        ]
+
+    def bias(self, node: Any) -> list[Any] | None:
+        """Adds a bias to a product before it is reshaped, and as a vector, which ONNX Runtime puts into the product."""
+        constant = next((name for name in node.input if name in self.arrays), None)
+        value = next((name for name in node.input if name not in self.arrays), None)
+        if constant is None or value is None:
+            return None
+        shaped, bias = self.of(value, "Reshape"), self.arrays[constant]
+        product = self.of(shaped.input[0] if shaped is not None else value, "MatMul")
+        if product is None or product.input[1] not in self.arrays:
+            return None
+        sizes = self.shapes.get(value, [])[len(self.shapes.get(product.output[0], ())) - 1 :]
+        if (
+            not sizes
+            or bias.size != self.arrays[product.input[1]].shape[-1]
+            or bias.shape[-len(sizes) :] != (*sizes,)
+        ):
+            return None
+        name = self.constant(f"{node.output[0]}.bias", bias.reshape(-1))
+        if shaped is None:
+            return [self.write("Add", [value, name], list(node.output))]
+        added = self.write("Add", [product.output[0], name], [f"{node.output[0]}.plain"])
+        return [added, self.write("Reshape", [f"{node.output[0]}.plain", shaped.input[1]], list(node.output))]
+
+    def same_shape(self, node: Any) -> list[Any] | None:
+        """Leaves out a Reshape to a shape that the value had before another one."""
+        wanted, name = self.shapes.get(node.output[0]), node.output[0]
+        while wanted and all(wanted) and (before := self.of(name, "Reshape")) is not None:
+            name = before.input[0]
+            if self.shapes.get(name) == wanted:
+                return [self.write("Identity", [name], list(node.output))]
+        return None
+
+    def untransposed(self, name: str, kind: str) -> tuple[list[int] | None, Any]:
+        """Follows a value back through transposes to a node of a kind: the order of the node's axes, and the node."""
+        order: list[int] | None = None
+        while (node := self.of(name, "Transpose")) is not None:
+            perm = list(self.attribute(node, "perm"))
+            order = perm if order is None else [perm[i] for i in order]
+            name = node.input[0]
+        return order, self.of(name, kind)
+
+    def equation(self, node: Any) -> list[str]:
+        """Returns the letters of the axes of an Einsum's operands, and of its result."""
+        return self.attribute(node, "equation").decode().replace(" ", "").replace("->", ",").split(",")
+
     def gelu(self, node: Any) -> list[Any] | None:
         """Replaces x · (0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))) by a Gelu, whose form with tanh this is."""
         for x, factor in (node.input, node.input[::-1]):
@@ -242,6 +352,12 @@ class _Graph:
             ):
                 return [self.write("Gelu", [x], list(node.output), approximate="tanh")]
         return None
+
+
+def _both(pairs: Iterable[Any]) -> tuple[Any, ...]:
+    """Returns two things in both orders, or nothing if there are not two."""
+    both = tuple(pairs)
+    return (both, both[::-1]) if len(both) == 2 else ()
 
 
 def _names(graph: Any) -> Iterator[str]:
