@@ -53,7 +53,7 @@ class Config(RunOptions):
     long_rounds: Count = 60  # number of rounds of the long training of a student from scratch
     time_rounds: tuple[Count, ...] = ()  # number of rounds of each method at equal time; none: measured
     batch_size: Count = 32  # number of rows per step
-    learning_rates: tuple[Positive, ...] = (5e-3, 1e-2)
+    learning_rates: tuple[Positive, ...] = (2.5e-3, 5e-3, 1e-2)
     """highest learning rates (Adam, cosine schedule) among which the first seed chooses for each method"""
     teacher_learning_rate: Positive = 3e-3  # highest learning rate of the teacher
     warmup: Share = 0.1  # share of the steps in which the learning rate rises
