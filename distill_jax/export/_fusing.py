@@ -241,10 +241,10 @@ class _Graph:
         of the queries share one of the keys (grouped-query attention).
         """
         order, mixed = self.untransposed(node.output[0], "Einsum")
-        if order is None or mixed is None:
+        if order is None or mixed is None or len(order) not in (4, 5):
             return None
         *sides, axes = self.equation(mixed)
-        batch, place, head, *group, unit = (axes[i] for i in order) if len(order) in (4, 5) else "    "
+        batch, place, head, *group, unit = (axes[i] for i in order)
         for (weights, w_axes), (values, v_axes) in _both(zip(mixed.input, sides, strict=True)):
             if (softmax := self.of(weights, "Softmax")) is None:
                 continue
