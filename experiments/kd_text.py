@@ -77,8 +77,8 @@ CONFIGS = {
         seeds=1, length=48, teacher=(48, 2, 4, 128), student=(16, 1, 2, 32), steps=20, teacher_rounds=6, rounds=3,
         long_rounds=4, learning_rates=(1e-2,), batch_size=16, prompt=16, samples=320, rows=512, evaluated=64,
     )),
-    "python": ("The sources of Python's library; about two hours on one core, by estimate.", Config()),
-    "bible": ("The World English Bible; about two hours on one core, by estimate.", Config(dataset="bible")),
+    "python": ("The sources of Python's library; about three hours on one core, by estimate.", Config()),
+    "bible": ("The World English Bible; about three hours on one core.", Config(dataset="bible")),
 }  # fmt: skip
 
 
