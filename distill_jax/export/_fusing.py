@@ -300,9 +300,11 @@ class _Graph:
         product = self.of(shaped.input[0] if shaped is not None else value, "MatMul")
         if product is None or product.input[1] not in self.arrays:
             return None
-        sizes = self.shapes.get(value, [])[len(self.shapes.get(product.output[0], ())) - 1 :]
+        shape = self.shapes.get(value, [])
+        sizes = shape[len(self.shapes.get(product.output[0], ())) - 1 :]
         if (
             not sizes
+            or bias.ndim > len(shape)
             or bias.size != self.arrays[product.input[1]].shape[-1]
             or bias.shape[-len(sizes) :] != (*sizes,)
         ):
