@@ -286,7 +286,8 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     loss, _, _, shape = CASES[name]
     (teacher,) = draw(shape)
     values, gradient = at_the_teacher(loss, teacher)
-    atol = 2e-7 if name.startswith("nst") else 1e-12  # NST's kernels' means cancel
+    # Means of NST's kernels cancel; factors are divided by norms, which round differently without AVX-512
+    atol = 1e-6 if name.startswith(("nst", "factor_transfer")) else 1e-12
     np.testing.assert_allclose(values, 0, atol=atol)
     np.testing.assert_allclose(gradient, 0, atol=2e-7)
 

@@ -1,5 +1,6 @@
 """The kinds of stored labels, and labels of views."""
 
+import functools
 import itertools
 
 import jax
@@ -56,9 +57,9 @@ def files(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def same(found, expected):
+def same(found, expected, atol=0):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), found, expected)
 
 
 @pytest.mark.parametrize("views", [None, VIEWS], ids=["examples", "views"])
@@ -72,14 +73,16 @@ def test_every_kind_is_read_resumed_and_checked(tmp_path, name, views):
     assert stored == 10 * size * (2 if views else 1) + 3 * 32
 
     # Any order, any file, one view or all
+    # A product of another shape may round differently
+    alike = functools.partial(same, atol=1e-6 if name == "hidden" else 0)
     every = store[IDS]
-    same(store[IDS[::-1]], jax.tree.map(lambda x: x[::-1], every))
-    same(write(tmp_path / "one file", name, views, shard_rows=10)[IDS], every)
-    same(store[[]], jax.tree.map(lambda x: x[:0], every))
-    same(store[np.reshape(IDS, (2, 5))], jax.tree.map(lambda x: x.reshape(2, 5, *x.shape[1:]), every))
+    alike(store[IDS[::-1]], jax.tree.map(lambda x: x[::-1], every))
+    alike(write(tmp_path / "one file", name, views, shard_rows=10)[IDS], every)
+    alike(store[[]], jax.tree.map(lambda x: x[:0], every))
+    alike(store[np.reshape(IDS, (2, 5))], jax.tree.map(lambda x: x.reshape(2, 5, *x.shape[1:]), every))
     if views:
-        same(store[IDS, 1], jax.tree.map(lambda x: x[:, 1], every))
-        same(store[IDS[:2], [1, 0]], jax.tree.map(lambda x: x[[0, 1], [1, 0]], every))
+        alike(store[IDS, 1], jax.tree.map(lambda x: x[:, 1], every))
+        alike(store[IDS[:2], [1, 0]], jax.tree.map(lambda x: x[[0, 1], [1, 0]], every))
     assert {x.dtype.name for x in jax.tree.leaves(every)} <= {"float32", "int32"}
 
     # An interrupted writer goes on to the same bytes
