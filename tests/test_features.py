@@ -289,7 +289,8 @@ def test_zero_and_flat_at_student_equals_teacher(name):
     # Means of NST's kernels cancel; factors are divided by norms, which round differently without AVX-512
     atol = 1e-6 if name.startswith(("nst", "factor_transfer")) else 1e-12
     np.testing.assert_allclose(values, 0, atol=atol)
-    np.testing.assert_allclose(gradient, 0, atol=2e-7)
+    if name != "factor_transfer":  # a sum of absolute values, which has no slope at 0, where rounding decides
+        np.testing.assert_allclose(gradient, 0, atol=2e-7)
 
 
 def test_fsp_and_cat_kd_are_zero_at_the_teacher():
