@@ -101,8 +101,8 @@ CONFIGS = {
     "mlp": ("784-1200-1200-10 on MNIST", replace(
         MLP, original_epochs=12, widths=(0.4, 0.32, 0.25), rounds=(4, 24),
     )),
-    "convnet": ("convolutions of 24 and 48 channels and a dense layer on MNIST", replace(
-        DEEP, original="convnet:24,48", original_epochs=5, widths=(0.5, 0.34, 0.25),
+    "convnet": ("convolutions of 32 and 64 channels and a dense layer on MNIST", replace(
+        DEEP, original="convnet:32,64", original_epochs=4, widths=(0.5, 0.34, 0.25),
     )),
     "vgg": ("VGG-8 of half width on MNIST", replace(
         DEEP, original="vgg8:0.5", original_epochs=3, widths=(0.5, 0.25), rounds=(1, 8),
@@ -113,9 +113,9 @@ CONFIGS = {
     "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; its training is slow on a CPU", replace(
         DEEP, original="mobilenetv2-t2:0.5", original_epochs=2, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 4),
     )),
-    "transformer": ("a vision transformer of four blocks and half width on MNIST", replace(
-        DEEP, original="vit4-7:0.5", original_epochs=6, original_learning_rate=1e-3, widths=(0.5,),
-        depths=(0.6, 0.5, 0.4), rounds=(1, 8), jitter=1,
+    "transformer": ("a vision transformer of six blocks and half width on MNIST", replace(
+        DEEP, original="vit6-7:0.5", original_epochs=6, original_learning_rate=1e-3, widths=(0.5,),
+        depths=(0.5, 0.4, 0.3), rounds=(1, 8), jitter=1,
     )),
     "digits": ("64-1200-1200-10 on scikit-learn's digits, which need no download: minutes", replace(
         MLP, dataset="digits", original_epochs=30, batch_size=32, jitter=0, rounds=(20, 40), widths=(0.25, 0.12, 0.06),
