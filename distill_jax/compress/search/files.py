@@ -201,7 +201,8 @@ def best_file(
       aim: what is chosen of the files within the budgets: ``"quality"``, the one of the highest quality (of equal
         ones the smallest); ``"latency"``, the fastest; ``"bytes"``, the smallest.
       most_bytes: the largest file that may be chosen; or None.
-      most_ms: the longest median time of a call, in milliseconds; or None.
+      most_ms: the longest median time of a call, in milliseconds; or None. A file that takes longer is measured up to
+        three times, and its fastest time counts, since other work on the machine makes calls longer.
       least_quality: the lowest quality that may be chosen; or None.
       keep: the share of the candidates that goes on to the next round, rounded up. Those of enough quality come
         first, in the order of the aim, then the others in the order of quality.
@@ -266,7 +267,12 @@ def best_file(
         of = finished(name)
         try:
             write(path, of, x)
-            return {"under": under, "found": export.latency(path, first, threads=threads, seconds=seconds)}
+            runs = [export.latency(path, first, threads=threads, seconds=seconds)]
+            while len(runs) < 3 and runs[-1]["latency_ms"] > (
+                most_ms or math.inf
+            ):  # other work on the machine?
+                runs.append(export.latency(path, first, threads=threads, seconds=seconds))
+            return {"under": under, "found": min(runs, key=lambda run: run["latency_ms"])}
         except ValueError as error:
             raise _UnwritableError(f"write, for {name!r}: {error}") from error
 

@@ -102,7 +102,7 @@ def compensate(
     small = jax.tree.map(jnp.asarray, by(graph, model, kept))
     original = probe(model, batches[0])
     smaller = probe(small, batches[0]).kernels
-    biases = _biases(graph, original.kernels)
+    biases = find_biases(graph, original.kernels)
     errors, notes = {}, _impossible(graph, kept, original.others)
     for path, kernel in original.kernels.items():
         lost = masks.get(path, {})
@@ -214,7 +214,7 @@ def _impossible(graph: UnitGraph, kept: Kept, others: Mapping[str, str]) -> list
     return notes
 
 
-def _biases(graph: UnitGraph, kernels: Mapping[str, Kernel]) -> dict[str, tuple[str, int]]:
+def find_biases(graph: UnitGraph, kernels: Mapping[str, Kernel]) -> dict[str, tuple[str, int]]:
     """Finds what is added to (1) or subtracted from (−1) the outputs of each kernel, one number per output."""
     program: Program = graph.traced.program
     shapes = {number: aval.shape for number, aval in enumerate(program.avals)}

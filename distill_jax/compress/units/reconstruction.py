@@ -1,0 +1,152 @@
+"""Scores units by how well the others can stand in for them, removed one after the other."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distill_jax._checks import check_positive
+from distill_jax._model import Model, PyTree, check_model
+from distill_jax.compress._products import Kernel, check_batches, probe, rows_of, stacked
+from distill_jax.compress.units._trace.roles import positions, roles
+from distill_jax.compress.units.compensation import find_biases
+from distill_jax.compress.units.graph import Slice, UnitGraph, check_graph
+from distill_jax.compress.units.scoring import Normalise, Scores, normalised
+from distill_jax.weights.structure import by_path
+
+
+def reconstruction(
+    graph: UnitGraph,
+    model: Model,
+    batches: Sequence[PyTree],
+    *,
+    damping: float = 0.01,
+    normalise: Normalise = "none",
+) -> Scores:
+    """Scores a unit by the error that remains when it goes and the kernels that used it are solved anew.
+
+    A layer multiplies its inputs x, the units of a group, by a kernel W. Without some of the units, least squares
+    finds the kernel W̃ of the others whose outputs are nearest to x·W. With H = E[xxᵀ] + λI, the removal of the unit u
+    adds the error tr(W_uᵀ (H⁻¹)_uu⁻¹ W_u), where W and H⁻¹ are those after the removals before. Units go one after
+    the other, each time the one that adds least; so of two units that do the same work, one goes at once, and the
+    other one has a high score. The score is the error that a unit adds, as a share of the squares of the outputs, and
+    at least the score of the units that went before it. Errors of several kernels that use the unit are added up.
+
+    Scores say what :func:`~distill_jax.compress.units.compensate` can make good, so it should follow: without it,
+    a small network may be worse than one that other scores choose.
+
+    Args:
+      graph: the network's units, from :func:`distill_jax.compress.units.trace`.
+      model: the model, of the traced structure and shapes.
+      batches: inputs, batch by batch, of any batch sizes. Padding counts as well, so leave it out.
+      damping: λ as a share of the mean square of the inputs, above 0.
+      normalise: how the scores of a group are made comparable. They are shares, so "none" compares them as they are.
+
+    Returns:
+      For each free group whose units are the inputs of kernels, float64 ``[size]``.
+
+    Raises:
+      ValueError: if there are no batches, or a layer's inputs are not finite.
+
+    References:
+      Kurtić, Frantar, Alistarh, `ZipLM: Inference-Aware Structured Pruning of Language Models`, 2023
+      (arXiv 2302.04089), Eq. 2 and Algorithm 1.
+
+    >>> import jax.numpy as jnp
+    >>> from distill_jax import models
+    >>> from distill_jax.compress import units
+    >>> params = {"a": jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]), "b": jnp.ones((3, 1))}
+    >>> model = models.from_function(lambda p, x: (x @ p["a"]) @ p["b"], params)
+    >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> scores = units.scores.reconstruction(units.trace(model, x), model, [x], damping=1e-6)
+    >>> print(scores["a"].round(2))  # the first and the last unit can do each other's work
+    [0.  0.1 0.9]
+    """
+    check_graph(graph)
+    check_model("model", model)
+    check_positive("damping", damping)
+    check_batches(batches)
+    kernels = probe(model, batches[0]).kernels
+    biased, leaves = find_biases(graph, kernels), by_path(model.params)
+    used = {
+        name: [s for s in role.outgoing if s.path in kernels and s.axis in kernels[s.path].summed]
+        for name, role in roles(graph, alike=False).items()
+    }
+    wanted = {s.path for slices in used.values() for s in slices}
+    triangles: dict[str, np.ndarray] = {}
+    for x in batches:
+        for path, rows in rows_of(model, x).items():
+            if path in wanted:
+                ones = np.ones((len(rows), int(path in biased)))
+                triangles[path] = stacked(triangles.get(path), np.concatenate([ones, rows], 1))
+    found = {}
+    for name, slices in used.items():
+        layers = [
+            _Layer(s, kernels[s.path], leaves[s.path], triangles[s.path], s.path in biased, damping)
+            for s in slices
+            if positions(s.index, graph.groups[name].size) is not None
+        ]
+        if layers:
+            found[name] = _one_by_one(layers, graph.groups[name].size)
+    return normalised(found, normalise)
+
+
+class _Layer:
+    """A kernel that loses units of its inputs: its matrix, and H⁻¹, as they are after each removal."""
+
+    def __init__(
+        self,
+        used: Slice,
+        kernel: Kernel,
+        leaf: np.ndarray,
+        triangle: np.ndarray,
+        biased: bool,
+        damping: float,
+    ):
+        self.matrix = kernel.matrix(leaf).copy()  # float64 arrays of the model would be changed
+        if biased:  # a bias takes up the mean: what R leaves below its first row has none
+            triangle = triangle[1:, 1:]
+        squares = triangle.T @ triangle
+        strength = damping * np.trace(squares) / len(squares) or 1.0
+        self.inverse = np.linalg.inv(squares + strength * np.eye(len(squares)))
+        self.whole = float(np.sum((triangle @ self.matrix) ** 2)) or 1.0
+        # Which rows of the matrix each unit has
+        unit = np.broadcast_to(
+            used.index.reshape([-1 if axis == used.axis else 1 for axis in range(len(kernel.shape))]),
+            kernel.shape,
+        )
+        rows = unit.transpose(kernel.order).reshape(self.matrix.shape)[:, 0]
+        size = int(used.index.max()) + 1
+        blocks = positions(rows, size)
+        assert blocks is not None
+        self.blocks = blocks
+
+    def errors(self, units: np.ndarray) -> np.ndarray:
+        """Computes which error the removal of each of these units would add, as a share of the outputs' squares."""
+        rows = self.blocks[units]
+        weights = self.matrix[rows]
+        inner = self.inverse[rows[:, :, None], rows[:, None, :]]
+        return np.einsum("uio,uio->u", weights, np.linalg.solve(inner, weights)) / self.whole
+
+    def remove(self, unit: int) -> None:
+        """Removes a unit, and corrects the weights of the others."""
+        rows = self.blocks[unit]
+        columns = self.inverse[:, rows]
+        inner = columns[rows]
+        self.matrix -= columns @ np.linalg.solve(inner, self.matrix[rows])
+        self.inverse -= columns @ np.linalg.solve(inner, columns.T)
+
+
+def _one_by_one(layers: Sequence[_Layer], size: int) -> np.ndarray:
+    """Removes all units of a group but one, each time the one that adds the least error: their scores."""
+    left, scores, highest = np.arange(size), np.zeros(size), 0.0
+    while len(left):
+        errors = np.sum([layer.errors(left) for layer in layers], 0)
+        place = int(errors.argmin())
+        # Ranks are kept where errors are equal, or fall
+        highest = max(highest * (1 + 1e-12), float(errors[place]))
+        scores[left[place]] = highest
+        if len(left) > 1:
+            for layer in layers:
+                layer.remove(int(left[place]))
+        left = np.delete(left, place)
+    return scores
