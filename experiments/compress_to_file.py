@@ -61,6 +61,9 @@ class Config(OriginalOptions):
     widths: tuple[Share, ...] = (0.5, 0.35, 0.25, 0.18)  # shares of the units that candidates keep
     depths: tuple[Share, ...] = (1.0,)
     """shares of the operations that are left when residual blocks are removed, before units are; 1 removes none"""
+    multiple: Count = 1
+    """number of which the sizes of layers are multiples, rounded up; ONNX Runtime's convolutions are fast with
+    multiples of 8 channels"""
     ranks: tuple[Share, ...] = (1.0,)
     """shares of the multiplications that are left when kernels become products of two thin matrices, after units are
     removed; 1 leaves kernels as they are"""
@@ -102,16 +105,17 @@ CONFIGS = {
         MLP, original_epochs=12, widths=(0.4, 0.32, 0.25), rounds=(4, 24),
     )),
     "convnet": ("convolutions of 32 and 64 channels and a dense layer on MNIST", replace(
-        DEEP, original="convnet:32,64", original_epochs=4, widths=(0.5, 0.34, 0.25),
+        DEEP, original="convnet:32,64", original_epochs=4, widths=(0.375, 0.25), multiple=8,
     )),
     "vgg": ("VGG-8 of half width on MNIST", replace(
-        DEEP, original="vgg8:0.5", original_epochs=3, widths=(0.5, 0.25), rounds=(1, 8),
+        DEEP, multiple=8, original="vgg8:0.5", original_epochs=3, widths=(0.5, 0.25), rounds=(1, 8),
     )),
     "resnet": ("ResNet-14 on MNIST", replace(
-        DEEP, original="resnet14", original_epochs=3, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 6),
+        DEEP, multiple=8, original="resnet14", original_epochs=3, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 6),
     )),
     "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; its training is slow on a CPU", replace(
-        DEEP, original="mobilenetv2-t2:0.5", original_epochs=2, widths=(0.5,), depths=(1.0, 0.7), rounds=(1, 4),
+        DEEP, multiple=8, original="mobilenetv2-t2:0.5", original_epochs=2, widths=(0.5,),
+        depths=(1.0, 0.7), rounds=(1, 4),
     )),
     "transformer": ("a vision transformer of six blocks and half width on MNIST", replace(
         DEEP, original="vit6-7:0.5", original_epochs=6, original_learning_rate=1e-3, widths=(0.5,),

@@ -57,7 +57,8 @@ class Tools:
             graph = units.trace(model, self.x[:1])
         exact = {name for name, group in graph.groups.items() if group.free and group.exact_shrunk}
         scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
-        model = units.keep(graph, model, units.prune(graph, scores, width, across="group"))
+        kept = units.prune(graph, scores, width, across="group", multiple=self.config.multiple)
+        model = units.keep(graph, model, kept)
         if rank == 1:
             return model
         kernels, roots = low_rank.kernels(model, self.x), low_rank.layer_roots(model, self.x)
