@@ -3,8 +3,9 @@
 The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
 once. From these embeddings students learn:
 
-- "transformer": some of the teacher's layers, without the heads and feed-forward units that count least (units, by
-  Fisher), so that it has a share of the teacher's FLOPs; the table of embeddings of tokens stays the teacher's;
+- "transformer": some of the teacher's layers, without the heads and feed-forward units that count least, so that it
+  has a share of the teacher's FLOPs. Those go first for which the others can stand in, and least squares lets them do
+  so, before any training. The table of embeddings of tokens stays the teacher's;
 - "static": a vector and a weight for each token, and a linear map of the weighted mean. It begins as Model2Vec: each
   vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more.
 
@@ -27,7 +28,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,10 @@ class Config(RunOptions):
     evaluated: Count = 1500  # number of sentences of the validation data, and of the test data, at most
     layers: tuple[Whole, ...] = (0, 2, 5)  # layers of the teacher that the transformer begins with; none: all
     budget: Share = 0.25  # share of the teacher's FLOPs that the transformer has
+    score: Literal["reconstruction", "fisher"] = "reconstruction"
+    """how units of the transformer are judged: by the error that remains when least squares makes up for them, which is
+    then done; or by Fisher information, and the others stay as they are"""
+    calibration: Count = 768  # number of sentences for least squares
     axes: Count = 256  # number of principal axes of the static student's vectors
     rare: Positive = 1e-3
     """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""
@@ -79,8 +84,8 @@ CONFIGS = {
     "transformer": ("Three layers of the teacher, with under a quarter of its FLOPs.", TRANSFORMER),
     "pruned": ("All layers of the teacher, with half of its FLOPs.", replace(TRANSFORMER, layers=(), budget=0.5)),
     "smoke": ("A tiny random teacher: shows in a minute that all works, and nothing else.", Config(
-        dataset="stdlib", teacher="random", seeds=1, length=12, sentences=512, evaluated=100, epochs=2, batch_size=32,
-        layers=(1,), budget=0.4, axes=16,
+        dataset="stdlib", teacher="random", seeds=1, length=12, sentences=512, calibration=256, evaluated=100, epochs=2,
+        batch_size=32, layers=(1,), budget=0.4, axes=16,
     )),
 }  # fmt: skip
 
@@ -187,25 +192,48 @@ class Lesson:
 
     @functools.cached_property
     def transformer(self) -> models.Model:
-        """The transformer before training. A unit counts as much as the embeddings change without it (Fisher)."""
+        """The transformer before training: it has a share of the teacher's FLOPs."""
         some = {name: values[:64] for name, values in self.data.train.image().items()}
+        given = self.teacher.params
+        layers = [given["layers"][i] for i in self.config.layers or range(len(given["layers"]))]
+        student = self.teacher.replace(params={**given, "layers": layers})
+        graph = units.trace(student, some)
+        # Shares of errors do not compare layers, in some of which a few outputs are many times as large as all others
+        if solve := self.config.score == "reconstruction":
+            scores, across = units.scores.reconstruction(graph, student, self.calibration), "group"
+        else:
+            scores, across = self.fisher(graph, student, some), "isomorphic"
+        wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
+        budget = self.config.budget * units.costs.flops(units.trace(self.teacher, some), {})
+        kept = units.prune(graph, wanted, budget, of=units.costs.flops, across=across)
+        if solve:
+            student = units.compensate(graph, student, kept, self.calibration).model
+        return units.keep(graph, student, kept)
+
+    @functools.cached_property
+    def calibration(self) -> list[dict[str, np.ndarray]]:
+        """Sentences of the eight commonest lengths, a batch of each: padding would count in least squares."""
+        rows = self.data.train
+        lengths = (rows.segments != 0).sum(1)
+        found, counts = np.unique(lengths, return_counts=True)
+        batches = []
+        for length in found[np.argsort(-counts, kind="stable")[:8]]:
+            at = np.flatnonzero(lengths == length)[: -(-self.config.calibration // 8)]
+            batches.append({name: values[at, :length] for name, values in rows.image().items()})
+        return batches
+
+    def fisher(
+        self, graph: units.UnitGraph, student: models.Model, some: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Scores units: a unit counts as much as the embeddings change without it."""
         directions = jax.random.normal(jax.random.key(0), (len(some["tokens"]), self.width))
 
         def along(model: models.Model, example: Any) -> jax.Array:
             x, direction = example
             return model({name: values[None] for name, values in x.items()})[0] @ direction
 
-        given = self.teacher.params
-        layers = [given["layers"][i] for i in self.config.layers or range(len(given["layers"]))]
-        student = self.teacher.replace(params={**given, "layers": layers})
-        graph = units.trace(student, some)
         squares = units.scores.squared_gradients(along, student, (some, directions), chunk=8)
-        scores = units.scores.fisher(graph, student, squares)
-        wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
-        budget = self.config.budget * units.costs.flops(units.trace(self.teacher, some), {})
-        return units.keep(
-            graph, student, units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
-        )
+        return units.scores.fisher(graph, student, squares)
 
     def start(self, name: str) -> models.Model:
         """Takes a student before training."""

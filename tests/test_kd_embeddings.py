@@ -169,8 +169,9 @@ def test_the_static_student_begins_as_the_teachers_tokens_alone():
     np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flops():
-    lesson = untrained(["see the cat the", "and the dog"] * 32, layers=(1,), budget=0.3)
+@pytest.mark.parametrize("score", ["reconstruction", "fisher"])
+def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flops(score):
+    lesson = untrained(["see the cat the", "and the dog"] * 32, layers=(1,), budget=0.3, score=score)
     x = lesson.data.train.image()
     before, after = (
         jax.jit(lambda model: model(x)).lower(model).cost_analysis()["flops"]
@@ -183,6 +184,19 @@ def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flo
     assert layer["attention"]["query"]["kernel"].shape == (32, 1, 16)
     embeddings = np.asarray(lesson.transformer(x))
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+def test_least_squares_sees_no_padding_and_brings_the_start_nearer():
+    rng, letters = np.random.default_rng(0), list("abcdefghij")
+    words = [" ".join(rng.choice(letters, length)) for length in (3, 4, 4, 6, 6, 6) * 40]
+    cut = untrained(words, layers=(), budget=0.5, score="fisher")
+    solved = untrained(words, layers=(), budget=0.5, score="reconstruction", calibration=400)
+    assert [batch["tokens"].shape for batch in solved.calibration] == [(50, 6), (50, 4), (40, 3)]
+    assert all(batch["segments"].all() for batch in solved.calibration)
+    x = cut.data.train.image()
+    wanted = cut.teacher(x)
+    errors = [float(1 - (lesson.transformer(x) * wanted).sum(-1).mean()) for lesson in (cut, solved)]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_the_real_teacher_is_cut_to_half_of_its_flops():
