@@ -57,7 +57,10 @@ class Tools:
             graph = units.trace(model, self.x[:1])
         exact = {name for name, group in graph.groups.items() if group.free and group.exact_shrunk}
         scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
-        kept = units.prune(graph, scores, width, across="group", multiple=self.config.multiple)
+        try:
+            kept = units.prune(graph, scores, width, across="group", multiple=self.config.multiple)
+        except ValueError:
+            return None  # even with one such multiple per layer there are more units
         model = units.keep(graph, model, kept)
         if rank == 1:
             return model

@@ -60,7 +60,7 @@ class Config(RunOptions):
     score: Literal["reconstruction", "fisher"] = "reconstruction"
     """how units of the transformer are judged: by the error that remains when least squares makes up for them, which is
     then done; or by Fisher information, and the others stay as they are"""
-    calibration: Count = 768  # number of sentences for least squares
+    calibration: Count = 768  # number of sentences for least squares at most, of the eight commonest lengths
     axes: Count = 256  # number of principal axes of the static student's vectors
     rare: Positive = 1e-3
     """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""

@@ -16,6 +16,7 @@ EXPERIMENT = compress_to_file
 SMALL = [
     *("digits", "--seeds", "1", "--original", "mlp:12", "--original-epochs", "2", "--rounds", "1", "1"),
     *("--widths", "0.5", "--ranks", "1", "0.5", "--save-seconds", "0", "--runtime", "stablehlo"),
+    *("--multiple", "4"),
     *("--numbers", "float", "int8"),
     *("--aim", "bytes", "--most-lost", "100", "--most-bytes", "9999999", "--most-ms", "999"),
 ]  # fmt: skip
@@ -57,6 +58,10 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert f"{smallest} | " in printed
     path = out / seed["file"]
     model = models.load(path)
+    assert {leaf.shape for leaf in jax.tree.leaves(model.params)} >= {
+        (4,),
+        (10,),
+    }  # 4 of 12 units: 6 is no multiple
     test = data.load("digits").test
     wrong = np.argmax(model(prepare(test.image)), -1) != test.label
     assert found["models"]["chosen"]["test"]["errors"] == [wrong.sum()]

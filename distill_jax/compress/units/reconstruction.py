@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from distill_jax._checks import check_positive
 from distill_jax._model import Model, PyTree, check_model
 from distill_jax.compress._products import Kernel, check_batches, probe, rows_of, stacked
 from distill_jax.compress.units._trace.roles import positions, roles
 from distill_jax.compress.units.compensation import find_biases
+from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import Slice, UnitGraph, check_graph
 from distill_jax.compress.units.scoring import Normalise, Scores, normalised
-from distill_jax.weights.structure import by_path
 
 
 def reconstruction(
@@ -22,30 +23,36 @@ def reconstruction(
     damping: float = 0.01,
     normalise: Normalise = "none",
 ) -> Scores:
-    """Scores a unit by the error that remains when it goes and the kernels that used it are solved anew.
+    """Scores a unit by the error that its removal adds when the kernels that used it are solved anew.
 
     A layer multiplies its inputs x, the units of a group, by a kernel W. Without some of the units, least squares
-    finds the kernel W̃ of the others whose outputs are nearest to x·W. With H = E[xxᵀ] + λI, the removal of the unit u
-    adds the error tr(W_uᵀ (H⁻¹)_uu⁻¹ W_u), where W and H⁻¹ are those after the removals before. Units go one after
-    the other, each time the one that adds least; so of two units that do the same work, one goes at once, and the
-    other one has a high score. The score is the error that a unit adds, as a share of the squares of the outputs, and
-    at least the score of the units that went before it. Errors of several kernels that use the unit are added up.
+    finds the kernel W̃ of the others whose outputs are nearest to x·W. Let H = E[xxᵀ] + λI, and let W_u be the rows of
+    W that belong to the unit u: one, or those of a head or of all taps of a channel. Its removal adds the error
+    tr(W_uᵀ ((H⁻¹)_uu)⁻¹ W_u), where W and H⁻¹ are those after the removals before. Units go one after the other, each
+    time the one that adds least. So of two equal units one goes early, and the other one then scores high, as nothing
+    can replace it. The score is the error that a unit adds, as a share of the squares of the outputs, and at least the
+    score of the units that went before it. Errors of several kernels that use the unit are added up. Where a kernel
+    has a bias, which makes up for means, inputs and outputs count without their means.
 
-    Scores say what :func:`~distill_jax.compress.units.compensate` can make good, so it should follow: without it,
-    a small network may be worse than one that other scores choose.
+    The scores assume that :func:`~distill_jax.compress.units.compensate` follows. Without it, a small network may be
+    worse than one that other scores choose. Shares of errors do not compare layers in which a few outputs are many
+    times as large as the others, as in many transformers: there, prune with ``across="group"``.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
-      batches: inputs, batch by batch, of any batch sizes. Padding counts as well, so leave it out.
-      damping: λ as a share of the mean square of the inputs, above 0.
-      normalise: how the scores of a group are made comparable. They are shares, so "none" compares them as they are.
+      batches: inputs, batch by batch, of any batch sizes. Padding counts as well, so leave it out. There should be more
+        examples (times places) than a layer has inputs, or units seem to be replaceable that are not.
+      damping: λ as a share of the mean square of the inputs, above 0. It is part of the error: where inputs are few, it
+        keeps large weights.
+      normalise: how the scores of a group are made comparable, see the module's first lines.
 
     Returns:
-      For each free group whose units are the inputs of kernels, float64 ``[size]``.
+      For each free group whose units are multiplied by kernels alone, float64 ``[size]``. Each group is scored as if
+      all others stayed whole.
 
     Raises:
-      ValueError: if there are no batches, or a layer's inputs are not finite.
+      ValueError: if the model is not the traced one, there are no batches, or a layer's inputs are not finite.
 
     References:
       Kurtić, Frantar, Alistarh, `ZipLM: Inference-Aware Structured Pruning of Language Models`, 2023
@@ -66,10 +73,15 @@ def reconstruction(
     check_positive("damping", damping)
     check_batches(batches)
     kernels = probe(model, batches[0]).kernels
-    biased, leaves = find_biases(graph, kernels), by_path(model.params)
+    biased, leaves = find_biases(graph, kernels), float_leaves(graph, model)
+
+    def is_input(used: Slice, size: int) -> bool:
+        return used.path in kernels and positions(used.index, size) is not None
+
     used = {
-        name: [s for s in role.outgoing if s.path in kernels and s.axis in kernels[s.path].summed]
+        name: role.outgoing
         for name, role in roles(graph, alike=False).items()
+        if role.outgoing and all(is_input(s, graph.groups[name].size) for s in role.outgoing)
     }
     wanted = {s.path for slices in used.values() for s in slices}
     triangles: dict[str, np.ndarray] = {}
@@ -80,13 +92,12 @@ def reconstruction(
                 triangles[path] = stacked(triangles.get(path), np.concatenate([ones, rows], 1))
     found = {}
     for name, slices in used.items():
+        size = graph.groups[name].size
         layers = [
-            _Layer(s, kernels[s.path], leaves[s.path], triangles[s.path], s.path in biased, damping)
+            _Layer(s, size, kernels[s.path], leaves[s.path], triangles[s.path], s.path in biased, damping)
             for s in slices
-            if positions(s.index, graph.groups[name].size) is not None
         ]
-        if layers:
-            found[name] = _one_by_one(layers, graph.groups[name].size)
+        found[name] = _one_by_one(layers, size)
     return normalised(found, normalise)
 
 
@@ -96,6 +107,7 @@ class _Layer:
     def __init__(
         self,
         used: Slice,
+        size: int,
         kernel: Kernel,
         leaf: np.ndarray,
         triangle: np.ndarray,
@@ -103,20 +115,22 @@ class _Layer:
         damping: float,
     ):
         self.matrix = kernel.matrix(leaf).copy()  # float64 arrays of the model would be changed
-        if biased:  # a bias takes up the mean: what R leaves below its first row has none
+        norms = np.linalg.norm(triangle, axis=0)[int(biased) :]
+        if biased:  # what R leaves below its first row, that of the ones, has no mean
             triangle = triangle[1:, 1:]
-        squares = triangle.T @ triangle
-        strength = damping * np.trace(squares) / len(squares) or 1.0
-        self.inverse = np.linalg.inv(squares + strength * np.eye(len(squares)))
+        constant = np.linalg.norm(triangle, axis=0) <= 1e-6 * norms  # rows are of float32
+        self.matrix[constant] = 0  # a bias makes up for these inputs, or they are 0
         self.whole = float(np.sum((triangle @ self.matrix) ** 2)) or 1.0
+        count = len(self.matrix)
+        strength = damping * np.sum(triangle**2) / count or 1.0
+        # Not from RᵀR, which has the square of R's condition number
+        rows = np.concatenate([triangle, np.sqrt(strength) * np.eye(count)])
+        inverse = solve_triangular(np.linalg.qr(rows, mode="r"), np.eye(count))
+        self.inverse = inverse @ inverse.T
         # Which rows of the matrix each unit has
-        unit = np.broadcast_to(
-            used.index.reshape([-1 if axis == used.axis else 1 for axis in range(len(kernel.shape))]),
-            kernel.shape,
-        )
-        rows = unit.transpose(kernel.order).reshape(self.matrix.shape)[:, 0]
-        size = int(used.index.max()) + 1
-        blocks = positions(rows, size)
+        shape = [-1 if axis == used.axis else 1 for axis in range(len(kernel.shape))]
+        unit = np.broadcast_to(used.index.reshape(shape), kernel.shape).transpose(kernel.order)
+        blocks = positions(unit.reshape(self.matrix.shape)[:, 0], size)
         assert blocks is not None
         self.blocks = blocks
 
@@ -125,7 +139,8 @@ class _Layer:
         rows = self.blocks[units]
         weights = self.matrix[rows]
         inner = self.inverse[rows[:, :, None], rows[:, None, :]]
-        return np.einsum("uio,uio->u", weights, np.linalg.solve(inner, weights)) / self.whole
+        errors = np.einsum("uio,uio->u", weights, np.linalg.solve(inner, weights)) / self.whole
+        return np.maximum(errors, 0)  # rounding
 
     def remove(self, unit: int) -> None:
         """Removes a unit, and corrects the weights of the others."""
@@ -142,7 +157,7 @@ def _one_by_one(layers: Sequence[_Layer], size: int) -> np.ndarray:
     while len(left):
         errors = np.sum([layer.errors(left) for layer in layers], 0)
         place = int(errors.argmin())
-        # Ranks are kept where errors are equal, or fall
+        # The order of removal stays the order of the scores where errors are equal, or fall
         highest = max(highest * (1 + 1e-12), float(errors[place]))
         scores[left[place]] = highest
         if len(left) > 1:
