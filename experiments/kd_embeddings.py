@@ -199,8 +199,9 @@ class Lesson:
         student = self.teacher.replace(params={**given, "layers": layers})
         graph = units.trace(student, some)
         # Shares of errors do not compare layers, in some of which a few outputs are many times as large as all others
+        across: Literal["group", "isomorphic"] = "group"
         if solve := self.config.score == "reconstruction":
-            scores, across = units.scores.reconstruction(graph, student, self.calibration), "group"
+            scores = units.scores.reconstruction(graph, student, self.calibration)
         else:
             scores, across = self.fisher(graph, student, some), "isomorphic"
         wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}

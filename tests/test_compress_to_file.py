@@ -85,7 +85,9 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     right = (np.argmax(np.roll(model(prepare(test.image)), 1, -1), -1) == test.label).mean()
     assert seed["points lost"] == pytest.approx(100 * (before - right))
     assert [row["good"] for row in seed["compared"]] == [False] * 3
-    assert len(calls) == 5  # what was found is not measured again, but for the original and the end
+    assert (
+        len(calls) == 7
+    )  # what was found is not measured again, but for the original (three times) and the end
     status, _, error = run("--out", tmp_path / "budget", small=SMALL[:-2])
     assert status == 2
     assert "error: most_ms: no file is within" in error
