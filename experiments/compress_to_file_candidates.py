@@ -59,7 +59,7 @@ class Tools:
         scores = {name: each for name, each in units.scores.l2(graph, model).items() if name in exact}
         try:
             kept = units.prune(graph, scores, width, across="group", multiple=self.config.multiple)
-        except ValueError:
+        except BudgetError:
             return None  # even with one such multiple per layer there are more units
         model = units.keep(graph, model, kept)
         if rank == 1:

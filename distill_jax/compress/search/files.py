@@ -268,9 +268,8 @@ def best_file(
         try:
             write(path, of, x)
             runs = [export.latency(path, first, threads=threads, seconds=seconds)]
-            while len(runs) < 3 and runs[-1]["latency_ms"] > (
-                most_ms or math.inf
-            ):  # other work on the machine?
+            limit = most_ms or math.inf
+            while len(runs) < 3 and runs[-1]["latency_ms"] > limit:  # other work may have slowed it
                 runs.append(export.latency(path, first, threads=threads, seconds=seconds))
             return {"under": under, "found": min(runs, key=lambda run: run["latency_ms"])}
         except ValueError as error:

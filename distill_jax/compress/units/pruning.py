@@ -14,7 +14,14 @@ from typing import Literal
 
 import numpy as np
 
-from distill_jax._checks import check_choice, check_count, check_fraction, check_function, check_positive
+from distill_jax._checks import (
+    BudgetError,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_function,
+    check_positive,
+)
 from distill_jax.compress.units.costs import Cost, share
 from distill_jax.compress.units.graph import UnitGraph
 from distill_jax.compress.units.selection import Indices, check_scores
@@ -127,9 +134,10 @@ def prune(
         bound = (
             "what most leaves" if most != 1 else f"{multiple} unit{'' if multiple == 1 else 's'} per group"
         )
-        raise ValueError(
+        raise BudgetError(
             f"budget: the smallest network, with {bound}, still costs {cost:g}, more than {budget}: raise the "
-            "budget, or score more groups"
+            "budget, or score more groups",
+            "budget",
         )
     while high - low > 1:  # above the budget at low, within it at high
         middle = (low + high) // 2

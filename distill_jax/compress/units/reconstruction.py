@@ -72,8 +72,9 @@ def reconstruction(
     check_model("model", model)
     check_positive("damping", damping)
     check_batches(batches)
+    leaves = float_leaves(graph, model)
     kernels = probe(model, batches[0]).kernels
-    biased, leaves = find_biases(graph, kernels), float_leaves(graph, model)
+    biased = find_biases(graph, kernels)
 
     def is_input(used: Slice, size: int) -> bool:
         return used.path in kernels and positions(used.index, size) is not None
