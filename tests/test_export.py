@@ -409,15 +409,20 @@ def test_layer_norm_softmax_gelu_and_products_are_one_operation_each(tmp_path):
         assert ("Einsum" in used) == (functions is other)
 
 
-def attended(x, groups=1, over="k", scale=0.7, swapped=False):
-    """Attention of two heads with some groups of queries each; scores are normalised over the axis ``over``."""
+def attended(x, groups=1, over="k", scale=0.7, swapped=""):
+    """Attention of two heads with some groups of queries each; scores are normalised over the axis ``over``.
+
+    The axes of heads and groups change places in what ``swapped`` names, "queries" or "outputs".
+    """
     kernels = np.random.default_rng(1).normal(size=(3, 4, 2 * groups, 3)).astype("f4")
     bias = np.arange(6 * groups, dtype="f4").reshape(2 * groups, 3) / 10
-    query = (jnp.einsum("btd,dhc->bthc", x, kernels[0]) + bias).reshape(*x.shape[:2], 2, groups, 3)
+    shape = (groups, 2) if swapped == "queries" else (2, groups)
+    query = (jnp.einsum("btd,dhc->bthc", x, kernels[0]) + bias).reshape(*x.shape[:2], *shape, 3)
     key, value = (jnp.einsum("btd,dhc->bthc", x, k[:, :2]) for k in kernels[1:])
-    scores = scale * jnp.einsum("bqhgc,bkhc->bhgqk", query, key)
+    axes = "bqghc" if swapped == "queries" else "bqhgc"
+    scores = scale * jnp.einsum(f"{axes},bkhc->bhgqk", query, key)
     weights = jax.nn.softmax(scores, axis="bhgqk".index(over))
-    mixed = jnp.einsum("bhgqk,bkhc->bqghc" if swapped else "bhgqk,bkhc->bqhgc", weights, value)
+    mixed = jnp.einsum("bhgqk,bkhc->bqghc" if swapped == "outputs" else "bhgqk,bkhc->bqhgc", weights, value)
     return mixed.reshape(*x.shape[:2], -1)
 
 
@@ -432,7 +437,8 @@ def test_attention_is_one_operation(tmp_path):
 
     x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype("f4")
     same = attended, lambda x: attended(x, groups=3), lambda x: attended(x, scale=1.0)
-    other = lambda x: attended(x, over="q"), lambda x: attended(x, 3, swapped=True), masked
+    swapped = [partial(attended, groups=3, swapped=what) for what in ("queries", "outputs")]
+    other = lambda x: attended(x, over="q"), *swapped, masked
     for functions, expected in ((same, 3), (other, 0)):
         model = models.from_function(lambda _, x, functions=functions: [f(x) for f in functions], {})
         export.onnx(tmp_path / "m.onnx", model, x)
