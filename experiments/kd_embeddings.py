@@ -198,18 +198,30 @@ class Lesson:
         layers = [given["layers"][i] for i in self.config.layers or range(len(given["layers"]))]
         student = self.teacher.replace(params={**given, "layers": layers})
         graph = units.trace(student, some)
-        # Shares of errors do not compare layers, in some of which a few outputs are many times as large as all others
-        across: Literal["group", "isomorphic"] = "group"
-        if solve := self.config.score == "reconstruction":
-            scores = units.scores.reconstruction(graph, student, self.calibration)
-        else:
-            scores, across = self.fisher(graph, student, some), "isomorphic"
-        wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
         budget = self.config.budget * units.costs.flops(units.trace(self.teacher, some), {})
-        kept = units.prune(graph, wanted, budget, of=units.costs.flops, across=across)
-        if solve:
-            student = units.compensate(graph, student, kept, self.calibration).model
-        return units.keep(graph, student, kept)
+        if self.config.score == "fisher":
+            scores = self.fisher(graph, student, some)
+            wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
+            kept = units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
+            return units.keep(graph, student, kept)
+        inputs = self.calibration
+        student, scores = units.rotate_heads(graph, student, inputs)
+        solved = [name for name in graph.groups if name.endswith(("value.kernel", "up.kernel"))]
+        scores |= units.scores.reconstruction(graph, student, inputs, groups=solved)
+        truth = self.similarities(self.teacher)
+
+        def loss(model: models.Model) -> float:
+            return 1 - sentences.rank_correlation(self.similarities(model), truth)
+
+        scores = units.scores.measured(graph, student, scores, loss, of=units.costs.flops, batches=inputs)
+        kept = units.prune(graph, scores, budget, of=units.costs.flops)
+        print({name: len(x) for name, x in kept.items()}, flush=True)
+        return units.keep(graph, units.compensate(graph, student, kept, inputs).model, kept)
+
+    def similarities(self, model: models.Model) -> np.ndarray:
+        """Computes the similarities of all calibration sentences."""
+        embeddings = np.concatenate([models.predict(model, x, batch_size=256) for x in self.calibration])
+        return embeddings @ embeddings.T
 
     @functools.cached_property
     def calibration(self) -> list[dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ from distill_jax.compress.units.compensation import Compensated, compensate
 from distill_jax.compress.units.costs import architecture, report
 from distill_jax.compress.units.depth import Block, blocks, drop_blocks, prune_blocks
 from distill_jax.compress.units.graph import Group, Slice, UnitGraph, table
+from distill_jax.compress.units.head_rotation import Rotated, rotate_heads
 from distill_jax.compress.units.influence import block_influence
 from distill_jax.compress.units.injection import Injected, inject
 from distill_jax.compress.units.inputs import input_features
@@ -27,10 +28,10 @@ from distill_jax.compress.units.values import activations
 from distill_jax.compress.units.verification import verify
 
 __all__ = [
-    "Block", "Brought", "Compensated", "Group", "Injected", "Matched", "PenaltyState", "Slice", "UnitGraph",
+    "Block", "Brought", "Compensated", "Group", "Injected", "Matched", "PenaltyState", "Rotated", "Slice", "UnitGraph",
     "activations", "architecture", "average_widths", "block_influence", "blocks", "bring", "budgets", "check_rule",
     "compensate", "costs", "drop_blocks", "group_lasso", "growing_decay", "inject", "input_features", "keep", "living",
     "match_activations", "match_weights", "match_widths", "merge", "permutable", "permute", "position_masks", "prune",
-    "prune_blocks", "put_back", "register_rule", "report", "scores", "select", "shrink", "silence", "table", "trace",
-    "verify",
+    "prune_blocks", "put_back", "register_rule", "report", "rotate_heads", "scores", "select", "shrink", "silence",
+    "table", "trace", "verify",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Scores units by how well the others can stand in for them, removed one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -20,6 +21,7 @@ def reconstruction(
     model: Model,
     batches: Sequence[PyTree],
     *,
+    groups: Collection[str] | None = None,
     damping: float = 0.01,
     normalise: Normalise = "none",
 ) -> Scores:
@@ -36,13 +38,15 @@ def reconstruction(
 
     The scores assume that :func:`~distill_jax.compress.units.compensate` follows. Without it, a small network may be
     worse than one that other scores choose. Shares of errors do not compare layers in which a few outputs are many
-    times as large as the others, as in many transformers: there, prune with ``across="group"``.
+    times as large as the others, as in many transformers: there, prune with ``across="group"``, or let
+    :func:`measured` make them comparable.
 
     Args:
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
       batches: inputs, batch by batch, of any batch sizes. Padding counts as well, so leave it out. There should be more
         examples (times places) than a layer has inputs, or units seem to be replaceable that are not.
+      groups: the groups that are scored; None: all.
       damping: λ as a share of the mean square of the inputs, above 0. It is part of the error: where inputs are few, it
         keeps large weights.
       normalise: how the scores of a group are made comparable, see the module's first lines.
@@ -52,7 +56,8 @@ def reconstruction(
       all others stayed whole.
 
     Raises:
-      ValueError: if the model is not the traced one, there are no batches, or a layer's inputs are not finite.
+      ValueError: if the model is not the traced one, there are no batches, a group does not exist, or a layer's inputs
+        are not finite.
 
     References:
       Kurtić, Frantar, Alistarh, `ZipLM: Inference-Aware Structured Pruning of Language Models`, 2023
@@ -72,9 +77,52 @@ def reconstruction(
     check_model("model", model)
     check_positive("damping", damping)
     check_batches(batches)
+    if groups is not None and (unknown := [name for name in groups if name not in graph.groups]):
+        raise ValueError(f"groups names {unknown}, which do not exist; there are {list(graph.groups)}")
     leaves = float_leaves(graph, model)
+    given = gather(graph, model, batches, groups)
+    found = {}
+    for name, slices in given.used.items():
+        size = graph.groups[name].size
+        layers = [
+            _Layer(
+                s,
+                size,
+                given.kernels[s.path],
+                leaves[s.path],
+                given.triangles[s.path],
+                s.path in given.biases,
+                damping,
+            )
+            for s in slices
+        ]
+        found[name] = _one_by_one(layers, size)
+    return normalised(found, normalise)
+
+
+class Inputs(NamedTuple):
+    """What :func:`gather` finds.
+
+    Attributes:
+      used: group → the slices by which its units are multiplied, if they are kernels' inputs and nothing else.
+      kernels: path → the kernel.
+      biases: path of a kernel → path of its bias, and whether it is added (1) or subtracted (−1).
+      triangles: path of a kernel → R, where RᵀR is the sum of xxᵀ over all inputs x, with a 1 before them if there is
+        a bias.
+    """
+
+    used: dict[str, tuple[Slice, ...]]
+    kernels: dict[str, Kernel]
+    biases: dict[str, tuple[str, int]]
+    triangles: dict[str, np.ndarray]
+
+
+def gather(
+    graph: UnitGraph, model: Model, batches: Sequence[PyTree], groups: Collection[str] | None = None
+) -> Inputs:
+    """Sums up what kernels multiply, those over whose inputs units of some groups (None: of all) lie."""
     kernels = probe(model, batches[0]).kernels
-    biased = find_biases(graph, kernels)
+    biases = find_biases(graph, kernels)
 
     def is_input(used: Slice, size: int) -> bool:
         return used.path in kernels and positions(used.index, size) is not None
@@ -82,6 +130,7 @@ def reconstruction(
     used = {
         name: role.outgoing
         for name, role in roles(graph, alike=False).items()
+        if groups is None or name in groups
         if role.outgoing and all(is_input(s, graph.groups[name].size) for s in role.outgoing)
     }
     wanted = {s.path for slices in used.values() for s in slices}
@@ -89,17 +138,9 @@ def reconstruction(
     for x in batches:
         for path, rows in rows_of(model, x).items():
             if path in wanted:
-                ones = np.ones((len(rows), int(path in biased)))
+                ones = np.ones((len(rows), int(path in biases)))
                 triangles[path] = stacked(triangles.get(path), np.concatenate([ones, rows], 1))
-    found = {}
-    for name, slices in used.items():
-        size = graph.groups[name].size
-        layers = [
-            _Layer(s, size, kernels[s.path], leaves[s.path], triangles[s.path], s.path in biased, damping)
-            for s in slices
-        ]
-        found[name] = _one_by_one(layers, size)
-    return normalised(found, normalise)
+    return Inputs(used, kernels, biases, triangles)
 
 
 class _Layer:
@@ -128,12 +169,7 @@ class _Layer:
         rows = np.concatenate([triangle, np.sqrt(strength) * np.eye(count)])
         inverse = solve_triangular(np.linalg.qr(rows, mode="r"), np.eye(count))
         self.inverse = inverse @ inverse.T
-        # Which rows of the matrix each unit has
-        shape = [-1 if axis == used.axis else 1 for axis in range(len(kernel.shape))]
-        unit = np.broadcast_to(used.index.reshape(shape), kernel.shape).transpose(kernel.order)
-        blocks = positions(unit.reshape(self.matrix.shape)[:, 0], size)
-        assert blocks is not None
-        self.blocks = blocks
+        self.blocks = rows_of_units(used, kernel, size)
 
     def errors(self, units: np.ndarray) -> np.ndarray:
         """Computes which error the removal of each of these units would add, as a share of the outputs' squares."""
@@ -150,6 +186,15 @@ class _Layer:
         inner = columns[rows]
         self.matrix -= columns @ np.linalg.solve(inner, self.matrix[rows])
         self.inverse -= columns @ np.linalg.solve(inner, columns.T)
+
+
+def rows_of_units(used: Slice, kernel: Kernel, size: int) -> np.ndarray:
+    """Finds which rows of a kernel's matrix each unit has: int ``[size, rows of a unit]``."""
+    shape = [-1 if axis == used.axis else 1 for axis in range(len(kernel.shape))]
+    unit = np.broadcast_to(used.index.reshape(shape), kernel.shape).transpose(kernel.order)
+    blocks = positions(unit.reshape(kernel.inputs, kernel.outputs)[:, 0], size)
+    assert blocks is not None
+    return blocks
 
 
 def _one_by_one(layers: Sequence[_Layer], size: int) -> np.ndarray:

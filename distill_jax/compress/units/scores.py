@@ -16,13 +16,14 @@ from distill_jax._model import Model, PyTree
 from distill_jax.compress.units.editing import float_leaves
 from distill_jax.compress.units.graph import UnitGraph, check_graph
 from distill_jax.compress.units.loss_scores import fisher, gates, kronecker, squared_gradients, taylor
+from distill_jax.compress.units.measuring import measured
 from distill_jax.compress.units.reconstruction import reconstruction
 from distill_jax.compress.units.scoring import Normalise, Scores, normalised, sums
 from distill_jax.compress.units.values import activations, free_groups, vectors
 
 __all__ = [
     "Normalise", "Scores", "apoz", "average", "batch_norm_scale", "fisher", "fpgm", "gates", "kronecker", "l1", "l2",
-    "lamp", "mean_activation", "normalised", "random", "reconstruction", "squared_gradients", "taylor",
+    "lamp", "mean_activation", "measured", "normalised", "random", "reconstruction", "squared_gradients", "taylor",
 ]  # fmt: skip
 
 
