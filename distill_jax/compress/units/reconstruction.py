@@ -187,6 +187,13 @@ class _Layer:
         self.matrix -= columns @ np.linalg.solve(inner, self.matrix[rows])
         self.inverse -= columns @ np.linalg.solve(inner, columns.T)
 
+    def forget(self, removed: np.ndarray) -> None:
+        """Drops the rows of removed units, which are zero, and which each removal would go through again."""
+        gone = self.blocks[removed].ravel()
+        stay = np.delete(np.arange(len(self.matrix)), gone)
+        self.matrix, self.inverse = self.matrix[stay], self.inverse[np.ix_(stay, stay)]
+        self.blocks = self.blocks - np.searchsorted(np.sort(gone), self.blocks)
+
 
 def rows_of_units(used: Slice, kernel: Kernel, size: int) -> np.ndarray:
     """Finds which rows of a kernel's matrix each unit has: int ``[size, rows of a unit]``."""
@@ -199,7 +206,7 @@ def rows_of_units(used: Slice, kernel: Kernel, size: int) -> np.ndarray:
 
 def _one_by_one(layers: Sequence[_Layer], size: int) -> np.ndarray:
     """Removes all units of a group but one, each time the one that adds the least error: their scores."""
-    left, scores, highest = np.arange(size), np.zeros(size), 0.0
+    left, removed, scores, highest = np.arange(size), list[int](), np.zeros(size), 0.0
     while len(left):
         errors = np.sum([layer.errors(left) for layer in layers], 0)
         place = int(errors.argmin())
@@ -209,5 +216,10 @@ def _one_by_one(layers: Sequence[_Layer], size: int) -> np.ndarray:
         if len(left) > 1:
             for layer in layers:
                 layer.remove(int(left[place]))
+        removed.append(int(left[place]))
         left = np.delete(left, place)
+        if len(removed) > len(left) / 10 + 10:
+            for layer in layers:
+                layer.forget(np.array(removed))
+            removed = []
     return scores
