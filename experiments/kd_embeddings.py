@@ -3,9 +3,10 @@
 The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
 once. From these embeddings students learn:
 
-- "transformer": some of the teacher's layers, without the heads and feed-forward units that count least, so that it
-  has a share of the teacher's FLOPs. Those go first for which the others can stand in, and least squares lets them do
-  so, before any training. The table of embeddings of tokens stays the teacher's;
+- "transformer": some of the teacher's layers, with smaller heads and fewer feed-forward units, so that it has a share
+  of the teacher's FLOPs. Heads are rotated so that their last dimensions do least. Those units go first for which the
+  others can stand in, and least squares lets them do so, before any training. Then the transformer learns the
+  teacher's hidden states after each layer, too. The table of embeddings of tokens stays the teacher's;
 - "static": a vector and a weight for each token, and a linear map of the weighted mean. It begins as Model2Vec: each
   vector is the teacher's embedding of the token alone, on the principal axes, and rare tokens weigh more.
 
@@ -25,7 +26,7 @@ also has the students before they are trained, and bags of words (TF-IDF).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +34,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Count, Positive, Run, RunOptions, Share, Whole, language, read, run_main, sentences
+from harness import (
+    Amount,
+    Count,
+    Positive,
+    Run,
+    RunOptions,
+    Share,
+    Whole,
+    language,
+    read,
+    run_main,
+    sentences,
+)
 from kd_embeddings_report import COLUMNS, draw, evaluate, explain, not_better, verdict
+from kd_embeddings_students import make_static, make_transformer
 
 from distill_jax import losses, models, teachers, train
-from distill_jax.compress import units
+from distill_jax.features import capture
 from distill_jax.teachers import kinds
 
 
@@ -58,9 +72,12 @@ class Config(RunOptions):
     layers: tuple[Whole, ...] = (0, 2, 5)  # layers of the teacher that the transformer begins with; none: all
     budget: Share = 0.25  # share of the teacher's FLOPs that the transformer has
     score: Literal["reconstruction", "fisher"] = "reconstruction"
-    """how units of the transformer are judged: by the error that remains when least squares makes up for them, which is
-    then done; or by Fisher information, and the others stay as they are"""
+    """how the transformer is pruned: "reconstruction" takes dimensions of rotated heads and feed-forward units, by the
+    error that is left when least squares makes up for them, which is then done; "fisher" takes heads and feed-forward
+    units by Fisher information, and the others stay as they are"""
     calibration: Count = 768  # number of sentences for least squares at most, of the eight commonest lengths
+    hidden: Amount = 1.0
+    """weight of the hidden states of each layer in the loss of the transformer, beside that of the embeddings"""
     axes: Count = 256  # number of principal axes of the static student's vectors
     rare: Positive = 1e-3
     """a of SIF: tokens of this share of the text begin, in the static student, with half the weight of unseen ones"""
@@ -75,7 +92,13 @@ class Config(RunOptions):
 
 
 TRANSFORMER = Config(
-    students=("transformer",), losses=("cosine",), budget=0.22, epochs=2, batch_size=32, learning_rate=5e-4
+    students=("transformer",),
+    losses=("cosine",),
+    sentences=24_000,
+    budget=0.22,
+    epochs=5,
+    batch_size=32,
+    learning_rate=3e-4,
 )
 CONFIGS = {
     "static": ("A table of vectors of tokens.", Config(
@@ -129,12 +152,26 @@ LOSSES: Mapping[str, Callable[..., jax.Array]] = {
 }
 
 
-def weighted_mean(params: Any, x: Mapping[str, jax.Array]) -> jax.Array:
-    """Computes embeddings of length 1: a linear map of the weighted mean of the vectors of tokens."""
-    weights = jnp.exp(params["log_weights"])[x["tokens"]] * (x["segments"] != 0)
-    mean = jnp.einsum("bt,btd->bd", weights, params["vectors"][x["tokens"]]) / weights.sum(-1, keepdims=True)
-    y = mean @ params["kernel"] + params["bias"]
-    return y / jnp.sqrt(jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24))
+def with_hidden(
+    soft: Callable[..., jax.Array], weight: float, pairs: Sequence[tuple[str, str]]
+) -> train.LossFn:
+    """Makes the loss of embeddings, and of hidden states: squared errors as shares of the teacher's squares."""
+
+    def loss_fn(model: models.Model, batch: Any, *, key: jax.Array, step: jax.Array) -> Any:
+        (y, ours), state = capture(model, [name for name, _ in pairs]).apply(batch["image"], key=key)
+        theirs, real = batch["hidden"], batch["image"]["segments"] != 0
+        metrics = {"soft": soft(y, batch["teacher"]).mean(), "hidden": jnp.zeros(())}
+        for mine, its in pairs:
+            square = losses.hint(theirs[its], jnp.zeros_like(theirs[its]), where=real).mean()
+            metrics["hidden"] += losses.hint(ours[mine], theirs[its], where=real).mean() / square
+        return metrics["soft"] + weight * metrics["hidden"], (state, metrics)
+
+    return loss_fn
+
+
+def label_hidden(teacher: models.Model, batch: Any, key: jax.Array) -> Any:
+    """Lets the captured teacher add its hidden states to a batch."""
+    return {**batch, "hidden": jax.lax.stop_gradient(teacher(batch["image"])[1])}
 
 
 class Lesson:
@@ -173,80 +210,14 @@ class Lesson:
 
     @functools.cached_property
     def static(self) -> models.Model:
-        """The static student before training, made as Model2Vec: vectors of single tokens, on the principal axes."""
-        frame = self.tokenizer(["a"])
-        count, vocabulary = int(frame["segments"].sum()), len(self.encoder.params["embedding"])
-        tokens = np.tile(frame["tokens"][:, :count], (vocabulary, 1))
-        tokens[:, count // 2] = np.arange(vocabulary)
-        alone = models.predict(
-            self.teacher, {"tokens": tokens, "segments": np.ones_like(tokens)}, batch_size=1024
-        )
-        centred = alone - alone.mean(0)
-        axes = np.linalg.svd(centred.T @ centred)[0][:, : self.config.axes]
-        share, _ = sentences.frequencies(self.data.train, vocabulary)
-        weights = np.log(self.config.rare / (self.config.rare + share))  # SIF (Arora et al., 2017)
-        params = {
-            "vectors": centred @ axes, "log_weights": weights, "kernel": axes.T, "bias": np.zeros(alone.shape[1]),
-        }  # fmt: skip
-        return models.from_function(weighted_mean, jax.tree.map(jnp.float32, params))
+        """The static student before training."""
+        return make_static(self.config, self.teacher, self.tokenizer, self.data.train)
 
     @functools.cached_property
     def transformer(self) -> models.Model:
-        """The transformer before training: it has a share of the teacher's FLOPs."""
-        some = {name: values[:64] for name, values in self.data.train.image().items()}
-        given = self.teacher.params
-        layers = [given["layers"][i] for i in self.config.layers or range(len(given["layers"]))]
-        student = self.teacher.replace(params={**given, "layers": layers})
-        graph = units.trace(student, some)
-        budget = self.config.budget * units.costs.flops(units.trace(self.teacher, some), {})
-        if self.config.score == "fisher":
-            scores = self.fisher(graph, student, some)
-            wanted = {name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))}
-            kept = units.prune(graph, wanted, budget, of=units.costs.flops, across="isomorphic")
-            return units.keep(graph, student, kept)
-        inputs = self.calibration
-        student, scores = units.rotate_heads(graph, student, inputs)
-        solved = [name for name in graph.groups if name.endswith(("value.kernel", "up.kernel"))]
-        scores |= units.scores.reconstruction(graph, student, inputs, groups=solved)
-        truth = self.similarities(self.teacher)
-
-        def loss(model: models.Model) -> float:
-            return 1 - sentences.rank_correlation(self.similarities(model), truth)
-
-        scores = units.scores.measured(graph, student, scores, loss, of=units.costs.flops, batches=inputs)
-        kept = units.prune(graph, scores, budget, of=units.costs.flops)
-        print({name: len(x) for name, x in kept.items()}, flush=True)
-        return units.keep(graph, units.compensate(graph, student, kept, inputs).model, kept)
-
-    def similarities(self, model: models.Model) -> np.ndarray:
-        """Computes the similarities of all calibration sentences."""
-        embeddings = np.concatenate([models.predict(model, x, batch_size=256) for x in self.calibration])
-        return embeddings @ embeddings.T
-
-    @functools.cached_property
-    def calibration(self) -> list[dict[str, np.ndarray]]:
-        """Sentences of the eight commonest lengths, a batch of each: padding would count in least squares."""
-        rows = self.data.train
-        lengths = (rows.segments != 0).sum(1)
-        found, counts = np.unique(lengths, return_counts=True)
-        batches = []
-        for length in found[np.argsort(-counts, kind="stable")[:8]]:
-            at = np.flatnonzero(lengths == length)[: -(-self.config.calibration // 8)]
-            batches.append({name: values[at, :length] for name, values in rows.image().items()})
-        return batches
-
-    def fisher(
-        self, graph: units.UnitGraph, student: models.Model, some: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Scores units: a unit counts as much as the embeddings change without it."""
-        directions = jax.random.normal(jax.random.key(0), (len(some["tokens"]), self.width))
-
-        def along(model: models.Model, example: Any) -> jax.Array:
-            x, direction = example
-            return model({name: values[None] for name, values in x.items()})[0] @ direction
-
-        squares = units.scores.squared_gradients(along, student, (some, directions), chunk=8)
-        return units.scores.fisher(graph, student, squares)
+        """The transformer before training."""
+        print("Choosing the units of the transformer, and solving the others by least squares.", flush=True)
+        return make_transformer(self.config, self.teacher, self.data.train)
 
     def start(self, name: str) -> models.Model:
         """Takes a student before training."""
@@ -263,16 +234,26 @@ class Lesson:
         config = self.config
         steps = len(self.data.train.id) // config.batch_size
         tx = language.adam(config.learning_rate, config.epochs * steps, warmup=config.warmup)
-        if name == "transformer":
+        frozen = name == "transformer"
+        if frozen:
             tx = train.freeze(tx, "embedding")
+        layers = config.layers or range(len(self.encoder.params["layers"]))
+        pairs = [(f"layers.{mine}", f"layers.{its}") for mine, its in enumerate(layers)]
+        hidden = config.hidden if frozen else 0.0
         if (name, loss) not in self.programs:
             soft = functools.partial(LOSSES[loss], temperature=config.temperature)
-            step = train.make_train_step(train.distill(soft=soft, temperature=None, alpha=0.0), tx)
-            self.programs[name, loss] = train.make_epoch(step)  # many steps in one call
+            objective = train.distill(soft=soft, temperature=None, alpha=0.0)
+            if hidden:
+                objective = with_hidden(soft, hidden, pairs)
+            step, label = train.make_train_step(objective, tx), label_hidden if hidden else None
+            epoch = train.make_epoch(step, transform=label)  # many steps in one call
+            self.programs[name, loss] = sentences.by_length(epoch) if frozen else epoch
+        teacher = capture(self.teacher, [its for _, its in pairs]) if hidden else None
         state = train.init_state(self.start(name), tx, self.run.key(seed, 0))
         done = self.run.fit(
             f"{name}, {loss}", seed, state, self.programs[name, loss], self.examples, epochs=config.epochs,
-            batch_size=config.batch_size, order=seed, validate=self.validate, best_by="validation_loss",
+            batch_size=config.batch_size, order=seed, context=teacher, validate=self.validate,
+            best_by="validation_loss",
         )  # fmt: skip
         self.histories.setdefault(f"{name}, {loss}", []).append(done.history)
         return done

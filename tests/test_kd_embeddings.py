@@ -1,6 +1,7 @@
 """Embeddings of sentences: how agreement is measured, a small run that is begun twice, and bad input."""
 
 import importlib.util
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from harness import sentences
 from kd_embeddings import LOSSES
+from kd_embeddings_students import calibration
 
 from distill_jax import models
+from distill_jax.features import capture
 
 EXPERIMENT = kd_embeddings
 SMALL: list[str] = []
@@ -105,6 +108,62 @@ def test_losses_are_zero_at_the_teacher_and_their_gradients_lead_there(name):
         assert value(student, teacher) == pytest.approx(1 - (x * y).sum(1).mean(), rel=1e-5)
 
 
+def test_hidden_states_count_as_shares_of_the_teachers_squares_and_padding_does_not_count():
+    lesson = untrained(["see the cat the", "and the dog"])
+    teacher, other = lesson.teacher, lesson.teacher.params
+    x, names = lesson.data.train.image(), ["layers.0", "layers.1"]
+    hidden = kd_embeddings.label_hidden(capture(teacher, names), {"image": x}, None)["hidden"]
+    batch = {"image": x, "teacher": teacher(x), "hidden": hidden}
+    loss_fn = kd_embeddings.with_hidden(
+        lambda student, teacher: 0 * student[:, 0] + 3, 0.5, [(n, n) for n in names]
+    )
+    loss, (_, metrics) = loss_fn(teacher, batch, key=None, step=0)
+    assert loss == 3
+    layers = [
+        layer | {"feed_forward_norm": other["layers"][0]["feed_forward_norm"]} for layer in other["layers"]
+    ]
+    layers[1]["feed_forward_norm"] = {"scale": 2 * np.ones(32, "f4"), "bias": np.zeros(32, "f4")}
+    student = teacher.replace(params=other | {"layers": layers})
+    batch["hidden"] = {name: jnp.where(x["segments"][..., None] == 0, 1e6, y) for name, y in hidden.items()}
+    loss, (_, metrics) = loss_fn(student, batch, key=None, step=0)
+    np.testing.assert_allclose(metrics["hidden"], 1, rtol=1e-5)  # twice as large after the last layer alone
+    np.testing.assert_allclose(loss, 3.5, rtol=1e-5)
+
+
+def test_batches_of_like_lengths_hold_every_sentence_once_and_are_cut_to_the_longest():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 11, 60)
+    segments = (np.arange(10) < lengths[:, None]).astype(np.int32)
+    data = {
+        "image": {"tokens": np.where(segments, np.arange(60)[:, None], -1), "segments": segments},
+        "id": np.arange(60),
+    }
+    order, seen = rng.permutation(60)[:56].reshape(14, 4), []
+
+    def epoch(state, data, rows, context):
+        (rows,) = rows
+        assert context == "teacher"
+        tokens = data["image"]["tokens"][rows]
+        longest = lengths[rows].max()
+        assert tokens.shape[1] == data["image"]["segments"].shape[1] == min(10, -(-longest // 4) * 4)
+        assert (tokens.max(1) == rows).all()
+        assert (data["id"][rows] == rows).all()
+        seen.append(rows)
+        return state + 1, {"loss": np.array([float(rows[0])])}
+
+    state, metrics = sentences.by_length(epoch, sorted_batches=7)(0, data, order, "teacher")
+    assert state == 14
+    np.testing.assert_array_equal(metrics["loss"], [rows[0] for rows in seen])
+    for half in (order[:7], order[7:]):  # those that were sorted together
+        mine = [rows for rows in seen if np.isin(rows, half).all()]
+        assert sorted(np.concatenate(mine)) == sorted(half.ravel())
+        spans = sorted((lengths[rows].min(), lengths[rows].max()) for rows in mine)
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+    again = list(seen)
+    sentences.by_length(epoch, sorted_batches=7)(0, data, order, "teacher")
+    np.testing.assert_array_equal(np.array(seen), np.array(again * 2))
+
+
 def test_a_small_run_and_its_repetition(tmp_path, run, small):
     tables = []
     for _ in range(2):
@@ -181,7 +240,8 @@ def test_the_transformer_begins_as_layers_of_the_teacher_with_a_share_of_its_flo
     (layer,) = lesson.transformer.params["layers"]
     norm = lesson.teacher.params["layers"][1]["feed_forward_norm"]
     jax.tree.map(np.testing.assert_array_equal, layer["feed_forward_norm"], norm)
-    assert layer["attention"]["query"]["kernel"].shape == (32, 1, 16)
+    heads, size = layer["attention"]["query"]["kernel"].shape[1:]
+    assert (heads, size) == (1, 16) if score == "fisher" else heads == 2 and size < 16
     embeddings = np.asarray(lesson.transformer(x))
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
 
@@ -191,8 +251,9 @@ def test_least_squares_sees_no_padding_and_brings_the_start_nearer():
     words = [" ".join(rng.choice(letters, length)) for length in (3, 4, 4, 6, 6, 6) * 40]
     cut = untrained(words, layers=(), budget=0.5, score="fisher")
     solved = untrained(words, layers=(), budget=0.5, score="reconstruction", calibration=400)
-    assert [batch["tokens"].shape for batch in solved.calibration] == [(50, 6), (50, 4), (40, 3)]
-    assert all(batch["segments"].all() for batch in solved.calibration)
+    batches = calibration(solved.config, solved.data.train)
+    assert [batch["tokens"].shape for batch in batches] == [(50, 6), (50, 4), (40, 3)]
+    assert all(batch["segments"].all() for batch in batches)
     x = cut.data.train.image()
     wanted = cut.teacher(x)
     errors = [float(1 - (lesson.transformer(x) * wanted).sum(-1).mean()) for lesson in (cut, solved)]
@@ -215,7 +276,8 @@ def test_the_real_teacher_is_cut_to_half_of_its_flops():
     )
     assert 0.45 * before < after <= 0.5 * before
     shapes = {layer["attention"]["query"]["kernel"].shape for layer in lesson.transformer.params["layers"]}
-    assert shapes == {(384, 6, 32)}
+    assert {shape[:2] for shape in shapes} == {(384, 12)}
+    assert min(shape[2] for shape in shapes) < 32
     for model in (lesson.teacher, lesson.transformer):  # the two sentences about the cat stay neighbours
         embeddings = np.asarray(jax.jit(lambda model, x: model(x))(model, x))
         similar = embeddings @ embeddings.T

@@ -101,6 +101,39 @@ def cut(title: str, given: str) -> list[str]:
     return list(dict.fromkeys(part for part in parts if len(part.split()) >= SHORTEST))
 
 
+def by_length(epoch: Callable[..., Any], *, sorted_batches: int = 24, step: int = 4) -> Callable[..., Any]:
+    """Makes an epoch whose batches hold sentences of about the same length, without most of the padding.
+
+    The sentences of some batches together are sorted by length and divided into as many batches anew, which come in
+    random order. The result depends on nothing but the arguments of the epoch.
+
+    Args:
+      epoch: from :func:`distill_jax.train.make_epoch`, for data whose ``image`` is that of :class:`Sentences`.
+      sorted_batches: the number of batches that are sorted together.
+      step: batches are cut to the longest sentence, rounded up to a multiple of this number: a program each.
+    """
+
+    def run(state: Any, data: dict[str, Any], order: np.ndarray, context: Any = None) -> Any:
+        segments = np.asarray(data["image"]["segments"])
+        lengths = segments.shape[1] - (segments[:, ::-1] != 0).argmax(1)
+        batches: list[np.ndarray] = []
+        for block in (order[at : at + sorted_batches] for at in range(0, len(order), sorted_batches)):
+            rows = block.ravel()
+            batches += np.split(rows[np.argsort(lengths[rows], kind="stable")], len(block))
+        widths = [min(segments.shape[1], -(-lengths[rows].max() // step) * step) for rows in batches]
+        cut = {
+            width: {**data, "image": {name: x[:, :width] for name, x in data["image"].items()}}
+            for width in set(widths)
+        }
+        found = []
+        for at in np.random.default_rng(order[0]).permutation(len(batches)):
+            state, metrics = epoch(state, cut[widths[at]], batches[at][None], context)
+            found.append(metrics)
+        return state, jax.tree.map(lambda *values: np.concatenate(values), *found)
+
+    return run
+
+
 def teacher(name: str, length: int) -> tuple[models.Model, Tokenizer]:
     """Loads a sentence encoder and its tokenizer.
 

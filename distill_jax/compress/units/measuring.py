@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from distill_jax._checks import check_function, check_positive
 from distill_jax._model import Model, PyTree, check_model
@@ -132,8 +133,8 @@ def _corrected(
         strength = damping * np.sum(triangle[:, int(biased) + rows] ** 2) / len(rows)
         lost = inputs @ matrix - inputs[:, rows] @ matrix[rows]
         held = np.sqrt(strength) * np.eye(len(rows))
-        wanted = np.concatenate([lost, np.zeros((len(rows), lost.shape[1]))])
-        change = np.linalg.lstsq(np.concatenate([inputs[:, rows], held]), wanted)[0]
+        orthogonal, right = np.linalg.qr(np.concatenate([inputs[:, rows], held]))
+        change = solve_triangular(right, orthogonal[: len(lost)].T @ lost)
         solved = np.zeros_like(matrix)
         solved[rows] = matrix[rows] + change
         new[path] = kernel.array(solved)
