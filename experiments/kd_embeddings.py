@@ -157,7 +157,9 @@ def with_hidden(
 ) -> train.LossFn:
     """Makes the loss of embeddings, and of hidden states: squared errors as shares of the teacher's squares."""
 
-    def loss_fn(model: models.Model, batch: Any, *, key: jax.Array, step: jax.Array) -> Any:
+    def loss_fn(
+        model: models.Model, batch: train.Batch, *, key: jax.Array | None, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, train.Metrics]]:
         (y, ours), state = capture(model, [name for name, _ in pairs]).apply(batch["image"], key=key)
         theirs, real = batch["hidden"], batch["image"]["segments"] != 0
         metrics = {"soft": soft(y, batch["teacher"]).mean(), "hidden": jnp.zeros(())}

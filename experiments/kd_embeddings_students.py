@@ -76,7 +76,14 @@ def make_transformer(config: Config, teacher: models.Model, rows: sentences.Sent
         of=units.costs.flops, batches=batches,
     )  # fmt: skip
     kept = units.prune(graph, scores, budget, of=units.costs.flops)
-    return units.keep(graph, units.compensate(graph, student, kept, batches).model, kept)
+    small = units.keep(graph, units.compensate(graph, student, kept, batches).model, kept)
+    for i, layer in enumerate(small.params["layers"]):
+        sizes = [layer["attention"][part]["kernel"].shape[2] for part in ("query", "value")]
+        hidden = layer["feed_forward"]["up"]["kernel"].shape[1]
+        print(
+            f"Layer {i}: {hidden} feed-forward units; queries and keys of {sizes[0]} dimensions, values of {sizes[1]}."
+        )
+    return small
 
 
 def calibration(config: Config, rows: sentences.Sentences) -> list[Inputs]:
