@@ -159,6 +159,8 @@ def test_batches_of_like_lengths_hold_every_sentence_once_and_are_cut_to_the_lon
         assert sorted(np.concatenate(mine)) == sorted(half.ravel())
         spans = sorted((lengths[rows].min(), lengths[rows].max()) for rows in mine)
         assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+    widest = [lengths[rows].max() for rows in seen]
+    assert widest != sorted(widest)
     again = list(seen)
     sentences.by_length(epoch, sorted_batches=7)(0, data, order, "teacher")
     np.testing.assert_array_equal(np.array(seen), np.array(again * 2))

@@ -130,7 +130,7 @@ def test_both_kernels_of_a_dimension_are_of_one_length():
     model = models.from_function(network, parameters())
     p = units.rotate_heads(units.trace(model, X), model, [X]).model.params["attention"]
     value, output = p["value"], p["output"]["kernel"].reshape(2, 2, 5, 6)
-    lengths = np.sqrt(np.sum(value["kernel"] ** 2, 0))
+    lengths = np.sqrt(np.sum(value["kernel"] ** 2, 0) + value["bias"] ** 2)
     np.testing.assert_allclose(lengths, np.sqrt(np.sum(output**2, (1, 3))), rtol=1e-6)
 
 
@@ -147,14 +147,66 @@ def test_dimensions_without_any_use_go_without_loss():
     np.testing.assert_allclose(units.keep(graph, rotated, kept)(X), model(X), rtol=1e-5, atol=1e-5)
 
 
-def test_refusals():
-    config = models.TransformerConfig(vocabulary=50, width=8, layers=1, heads=2, kv_heads=1, hidden=16)
+@pytest.mark.parametrize("shared", [1, 2])
+def test_the_scores_of_values_are_what_the_heads_outputs_lose(shared):
+    """Also where two heads of queries have the same values: then each head's own error counts."""
+    model = models.from_function(network, parameters(heads=2, shared=shared))
+    rotated, scores = units.rotate_heads(units.trace(model, X), model, [X])
+    p = rotated.params["attention"]
+
+    def outputs(size):
+        """What each head adds to the outputs: the others multiply with zero."""
+        found = []
+        for head in range(2):
+            kernel = np.array(p["output"]["kernel"])
+            kernel[1 - head], kernel[:, size:] = 0, 0
+            found.append(np.asarray(attention(p | {"output": {"kernel": kernel}}, X)).reshape(-1, 6))
+        return np.stack(found)
+
+    whole = outputs(5)
+    for size in range(5):
+        lost = whole - outputs(size)
+        lost -= lost.mean(1, keepdims=True)
+        expected = scores["attention.value.kernel"][size:].sum()
+        np.testing.assert_allclose(np.sum(lost**2) / whole.shape[1], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1, 10])
+def test_rotary_positions_are_refused(dtype, factor):
+    """Also where attention hardly matters, and where the first batch has one position."""
+    config = models.TransformerConfig(vocabulary=50, width=8, layers=2, heads=2, kv_heads=1, hidden=16)
     model = models.build_transformer(config, jax.random.key(0))
-    model = model.replace(
-        params=jax.tree.map(lambda x: 10 * x, model.params)
-    )  # attention that looks at some places
-    with pytest.raises(ValueError, match=r"outputs change when heads are rotated.* rotary positions"):
-        units.rotate_heads(units.trace(model, TOKENS), model, [TOKENS])
+    model = model.replace(params=jax.tree.map(lambda x: jnp.asarray(factor * x, dtype), model.params))
+    one = {name: values[:, :1] for name, values in TOKENS.items()}
+    with pytest.raises(ValueError, match="rotary positions"):
+        units.rotate_heads(units.trace(model, TOKENS), model, [one, TOKENS])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_norms_of_queries_are_refused(normed):
+    def fn(p, x):
+        query = jnp.einsum("btw,whd->bthd", x, p["query"]["kernel"])
+        if normed:
+            query /= jnp.sqrt(jnp.mean(query**2, -1, keepdims=True))
+        key, value = (jnp.einsum("btw,whd->bthd", x, p[part]["kernel"]) for part in ("key", "value"))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(3))
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return jnp.einsum("bthd,hdw->btw", mixed, p["output"]["kernel"])
+
+    model = models.from_function(fn, parameters(shared=1, biases=False)["attention"])
+    graph = units.trace(model, X)
+    if normed:
+        with pytest.raises(ValueError, match="more with queries and keys than to multiply them"):
+            units.rotate_heads(graph, model, [X])
+        return
+    rotated, scores = units.rotate_heads(graph, model, [X])
+    small = units.keep(graph, rotated, {name: [0, 1] for name in scores})
+    silent = units.silence(graph, rotated, {name: [0, 1] for name in scores})
+    np.testing.assert_allclose(small(X), silent(X), atol=1e-9)  # the network's own factor of the scores stays
+
+
+def test_refusals():
     plain = models.from_function(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"a": np.ones((6, 3)), "b": np.ones((3, 2))}
     )

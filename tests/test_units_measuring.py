@@ -81,6 +81,23 @@ def test_what_is_left_is_corrected_as_compensate_does(damping):
         assert np.abs(units.keep(graph, model, kept)(X) - small(X)).max() > 0.1
 
 
+def test_a_batch_norm_takes_the_place_of_a_bias():
+    def fn(params, state, x, key=None):
+        h = jnp.tanh(x @ params["a"]) @ params["b"]
+        return (h - state["mean"]) @ params["c"], state
+
+    p = shapes(a=(3, 6), b=(6, 4), c=(4, 2), mean=(4,))
+    model = models.Model(fn, {name: p[name] for name in "abc"}, {"mean": p["mean"]})
+    graph = units.trace(model, X)
+    scores = {"a": units.scores.l2(graph, model)["a"]}
+    seen = []
+    measured(graph, model, scores, lambda model: seen.append(model) or len(seen), batches=[X])
+    kept = {"a": np.setdiff1d(np.arange(6), lowest(scores["a"])).tolist()}
+    done = units.compensate(graph, model, kept, [X])
+    assert done.model.state["mean"].tolist() != p["mean"].tolist()
+    np.testing.assert_allclose(seen[1](X), units.keep(graph, done.model, kept)(X), rtol=1e-6, atol=1e-6)
+
+
 def test_units_that_do_not_count_keep_their_order():
     model, graph, scores = given()
     scores = {"a": np.array([0.0, 3, 1, 2, 0, 0]), "b": np.array([0.0, 0, 0, 1])}

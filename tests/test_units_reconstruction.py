@@ -98,6 +98,27 @@ def test_a_copy_goes_first_and_the_others_do_its_work():
     np.testing.assert_allclose(units.keep(graph, done.model, kept)(x), model(x), atol=1e-9)
 
 
+def test_forgotten_units_change_no_score(monkeypatch):
+    """With heads, and with two kernels, so that blocks of rows move up."""
+
+    def fn(p, x):
+        h = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, p["a"]))
+        return jnp.concatenate(
+            [jnp.einsum("bhd,hdo->bo", h, p["b"]), jnp.einsum("bhd,hdo->bo", h, p["c"])], 1
+        )
+
+    model = models.from_function(fn, shapes(a=(5, 60, 2), b=(60, 2, 3), c=(60, 2, 4)))
+    x = np.random.default_rng(1).normal(size=(300, 5))
+    graph = units.trace(model, x)
+    found = reconstruction(graph, model, [x], groups=["a"])
+    assert list(found) == ["a"]
+    monkeypatch.setattr("distill_jax.compress.units.reconstruction._Layer.forget", lambda self, removed: None)
+    again = reconstruction(graph, model, [x], groups=["a"])
+    np.testing.assert_allclose(found["a"], again["a"], rtol=1e-9)
+    with pytest.raises(ValueError, match=r"groups names \['e'\], which do not exist"):
+        reconstruction(graph, model, [x], groups=["e"])
+
+
 def test_greedy_removal_is_near_the_best_pair():
     model, x = models.from_function(mlp, shapes(a=(3, 6), c=(6,), b=(6, 2), d=(2,))), inputs((40, 3))
     graph = units.trace(model, x)

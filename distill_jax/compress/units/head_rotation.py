@@ -21,8 +21,7 @@ class Rotated(NamedTuple):
     Attributes:
       model: the model with rotated heads; it computes what the given one computes, up to rounding.
       scores: for the groups of dimensions of queries and keys, and of values, float64 ``[size]``: what a dimension
-        adds, in the mean square, to the scores of attention, or to its outputs. They fall from the first dimension of
-        a head to the last.
+        adds, in the mean square, to the scores of attention, or to its outputs, summed over heads.
     """
 
     model: Model
@@ -30,14 +29,15 @@ class Rotated(NamedTuple):
 
 
 def rotate_heads(graph: UnitGraph, model: Model, batches: Sequence[PyTree]) -> Rotated:
-    """Rotates queries with keys, and values with outputs, so that a head's last dimensions do least.
+    """Rotates queries with keys, and values with outputs, so that a head's last dimensions matter least.
 
     A head sees its queries and keys in their products alone: for any invertible R, the queries q·R and the keys k·R⁻ᵀ
     have the same products. The same is true of values v·R and the kernel R⁻¹·W of the outputs. Of all R, this function
     takes the one whose first d dimensions are the best ones, for each d: those with which the mean square of the error
     is least, of the products (queries and keys taken as independent) or of the head's outputs. So a head of 32
     dimensions can become one of 16 that does nearly the same, where a network with half of its heads does not. Prune
-    the groups of dimensions by the scores, all heads of a layer alike.
+    the groups of dimensions by the scores, all heads of a layer alike. Where several heads of queries share values, the
+    dimensions of the values are good ones, but not always the best: one R must serve the outputs of all these heads.
 
     Rotated are the parts of the parameters, at any depth, that hold ``query``, ``key``, ``value``, and ``output`` or
     ``out``, each with a ``kernel`` (``[width, heads, size]``, and ``[heads, size, width]`` of the outputs) and perhaps
@@ -53,7 +53,8 @@ def rotate_heads(graph: UnitGraph, model: Model, batches: Sequence[PyTree]) -> R
 
     Raises:
       ValueError: if there is no attention, or the network does more with queries and keys than to multiply them
-        (rotary positions, norms); if the model is not the traced one, or a layer's inputs are not finite.
+        (rotary positions, norms), by its program or by its outputs; if the model is not the traced one, or a layer's
+        inputs are not finite.
 
     References:
       Ashkboos et al., `SliceGPT: Compress Large Language Models by Deleting Rows and Columns`, 2024
@@ -88,7 +89,8 @@ def rotate_heads(graph: UnitGraph, model: Model, batches: Sequence[PyTree]) -> R
         for path in wanted:
             if path not in rows:
                 raise ValueError(
-                    f"model: {path} does not multiply as a matrix, so its heads cannot be rotated"
+                    f"model: {path} is reshaped before it multiplies, or is used in other ways, so its heads cannot be "
+                    "rotated"
                 )
             ones = np.ones((len(rows[path]), 1))
             triangles[path] = stacked(triangles.get(path), np.concatenate([ones, rows[path]], 1))
@@ -98,31 +100,49 @@ def rotate_heads(graph: UnitGraph, model: Model, batches: Sequence[PyTree]) -> R
         turned, (of_keys, of_values) = each.rotated(leaves, triangles, summed)
         new |= turned
         for path, energies in ((each.query, of_keys), (each.value, of_values)):
-            if (name := groups.get((path, 2))) is not None and len(energies) == graph.groups[name].size:
-                scores[name] = energies
+            name = groups.get((path, 2), "")
+            if not name or len(energies) != graph.groups[name].size:
+                raise ValueError(
+                    f"model: the dimensions of the heads of {path} are no group of their own: rotary positions, or "
+                    "values that are split again, do not allow that heads are rotated and cut"
+                )
+            scores[name] = energies
 
     def with_kernels(new: Mapping[str, np.ndarray]) -> Model:
         params, state = replaced((model.params, model.state), tuple(graph.names), new)
         return model.replace(params=params, state=state)
 
-    rotated = with_kernels(new)
-    alone = with_kernels({path: new[path] for each in attentions for path in (each.query, each.output)})
-    _check_same(model, rotated, alone, batches[0])
-    return Rotated(rotated, scores)
+    turned_in_step: dict[str, np.ndarray] = {}
+    for each in attentions:
+        for one, other in ((each.query, each.key), (each.output, each.value)):
+            pair = {path: new[path] for path in (one, other, _bias(one), _bias(other)) if path in new}
+            _check_same(model, with_kernels(pair), with_kernels({one: new[one]}), batches, each.query)
+            turned_in_step |= pair
+    return Rotated(with_kernels(turned_in_step), scores)
 
 
-def _check_same(model: Model, rotated: Model, alone: Model, x: PyTree) -> None:
-    """Raises ``ValueError`` if the outputs change, beside what they do when one of two kernels is rotated alone."""
-    before, after, wrong = (
-        np.concatenate([np.ravel(np.asarray(y, np.float64)) for y in jax.tree.leaves(each(x))])
-        for each in (model, rotated, alone)
-    )
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(model.params))).eps)
-    rounding = 1000 * eps * np.abs(before).max(initial=0)
+def _check_same(model: Model, rotated: Model, alone: Model, batches: Sequence[PyTree], path: str) -> None:
+    """Raises ``ValueError`` if outputs change, beside what they do when one of two kernels is rotated alone.
+
+    Parameters are compared in float32 at least, on the batch with the most numbers.
+    """
+    x = max(batches, key=lambda x: sum(np.size(leaf) for leaf in jax.tree.leaves(x)))
+
+    def wide(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        return jnp.asarray(leaf, jnp.float32) if dtype in (jnp.bfloat16, jnp.float16) else leaf
+
+    found = []
+    for each in (model, rotated, alone):
+        outputs = jax.tree.leaves(each.replace(params=jax.tree.map(wide, each.params))(x))
+        found.append(np.concatenate([np.ravel(np.asarray(y, np.float64)) for y in outputs]))
+    before, after, wrong = found
+    eps = max(float(jnp.finfo(jnp.result_type(y)).eps) for y in outputs)
+    rounding = max(1e-5, 4 * eps) * np.abs(before).max(initial=0)
     if not np.abs(after - before).max(initial=0) <= 0.02 * np.abs(wrong - before).max(initial=0) + rounding:
         raise ValueError(
-            "model: its outputs change when heads are rotated, so it does more with queries and keys than to multiply "
-            "them: rotary positions and norms of queries do not allow it"
+            f"model: its outputs change when the heads of {path.removesuffix('.query.kernel')} are rotated, so it does "
+            "more with queries and keys than to multiply them: rotary positions and norms of queries do not allow it"
         )
 
 
@@ -162,15 +182,15 @@ class _Attention:
             own = slice(head * shared, (head + 1) * shared)
             asked = np.einsum("ni,ihd->nhd", queries, query[:, own]).reshape(-1, size)
             turn, back, energy = _principal(asked, (keys @ key[1:, head]).T)
-            turn, back = _balanced(turn, back, query[1:, own].reshape(-1, size), key[1:, head].T)
+            turn, back = _balanced(turn, back, query[:, own].reshape(-1, size), key[:, head].T)
             query[:, own], key[:, head] = query[:, own] @ turn, key[:, head] @ back.T
             energies[0][:] += energy
             weights = output[own].transpose(1, 0, 2).reshape(value.shape[2], -1)
-            turn, back, energy = _principal(mixed[:, own].reshape(-1, value.shape[2]), weights)
-            turn, back = _balanced(turn, back, value[1:, head], weights)
+            turn, back, _ = _principal(mixed[:, own].reshape(-1, value.shape[2]), weights)
+            turn, back = _balanced(turn, back, value[:, head], weights)
             value[:, head] = value[:, head] @ turn
             output[own] = np.einsum("de,hew->hdw", back, output[own])
-            energies[1][:] += energy
+            energies[1][:] += _losses(mixed[:, own] @ turn, output[own])
         new = {self.query: query[1:], self.key: key[1:], self.value: value[1:], self.output: output}
         for path, array in ((self.query, query), (self.key, key), (self.value, value)):
             if (bias := _bias(path)) in leaves:
@@ -192,6 +212,18 @@ def _principal(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nd
     energies = np.zeros(size)
     energies[: len(values)] = values**2
     return np.linalg.solve(triangle, left), left.T @ triangle, energies
+
+
+def _losses(mixed: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """Computes by how much the squared error of the outputs rises when each dimension goes, after those behind it.
+
+    Args:
+      mixed: ``[n, heads, size]``, the values of heads that share their dimensions.
+      output: ``[heads, size, width]``.
+    """
+    size = mixed.shape[2]
+    errors = [np.sum(np.einsum("nhd,hdw->nhw", mixed[:, :, d:], output[:, d:]) ** 2) for d in range(size + 1)]
+    return np.maximum(-np.diff(errors), 0)
 
 
 def _balanced(

@@ -30,7 +30,7 @@ def measured(
     batches: Sequence[PyTree] = (),
     damping: float = 0.01,
 ) -> Scores:
-    """Gives the scores of all groups one unit: the loss that a unit adds when it goes.
+    """Makes the scores of all groups comparable: they say by how much the loss rises when a unit goes.
 
     Scores say which units of a group go first, but shares of errors, or magnitudes of weights, do not say which *group*
     can spare more. This function removes half of each group, alone: the units with the lowest scores. It measures by
@@ -43,11 +43,12 @@ def measured(
       graph: the network's units, from :func:`distill_jax.compress.units.trace`.
       model: the model, of the traced structure and shapes.
       scores: group → ``[size]``, not negative, from the other functions here. Groups in which fewer than two units
-        have a score above 0 are left out.
+        have a score above 0 are left out, so that they stay whole.
       loss: ``model -> number``, on data that are not used to test: the lower the better.
       of: the cost, for example ``units.costs.flops``; None: units count alike.
       batches: with inputs, the kernels that used the removed half are solved anew by least squares before the loss is
-        measured, as :func:`~distill_jax.compress.units.compensate` will do. Padding counts as well, so leave it out.
+        measured, as :func:`~distill_jax.compress.units.compensate` will do, but each by itself. Groups that are not
+        exact are measured without it, with their units at zero. Padding counts as well, so leave it out.
       damping: as :func:`~distill_jax.compress.units.compensate` has it.
 
     Returns:
@@ -92,7 +93,7 @@ def measured(
         stay, gone = np.sort(order[: -(-count // 2)]), order[-(-count // 2) :]
         kept = {name: stay.tolist()}
         smaller = silence(graph, model, kept)
-        if given is not None and name in given.used:
+        if given is not None and name in given.used and graph.groups[name].exact:
             smaller = _corrected(graph, model, smaller, name, stay, given, damping)
         risen = max(_finite(loss(smaller)) - before, TINY)
         found[name] = each * (risen / each[gone].sum()) / _saved(graph, of, kept, whole, len(gone))
@@ -121,7 +122,7 @@ def _corrected(
     graph: UnitGraph, model: Model, smaller: Model, name: str, stay: np.ndarray, given: Inputs, damping: float
 ) -> Model:
     """Solves the kernels that use a group anew, for the units that stay, on the whole network's inputs."""
-    leaves, new = float_leaves(graph, model), dict[str, np.ndarray]()
+    leaves, new = float_leaves(graph, model, state=True), dict[str, np.ndarray]()
     for used in given.used[name]:
         path, kernel = used.path, given.kernels[used.path]
         triangle, matrix = given.triangles[path], kernel.matrix(leaves[path])
