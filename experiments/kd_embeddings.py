@@ -1,7 +1,7 @@
 """Makes small sentence encoders with a large one: all-MiniLM-L6-v2, from its embeddings of sentences.
 
 The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
-once. From these embeddings students learn:
+once. Its embeddings are stored, and for "transformer" its hidden states, too: 3 GB for six layers. From them learn:
 
 - "transformer": some of the teacher's layers, with smaller heads and fewer feed-forward units, so that it has a share
   of the teacher's FLOPs. Heads are rotated so that their last dimensions do least. Those units go first for which the
@@ -29,7 +29,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,6 @@ class Config(RunOptions):
     evaluated: Count = 1500  # number of sentences of the validation data, and of the test data, at most
     layers: tuple[Whole, ...] = (0, 2, 5)  # layers of the teacher that the transformer begins with; none: all
     budget: Share = 0.25  # share of the teacher's FLOPs that the transformer has
-    score: Literal["reconstruction", "fisher"] = "reconstruction"
-    """how the transformer is pruned: "reconstruction" takes dimensions of rotated heads and feed-forward units, by the
-    error that is left when least squares makes up for them, which is then done; "fisher" takes heads and feed-forward
-    units by Fisher information, and the others stay as they are"""
     calibration: Count = 768  # number of sentences for least squares at most, of the eight commonest lengths
     hidden: Amount = 1.0
     """weight of the hidden states of each layer in the loss of the transformer, beside that of the embeddings"""
@@ -92,13 +88,7 @@ class Config(RunOptions):
 
 
 TRANSFORMER = Config(
-    students=("transformer",),
-    losses=("cosine",),
-    sentences=24_000,
-    budget=0.22,
-    epochs=5,
-    batch_size=32,
-    learning_rate=3e-4,
+    students=("transformer",), losses=("cosine",), budget=0.22, epochs=4, batch_size=32, learning_rate=3e-4
 )
 CONFIGS = {
     "static": ("A table of vectors of tokens.", Config(
@@ -161,19 +151,17 @@ def with_hidden(
         model: models.Model, batch: train.Batch, *, key: jax.Array | None, step: jax.Array
     ) -> tuple[jax.Array, tuple[Any, train.Metrics]]:
         (y, ours), state = capture(model, [name for name, _ in pairs]).apply(batch["image"], key=key)
-        theirs, real = batch["hidden"], batch["image"]["segments"] != 0
+        real = batch["image"]["segments"] != 0
         metrics = {"soft": soft(y, batch["teacher"]).mean(), "hidden": jnp.zeros(())}
         for mine, its in pairs:
-            square = losses.hint(theirs[its], jnp.zeros_like(theirs[its]), where=real).mean()
-            metrics["hidden"] += losses.hint(ours[mine], theirs[its], where=real).mean() / square
+            theirs = batch["hidden"][its][:, : real.shape[1]].astype(
+                jnp.float32
+            )  # without most of the padding
+            square = losses.hint(theirs, jnp.zeros_like(theirs), where=real).mean()
+            metrics["hidden"] += losses.hint(ours[mine], theirs, where=real).mean() / square
         return metrics["soft"] + weight * metrics["hidden"], (state, metrics)
 
     return loss_fn
-
-
-def label_hidden(teacher: models.Model, batch: Any, key: jax.Array) -> Any:
-    """Lets the captured teacher add its hidden states to a batch."""
-    return {**batch, "hidden": jax.lax.stop_gradient(teacher(batch["image"])[1])}
 
 
 class Lesson:
@@ -186,27 +174,47 @@ class Lesson:
         self.teacher, self.programs = models.sentence_embeddings(encoder), dict[tuple[str, str], Any]()
         self.histories: dict[str, list[train.History]] = {}
         rows = self.data.train
-        embeddings = self.embeddings("train", rows)
-        self.examples = {"image": rows.image(), "teacher": embeddings}
-        truth = self.embeddings("validation", self.data.validation)
+        layers = self.config.layers or range(len(encoder.params["layers"]))
+        # the students' layers with the teacher's, where hidden states are learned
+        self.pairs = [(f"layers.{mine}", f"layers.{its}") for mine, its in enumerate(layers)]
+        if not (self.config.hidden and "transformer" in self.config.students):
+            self.pairs = []
+        embeddings, hidden = self.labels("train", rows, [its for _, its in self.pairs])
+        self.examples = {"image": rows.image(), "teacher": embeddings, "hidden": hidden}
+        truth, _ = self.labels("validation", self.data.validation)
         self.truth = truth @ truth.T
-        self.width, self.tokenizer = embeddings.shape[1], tokenizer
+        self.width, self.tokenizer = truth.shape[1], tokenizer
 
-    def embeddings(self, part: str, rows: sentences.Sentences) -> np.ndarray:
-        """Stores the teacher's embeddings of sentences, and reads them."""
+    def labels(
+        self, part: str, rows: sentences.Sentences, layers: Sequence[str] = ()
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Stores the teacher's embeddings of sentences, and its hidden states after layers; then reads them."""
         described = {
             "teacher": teachers.fingerprint(self.teacher),
             "data": teachers.fingerprint(rows._asdict()),
+            "layers": " ".join(layers),
         }
-        store = teachers.write_labels(
-            self.run.directory / "seed0" / "labels" / part, rows.id,
-            lambda at: {"features": {"embedding": self.embed(self.teacher, rows, at)}},
-            fingerprint=described, kind=kinds.Features(), dtype="float16", shard_rows=1024,
-        )  # fmt: skip
-        return store[rows.id]["features"]["embedding"]
 
-    def embed(self, model: models.Model, rows: sentences.Sentences, at: Any = slice(None)) -> np.ndarray:
-        """Computes embeddings ``[n, width]``."""
+        def outputs(at: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+            if not layers:
+                return {"features": {"embedding": self.embed(self.teacher, rows, at)}}
+            embedding, hidden = self.embed(capture(self.teacher, layers), rows, at)
+            return {"features": {"embedding": embedding, **hidden}}
+
+        store = teachers.write_labels(
+            self.run.directory / "seed0" / "labels" / part, rows.id, outputs, fingerprint=described,
+            kind=kinds.Features(), dtype="float16", shard_rows=1024,
+        )  # fmt: skip
+        # hidden states stay as narrow as they are stored: 20,000 sentences of six layers are 2.9 GB
+        read = [
+            jax.tree.map(np.float16, store[ids]["features"])
+            for ids in np.split(rows.id, range(1024, len(rows.id), 1024))
+        ]
+        found = {name: np.concatenate([each[name] for each in read]) for name in read[0]}
+        return found.pop("embedding").astype(np.float32), found
+
+    def embed(self, model: models.Model, rows: sentences.Sentences, at: Any = slice(None)) -> Any:
+        """Computes embeddings ``[n, width]``; of a captured model hidden states, too."""
         image = {name: values[at] for name, values in rows.image().items()}
         return models.predict(model, image, batch_size=256)
 
@@ -239,23 +247,17 @@ class Lesson:
         frozen = name == "transformer"
         if frozen:
             tx = train.freeze(tx, "embedding")
-        layers = config.layers or range(len(self.encoder.params["layers"]))
-        pairs = [(f"layers.{mine}", f"layers.{its}") for mine, its in enumerate(layers)]
-        hidden = config.hidden if frozen else 0.0
         if (name, loss) not in self.programs:
             soft = functools.partial(LOSSES[loss], temperature=config.temperature)
             objective = train.distill(soft=soft, temperature=None, alpha=0.0)
-            if hidden:
-                objective = with_hidden(soft, hidden, pairs)
-            step, label = train.make_train_step(objective, tx), label_hidden if hidden else None
-            epoch = train.make_epoch(step, transform=label)  # many steps in one call
+            if frozen and self.pairs:
+                objective = with_hidden(soft, config.hidden, self.pairs)
+            epoch = train.make_epoch(train.make_train_step(objective, tx))  # many steps in one call
             self.programs[name, loss] = sentences.by_length(epoch) if frozen else epoch
-        teacher = capture(self.teacher, [its for _, its in pairs]) if hidden else None
         state = train.init_state(self.start(name), tx, self.run.key(seed, 0))
         done = self.run.fit(
             f"{name}, {loss}", seed, state, self.programs[name, loss], self.examples, epochs=config.epochs,
-            batch_size=config.batch_size, order=seed, context=teacher, validate=self.validate,
-            best_by="validation_loss",
+            batch_size=config.batch_size, order=seed, validate=self.validate, best_by="validation_loss",
         )  # fmt: skip
         self.histories.setdefault(f"{name}, {loss}", []).append(done.history)
         return done

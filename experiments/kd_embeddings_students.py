@@ -54,13 +54,6 @@ def make_transformer(config: Config, teacher: models.Model, rows: sentences.Sent
     student = teacher.replace(params={**teacher.params, "layers": layers})
     graph = units.trace(student, some)
     budget = config.budget * units.costs.flops(units.trace(teacher, some), {})
-    if config.score == "fisher":
-        scores = fisher(graph, student, some)
-        heads_and_units = {
-            name: x for name, x in scores.items() if name.endswith(("query.kernel", "up.kernel"))
-        }
-        kept = units.prune(graph, heads_and_units, budget, of=units.costs.flops, across="isomorphic")
-        return units.keep(graph, student, kept)
     batches = calibration(config, rows)
     student, scores = units.rotate_heads(graph, student, batches)
     solved = [name for name in graph.groups if name.endswith(("value.kernel", "up.kernel"))]
@@ -97,16 +90,3 @@ def calibration(config: Config, rows: sentences.Sentences) -> list[Inputs]:
         at = at[np.arange(most) * len(at) // most]  # spread over all texts
         batches.append({name: values[at, :length] for name, values in rows.image().items()})
     return batches
-
-
-def fisher(graph: units.UnitGraph, student: models.Model, some: Inputs) -> dict[str, np.ndarray]:
-    """Scores units: a unit counts as much as the embeddings change without it."""
-    width = student(some).shape[1]
-    directions = jax.random.normal(jax.random.key(0), (len(some["tokens"]), width))
-
-    def along(model: models.Model, example: Any) -> jax.Array:
-        x, direction = example
-        return model({name: values[None] for name, values in x.items()})[0] @ direction
-
-    squares = units.scores.squared_gradients(along, student, (some, directions), chunk=8)
-    return units.scores.fisher(graph, student, squares)
