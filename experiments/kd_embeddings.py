@@ -1,7 +1,7 @@
 """Makes small sentence encoders with a large one: all-MiniLM-L6-v2, from its embeddings of sentences.
 
 The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
-once. Its embeddings are stored, and for "transformer" its hidden states, too: 3 GB for six layers. From them learn:
+once. Its embeddings are stored, and for "transformer" its hidden states, too: 3 GB for six layers. Students:
 
 - "transformer": some of the teacher's layers, with smaller heads and fewer feed-forward units, so that it has a share
   of the teacher's FLOPs. Heads are rotated so that their last dimensions do least. Those units go first for which the
@@ -43,6 +43,7 @@ from harness import (
     Share,
     Whole,
     language,
+    logs,
     read,
     run_main,
     sentences,
@@ -203,7 +204,7 @@ class Lesson:
 
         store = teachers.write_labels(
             self.run.directory / "seed0" / "labels" / part, rows.id, outputs, fingerprint=described,
-            kind=kinds.Features(), dtype="float16", shard_rows=1024,
+            kind=kinds.Features(), dtype="float16", shard_rows=1024, progress=logs.counter(f"labels, {part}"),
         )  # fmt: skip
         # hidden states stay as narrow as they are stored: 20,000 sentences of six layers are 2.9 GB
         read = [

@@ -35,6 +35,7 @@ from harness import (
     Share,
     Whole,
     language,
+    logs,
     pictures,
     pronunciation,
     read,
@@ -143,6 +144,7 @@ class Lesson:
         texts = teachers.write_samples(
             folder / "spoken", words.inputs(), lambda x, *, key: speak(self.teacher, x, self.length),
             vocabulary=len(PHONEMES), fingerprint={**self.described, "length": str(self.length)}, batch_size=1024,
+            progress=logs.counter("pronunciations of the teacher"),
         )  # fmt: skip
         said = words.image(texts[self.all]["tokens"])
         given, stored = {"scratch": examples_of(true, self.known)}, {"scratch": 0.0}
@@ -151,6 +153,7 @@ class Lesson:
             labels = teachers.write_token_labels(
                 folder / name, words.id[rows], functools.partial(self.logits, image, rows), length=self.length + 1,
                 fingerprint=self.described, kind=kinds.Top(config.top), dtype="bfloat16", shard_rows=1024,
+                progress=logs.counter(f"labels, {name}"),
             )  # fmt: skip
             found = labels[teachers.token_ids(words.id[rows], self.length + 1)]
             given[name] = {**examples_of(image, rows), "teacher": found}

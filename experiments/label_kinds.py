@@ -27,6 +27,7 @@ from harness import (
     adam,
     arrays,
     jittered,
+    logs,
     mnist_or_digits,
     pictures,
     plain,
@@ -139,6 +140,7 @@ def write(run: Run, seed: int, name: str, stored: Stored, teacher: models.Model)
         fingerprint={"teacher": teachers.fingerprint((teacher.params, teacher.state))},
         kind=stored.kind,
         dtype=stored.dtype,
+        progress=logs.counter(f"seed {seed + 1}/{run.config.seeds}, labels: {name}"),
     )
 
 

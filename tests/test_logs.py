@@ -55,6 +55,16 @@ def test_the_pulse_is_silent_beside_a_bar(capsys, monkeypatch):
     assert not capsys.readouterr().out
 
 
+def test_a_counter_tells_the_pulse_how_much_is_done(monkeypatch):
+    monkeypatch.setattr(logs, "pulse", logs.Pulse())
+    progress = logs.counter("labels")
+    said = [logs.pulse.doing]
+    for done in (3, 5):
+        progress(done, 5)
+        said.append(logs.pulse.doing)
+    assert said == ["labels", "labels: 3 of 5", "after labels"]
+
+
 def test_a_profile_of_the_second_epoch_is_read_back(tmp_path):
     product = jax.jit(lambda x: jnp.tanh(x @ x))
     x = product(jnp.ones((300, 300)))

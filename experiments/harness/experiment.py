@@ -312,6 +312,7 @@ class Run:
             fingerprint=described,
             views=views,
             dtype=dtype,
+            progress=logs.counter(f"seed {seed + 1}/{self.config.seeds}, labels"),
         )
         return store[split.id]
 

@@ -16,7 +16,7 @@ from distill_jax import models, teachers, train
 from distill_jax.data import text
 from distill_jax.losses.tokens import TopK
 from distill_jax.teachers import kinds
-from harness import results
+from harness import logs, results
 
 BITS = 1 / math.log(2)  # per nat
 
@@ -202,7 +202,7 @@ class Author:
         rows, size, length = self.rows, self.batch_size, self.rows.tokens.shape[1]
         store = teachers.write_token_labels(
             self.folder / name, rows.id, self.logits, length=length, fingerprint=self.described, kind=kind,
-            dtype="bfloat16", shard_rows=size,
+            dtype="bfloat16", shard_rows=size, progress=logs.counter(f"labels, {name}"),
         )  # fmt: skip
 
         def label() -> Any:
@@ -221,7 +221,7 @@ class Author:
         sampler = functools.partial(models.generate, self.teacher, length=rows.tokens.shape[1] - prompt)
         store = teachers.write_samples(
             self.folder / name, prompts, sampler, vocabulary=text.VOCABULARY, fingerprint=self.described,
-            batch_size=size,
+            batch_size=size, progress=logs.counter("texts of the teacher"),
         )  # fmt: skip
         first = {key: values[:size] for key, values in prompts.items()}
         return Stored(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import tqdm
 
 Figures = Mapping[str, float]
 OnEpoch = Callable[[int, Figures], None]
@@ -195,6 +196,28 @@ class Pulse:
 
 
 pulse = Pulse()
+
+
+def counter(shown: str) -> Callable[[int, int], None]:
+    """Makes a ``progress`` for the functions that write stores of labels: it shows how much is done.
+
+    Args:
+      shown: what is being done, such as ``"the teacher's labels"``.
+    """
+    bar: tqdm.tqdm[Any] | None = None  # none where a complete store is found
+    pulse.doing = shown
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm.tqdm(total=total, desc=shown, disable=None, leave=False, dynamic_ncols=True)
+        bar.update(done - bar.n)
+        pulse.doing = f"{shown}: {done} of {total}"
+        if done == total:
+            bar.close()
+            pulse.doing = f"after {shown}"
+
+    return progress
 
 
 class Profile:
