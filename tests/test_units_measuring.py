@@ -81,6 +81,28 @@ def test_what_is_left_is_corrected_as_compensate_does(damping):
         assert np.abs(units.keep(graph, model, kept)(X) - small(X)).max() > 0.1
 
 
+def test_kernels_of_convolutions_are_corrected_as_compensate_does():
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def fn(p, x):
+        hidden = jnp.tanh(convolution(x, p["a"]) + p["c"])
+        return convolution(hidden, p["b"]) + p["d"]
+
+    x = np.random.default_rng(1).normal(size=(30, 5, 5, 2))
+    model = models.from_function(fn, shapes(a=(3, 3, 2, 6), c=(6,), b=(3, 3, 6, 2), d=(2,)))
+    graph = units.trace(model, x)
+    scores = {"a": units.scores.l2(graph, model)["a"]}
+    seen = []
+    measured(graph, model, scores, lambda model: seen.append(model) or len(seen), batches=[x[:9], x[9:]])
+    kept = {"a": np.setdiff1d(np.arange(6), lowest(scores["a"])).tolist()}
+    small = units.keep(graph, units.compensate(graph, model, kept, [x]).model, kept)
+    np.testing.assert_allclose(seen[1](x), small(x), rtol=1e-6, atol=1e-6)
+    assert np.abs(units.keep(graph, model, kept)(x) - small(x)).max() > 0.1
+
+
 def test_a_batch_norm_takes_the_place_of_a_bias():
     def fn(params, state, x, key=None):
         h = jnp.tanh(x @ params["a"]) @ params["b"]
