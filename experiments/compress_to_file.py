@@ -2,11 +2,11 @@
 
 For each seed an original is trained. Candidates keep a share of its residual blocks, of its units, and of the
 multiplications of its kernels, which become products of two thin matrices. Their numbers are floats, weights of 8 or 4
-bits, or weights and activations of 8 bits. Each is exported and its file measured; what is over a budget, by default a
-tenth of the bytes and a fifth of the time of the original under XLA, is left out. The others are trained on the labels
-of the data and of the original in rounds, after each of which the better part goes on. The chosen file and the
-original's are measured once more, and the chosen one gets a model card. The test set is used for the report only: the
-chosen file itself is run on it, and compared with the network in memory.
+bits, or weights and activations of 8 bits, rounded after the training or during it. Each is exported and its file
+measured; what is over a budget, by default a tenth of the bytes and a fifth of the time of the original under XLA, is
+left out. The others are trained on the labels of the data and of the original in rounds, after each of which the better
+part goes on. The chosen file and the original's are measured once more, and the chosen one gets a model card. The test
+set is used for the report only: the chosen file itself is run on it, and compared with the network in memory.
 
     python experiments/compress_to_file.py              # mlp on mnist where it can be had, else digits
     python experiments/compress_to_file.py resnet --aim latency --most-lost 0.2
@@ -69,8 +69,8 @@ class Config(OriginalOptions):
     removed; 1 leaves kernels as they are"""
     numbers: tuple[str, ...] = ("int8-weights", "int8")
     """float; int8-weights and int4-weights: weights of 8 or 4 bits in the file, with which ONNX Runtime computes as
-    floats; int8: weights and activations of 8 bits, with which it computes as integers; all by rounding after the
-    training"""
+    floats; int8: weights and activations of 8 bits, with which it computes as integers; rounded after the training, or
+    during it too if the name ends in "-trained", such as int4-weights-trained"""
     rounds: tuple[Count, ...] = (2, 4, 8)  # numbers of epochs of the rounds in which candidates are trained
     keep: Share = 0.5  # share of the candidates that goes on to the next round
     learning_rate: Positive = 1e-3  # highest learning rate of a round (Adam, cosine schedule)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optax
-from harness import Run, adam, arrays, jittered, labelled, plain, prepare
+from harness import Run, adam, arrays, jittered, labelled, logs, plain, prepare
 
 from distill_jax import export, metrics, models, teachers, train
 from distill_jax._checks import BudgetError
@@ -24,6 +24,8 @@ NUMBERS: dict[str, dict[str, Any] | None] = {  # how a network is rounded, if it
     "int4-weights": {"bits": 4},
     "int8": {"bits": 8, "activations": True},
 }
+TRAINED = "-trained"  # the end of the name of numbers that are rounded in training
+NUMBERS |= {f"{name}{TRAINED}": rounding for name, rounding in NUMBERS.items() if rounding}
 
 
 class Tools:
@@ -33,7 +35,8 @@ class Tools:
         self.config, self.run, self.seed, self.original = config, run, seed, original
         rows = np.random.default_rng(seed).permutation(len(run.dataset.train.label))[: config.examples]
         self.x = prepare(run.dataset.train.image[rows])
-        self.made = functools.cache(self._make)  # the kind of numbers makes no difference before the end
+        self.made = functools.cache(self._make)  # for all kinds of numbers
+        self.first: dict[tuple[str, Any], search.Settings] = {}
         # Made once, so that networks of the same shapes are compiled once
         self.recipe = functools.cache(self._recipe)
         self.data, self.context = arrays(run.dataset.train), original if config.jitter else None
@@ -41,8 +44,19 @@ class Tools:
             self.data["teacher"] = run.store_labels(seed, original)
 
     def make(self, original: models.Model, settings: search.Settings) -> models.Model | None:
-        """Removes blocks and units, and factorises kernels."""
-        return self.made(settings.get("depth", 1.0), settings["width"], settings.get("rank", 1.0))
+        """Removes blocks and units, factorises kernels, and rounds numbers that are rounded in training."""
+        model = self.made(settings.get("depth", 1.0), settings["width"], settings.get("rank", 1.0))
+        if model is None:
+            return None
+        network = teachers.fingerprint((model.params, model.state)), settings["numbers"]
+        first = self.first.setdefault(network, settings)
+        if first != settings:
+            logs.pulse.say(f"{settings} is left out: with rounded widths it is the same network as {first}")
+            return None
+        rounding = NUMBERS[settings["numbers"]]
+        if rounding and settings["numbers"].endswith(TRAINED):
+            return quantisation.simulate(model, [self.x], **rounding)
+        return model
 
     def _make(self, depth: float, width: float, rank: float) -> models.Model | None:
         model = self.original
@@ -99,7 +113,11 @@ class Tools:
     def finish(self, model: models.Model, settings: search.Settings) -> models.Model:
         """Turns weights, and perhaps activations, into integers, if these are asked for."""
         rounding = NUMBERS[settings["numbers"]]
-        return model if rounding is None else quantisation.quantise(model, [self.x], **rounding)
+        if rounding is None:
+            return model
+        if settings["numbers"].endswith(TRAINED):
+            return quantisation.freeze(model)
+        return quantisation.quantise(model, [self.x], **rounding)
 
     def accuracy(self, model: models.Model) -> float:
         """Computes the accuracy on the validation images."""

@@ -1,13 +1,15 @@
 """Compression to a file: a small run with its files and cards, and what it says to bad input."""
 
 import json
+from types import SimpleNamespace
 
 import compress_to_file
 import compress_to_file_report
 import jax
 import numpy as np
 import pytest
-from harness import prepare, runs
+from compress_to_file_candidates import Tools, settings_of
+from harness import prepare, read, runs
 
 from distill_jax import data, export, models
 from distill_jax.compress import quantisation
@@ -94,6 +96,53 @@ def test_a_whole_run_with_a_network_of_ones_own(tmp_path, run, monkeypatch):
     assert error.endswith("; most_ms is by default a fifth of the original's time under XLA\n")
 
 
+def candidates(*given):
+    """The tools of a run with the digits, which is not begun, and its original."""
+    _, config = read(compress_to_file.CONFIGS, "", "digits", [*SMALL, "--jitter", "1", *given])
+    dataset = data.load("digits")
+    original = small_network(dataset.train.image.shape[1:], 10, jax.random.key(0))
+    return Tools(config, SimpleNamespace(dataset=dataset), 0, original), original
+
+
+def test_networks_that_a_multiple_makes_equal_are_candidates_once(capsys):
+    tools, original = candidates("--widths", "0.5", "0.4", "0.1", "--ranks", "1", "--multiple", "4")
+    made = [tools.make(original, settings) for settings in settings_of(tools.config)]
+    # 4 of 12 units by both of the first widths, with two kinds of numbers; a tenth would be less than one multiple
+    assert [model is None for model in made] == [False, False, True, True, True, True]
+    printed = capsys.readouterr().out
+    assert (
+        "'width': 0.4, 'numbers': 'int8'} is left out: with rounded widths it is the same network" in printed
+    )
+    assert "0.1" not in printed
+
+
+@pytest.mark.parametrize("numbers", ["int4-weights", "int8"])
+def test_numbers_are_rounded_in_training(numbers):
+    tools, original = candidates("--ranks", "1", "--numbers", numbers, f"{numbers}-trained")
+    (after, during), made = settings_of(tools.config), {}
+    tools.run.key = lambda *numbers: jax.random.key(0)
+    steps = []
+
+    def fit(name, seed, state, epoch, examples, *, epochs, batch_size, order, context):
+        rows = np.arange(8 * batch_size).reshape(8, batch_size)
+        steps.append(jax.tree.map(np.asarray, state.model.params))
+        return SimpleNamespace(model=epoch(state, examples, rows, context)[0].model)
+
+    tools.run.fit = fit
+    for settings in (after, during):
+        model = tools.make(original, settings)
+        made[settings["numbers"]] = (
+            tools.finish(model, settings),
+            tools.finish(tools.tune(model, settings, 1), settings),
+        )
+    (plain, plain_trained), (rounded, rounded_trained) = made.values()
+    np.testing.assert_array_equal(plain(tools.x), rounded(tools.x))  # before training they are the same
+    assert ["ratio" in str(params) for params in steps] == [False, True]  # scales are learned
+    assert np.abs(plain_trained(tools.x) - rounded_trained(tools.x)).max() > 0
+    assert np.abs(rounded_trained(tools.x) - rounded(tools.x)).max() > 0
+    assert jax.tree.structure(rounded.params) == jax.tree.structure(plain.params)
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_a_file_is_good_if_it_is_fast_and_small_and_right(name):
     rows = [{"good": True}, {"good": True}]
@@ -144,7 +193,8 @@ OPTIONS = {
     "a rank of 0": ("--ranks 0", "--ranks must be shares above 0"),
     "other numbers": (
         "--numbers int4",
-        "--numbers must be from float, int8-weights, int4-weights, int8, got int4",
+        "--numbers must be from float, int8-weights, int4-weights, int8, int8-weights-trained, "
+        "int4-weights-trained, int8-trained, got int4",
     ),
     "an aim without a budget": ("--aim latency", "--aim must be quality without --most-lost"),
     "no blocks": ("--depths 1 0.5", "--depths must be 1 for a network without residual blocks"),

@@ -194,7 +194,9 @@ def best_file(
       directory: where networks and files are kept. Take a new directory whenever the functions or their data change.
       epochs: the number of epochs of each round.
       finish: ``(model, settings) -> model``: what becomes of a network before it is validated and exported, without
-        training: :func:`distill_jax.compress.quantisation.quantise`, for example. None for nothing.
+        training: :func:`distill_jax.compress.quantisation.quantise`, for example; or
+        :func:`~distill_jax.compress.quantisation.freeze`, where ``make`` returns a network from
+        :func:`~distill_jax.compress.quantisation.simulate`, which is rounded in training. None for nothing.
       write: ``(path, model, x)``: writes a file, such as :func:`distill_jax.export.onnx`, or either with
         some of its options set by ``functools.partial``.
       suffix: the end of the names of the files.
