@@ -243,9 +243,10 @@ def test_reconstructions(tmp_path):
         pictures.reconstructions(tmp_path / "a.png", {"a": images, "width 2": images[:5]})
 
 
-def test_eight_models_look_different_and_reserved_looks_are_not_given_away():
-    looks = style.looks_of([f"model {i}" for i in range(8)])
-    assert len({str(look) for look in looks.values()}) == 8
+def test_models_look_different_and_reserved_looks_are_not_given_away():
+    looks = style.looks_of([f"model {i}" for i in range(14)])
+    assert len({str(look) for look in looks.values()}) == 14
+    assert len({look["color"] for look in [*looks.values()][:8]}) == 8
     some = style.looks_of(["distilled", *(f"model {i}" for i in range(7))])
     assert len({str(look) for look in some.values()}) == 8
     assert some["distilled"] == style.looks_of(["distilled"])["distilled"]

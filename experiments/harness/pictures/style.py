@@ -48,7 +48,8 @@ def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Gives each model a colour and a line, the same in all pictures to those of ``LOOKS``."""
     names = list(names)
     spare = [look for name, look in LOOKS.items() if name not in names]
-    others = itertools.cycle([*OTHERS, *spare])
+    again = [(colour, OTHERS[i - 3][1]) for i, (colour, _) in enumerate(OTHERS)]  # with the line of another
+    others = itertools.cycle([*OTHERS, *spare, *again])
     pairs = {name: LOOKS.get(name) or next(others) for name in names}
     return {name: {"color": colour, "linestyle": line} for name, (colour, line) in pairs.items()}
 
