@@ -89,7 +89,13 @@ class Config(RunOptions):
 
 
 TRANSFORMER = Config(
-    students=("transformer",), losses=("cosine",), budget=0.22, epochs=4, batch_size=32, learning_rate=3e-4
+    students=("transformer",),
+    losses=("cosine",),
+    sentences=40_000,
+    budget=0.22,
+    epochs=2,
+    batch_size=32,
+    learning_rate=3e-4,
 )
 CONFIGS = {
     "static": ("A table of vectors of tokens.", Config(
