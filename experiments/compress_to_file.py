@@ -63,14 +63,15 @@ class Config(OriginalOptions):
     """shares of the operations that are left when residual blocks are removed, before units are; 1 removes none"""
     multiple: Count = 1
     """number of which the sizes of layers are multiples, rounded up; ONNX Runtime's convolutions are fast with
-    multiples of 8 channels"""
+    multiples of 8 channels; a width that gives the same network as another one is left out"""
     ranks: tuple[Share, ...] = (1.0,)
     """shares of the multiplications that are left when kernels become products of two thin matrices, after units are
     removed; 1 leaves kernels as they are"""
     numbers: tuple[str, ...] = ("int8-weights", "int8")
     """float; int8-weights and int4-weights: weights of 8 or 4 bits in the file, with which ONNX Runtime computes as
-    floats; int8: weights and activations of 8 bits, with which it computes as integers; rounded after the training, or
-    during it too if the name ends in "-trained", such as int4-weights-trained"""
+    floats; int8: weights and activations of 8 bits, with which it computes as integers. Numbers are rounded after the
+    training. With "-trained" at the end of a name, such as int4-weights-trained, networks are trained with rounded
+    numbers; that is for 4 bits that lose too much otherwise"""
     rounds: tuple[Count, ...] = (2, 4, 8)  # numbers of epochs of the rounds in which candidates are trained
     keep: Share = 0.5  # share of the candidates that goes on to the next round
     learning_rate: Positive = 1e-3  # highest learning rate of a round (Adam, cosine schedule)

@@ -35,8 +35,8 @@ class Tools:
         self.config, self.run, self.seed, self.original = config, run, seed, original
         rows = np.random.default_rng(seed).permutation(len(run.dataset.train.label))[: config.examples]
         self.x = prepare(run.dataset.train.image[rows])
-        self.made = functools.cache(self._make)  # for all kinds of numbers
-        self.first: dict[tuple[str, Any], search.Settings] = {}
+        self.made = functools.cache(self._make)  # made once, then used for all kinds of numbers
+        self.first: dict[tuple[str, Any], search.Settings] = {}  # the first settings that gave each network
         # Made once, so that networks of the same shapes are compiled once
         self.recipe = functools.cache(self._recipe)
         self.data, self.context = arrays(run.dataset.train), original if config.jitter else None
@@ -48,10 +48,11 @@ class Tools:
         model = self.made(settings.get("depth", 1.0), settings["width"], settings.get("rank", 1.0))
         if model is None:
             return None
-        network = teachers.fingerprint((model.params, model.state)), settings["numbers"]
-        first = self.first.setdefault(network, settings)
-        if first != settings:
-            logs.pulse.say(f"{settings} is left out: with rounded widths it is the same network as {first}")
+        same = teachers.fingerprint((model.params, model.state)), settings["numbers"]
+        first = self.first.setdefault(same, settings)
+        if first != settings:  # widths become equal by --multiple, depths where they leave the same blocks
+            names = [",".join(f"{key}={value}" for key, value in each.items()) for each in (settings, first)]
+            logs.pulse.say(f"{names[0]} is left out: it is the same network as {names[1]}")
             return None
         rounding = NUMBERS[settings["numbers"]]
         if rounding and settings["numbers"].endswith(TRAINED):

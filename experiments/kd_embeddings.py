@@ -1,7 +1,8 @@
 """Makes small sentence encoders with a large one: all-MiniLM-L6-v2, from its embeddings of sentences.
 
-The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher embeds them
-once. Its embeddings are stored, and for "transformer" its hidden states, too: 6 GB for six layers. Students:
+The sentences are those of books, or the docstrings of files; no book or file is in two splits. The teacher reads each
+sentence once. Its embeddings are stored, and for transformers its hidden states: of 40,000 sentences 1 GB per layer, on
+disk and in memory. There are two kinds of students:
 
 - "transformer": some of the teacher's layers, with smaller heads and fewer feed-forward units, so that it has a share
   of the teacher's FLOPs. Heads are rotated so that their last dimensions do least. Those units go first for which the
@@ -89,14 +90,9 @@ class Config(RunOptions):
 
 
 TRANSFORMER = Config(
-    students=("transformer",),
-    losses=("cosine",),
-    sentences=40_000,
-    budget=0.22,
-    epochs=2,
-    batch_size=32,
+    students=("transformer",), losses=("cosine",), sentences=40_000, budget=0.22, epochs=2, batch_size=32,
     learning_rate=3e-4,
-)
+)  # fmt: skip
 CONFIGS = {
     "static": ("A table of vectors of tokens.", Config(
         students=("static",), epochs=8, learning_rate=2e-3,
@@ -161,9 +157,8 @@ def with_hidden(
         real = batch["image"]["segments"] != 0
         metrics = {"soft": soft(y, batch["teacher"]).mean(), "hidden": jnp.zeros(())}
         for mine, its in pairs:
-            theirs = batch["hidden"][its][:, : real.shape[1]].astype(
-                jnp.float32
-            )  # without most of the padding
+            # Batches are cut to their longest sentence, stored hidden states are not
+            theirs = jnp.float32(batch["hidden"][its][:, : real.shape[1]])
             square = losses.hint(theirs, jnp.zeros_like(theirs), where=real).mean()
             metrics["hidden"] += losses.hint(ours[mine], theirs, where=real).mean() / square
         return metrics["soft"] + weight * metrics["hidden"], (state, metrics)
@@ -172,7 +167,7 @@ def with_hidden(
 
 
 class Lesson:
-    """The teacher, its embeddings, and the students before training: made once for all seeds."""
+    """The teacher, what it computes, and the students before training: made once for all seeds."""
 
     def __init__(
         self, run: Run, data: sentences.Corpus, encoder: models.Model, tokenizer: sentences.Tokenizer
@@ -186,11 +181,10 @@ class Lesson:
         self.pairs = [(f"layers.{mine}", f"layers.{its}") for mine, its in enumerate(layers)]
         if not (self.config.hidden and "transformer" in self.config.students):
             self.pairs = []
-        embeddings, hidden = self.labels("train", rows, [its for _, its in self.pairs])
-        self.examples = {"image": rows.image(), "teacher": embeddings, "hidden": hidden}
+        embeddings, self.hidden = self.labels("train", rows, [its for _, its in self.pairs])
+        self.examples = {"image": rows.image(), "teacher": embeddings}
         truth, _ = self.labels("validation", self.data.validation)
-        self.truth = truth @ truth.T
-        self.width, self.tokenizer = truth.shape[1], tokenizer
+        self.truth, self.tokenizer = truth @ truth.T, tokenizer
 
     def labels(
         self, part: str, rows: sentences.Sentences, layers: Sequence[str] = ()
@@ -215,10 +209,12 @@ class Lesson:
         found: dict[str, np.ndarray] = {}
         for at in range(0, len(rows.id), 1024):
             for name, values in store[rows.id[at : at + 1024]]["features"].items():
-                # as narrow as they are stored: hidden states of 40,000 sentences are 6 GB
-                whole = found.setdefault(name, np.empty((len(rows.id), *values.shape[1:]), np.float16))
-                whole[at : at + 1024] = values
-        return found.pop("embedding").astype(np.float32), found
+                if name not in found:
+                    found[name] = np.empty((len(rows.id), *values.shape[1:]), np.float16)
+                found[name][at : at + 1024] = values
+        embeddings = found.pop("embedding").astype(np.float32)
+        # As narrow as they are stored, and as JAX arrays, which no training copies
+        return embeddings, {name: jnp.asarray(found.pop(name)) for name in [*found]}
 
     def embed(self, model: models.Model, rows: sentences.Sentences, at: Any = slice(None)) -> Any:
         """Computes embeddings ``[n, width]``; of a captured model hidden states, too."""
@@ -233,7 +229,8 @@ class Lesson:
     @functools.cached_property
     def transformer(self) -> models.Model:
         """The transformer before training."""
-        print("Choosing the units of the transformer, and solving the others by least squares.", flush=True)
+        logs.pulse.say("Choosing the units of the transformer, and solving the others by least squares.")
+        logs.pulse.doing = "choosing the units of the transformer"
         return make_transformer(self.config, self.teacher, self.data.train)
 
     def start(self, name: str) -> models.Model:
@@ -261,9 +258,10 @@ class Lesson:
                 objective = with_hidden(soft, config.hidden, self.pairs)
             epoch = train.make_epoch(train.make_train_step(objective, tx))  # many steps in one call
             self.programs[name, loss] = sentences.by_length(epoch) if frozen else epoch
+        examples = self.examples | ({"hidden": self.hidden} if frozen and self.hidden else {})
         state = train.init_state(self.start(name), tx, self.run.key(seed, 0))
         done = self.run.fit(
-            f"{name}, {loss}", seed, state, self.programs[name, loss], self.examples, epochs=config.epochs,
+            f"{name}, {loss}", seed, state, self.programs[name, loss], examples, epochs=config.epochs,
             batch_size=config.batch_size, order=seed, validate=self.validate, best_by="validation_loss",
         )  # fmt: skip
         self.histories.setdefault(f"{name}, {loss}", []).append(done.history)
@@ -290,6 +288,7 @@ def main() -> int:
     run = Run.start("kd_embeddings", name, config, functools.partial(check, encoder=encoder), data)
     lesson, choice = Lesson(run, data, encoder, tokenizer), dict[str, Any]()
     trained = [lesson.students(seed, choice) for seed in range(config.seeds)]
+    logs.pulse.doing = "evaluating"
     found = run.record(evaluate(lesson, trained))
     found["choice"] = choice
     run.finish(found, draw(lesson), headline=verdict(config, found), notes=[explain(choice)], columns=COLUMNS)

@@ -125,10 +125,37 @@ def test_hidden_states_count_as_shares_of_the_teachers_squares_and_padding_does_
     ]
     layers[1]["feed_forward_norm"] = {"scale": 2 * np.ones(32, "f4"), "bias": np.zeros(32, "f4")}
     student = teacher.replace(params=other | {"layers": layers})
-    batch["hidden"] = {name: jnp.where(x["segments"][..., None] == 0, 1e6, y) for name, y in hidden.items()}
-    loss, (_, metrics) = loss_fn(student, batch, key=None, step=0)
-    np.testing.assert_allclose(metrics["hidden"], 1, rtol=1e-5)  # twice as large after the last layer alone
-    np.testing.assert_allclose(loss, 3.5, rtol=1e-5)
+    whole = {name: jnp.where(x["segments"][..., None] == 0, 1e4, y) for name, y in hidden.items()}
+    stored = {  # as they are stored: float16, and longer than the batch
+        name: np.pad(np.float16(y), ((0, 0), (0, 3), (0, 0)), constant_values=1e4)
+        for name, y in whole.items()
+    }
+    for given, close in ((whole, 1e-5), (stored, 1e-3)):
+        loss, (_, metrics) = loss_fn(student, batch | {"hidden": given}, key=None, step=0)
+        np.testing.assert_allclose(
+            metrics["hidden"], 1, rtol=close
+        )  # twice as large after the last layer alone
+        np.testing.assert_allclose(loss, 3.5, rtol=close)
+
+
+def test_what_the_teacher_computes_is_stored_by_sentence_and_layer(tmp_path):
+    lesson = untrained(["see the cat the", "and the dog", "a", "run home now or never"])
+    lesson.run = SimpleNamespace(directory=tmp_path)
+    rows = lesson.data.train._replace(id=np.array([7, 2, 9, 4]))
+    names = ["layers.1", "layers.0"]
+    expected, states = capture(lesson.teacher, names)(rows.image())
+    for _ in range(2):  # written, and read
+        embeddings, hidden = lesson.labels("train", rows, names)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-3)
+        assert embeddings.dtype == np.float32
+        assert set(hidden) == set(names)
+        for name, values in hidden.items():
+            assert values.dtype == np.float16
+            real = rows.segments != 0
+            np.testing.assert_allclose(values[real], states[name][real], atol=5e-3)
+    assert lesson.labels("validation", rows)[1] == {}
+    with pytest.raises(ValueError, match="layers"):  # labels of other layers
+        lesson.labels("train", rows, ["layers.0"])
 
 
 def test_batches_of_like_lengths_hold_every_sentence_once_and_are_cut_to_the_longest():
@@ -214,7 +241,6 @@ def untrained(words, teacher="random", **options):
     lesson.config = kd_embeddings.Config(**options)
     lesson.encoder, lesson.tokenizer = sentences.teacher(teacher, 8)
     lesson.teacher = models.sentence_embeddings(lesson.encoder)
-    lesson.width = lesson.encoder.params["embedding"].shape[1]
     rows = sentences.Sentences(np.arange(len(words)), *lesson.tokenizer(words).values(), np.zeros(len(words)))
     lesson.data = SimpleNamespace(train=rows)
     return lesson

@@ -63,6 +63,8 @@ def test_a_counter_tells_the_pulse_how_much_is_done(monkeypatch):
         progress(done, 5)
         said.append(logs.pulse.doing)
     assert said == ["labels", "labels: 3 of 5", "after labels"]
+    logs.counter("labels")(5, 5)  # all at once, as of a store whose last file was missing
+    assert logs.pulse.doing == "after labels"
 
 
 def test_a_profile_of_the_second_epoch_is_read_back(tmp_path):

@@ -210,7 +210,10 @@ def counter(shown: str) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm.tqdm(total=total, desc=shown, disable=None, leave=False, dynamic_ncols=True)
+            # Of a store that is continued, what was there took no time
+            bar = tqdm.tqdm(
+                total=total, initial=done, desc=shown, disable=None, leave=False, dynamic_ncols=True
+            )
         bar.update(done - bar.n)
         pulse.doing = f"{shown}: {done} of {total}"
         if done == total:

@@ -45,10 +45,15 @@ OTHERS: Sequence[tuple[str, Any]] = (
 
 
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Gives each model a colour and a line, the same in all pictures to those of ``LOOKS``."""
+    """Gives each model a colour and a line, the same in all pictures to those of ``LOOKS``.
+
+    Where colours run out they are given again, with other lines.
+    """
     names = list(names)
     spare = [look for name, look in LOOKS.items() if name not in names]
-    again = [(colour, OTHERS[i - 3][1]) for i, (colour, _) in enumerate(OTHERS)]  # with the line of another
+    again = [
+        (colour, line) for (colour, _), (_, line) in zip(OTHERS, [*OTHERS[3:], *OTHERS[:3]], strict=True)
+    ]
     others = itertools.cycle([*OTHERS, *spare, *again])
     pairs = {name: LOOKS.get(name) or next(others) for name in names}
     return {name: {"color": colour, "linestyle": line} for name, (colour, line) in pairs.items()}
