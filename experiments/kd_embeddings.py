@@ -188,7 +188,7 @@ class Lesson:
 
     def labels(
         self, part: str, rows: sentences.Sentences, layers: Sequence[str] = ()
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> tuple[np.ndarray, dict[str, jax.Array]]:
         """Stores the teacher's embeddings of sentences, and its hidden states after layers; then reads them."""
         described = {
             "teacher": teachers.fingerprint(self.teacher),
