@@ -217,6 +217,18 @@ def test_a_digest_changes_if_the_signs_of_a_row_change(dtype):
             assert digest(changed) != first
 
 
+def test_an_unfinished_save_is_deleted_before_anything_else(tmp_path):
+    """Not later by a thread, which would delete what the next object saves in the same place."""
+    for i in range(300):
+        path = tmp_path / "1.orbax-checkpoint-tmp" / str(i)
+        path.mkdir(parents=True)
+        (path / "array").touch()
+    with train.Checkpoints(tmp_path) as checkpoints:
+        assert not [*tmp_path.iterdir()]
+        checkpoints.save(1, {"a": jnp.ones(2)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_the_last_checkpoints_stay(tmp_path):
     tree = {"a": jnp.arange(3), "key": jax.random.key(5, impl="rbg"), "nested": [jnp.ones(2, jnp.bfloat16)]}
     with train.Checkpoints(tmp_path, keep=2) as checkpoints:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -125,12 +126,16 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2):
         self.directory = Path(directory).absolute()
+        # Orbax would delete what a killed process left in a thread, for which its close does not wait: that thread
+        # would delete what the next object for this directory is writing
+        for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(
+                unfinished, ignore_errors=True
+            )  # a directory may be read without permission to write
         policy = ocp.checkpoint_managers.LatestN(keep)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True, save_root_metadata=False
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, save_root_metadata=False),
         )
         self._damaged: list[int] = []
 
