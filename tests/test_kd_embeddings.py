@@ -132,9 +132,8 @@ def test_hidden_states_count_as_shares_of_the_teachers_squares_and_padding_does_
     }
     for given, close in ((whole, 1e-5), (stored, 1e-3)):
         loss, (_, metrics) = loss_fn(student, batch | {"hidden": given}, key=None, step=0)
-        np.testing.assert_allclose(
-            metrics["hidden"], 1, rtol=close
-        )  # twice as large after the last layer alone
+        # Twice as large after the last layer alone
+        np.testing.assert_allclose(metrics["hidden"], 1, rtol=close)
         np.testing.assert_allclose(loss, 3.5, rtol=close)
 
 

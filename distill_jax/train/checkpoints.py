@@ -126,8 +126,8 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2):
         self.directory = Path(directory).absolute()
-        # Orbax would delete what a killed process left in a thread, for which its close does not wait: that thread
-        # would delete what the next object for this directory is writing
+        # Saves that a killed process did not finish. Orbax would delete them in a thread for which its close does not
+        # wait, and which may then delete what the next object for this directory is writing
         for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(
                 unfinished, ignore_errors=True
