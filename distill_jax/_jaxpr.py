@@ -10,7 +10,7 @@ a function of the caller, and all other equations run as they are.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,14 @@ def body_of(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
         return None
     inner = eqn.params[CALLS[eqn.primitive.name]]
     return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Counts the constants of a scan and the values that it carries, from its parameters."""
+    if "ft_in" in params:  # since JAX 0.11
+        consts, carry, _ = map(list, params["ft_in"].unpack())
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def primitives(program: Any) -> set[str]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from distill_jax import features, losses
 from distill_jax.losses import relations
+from distill_jax.losses._space import power_of_two
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("relations.json").read_text())
 
@@ -288,6 +289,13 @@ def test_scale_of_the_features_does_not_matter(name, power):
     np.testing.assert_allclose(of_scaled, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     scaled, *_ = evaluate(name, student, teacher * factor)
     np.testing.assert_allclose(scaled, value, rtol=1e-5, atol=1e-8)
+
+
+def test_two_scalings_in_turn_divide_no_zero_by_zero():
+    """On a GPU, XLA turns x/a/b into x/(a·b): of two tiny powers the product would be 0."""
+    first, second = power_of_two(jnp.float32(2.0**-100)), power_of_two(jnp.float32(0))
+    assert (first, second) == (2.0**-100, 1)
+    assert jnp.float32(0) / (first * second) == 0
 
 
 @pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])

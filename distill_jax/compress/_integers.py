@@ -88,7 +88,7 @@ def per_output(eqn: Any, place: int, array: jax.Array) -> jax.Array:
 
 
 def product(eqn: Any, place: int, inputs: jax.Array, weights: jax.Array, zero: jax.Array) -> jax.Array:
-    """Computes Σ (inputs − zero)·weights of codes exactly, by int8 × int8 → int32.
+    """Computes Σ (inputs − zero)·weights of codes exactly, by int8 × int8 → int32 or an equal sum of floats.
 
     Args:
       eqn: a matrix product or a convolution.
@@ -112,18 +112,23 @@ def product(eqn: Any, place: int, inputs: jax.Array, weights: jax.Array, zero: j
         assert summed is not None
         kernel, options = weights.astype(jnp.int8), dict[str, Any](precision=None)
         total = kernel.sum(summed, keepdims=True, dtype=jnp.int32)
-        if eqn.primitive.name == "dot_general":
-            sums = run(jnp.int32, small, kernel, **options)
-        else:
+        if eqn.primitive.name != "dot_general":
             small, padding = _padded(eqn, small, zero8)
             options |= padding
-            terms = math.prod(kernel.shape[axis] for axis in summed)
-            sums = jax.lax.platform_dependent(
-                small,
-                kernel,
-                cpu=lambda a, w: run(jnp.int32, a, w, **options),
-                default=lambda a, w: by_floats(lambda *ab: run(jnp.float32, *ab, **options), a, w, terms),
-            )
+        terms = math.prod(kernel.shape[axis] for axis in summed)
+
+        def integers(a: jax.Array, w: jax.Array) -> jax.Array:
+            return run(jnp.int32, a, w, **options)
+
+        # XLA has no convolution of integers on accelerators, and its matrix product of integers gave wrong sums on an
+        # H200 where it was not compiled together with other operations
+        right = {"cpu": integers} | ({"tpu": integers} if eqn.primitive.name == "dot_general" else {})
+        sums = jax.lax.platform_dependent(
+            small,
+            kernel,
+            **right,
+            default=lambda a, w: by_floats(lambda *ab: run(jnp.float32, *ab, **options), a, w, terms),
+        )
         return (sums - per_output(eqn, place, total) * zero.astype(jnp.int32)).astype(jnp.float32)
 
     @exact.defjvp
@@ -148,7 +153,7 @@ def _padded(eqn: Any, inputs: jax.Array, zero: jax.Array) -> tuple[jax.Array, di
 
 
 def by_floats(run: Any, inputs: jax.Array, weights: jax.Array, terms: int) -> jax.Array:
-    """Computes a sum of products of int8 exactly by float32, for where XLA has no such operation.
+    """Computes a sum of products of int8 exactly by float32, for where XLA cannot do it with integers.
 
     Weights are cut into parts of few bits, so that no partial sum reaches 2^24, up to which float32 holds all
     integers. The factors are exact even in bfloat16, to which the operation may round them.

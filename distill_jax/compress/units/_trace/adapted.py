@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.device_rules import parts
 from distill_jax.compress.units._trace.program import OWN, Program, Step, bind, evaluate
 from distill_jax.compress.units._trace.rules import Tracer, Value
@@ -239,7 +240,7 @@ def _scaled(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
 
 
 def _scan(small: Adapted, step: Step, operands: list[Any]) -> Sequence[Any]:
-    consts, carries = step.params["num_consts"], step.params["num_carry"]
+    consts, carries = _jaxpr.scan_sizes(step.params)
     first, start, each = (
         operands[:consts], operands[consts : consts + carries], operands[consts + carries :],
     )  # fmt: skip

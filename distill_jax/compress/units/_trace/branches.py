@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.program import Program, Step, bind, evaluate
 
 REMAT = "remat2", "checkpoint"
@@ -143,8 +144,8 @@ class _Reader:
     def layers(self, node: _Node, uses: Counter[int]) -> list[Branch]:
         """Lists the layers of a scan, if each adds residual branches to what is carried, and does no more."""
         step: Any = node.step
-        first = step.params["num_consts"]
-        last = first + step.params["num_carry"]
+        first, carried = _jaxpr.scan_sizes(step.params)
+        last = first + carried
         (body,) = step.bodies
         ends, start = body.outputs[: last - first], body.inputs[first:last]
         if not self.needed.isdisjoint(step.outputs[last - first :]):
@@ -329,8 +330,7 @@ def run_layers(
     Returns:
       The results of the scan, and the further results stacked.
     """
-    first = step.params["num_consts"]
-    carried = step.params["num_carry"]
+    first, carried = _jaxpr.scan_sizes(step.params)
     start, each = list(operands[first : first + carried]), list(operands[first + carried :])
     length = step.params["length"] if rows is None else int(rows.sum())
     if rows is not None:

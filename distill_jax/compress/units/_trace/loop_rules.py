@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.program import Program, Step
 from distill_jax.compress.units._trace.rules import Tracer, Value, fixed, rule, value
 
@@ -38,7 +39,7 @@ def _known(v: Value) -> Any:
 
 @rule("scan")
 def _scan(tracer: Tracer, step: Step, operands: list[Value]) -> list[Value]:
-    consts, carries = step.params["num_consts"], step.params["num_carry"]
+    consts, carries = _jaxpr.scan_sizes(step.params)
     program = step.bodies[0]
     each = []
     for operand in operands[consts + carries :]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distill_jax import _jaxpr
 from distill_jax.compress.units._trace.layout_rules import segments
 from distill_jax.compress.units._trace.program import Program, Step
 from distill_jax.compress.units._trace.rules import Value
@@ -157,7 +158,8 @@ class _Reader:
         fixed: dict[int, View] = {}
         options = step.params
         if step.name == "scan":
-            same = [(0, 0, options["num_consts"])]
+            consts, carries = _jaxpr.scan_sizes(options)
+            same = [(0, 0, consts)]
         elif step.name == "while":
             first = options["cond_nconsts"]
             same = [(0, 0, first), (1, first, options["body_nconsts"])]
@@ -171,7 +173,7 @@ class _Reader:
                 if number in self.views:
                     self.views[inner] = fixed[number] = self.views[number]
         if step.name == "scan":
-            first = options["num_consts"] + options["num_carry"]
+            first = consts + carries
             for number, inner in zip(step.inputs[first:], step.bodies[0].inputs[first:], strict=True):
                 if number in self.views:
                     path, axes = fixed[number] = self.views[number]
