@@ -115,7 +115,7 @@ CONFIGS = {
         DEEP, multiple=8, original="resnet14", original_epochs=8, widths=(0.7, 0.5), depths=(0.7,), rounds=(2, 10),
     )),
     "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; made for a GPU", replace(
-        DEEP, original="mobilenetv2-t2:0.5", original_epochs=6, widths=(0.45,), depths=(1.0, 0.7), rounds=(2, 10),
+        DEEP, original="mobilenetv2-t2:0.5", original_epochs=6, widths=(0.45,), rounds=(2, 10),
     )),
     "transformer": ("a vision transformer of six blocks and 3/4 of the width on MNIST; made for a GPU", replace(
         DEEP, original="vit6-7:0.75", original_epochs=12, original_learning_rate=1e-3, widths=(0.5,),
