@@ -119,7 +119,7 @@ CONFIGS = {
     )),
     "transformer": ("a vision transformer of six blocks and 3/4 of the width on MNIST; made for a GPU", replace(
         DEEP, original="vit6-7:0.75", original_epochs=12, original_learning_rate=1e-3, widths=(0.5,),
-        depths=(0.5,), rounds=(2, 16), jitter=1,
+        depths=(0.5, 0.34), rounds=(2, 16), jitter=1,
     )),
     "digits": ("64-1200-1200-10 on scikit-learn's digits, which need no download: minutes", replace(
         MLP, dataset="digits", original_epochs=30, batch_size=32, jitter=0, rounds=(20, 40), widths=(0.25, 0.12, 0.06),
