@@ -101,7 +101,7 @@ def test_the_schedule_is_equation_1(initial, power):
 def test_counts_zeros_and_masks_at_every_step(name, score, dtype):
     """The three promises: the schedule's count to 1/size, exact zeros, monotone masks."""
     tx = sparsify(TRANSFORMATIONS[name], polynomial(0.8, **SCHEDULE, initial=0.1), score=score)
-    before = dict.fromkeys(kernels(make_params()), True)
+    before = dict.fromkeys(kernels(make_params()), np.True_)
     for step, (params, masks) in enumerate(history(tx, make_params(dtype))):
         wanted = 0.0 if step < 2 else expected_sparsity(last_removal(step), 0.8, 0.1)
         for key, mask in kernels(masks).items():
@@ -193,7 +193,7 @@ def test_n_of_m_live_along_the_inputs(keep, group, ranking):
     tx = sparsify(
         ADAM_DECAY, polynomial(1 - keep / group, **SCHEDULE), pattern=(keep, group), ranking=ranking
     )
-    before = dict.fromkeys(params, True)
+    before = dict.fromkeys(params, np.True_)
     for step, (weights, masks) in enumerate(history(tx, params)):
         total = 0
         for key, mask in kernels(masks).items():
