@@ -10,6 +10,7 @@ a function of the caller, and all other equations run as they are.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,18 @@ def body_of(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
     """Counts the constants of a scan and the values that it carries, from its parameters."""
     if "ft_in" in params:  # since JAX 0.11
-        consts, carry, _ = map(list, params["ft_in"].unpack())
+        consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
+
+
+def scan_with_more(params: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Returns the parameters of a scan whose body has ``count`` more results at its end."""
+    if "ft_out" not in params:
+        return {**params}
+    trees: Any = sys.modules[type(params["ft_out"]).__module__]  # JAX's own, of no public name
+    carry, stacked = params["ft_out"].unpack()
+    return {**params, "ft_out": trees.pack((carry, trees.pack((stacked, trees.nones(count)))))}
 
 
 def primitives(program: Any) -> set[str]:

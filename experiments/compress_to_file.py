@@ -111,13 +111,13 @@ CONFIGS = {
     "vgg": ("VGG-8 of half width on MNIST", replace(
         DEEP, multiple=8, original="vgg8:0.5", original_epochs=3, widths=(0.5, 0.25), rounds=(1, 8),
     )),
-    "resnet": ("ResNet-14 on MNIST; made for a GPU", replace(
+    "resnet": ("ResNet-14 on MNIST; its training is slow on a CPU", replace(
         DEEP, multiple=8, original="resnet14", original_epochs=8, widths=(0.7, 0.5), depths=(0.7,), rounds=(2, 10),
     )),
-    "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; made for a GPU", replace(
+    "mobilenetv2": ("MobileNetV2 of half width with expansion 2 on MNIST; its training is slow on a CPU", replace(
         DEEP, original="mobilenetv2-t2:0.5", original_epochs=6, widths=(0.45,), rounds=(2, 10),
     )),
-    "transformer": ("a vision transformer of six blocks and 3/4 of the width on MNIST; made for a GPU", replace(
+    "transformer": ("a vision transformer of six blocks and 3/4 of the width on MNIST; slow on a CPU", replace(
         DEEP, original="vit6-7:0.75", original_epochs=12, original_learning_rate=1e-3, widths=(0.5,),
         depths=(0.5, 0.34), rounds=(2, 16), jitter=1,
     )),

@@ -114,7 +114,7 @@ def test_a_process_without_the_networks_code_runs_and_tunes_them(tmp_path):
     for name, model in made.items():
         with np.load(tmp_path / f"{name}.npz") as file:
             found = dict(file)
-        np.testing.assert_allclose(found["outputs"], model(X), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found["outputs"], model(X), rtol=1e-5, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(found["two"], model(X[:2]), rtol=1e-5, atol=1e-6)
         if name == "quantised":
             assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"int8", "uint8", "float32"}

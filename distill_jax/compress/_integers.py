@@ -4,6 +4,7 @@ A number x is held as the integer q = round(x/scale) + zero, limited to the code
 (q − zero)·scale.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -120,15 +121,15 @@ def product(eqn: Any, place: int, inputs: jax.Array, weights: jax.Array, zero: j
         def integers(a: jax.Array, w: jax.Array) -> jax.Array:
             return run(jnp.int32, a, w, **options)
 
-        # XLA has no convolution of integers on accelerators, and its matrix product of integers gave wrong sums on an
-        # H200 where it was not compiled together with other operations
-        right = {"cpu": integers} | ({"tpu": integers} if eqn.primitive.name == "dot_general" else {})
-        sums = jax.lax.platform_dependent(
-            small,
-            kernel,
-            **right,
+        # XLA has no convolution of integers on accelerators, and a network with matrix products of integers gave wrong
+        # numbers on an H200, where it was called outside of jit
+        platforms = ("cpu", "tpu") if eqn.primitive.name == "dot_general" else ("cpu",)
+        choose = functools.partial(
+            jax.lax.platform_dependent,
+            **dict.fromkeys(platforms, integers),
             default=lambda a, w: by_floats(lambda *ab: run(jnp.float32, *ab, **options), a, w, terms),
         )
+        sums = jax.jit(choose)(small, kernel)  # within jit, the platform is that of the arrays
         return (sums - per_output(eqn, place, total) * zero.astype(jnp.int32)).astype(jnp.float32)
 
     @exact.defjvp
@@ -167,7 +168,7 @@ def by_floats(run: Any, inputs: jax.Array, weights: jax.Array, terms: int) -> ja
     Returns:
       int32.
     """
-    bits = min(8, max(1, 17 - math.ceil(math.log2(terms))))
+    bits = min(8, max(1, 17 - math.ceil(math.log2(max(terms, 1)))))
     sums: Any = 0
     for shift in range(0, 8, bits):
         part = weights >> shift

@@ -28,7 +28,7 @@ from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 
 from distill_jax._checks import check_sequence
-from distill_jax._jaxpr import CALLS, trace
+from distill_jax._jaxpr import CALLS, scan_with_more, trace
 from distill_jax._model import ApplyFn, Model, PyTree, check_model
 
 # Distinguishes a module's path from the names that a rematerialisation policy may speak of
@@ -290,7 +290,7 @@ class _Names:
                     body = body.replace(outvars=[*body.outvars, *(var for _, var in values)])
                     inner = inner.replace(jaxpr=body) if hasattr(inner, "jaxpr") else body
                     avals = [_OPEN[kind](eqn.params, var.aval) for _, var in values]
-                    params = {**eqn.params, place: inner}
+                    params = scan_with_more(eqn.params, len(values)) | {place: inner}
                     for option, value in _UNSPECIFIED.items():
                         if option in params:
                             params[option] = (*params[option], *[value()] * len(values))

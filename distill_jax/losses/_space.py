@@ -157,11 +157,11 @@ def total(values: Array, valid: Array, mean: bool) -> Array:
 def power_of_two(size: Array) -> Array:
     """Returns a power of two near a size ≥ 0, a constant to the gradient: to divide by it rounds nothing.
 
-    Of 0 it is 1: on a GPU, XLA turns x/a/b into x/(a·b), which is 0/0 where the product of two tiny powers is 0.
+    Of 0 it is 1: on a GPU, XLA may turn x/a/b into x/(a·b), which is 0/0 where the product of two tiny powers is 0.
     """
     limits = jnp.finfo(size.dtype)
     size = jax.lax.stop_gradient(size)
-    size = jnp.clip(size + (size == 0), limits.tiny, limits.max / 8)  # its reciprocal is normal
+    size = jnp.clip(jnp.where(size == 0, 1, size), limits.tiny, limits.max / 8)  # its reciprocal is normal
     return jax.lax.reduce_precision(size, limits.nexp, 0)
 
 

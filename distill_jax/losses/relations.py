@@ -138,8 +138,14 @@ def rkd_distance(
         highest = jnp.max(x, 0, where=rows, initial=-jnp.inf)
         spread = jnp.max(highest - jnp.min(x, 0, where=rows, initial=jnp.inf), initial=0.0)
         unit = power_of_two(spread)  # d does not depend on the scale
-        distance = _each_example(lambda row: norm((row - x) / unit, -1), x, x.size)
-        distance = jnp.where(pairs, distance, 0.0)
+
+        def distances(at: tuple[Array, Array]) -> Array:
+            row, others = (
+                at  # the others may lie anywhere else: what is masked afterwards could overflow before
+            )
+            return norm(jnp.where(others[:, None], row - x, 0.0) / unit, -1)
+
+        distance = _each_example(distances, (x, pairs), x.size)
         mean = jnp.sum(distance) / jnp.maximum(count * (count - 1), 1)
         return distance / jnp.where(mean == 0, 1.0, mean)
 
